@@ -1,0 +1,50 @@
+"""Settings: eight CPU devices everywhere, strict dtypes and ranks in tests/."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import jax
+import pytest
+
+# Before the first array: afterwards the number of devices is fixed.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+# `pytest --hypothesis-profile thorough` looks for new failures; the default
+# repeats the same examples, so that a failure repeats too.
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,  # the first example compiles
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "thorough",
+    derandomize=False,
+    deadline=None,
+    max_examples=1000,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def strict_promotion() -> Iterator[None]:
+    """Casts and broadcasts are written; doctests run as a user would run them."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def standard_dtypes() -> Iterator[None]:
+    """Lets a test run Adam: optax raises a float to the power of an int32 counter."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A random key, the same in each test."""
+    return jax.random.key(0)
