@@ -1,0 +1,61 @@
+"""LoRA for JAX as pure functions.
+
+`plan` says what will be adapted, `split` takes the parameters apart, `apply_lora` wraps
+the function, `merge` puts all together again:
+
+    plan = jlora.plan(fn, params, x, config=jlora.LoraConfig(rank=8))
+    frozen, trainable = jlora.split(key, params, plan)
+    lora_fn = jlora.apply_lora(fn)
+    y = lora_fn(frozen, trainable, x)
+    params = jlora.merge(frozen, trainable)
+"""
+
+from . import checkpoint as checkpoint
+from ._apply import apply_lora as apply_lora
+from ._merge import extract as extract, merge as merge, unmerge as unmerge
+from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._report import Report as Report, report as report
+from ._split import MISSING as MISSING, combine as combine, split as split
+from .config import LoraConfig as LoraConfig, Rule as Rule
+from .errors import (
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    JloraError as JloraError,
+    MergeError as MergeError,
+    MergeWarning as MergeWarning,
+    TargetError as TargetError,
+    TreeError as TreeError,
+)
+from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .optim import labels as labels, mask as mask, masked as masked
+
+__all__ = [
+    "MISSING",
+    "Axes",
+    "CheckpointError",
+    "ConfigError",
+    "Factors",
+    "JloraError",
+    "LoraConfig",
+    "MergeError",
+    "MergeWarning",
+    "Plan",
+    "Report",
+    "Row",
+    "Rule",
+    "TargetError",
+    "Trainable",
+    "TreeError",
+    "apply_lora",
+    "checkpoint",
+    "combine",
+    "extract",
+    "labels",
+    "mask",
+    "masked",
+    "merge",
+    "plan",
+    "report",
+    "split",
+    "unmerge",
+]

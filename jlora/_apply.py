@@ -1,0 +1,121 @@
+"""`apply_lora`: the function with its low-rank terms on the activation path."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+from ._split import combine, flatten_frozen
+from .errors import MergeError, MergeWarning
+from .factors import Axes, Factors
+from .transform.rewrite import rewrite
+from .transform.stage import stage
+from .transform.values import RANK, Term, Weight, leaf_dims
+
+OnMerge = Literal["allow", "warn", "error"]
+
+
+def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
+    """Returns `lora_fn(frozen, trainable, *args, lora_key=None, **kwargs)`.
+
+    `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
+    `scale * (x a) b` to the activations at every place where an adapted weight is used,
+    so no weight-sized array is made, neither forward nor backward. It is pure and
+    composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings; wrap it in
+    `jax.jit`. With an empty `trainable` it is `fn`.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
+        function around `nnx.merge`, plain JAX.
+      on_merge: what to do where the factored route does not exist and the weight is
+        merged on the fly (right, but slower): `"warn"` once for each trace, `"allow"`,
+        or raise an `"error"`.
+
+    Returns:
+      The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
+      a weight and each loop step draws its own mask.
+
+    Raises:
+      TreeError: (when called) if frozen and trainable do not fit together.
+      MergeError: (when called) if a weight is merged and `on_merge="error"`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+      >>> x = jnp.ones((1, 4))
+      >>> config = jlora.LoraConfig(rank=2, targets="w")
+      >>> plan = jlora.plan(fn, params, x, config=config)
+      >>> frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+      >>> lora_fn = jax.jit(jlora.apply_lora(fn))
+      >>> bool((lora_fn(frozen, trainable, x) == fn(params, x)).all())
+      True
+
+    References:
+      Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685
+    """
+    if on_merge not in ("allow", "warn", "error"):
+        raise ValueError(
+            f"on_merge must be 'allow', 'warn' or 'error', got {on_merge!r}."
+        )
+
+    @functools.wraps(fn)
+    def lora_fn(frozen, trainable, *args, lora_key=None, **kwargs):
+        params = combine(frozen, trainable)
+        if not trainable.lora:
+            return fn(params, *args, **kwargs)
+        staged = stage(fn, params, args, kwargs)
+        values = list(staged.inputs)
+        paths = list(flatten_frozen(frozen)[0])
+        for path, slot in zip(paths, staged.param_slots, strict=True):
+            if path in trainable.lora:
+                values[slot] = _weight(path, values[slot], trainable.lora[path])
+        merges: dict[str, str] = {}
+        outs = rewrite(
+            staged.code,
+            values,
+            key=lora_key,
+            merged=lambda path, why: merges.setdefault(path, why),
+        )
+        _tell(merges, on_merge)
+        return staged.rebuild(outs)
+
+    # What `functools.wraps` copies is `fn`'s signature, which is not this one.
+    del lora_fn.__wrapped__
+    return lora_fn
+
+
+def _weight(path: str, w: Any, factors: Factors) -> Weight:
+    """Returns `w` with its factors as the interpreter wants it."""
+    axes: Axes = factors.spec.axes
+    dims = leaf_dims(w.shape)
+    batch, fan_in, fan_out = (
+        tuple(dims[i][0] for i in role)
+        for role in (axes.batch, axes.fan_in, axes.fan_out)
+    )
+    term = Term(
+        factors.a,
+        factors.b,
+        (*batch, *fan_in, RANK),
+        (*batch, RANK, *fan_out),
+        factors.scale,
+        factors.spec.dropout,
+    )
+    return Weight(w, (term,), dims, path)
+
+
+def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:
+    if not merges or on_merge == "allow":
+        return
+    lines = "".join(f"\n  {path}: {why}" for path, why in merges.items())
+    if on_merge == "error":
+        raise MergeError(
+            f"No factored route for these weights:{lines}\n"
+            'Leave them out with exclude=, or permit merging with on_merge="allow".'
+        )
+    warnings.warn(
+        f"These weights are merged on the fly, which is right but slower than the "
+        f'factored route:{lines}\nSilence this with on_merge="allow".',
+        MergeWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,173 @@
+"""Factors added to weights for good, taken off again, and found from a fine-tune."""
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import paths
+from ._plan import Plan
+from ._split import MISSING, check, combine, flatten_frozen, split
+from .errors import TreeError
+from .factors import Axes, Factors, Trainable
+
+
+def delta(factors: Factors) -> jax.Array:
+    """Returns the dense update `scale * a @ b` of a weight, in float32.
+
+    Shapes: A `[*batch, *fan_in, rank]` and B `[*batch, rank, *fan_out]` give an array
+    with the weight's own axes in the weight's own order.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Spec
+      >>> f = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), Spec(rank=2, alpha=1))
+      >>> delta(f).shape, float(delta(f)[0, 0])
+      ((3, 4), 1.0)
+    """
+    axes = factors.spec.axes
+    a, b = factors.a, factors.b
+    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    batch = a.shape[: len(axes.batch)]
+    fan_in = a.shape[len(axes.batch) : -1]
+    fan_out = b.shape[len(axes.batch) + 1 :]
+    rows = a.astype(wide).reshape(*batch, math.prod(fan_in), factors.rank)
+    columns = b.astype(wide).reshape(*batch, factors.rank, math.prod(fan_out))
+    product = jnp.matmul(rows, columns, precision=jax.lax.Precision.HIGHEST)
+    product = (factors.scale * product).reshape(*batch, *fan_in, *fan_out)
+    return jnp.transpose(product, [axes.order.index(i) for i in range(product.ndim)])
+
+
+def merge(frozen: Any, trainable: Trainable) -> Any:
+    """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
+
+    Product and sum are in float32 (float64 for float64 weights) and rounded once to the
+    weight's dtype. Tree, dtypes and shardings are those of the original parameters, so
+    `fn(merge(frozen, trainable), ...)` costs what `fn` costs.
+
+    Args:
+      frozen: from `split`.
+      trainable: from `split`, trained.
+
+    Raises:
+      TreeError: if the two do not fit together; lists every misfit.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+      >>> config = jlora.LoraConfig(rank=2, targets="w")
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+      >>> bool((jlora.merge(frozen, trainable)["w"] == params["w"]).all())
+      True
+    """
+    return _shift(combine(frozen, trainable), trainable, sign=1)
+
+
+def unmerge(params: Any, trainable: Trainable) -> Any:
+    """Returns `frozen` from merged parameters: the inverse of `merge`.
+
+    The inverse of `merge` up to one rounding of each adapted weight; in low precision
+    keep the original `frozen` instead.
+
+    Raises:
+      TreeError: if `trainable` does not fit `params`.
+    """
+    leaves, treedef = paths.flatten(params)
+    unknown = [path for path in trainable.full if path not in leaves]
+    if unknown:
+        raise TreeError(f"params has no leaf {', '.join(map(repr, unknown))}.")
+    frozen = treedef.unflatten(
+        MISSING if path in trainable.full else leaf for path, leaf in leaves.items()
+    )
+    check(flatten_frozen(frozen)[0], trainable)
+    return _shift(frozen, trainable, sign=-1)
+
+
+def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
+    """Returns `tree` with `sign * delta` added to each adapted weight."""
+    leaves, treedef = flatten_frozen(tree)
+    for path, factors in trainable.lora.items():
+        leaves[path] = _add_delta(leaves[path], factors, sign)
+    return treedef.unflatten(leaves.values())
+
+
+def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
+    def add(w: Any, factors: Factors) -> jax.Array:
+        wide = jnp.promote_types(w.dtype, jnp.float32)
+        return (w.astype(wide) + sign * delta(factors).astype(wide)).astype(w.dtype)
+
+    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+        return jax.device_put(add(w, factors), w.sharding)
+    return add(w, factors)
+
+
+def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
+    """Returns the adapter of `plan` nearest to a full fine-tune's change.
+
+    Each adapted weight's difference is cut to its rank by a truncated SVD, the best
+    approximation in the Frobenius norm; the singular values are shared evenly by A and
+    B. Leaves that `plan` trains in full are taken over whole.
+
+    Args:
+      params: fine-tuned parameters.
+      base_params: the parameters the fine-tune began with.
+      plan: ranks and axes, from `jlora.plan`.
+
+    Raises:
+      TreeError: if the trees differ from each other or from `plan`.
+
+    Warns:
+      UserWarning: names the leaves that changed although `plan` leaves them frozen;
+        their change is not in the adapter.
+
+    References:
+      Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
+    """
+    _, empty = jax.eval_shape(lambda p: split(jax.random.key(0), p, plan), base_params)
+    tuned, treedef = paths.flatten(params)
+    base, base_treedef = paths.flatten(base_params)
+    if treedef != base_treedef:
+        raise TreeError(
+            "params and base_params are trees of different structure: leaves "
+            f"{sorted(set(tuned) ^ set(base)) or 'equal, containers differ'}."
+        )
+    lora = {
+        path: _nearest(tuned[path], base[path], factors)
+        for path, factors in empty.lora.items()
+    }
+    left = [
+        path
+        for path, leaf in tuned.items()
+        if path not in empty.lora
+        and path not in empty.full
+        and bool(jnp.any(jnp.asarray(leaf) != jnp.asarray(base[path])))
+    ]
+    if left:
+        warnings.warn(
+            "These leaves changed, but the plan leaves them frozen, so the adapter "
+            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            stacklevel=2,
+        )
+    return Trainable(lora, {path: tuned[path] for path in empty.full})
+
+
+def _nearest(tuned: Any, base: Any, factors: Factors) -> Factors:
+    """Returns factors with the best rank-r approximation of `tuned - base`."""
+    axes: Axes = factors.spec.axes
+    change = tuned.astype(jnp.float32) - base.astype(jnp.float32)
+    _, n_in, n_out = axes.sizes(change.shape)
+    batch = [change.shape[i] for i in axes.batch]
+    matrix = jnp.transpose(change, axes.order).reshape(*batch, n_in, n_out)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    half = jnp.sqrt(s[..., : factors.rank] / factors.scale)
+    a = u[..., : factors.rank] * half[..., None, :]
+    b = half[..., :, None] * vt[..., : factors.rank, :]
+    return Factors(
+        a.reshape(factors.a.shape).astype(factors.a.dtype),
+        b.reshape(factors.b.shape).astype(factors.b.dtype),
+        factors.spec,
+    )

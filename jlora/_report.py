@@ -1,0 +1,169 @@
+"""What an adapter is and what it has learnt, as a table."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._split import Missing, check, flatten_frozen
+from .factors import Factors, Trainable
+from .tables import count, nbytes, table
+from .transform.stage import is_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One trained leaf.
+
+    Attributes:
+      path: its name.
+      shape: the weight's shape.
+      rank: size of the rank axis; 0 for a leaf trained in full.
+      trained: how many numbers are trained.
+      update: Frobenius norm of what is added to the weight; of a full leaf its own
+        norm.
+      relative: `update` over the weight's own norm; NaN for a full leaf.
+      finite: whether all trained numbers are finite.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int
+    trained: int
+    update: float
+    relative: float
+    finite: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """An adapter in numbers; printing it shows the table.
+
+    Attributes:
+      entries: one for each trained leaf.
+      trained_count: how many numbers are trained.
+      total_count: how many numbers the parameters have.
+      adapter_bytes: size of what is trained.
+      model_bytes: size of the parameters.
+    """
+
+    entries: tuple[Entry, ...]
+    trained_count: int
+    total_count: int
+    adapter_bytes: int
+    model_bytes: int
+
+    def __str__(self) -> str:
+        head = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")
+        lines = [
+            (
+                e.path,
+                "×".join(map(str, e.shape)),
+                str(e.rank or "full"),
+                count(e.trained),
+                f"{e.update:.3g}" if e.rank else "",
+                f"{e.relative:.2e}" if e.rank else "",
+                "" if e.finite else "NaN or infinity",
+            )
+            for e in self.entries
+        ]
+        share = 100 * self.trained_count / max(self.total_count, 1)
+        return (
+            table(head, lines, right="rank trained ‖ΔW‖ ‖ΔW‖/‖W‖")
+            + f"\ntrained {self.trained_count:,} of {self.total_count:,} parameters "
+            + f"({share:.2f} %); adapter {nbytes(self.adapter_bytes)}, "
+            + f"model {nbytes(self.model_bytes)}"
+        )
+
+
+def report(frozen: Any, trainable: Trainable) -> Report:
+    """Returns what is trained, its size, and how far it moved each weight.
+
+    The norm of an update comes from the Gram matrices of A and B; the dense update is
+    never formed.
+
+    Args:
+      frozen: from `split`.
+      trainable: from `split`, trained or not.
+
+    Raises:
+      TreeError: if the two do not fit together.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 8)), "head": jnp.ones((8, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
+      >>> config = jlora.LoraConfig(rank=2)
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> print(jlora.report(*jlora.split(jax.random.key(0), params, plan)))
+      leaf  shape  rank  trained  ‖ΔW‖  ‖ΔW‖/‖W‖
+      ────  ─────  ────  ───────  ────  ────────
+      w     4×8       2       24     0  0.00e+00
+      trained 24 of 48 parameters (50.00 %); adapter 96 B, model 192 B
+    """
+    leaves, _ = flatten_frozen(frozen)
+    check(leaves, trainable)
+    entries = [
+        _adapted(path, leaves[path], factors)
+        for path, factors in trainable.lora.items()
+    ]
+    entries += [_full(path, x) for path, x in trainable.full.items()]
+    kept = [x for x in leaves.values() if not isinstance(x, Missing) and is_array(x)]
+    model = [*kept, *trainable.full.values()]
+    arrays = jax.tree.leaves(trainable)
+    return Report(
+        entries=tuple(entries),
+        trained_count=sum(x.size for x in arrays),
+        total_count=sum(x.size for x in model),
+        adapter_bytes=sum(x.nbytes for x in arrays),
+        model_bytes=sum(x.nbytes for x in model),
+    )
+
+
+def _adapted(path: str, w: Any, f: Factors) -> Entry:
+    norm = float(delta_norm(f))
+    base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
+    return Entry(
+        path=path,
+        shape=tuple(w.shape),
+        rank=f.rank,
+        trained=f.a.size + f.b.size,
+        update=norm,
+        relative=norm / base if base else float("nan"),
+        finite=bool(jnp.isfinite(f.a).all() & jnp.isfinite(f.b).all()),
+    )
+
+
+def _full(path: str, x: Any) -> Entry:
+    return Entry(
+        path=path,
+        shape=tuple(x.shape),
+        rank=0,
+        trained=x.size,
+        update=float(np.linalg.norm(np.asarray(x, dtype=np.float32).ravel())),
+        relative=float("nan"),
+        finite=bool(jnp.isfinite(x).all()),
+    )
+
+
+def delta_norm(f: Factors) -> jax.Array:
+    """Returns the Frobenius norm of `scale * a @ b` without forming it.
+
+    `‖A B‖² = sum((Aᵀ A) * (B Bᵀ))`, over all batch axes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec
+      >>> delta_norm(Factors(jnp.ones((3, 1)), jnp.ones((1, 3)), Spec(rank=1, alpha=1)))
+      Array(3., dtype=float32)
+    """
+    n_batch = len(f.spec.axes.batch)
+    batch = f.a.shape[:n_batch]
+    a = f.a.astype(jnp.float32).reshape(*batch, -1, f.rank)
+    b = f.b.astype(jnp.float32).reshape(*batch, f.rank, -1)
+    exact = jax.lax.Precision.HIGHEST
+    gram_a = jnp.einsum("...ir,...is->...rs", a, a, precision=exact)
+    gram_b = jnp.einsum("...ro,...so->...rs", b, b, precision=exact)
+    return f.scale * jnp.sqrt(jnp.maximum(jnp.sum(gram_a * gram_b), 0))

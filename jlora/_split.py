@@ -1,0 +1,181 @@
+"""Taking parameters apart into (frozen, trainable), and putting them together again."""
+
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import paths
+from ._plan import Plan
+from .errors import TreeError
+from .factors import Factors, Trainable
+from .methods import INITS
+from .transform.stage import is_array
+
+
+@jax.tree_util.register_static
+class Missing:
+    """Stands in `frozen` for a leaf that is trained in full; a node without leaves."""
+
+    def __repr__(self) -> str:
+        return "Missing()"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Missing)
+
+    def __hash__(self) -> int:
+        return hash(Missing)
+
+
+MISSING = Missing()
+
+
+def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
+    """Returns `(frozen, trainable)`: the parameters to keep and those to train.
+
+    `frozen` is `params` with holes where `plan` trains leaves in full. Works under
+    `jax.jit` and `jax.eval_shape`. With B (or A) zero, the adapted function equals the
+    original one exactly.
+
+    Args:
+      key: PRNG key, consumed. A leaf's factors depend on the key and its path alone.
+      params: the tree that `plan` was made for.
+      plan: what to adapt, from `jlora.plan`.
+
+    Returns:
+      `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again.
+
+    Raises:
+      TreeError: if `params` is not the tree that `plan` was made for.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w1": jnp.ones((4, 8)), "w2": jnp.ones((8, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"]
+      >>> config = jlora.LoraConfig(rank=2, targets="w1", train=("w2",))
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+      >>> jax.tree.map(jnp.shape, frozen)
+      {'w1': (4, 8), 'w2': Missing()}
+      >>> trainable.lora["w1"].a.shape, trainable.full["w2"].shape
+      ((4, 2), (8, 2))
+    """
+    leaves, treedef = paths.flatten(params)
+    _check_plan(leaves, plan)
+    lora: dict[str, Factors] = {}
+    full: dict[str, Any] = {}
+    for row in plan.rows():
+        if row.status == "adapted":
+            own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
+            dtype = jnp.dtype(plan.config.dtype or "float32")
+            a, b = INITS[row.spec.init](own, row.shape, row.spec, dtype)
+            lora[row.path] = Factors(a, b, row.spec)
+        elif row.status == "full":
+            full[row.path] = leaves[row.path]
+    frozen = [MISSING if path in full else leaf for path, leaf in leaves.items()]
+    return treedef.unflatten(frozen), Trainable(lora, full)
+
+
+def _check_plan(leaves: dict[str, Any], plan: Plan) -> None:
+    planned = {row.path: row for row in plan.rows()}
+    wrong = [f"{p!r} is not in the plan" for p in leaves if p not in planned]
+    wrong += [f"{p!r} is not in the parameters" for p in planned if p not in leaves]
+    wrong += [
+        f"{p!r} has shape {leaf.shape}, the plan has {planned[p].shape}"
+        for p, leaf in leaves.items()
+        if p in planned and is_array(leaf) and leaf.shape != planned[p].shape
+    ]
+    if wrong:
+        raise TreeError(
+            f"These parameters are not the ones the plan was made for: "
+            f"{_some(wrong)}. Make a new plan for them."
+        )
+
+
+def combine(frozen: Any, trainable: Trainable) -> Any:
+    """Returns the parameter tree with the leaves trained in full put back.
+
+    The low-rank factors are left out: adapted weights are those of `frozen`. For
+    weights with their factors added use `merge`.
+
+    Raises:
+      TreeError: if the two are not from one `split`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> frozen = {"w": jnp.ones(2), "head": jlora.MISSING}
+      >>> combine(frozen, jlora.Trainable(full={"head": jnp.zeros(2)}))["head"]
+      Array([0., 0.], dtype=float32)
+    """
+    leaves, treedef = flatten_frozen(frozen)
+    check(leaves, trainable)
+    return treedef.unflatten(
+        trainable.full[path] if isinstance(leaf, Missing) else leaf
+        for path, leaf in leaves.items()
+    )
+
+
+def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
+    """Returns the leaves of `frozen` by path, holes among them, and the treedef.
+
+    The treedef has a leaf at each hole, so it unflattens to whole parameters.
+    """
+    return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
+
+
+def check(leaves: dict[str, Any], trainable: Trainable) -> None:
+    """Raises a TreeError that lists all that does not fit between the two sides."""
+    if not isinstance(trainable, Trainable):
+        raise TreeError(
+            f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
+            "Take it from jlora.split; mind the order (frozen, trainable, *args)."
+        )
+    wrong = []
+    for path, factors in trainable.lora.items():
+        if path not in leaves or isinstance(leaves[path], Missing):
+            near = paths.nearest(path, tuple(leaves), n=1)
+            wrong.append(
+                f"factors for {path!r}, which frozen does not have"
+                + (f" (nearest: {near[0]!r})" if near else "")
+            )
+        elif not isinstance(factors, Factors):
+            wrong.append(f"{path!r} holds {type(factors).__name__}, not Factors")
+        else:
+            wrong += _misfits(path, leaves[path], factors)
+    for path in trainable.full:
+        if not isinstance(leaves.get(path), Missing):
+            state = "already has" if path in leaves else "does not know"
+            wrong.append(f"a full leaf {path!r}, which frozen {state}")
+    wrong += [
+        f"no leaf for the hole at {path!r}"
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Missing) and path not in trainable.full
+    ]
+    if wrong:
+        raise TreeError(
+            f"frozen and trainable do not fit together: {_some(wrong)}. "
+            "Take both from one jlora.split."
+        )
+
+
+def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
+    if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
+        return [f"{path!r} is no floating-point array, so it takes no factors"]
+    axes, rank = factors.spec.axes, factors.rank
+    if sorted(axes.order) != list(range(w.ndim)):
+        return [f"{path!r} has {w.ndim} axes, its factors are for {len(axes.order)}"]
+    return [
+        f"{name} of {path!r} has shape {x.shape}, a weight of shape {w.shape} at rank "
+        f"{rank} needs {shape}"
+        for name, x, shape in (
+            ("a", factors.a, axes.a_shape(w.shape, rank)),
+            ("b", factors.b, axes.b_shape(w.shape, rank)),
+        )
+        if tuple(x.shape) != shape
+    ]
+
+
+def _some(wrong: list[str], n: int = 10) -> str:
+    more = f"; and {len(wrong) - n} more" if len(wrong) > n else ""
+    return "; ".join(wrong[:n]) + more

@@ -1,0 +1,199 @@
+"""What the user wants: `LoraConfig` and its per-leaf `Rule`s; frozen, JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .errors import ConfigError
+from .factors import Axes
+from .methods import INITS, METHODS
+
+Targets = str | tuple[str, ...] | Callable[[Any], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Settings for the leaves that a glob matches; None keeps the config's value.
+
+    Of several rules that match a leaf, the last that sets a field wins.
+
+    Attributes:
+      pattern: glob over the whole path, see `LoraConfig.targets`.
+      rank: size of the rank axis.
+      alpha: the scale's numerator. If only `rank` is set, `alpha` stays as it was.
+      method: see `LoraConfig`.
+      init: see `LoraConfig`.
+      dropout: see `LoraConfig`.
+      axes: roles of the weight's axes, in place of what the trace found, as
+        `Axes(batch=(0,), fan_in=(1,), fan_out=(2,))` for experts.
+
+    Examples:
+      >>> Rule("**/mlp/**", rank=4).rank
+      4
+    """
+
+    pattern: str
+    rank: int | None = None
+    alpha: float | None = None
+    method: str | None = None
+    init: str | None = None
+    dropout: float | None = None
+    axes: Axes | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"Rule.pattern must be a glob, got {self.pattern!r}.")
+        if isinstance(self.axes, dict):  # from JSON
+            axes = Axes(**{k: tuple(v) for k, v in self.axes.items()})
+            object.__setattr__(self, "axes", axes)
+        _check(f"Rule({self.pattern!r})", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how.
+
+    Attributes:
+      rank: size of the rank axis, a positive integer.
+      alpha: the scale is `alpha / rank`; None means `alpha = rank`, a scale of 1.
+      targets: which weights get factors: `"all-linear"` (every weight that the trace
+        found in a linear operation, except embeddings and the output head), a glob or
+        a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
+        `*` stays inside one component, `**` is any number of components, `{a,b}` is
+        either: `"**/attn/{q,v}/kernel"`.
+      exclude: globs of leaves that never get factors.
+      rules: per-leaf settings; the last match wins.
+      train: globs of leaves trained in full (heads, biases, norms).
+      method: `"lora"`.
+      init: `"kaiming"` or `"gaussian"`.
+      rslora: scale by `alpha / sqrt(rank)`, which keeps high ranks learning.
+      dropout: drop rate on the input of A, in [0, 1); active when `apply_lora`'s
+        function is given a `lora_key`.
+      dtype: dtype name of A and B; None means float32.
+
+    Raises:
+      ConfigError: for a value that cannot work.
+
+    Examples:
+      >>> config = LoraConfig(rank=8, alpha=16, targets="**/attn/{q,v}/kernel")
+      >>> LoraConfig.from_json(config.to_json()) == config
+      True
+
+    References:
+      Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685;
+      Kalajdzievski, 2023, rsLoRA, https://arxiv.org/abs/2312.03732
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: Targets = "all-linear"
+    exclude: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    train: tuple[str, ...] = ()
+    method: str = "lora"
+    init: str = "kaiming"
+    rslora: bool = False
+    dropout: float = 0.0
+    dtype: str | None = None
+
+    def __post_init__(self):
+        for name in ("exclude", "train"):
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        if not (callable(self.targets) or self.targets == "all-linear"):
+            object.__setattr__(self, "targets", _globs("targets", self.targets))
+        rules = (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules)
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(f"rules must hold Rule objects, got {rule!r}.")
+        object.__setattr__(self, "rules", rules)
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", _float_name(self.dtype))
+        if not isinstance(self.rslora, bool):
+            raise ConfigError(f"rslora must be True or False, got {self.rslora!r}.")
+        for name in ("rank", "dropout", "method", "init"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"LoraConfig.{name} must not be None.")
+        _check("LoraConfig", self)
+
+    def to_json(self) -> str:
+        """Returns the config as JSON text that `from_json` reads back exactly.
+
+        Raises:
+          ConfigError: if `targets` is a predicate, which has no JSON form.
+        """
+        if callable(self.targets):
+            raise ConfigError(
+                "A config whose `targets` is a function has no JSON form. Use the "
+                "paths it selected: targets=tuple(plan.adapted)."
+            )
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoraConfig":
+        """Returns the config that `to_json` wrote.
+
+        Raises:
+          ConfigError: for text that is no JSON object, or has unknown fields.
+        """
+        try:
+            fields = json.loads(text)
+            rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
+            return cls(**fields, rules=rules)
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise ConfigError(f"This is no LoraConfig in JSON: {error}") from error
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, tuple | list | set | frozenset) or not all(
+        isinstance(g, str) for g in globs
+    ):
+        raise ConfigError(
+            f"{name} must be a glob or a tuple of globs, got {value!r}. "
+            "Write e.g. '**/attn/{q,v}/kernel'."
+        )
+    return tuple(sorted(globs) if isinstance(globs, set | frozenset) else globs)
+
+
+def _float_name(dtype: Any) -> str:
+    import numpy as np
+
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = getattr(dtype, "__name__", str(dtype))
+    known = ("float32", "bfloat16", "float16", "float64")
+    if name not in known:
+        raise ConfigError(f"dtype must be one of {', '.join(known)}, got {dtype!r}.")
+    return name
+
+
+def _check(owner: str, fields: LoraConfig | Rule) -> None:
+    """Raises one ConfigError that lists every value that cannot work."""
+    rank, alpha, dropout = fields.rank, fields.alpha, fields.dropout
+    wrong = []
+    if rank is not None and (type(rank) is not int or rank < 1):
+        wrong.append(f"rank must be a positive integer, got {rank!r}")
+    if alpha is not None and not _positive(alpha):
+        wrong.append(f"alpha must be a positive number, got {alpha!r}")
+    if dropout is not None and not (
+        isinstance(dropout, int | float) and 0 <= dropout < 1
+    ):
+        wrong.append(f"dropout must be in [0, 1), got {dropout!r}")
+    if fields.method is not None and fields.method not in METHODS:
+        wrong.append(f"method must be one of {METHODS}, got {fields.method!r}")
+    if fields.init is not None and fields.init not in INITS:
+        wrong.append(f"init must be one of {tuple(INITS)}, got {fields.init!r}")
+    if wrong:
+        raise ConfigError(f"{owner}: {'; '.join(wrong)}.")
+
+
+def _positive(x: Any) -> bool:
+    return (
+        isinstance(x, int | float)
+        and not isinstance(x, bool)
+        and math.isfinite(x)
+        and x > 0
+    )

@@ -1,0 +1,7 @@
+"""How factors start: one file an initialisation, its source in the docstring."""
+
+from .gaussian import gaussian
+from .kaiming import kaiming
+
+INITS = {"kaiming": kaiming, "gaussian": gaussian}
+METHODS = ("lora",)

@@ -1,0 +1,39 @@
+"""A normal with standard deviation 1/rank, B zero; and how embeddings start."""
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+
+
+def gaussian(
+    key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns A normal with standard deviation `1 / rank` and B zero.
+
+    This is PEFT's `init_lora_weights="gaussian"`, the start used for diffusion models.
+
+    Args:
+      key: PRNG key, consumed.
+      shape: the weight's shape.
+      spec: axes, rank and operation of the weight.
+      dtype: dtype of both factors.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
+
+    References:
+      Hu et al., 2021, LoRA, section 4.1, https://arxiv.org/abs/2106.09685
+    """
+    if spec.op == "embedding":
+        return embedding_start(key, shape, spec, dtype)
+    a = jax.random.normal(key, spec.axes.a_shape(shape, spec.rank), dtype) / spec.rank
+    return a, jnp.zeros(spec.axes.b_shape(shape, spec.rank), dtype)
+
+
+def embedding_start(
+    key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns A (the vocabulary side) zero and B (the feature side) standard normal."""
+    a = jnp.zeros(spec.axes.a_shape(shape, spec.rank), dtype)
+    return a, jax.random.normal(key, spec.axes.b_shape(shape, spec.rank), dtype)

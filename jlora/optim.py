@@ -1,0 +1,110 @@
+"""Glue to optax: which leaves are trained, and optimizers that keep state for those."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from .factors import Factors, Trainable
+
+if TYPE_CHECKING:
+    import optax
+
+Label = str  # "a", "b", "magnitude", "full" or "frozen"
+
+
+def labels(tree: Any) -> Any:
+    """Returns `tree` with the name of its role at each leaf, for optax's partitions.
+
+    Args:
+      tree: a `Trainable`, or any pytree that holds some, as
+        `{"frozen": frozen, "trainable": trainable}`.
+
+    Returns:
+      A tree of the same structure; leaves of `Trainable`s are `"a"`, `"b"`,
+      `"magnitude"` or `"full"`, all others `"frozen"`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> head = jlora.Trainable(full={"head": jnp.ones(2)})
+      >>> labels({"base": {"w": jnp.ones(2)}, "trained": head})
+      {'base': {'w': 'frozen'}, 'trained': Trainable(lora={}, full={'head': 'full'})}
+    """
+
+    def of_factors(factors: Factors) -> Factors:
+        named = Factors("a", "b", factors.spec, "magnitude")
+        return jax.tree.map(lambda _, name: name, factors, _prune(named, factors))
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return "frozen"
+        return Trainable(
+            {path: of_factors(factors) for path, factors in node.lora.items()},
+            {path: jax.tree.map(lambda _: "full", x) for path, x in node.full.items()},
+        )
+
+    return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, Trainable))
+
+
+def _prune(named: Factors, factors: Factors) -> Factors:
+    """Returns `named` without a magnitude where `factors` has none."""
+    magnitude = None if factors.magnitude is None else named.magnitude
+    return Factors(named.a, named.b, named.spec, magnitude)
+
+
+def mask(tree: Any) -> Any:
+    """Returns `tree` with True at the leaves that are trained and False at all others.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> mask({"w": jnp.ones(2), "t": jlora.Trainable(full={"head": jnp.ones(2)})})
+      {'t': Trainable(lora={}, full={'head': True}), 'w': False}
+    """
+    return jax.tree.map(lambda label: label != "frozen", labels(tree))
+
+
+def masked(
+    tx: "optax.GradientTransformation",
+) -> "optax.GradientTransformationExtraArgs":
+    """Returns `tx` for trees that hold the frozen side too, as in Flax's `TrainState`.
+
+    Optimizer state exists for the leaves of `Trainable`s alone, `tx` sees their
+    gradients alone (a global norm is theirs), and `optax.apply_updates` leaves every
+    other leaf bit for bit as it was, weight decay or not. Under one `jax.jit` the
+    gradients of frozen leaves are never computed. Put `optax.MultiSteps` inside.
+
+    Args:
+      tx: any optax transformation, chains, schedules and `optax.MultiSteps` included.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, jlora
+      >>> params = {
+      ...     "frozen": {"w": jnp.ones(4)},
+      ...     "trainable": jlora.Trainable(full={"head": jnp.ones(2)}),
+      ... }
+      >>> tx = jlora.masked(optax.adamw(1e-3))
+      >>> state = tx.init(params)
+      >>> [x.size for x in jax.tree.leaves(state)]  # count, and two moments of the head
+      [1, 2, 2]
+    """
+    import optax
+
+    if isinstance(tx, optax.MultiSteps):
+        tx = tx.gradient_transformation()
+    inner = optax.masked(tx, mask)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = inner.update(updates, state, params, **extra)
+        updates = jax.tree.map(
+            lambda trained, u: u if trained else _nothing(u), mask(updates), updates
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _nothing(update: Any) -> Any:
+    """Returns what leaves the bits of any number alone when added: minus zero."""
+    if jnp.issubdtype(update.dtype, jnp.inexact):
+        return -jnp.zeros_like(update)
+    return jnp.zeros_like(update)

@@ -1,0 +1,158 @@
+"""Names of the leaves of any pytree, globs over them, and nearest-match hints.
+
+A path is the leaf's keys joined by `/`: `'params/blocks_0/attn/q/kernel'`.
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from .errors import TreeError
+
+
+def flatten(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[dict[str, Any], Any]:
+    """Returns the leaves of `tree` by path, in the tree's order, and its treedef.
+
+    Boxes that hold a single leaf called `value` (Flax NNX variables, Linen's
+    partitioned parameters) do not show in the path.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as in `jax.tree.flatten`.
+
+    Returns:
+      `(leaves, treedef)`; `treedef.unflatten(leaves.values())` is the tree again.
+
+    Raises:
+      TreeError: if two leaves get the same path (keys that contain `/`).
+
+    Examples:
+      >>> leaves, _ = flatten({"dense": {"kernel": 1, "bias": 2}, "heads": [3]})
+      >>> leaves
+      {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    siblings: dict[tuple, int] = {}
+    for keys, _ in keyed:
+        siblings[keys[:-1]] = siblings.get(keys[:-1], 0) + 1
+    names = []
+    for keys, _ in keyed:
+        boxed = (
+            len(keys) > 1
+            and isinstance(keys[-1], jax.tree_util.GetAttrKey)
+            and keys[-1].name == "value"
+            and siblings[keys[:-1]] == 1
+        )
+        names.append("/".join(map(_component, keys[:-1] if boxed else keys)))
+    leaves = dict(zip(names, (leaf for _, leaf in keyed), strict=True))
+    if len(leaves) != len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise TreeError(
+            f"Two leaves of the tree have the same path: {', '.join(twice)}. "
+            "Rename one of the keys (keys that contain '/' can collide)."
+        )
+    return leaves, treedef
+
+
+def _component(key: Any) -> str:
+    match key:
+        case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
+            return str(key.key)
+        case jax.tree_util.SequenceKey():
+            return str(key.idx)
+        case jax.tree_util.GetAttrKey():
+            return key.name
+    return str(getattr(key, "key", getattr(key, "name", key)))
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Returns whether the glob `pattern` matches the whole of `path`.
+
+    `*` stands for anything inside one component, `?` for one character, `[ab]` for one
+    of a set, `**` for any number of components (also none), `{a,b}` for either.
+
+    Examples:
+      >>> matches("**/attn/{q,v}/kernel", "params/blocks_0/attn/q/kernel")
+      True
+      >>> matches("*/kernel", "params/dense/kernel")
+      False
+    """
+    return any(regex.fullmatch(path) for regex in _compile(pattern))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compile(pattern: str) -> tuple[re.Pattern, ...]:
+    return tuple(re.compile(_translate(p)) for p in _expand(pattern))
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yields the alternatives of `{a,b}`, which may be nested."""
+    start = pattern.find("{")
+    if start < 0:
+        yield pattern
+        return
+    depth, parts, begin = 0, [], start + 1
+    for i in range(start, len(pattern)):
+        char = pattern[i]
+        depth += (char == "{") - (char == "}")
+        if (char == "," and depth == 1) or depth == 0:
+            parts.append(pattern[begin:i])
+            begin = i + 1
+        if depth == 0:
+            for part in parts:
+                yield from _expand(pattern[:start] + part + pattern[i + 1 :])
+            return
+    raise TreeError(f"The pattern {pattern!r} has a '{{' without its '}}'.")
+
+
+def _translate(glob: str) -> str:
+    *parents, last = glob.split("/")
+    regex = "".join(
+        "(?:[^/]+/)*" if part == "**" else _component_regex(part) + "/"
+        for part in parents
+    )
+    if last != "**":
+        return regex + _component_regex(last)
+    return regex.removesuffix("/") + ("(?:/.*)?" if regex.endswith("/") else ".*")
+
+
+def _component_regex(part: str) -> str:
+    def regex(token: re.Match) -> str:
+        text = token.group()
+        if text[0] == "[":
+            return "[^" + text[2:] if text[1] in "!^" else text
+        return {"?": "[^/]"}.get(text, "[^/]*" if text[0] == "*" else re.escape(text))
+
+    return re.sub(r"\*+|\?|\[[^\]]+\]|.", regex, part, flags=re.DOTALL)
+
+
+def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of `paths` that `pattern` matches, in their order."""
+    return tuple(p for p in paths if matches(pattern, p))
+
+
+def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> tuple[str, ...]:
+    """Returns up to `n` of `paths` that look most like `pattern`, best first.
+
+    Examples:
+      >>> nearest("**/atn/q/kernel", ["blocks/0/attn/q/kernel", "embed/embedding"], n=1)
+      ('blocks/0/attn/q/kernel',)
+    """
+    parts = [p for p in re.split(r"[/{},*]+", pattern) if p]
+
+    def score(path: str) -> float:
+        components = path.split("/")
+        near = [
+            max(difflib.SequenceMatcher(None, part, c).ratio() for c in components)
+            for part in parts
+        ]
+        whole = difflib.SequenceMatcher(None, "/".join(parts), path).ratio()
+        return sum(near) / max(len(near), 1) + 0.1 * whole
+
+    return tuple(sorted(paths, key=score, reverse=True)[:n])

@@ -1,0 +1,52 @@
+"""Plain-text tables and sizes in words."""
+
+from collections.abc import Sequence
+
+
+def table(
+    head: Sequence[str], lines: Sequence[Sequence[str]], *, right: str = ""
+) -> str:
+    """Returns `lines` under `head` in aligned columns; `right` names those set right.
+
+    Examples:
+      >>> print(table(("leaf", "n"), [("w", "12"), ("bias", "3")], right="n"))
+      leaf   n
+      ────  ──
+      w     12
+      bias   3
+    """
+    rows = [tuple(head), *map(tuple, lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    to_right = [name in right.split() and bool(name) for name in head]
+    rows.insert(1, tuple("─" * width for width in widths))
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if flip else cell.ljust(width)
+            for cell, width, flip in zip(row, widths, to_right, strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def count(n: int) -> str:
+    """Returns `n` with thousands separated.
+
+    Examples:
+      >>> count(4718592)
+      '4,718,592'
+    """
+    return f"{n:,}"
+
+
+def nbytes(n: float) -> str:
+    """Returns `n` bytes in words, in units of 1000.
+
+    Examples:
+      >>> nbytes(302_000)
+      '302 kB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"

@@ -1,0 +1,43 @@
+"""The jaxpr transform: which rule serves which primitive."""
+
+from . import control, linear, structure
+
+LINEAR = {
+    "dot_general": linear.dot_general,
+    "conv_general_dilated": linear.conv_general_dilated,
+}
+STRUCTURE = {
+    "broadcast_in_dim": structure.broadcast_in_dim,
+    "convert_element_type": structure.keep,
+    "copy": structure.keep,
+    "copy_p": structure.keep,
+    "device_put": structure.keep,
+    "div": structure.div,
+    "dynamic_slice": structure.dynamic_slice,
+    "gather": structure.gather,
+    "mul": structure.mul,
+    "name": structure.keep,
+    "neg": structure.neg,
+    "optimization_barrier": structure.optimization_barrier,
+    "reshape": structure.reshape,
+    "rev": structure.rev,
+    "sharding_constraint": structure.keep,
+    "slice": structure.slice_,
+    "split": structure.split,
+    "squeeze": structure.squeeze,
+    "stop_gradient": structure.stop_gradient,
+    "transpose": structure.transpose,
+}
+CONTROL = {
+    "checkpoint": control.remat,
+    "closed_call": control.closed_call,
+    "cond": control.cond,
+    "core_call": control.closed_call,
+    "jit": control.call,
+    "pjit": control.call,
+    "remat": control.remat,
+    "remat2": control.remat,
+    "scan": control.scan,
+    "while": control.while_loop,
+}
+RULES = LINEAR | STRUCTURE | CONTROL

@@ -1,0 +1,134 @@
+"""Every read of JAX's internals, and every switch between its versions.
+
+Equation parameters and the classes of jaxprs change between JAX releases (0.10 to 0.12
+are supported); the rest of the transform sees only what this file returns.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jex_core, source_info_util
+
+Literal = jex_core.Literal
+Primitive = jex_core.Primitive
+Equation = jex_core.JaxprEqn
+Var = jex_core.Var
+
+
+class Code(NamedTuple):
+    """A jaxpr and the values of its constants."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+    @property
+    def invars(self) -> Sequence[Any]:
+        """The variables of its arguments."""
+        return self.jaxpr.invars
+
+    @property
+    def outvars(self) -> Sequence[Any]:
+        """The variables of its results."""
+        return self.jaxpr.outvars
+
+
+def code(closed: Any) -> Code:
+    """Returns the code of an open or closed jaxpr (one class from JAX 0.12 on)."""
+    consts = list(getattr(closed, "consts", ()))
+    return Code(getattr(closed, "jaxpr", closed), consts)
+
+
+def constvars(jaxpr: Any) -> Sequence[Any]:
+    """Returns the variables that stand for the constants of `jaxpr`."""
+    return jaxpr.constvars
+
+
+def inner_code(eqn: Equation, name: str = "jaxpr") -> Code:
+    """Returns the code held by a `jit`, `remat` or `scan` equation."""
+    return code(eqn.params[name])
+
+
+def call_name(eqn: Equation) -> str:
+    """Returns the name of the function that a `jit` equation calls."""
+    return eqn.params.get("name", eqn.primitive.name)
+
+
+def call_shardings(eqn: Equation) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Returns a `jit` equation's input and output shardings; None is unspecified."""
+
+    def known(shardings: Sequence[Any]) -> list[Any]:
+        return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
+
+    return known(eqn.params["in_shardings"]), known(eqn.params["out_shardings"])
+
+
+def scan_counts(eqn: Equation) -> tuple[int, int]:
+    """Returns how many constants and how many carries a `scan` equation has."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = (len(list(part)) for part in eqn.params["ft_in"].unpack())
+    return consts, carry
+
+
+def bind(eqn: Equation, *values: Any) -> list[Any]:
+    """Binds `eqn` again on new values and returns its results as a list."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    subfuns, params = params if isinstance(params, tuple) else ((), params)
+    out = eqn.primitive.bind(*subfuns, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def at(eqn: Equation) -> Iterator[None]:
+    """Gives what is bound inside the source line, name stack and context of `eqn`."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    with (
+        source_info_util.user_context(info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def where(eqn: Equation) -> str:
+    """Returns the user's source line of `eqn`, as `model.py:31 (__call__)`."""
+    text = source_info_util.summarize(eqn.source_info) or "an unknown line"
+    return text.rsplit("/", 1)[-1]
+
+
+def scope(eqn: Equation) -> str:
+    """Returns the name stack of `eqn`, the modules and scopes that it stands in."""
+    return str(eqn.source_info.name_stack)
+
+
+def shaped(shape: Sequence[int], dtype: Any) -> Any:
+    """Returns the abstract value of an array."""
+    return jax.core.ShapedArray(tuple(shape), dtype)
+
+
+def is_staging(*trees: Any) -> bool:
+    """Returns whether any leaf is a tracer, so that work is recorded, not done."""
+    leaves = jax.tree.leaves(trees)
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+
+
+def is_key(x: Any) -> bool:
+    """Returns whether `x` is an array of typed PRNG keys."""
+    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+
+
+def has_typed_placement(x: Any) -> bool:
+    """Returns whether the type of `x` says over which mesh axes it is laid out.
+
+    True inside `shard_map` and under meshes with explicit axes.
+    """
+    kind = jax.typeof(x)
+    mesh = kind.sharding.mesh
+    return bool(getattr(kind, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
+
+
+def stage(fun: Callable, *args: Any) -> Code:
+    """Returns the code of `fun` on arrays (or shapes) `args`."""
+    return code(jax.make_jaxpr(fun)(*args))

@@ -1,0 +1,198 @@
+"""Finding out how a function uses each of its parameters, without running it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from . import CONTROL, LINEAR, STRUCTURE, compat
+from .interpret import Context, interpret
+from .values import Atom, Derived, Weight, leaf_dims
+
+FACTORED, MERGED = "factored", "merged"
+DERIVED, ELEMENTWISE = "derived", "elementwise"
+
+# Where one of these meets a parameter and data, the parameter is a bias, a norm's
+# scale, a position table or the like, not the weight of a linear operation.
+_POINTWISE = frozenset(
+    ("add", "add_any", "and", "atan2", "clamp", "concatenate", "div", "eq", "ge", "gt")
+    + ("dynamic_update_slice", "le", "lt", "max", "min", "mul", "ne", "nextafter", "or")
+    + ("pad", "pow", "rem", "scatter", "scatter-add", "select_n", "sub", "xor")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One place where a leaf is used.
+
+    Attributes:
+      path: the leaf.
+      op: name of the primitive.
+      route: `"factored"`; `"merged"`, a linear or opaque operation that needs the whole
+        weight; `"derived"`, something computed from weights alone; or `"elementwise"`.
+      batch: the leaf's axes with a matrix each.
+      fan_in: the leaf's axes that are summed over or looked up.
+      fan_out: the leaf's axes that remain.
+      where: the user's source line.
+      scope: the name stack, as profilers show it.
+    """
+
+    path: str
+    op: str
+    route: str
+    batch: tuple[int, ...]
+    fan_in: tuple[int, ...]
+    fan_out: tuple[int, ...]
+    where: str
+    scope: str
+
+
+def discover(
+    code: compat.Code, inputs: Sequence[Any], paths: Sequence[Any]
+) -> list[Use]:
+    """Returns every use of the leaves in `code`, in order, each once.
+
+    Args:
+      code: the staged function.
+      inputs: its arguments, arrays or shapes.
+      paths: for each input the leaf's path, or None for data.
+    """
+    shapes = {p: x.shape for p, x in zip(paths, inputs, strict=True) if p is not None}
+    uses: dict[Use, None] = {}
+
+    def record(path, op, route, eqn, roots=((), (), ())):
+        place = ("", "") if eqn is None else (compat.where(eqn), compat.scope(eqn))
+        uses[Use(path, op, route, *roots, *place)] = None
+
+    def used(
+        weight: Weight,
+        op: str,
+        *,
+        fan_in: Sequence[Atom],
+        batch: Sequence[Atom],
+        eqn: Any,
+    ) -> None:
+        record(
+            weight.path,
+            op,
+            FACTORED,
+            eqn,
+            _roles(weight, shapes[weight.path], fan_in, batch, op == "gather"),
+        )
+
+    def settle(value: Any, eqn: Any) -> Any:
+        if isinstance(value, Weight):
+            if value.is_rows:
+                used(value, "gather", fan_in=(), batch=(), eqn=eqn)
+            else:
+                op = "return" if eqn is None else eqn.primitive.name
+                record(value.path, op, MERGED, eqn)
+        return value.w if isinstance(value, Weight | Derived) else value
+
+    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        operands = [
+            settle(v, eqn) if isinstance(v, Weight) and v.is_rows else v
+            for v in operands
+        ]
+        sources = dict.fromkeys(
+            path
+            for v in operands
+            for path in (
+                (v.path,)
+                if isinstance(v, Weight)
+                else v.paths
+                if isinstance(v, Derived)
+                else ()
+            )
+        )
+        results = compat.bind(
+            eqn, *(v.w if isinstance(v, Weight | Derived) else v for v in operands)
+        )
+        name = eqn.primitive.name
+        if _has_data(eqn, operands):
+            route = ELEMENTWISE if name in _POINTWISE else MERGED
+            for path in sources:
+                record(path, name, route, eqn)
+            return results
+        for v in operands:
+            if isinstance(v, Weight):
+                record(v.path, name, DERIVED, eqn)
+        return [Derived(x, tuple(sources)) for x in results]
+
+    def unless_derived(rule):
+        def guarded(ctx, eqn, *operands):
+            scales = eqn.primitive.name in ("mul", "div")
+            operands = [
+                v.w if isinstance(v, Derived) and (scales or not v.paths) else v
+                for v in operands
+            ]
+            derived = any(isinstance(v, Derived) for v in operands)
+            if derived or not any(isinstance(v, Weight) for v in operands):
+                return NotImplemented
+            return rule(ctx, eqn, *operands)
+
+        return guarded
+
+    rules = {k: unless_derived(rule) for k, rule in (LINEAR | STRUCTURE).items()}
+    ctx = Context(rules=rules | CONTROL, used=used, fallback=fallback, settle=settle)
+
+    def run(arrays: Sequence[Any]) -> list[Any]:
+        values = [
+            x if path is None else Weight(x, (), leaf_dims(x.shape), path)
+            for x, path in zip(arrays, paths, strict=True)
+        ]
+        consts = [Derived(x, ()) for x in code.consts]
+        outs = interpret(ctx, compat.Code(code.jaxpr, consts), values)
+        return [settle(v, None) for v in outs]
+
+    jax.eval_shape(run, list(inputs))
+    return list(uses)
+
+
+def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
+    """Returns whether an operand comes from the function's inputs.
+
+    A constant is data too where it meets a vector (it is then an input that the
+    function closes over), but a mask where it meets a matrix.
+    """
+    vectors = any(
+        isinstance(v, Weight) and sum(map(bool, v.dims)) < 2 for v in operands
+    )
+    return any(
+        vectors and not v.paths
+        if isinstance(v, Derived)
+        else not isinstance(v, Weight) and not isinstance(atom, compat.Literal)
+        for v, atom in zip(operands, eqn.invars, strict=True)
+    )
+
+
+def _roles(
+    weight: Weight,
+    shape: Sequence[int],
+    fan_in: Sequence[Atom],
+    batch: Sequence[Atom],
+    rows: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Returns the leaf's batch, fan-in and fan-out axes in a use.
+
+    An axis that was indexed or scanned on the way is a batch axis, or the fan-in where
+    rows were looked up.
+    """
+    present = {atom.root for group in weight.dims for atom in group}
+    summed, shared = {a.root for a in fan_in}, {a.root for a in batch}
+    roles: tuple[list[int], list[int], list[int]] = ([], [], [])
+    for i, n in enumerate(shape):
+        free = any(
+            a.root == i and a not in fan_in and a not in batch
+            for group in weight.dims
+            for a in group
+        )
+        gone = i not in present and n > 1
+        if i in summed or (gone and rows):
+            roles[1].append(i)
+        elif gone or (i in shared and not free):
+            roles[0].append(i)
+        else:
+            roles[2].append(i)
+    return tuple(roles[0]), tuple(roles[1]), tuple(roles[2])

@@ -1,0 +1,298 @@
+"""Linear uses of a weight: matrix products and convolutions.
+
+Every rule adds the low-rank term to the original product, which is bound as it was:
+`y = op(x, w) + s * ((x . a) . b)`. The activation is the left operand of the first
+product and keeps the order of its axes.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .compat import bind
+from .interpret import Context
+from .thin import thin_dot
+from .values import (
+    OTHER,
+    RANK,
+    Atom,
+    Group,
+    Labels,
+    Term,
+    Weight,
+    contract,
+    lay_out,
+    regroup,
+    size,
+    sum_out,
+)
+
+
+def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
+    """`x . (w + s a b) = x . w + s (x . a) . b` for any dimension numbers.
+
+    The weight may be on either side. Where the contracted axes are those of B (a tied
+    weight used through its transpose) the factors change places; where they are in both
+    the first product leaves what the second one sums.
+    """
+    (contracted, batch) = eqn.params["dimension_numbers"]
+    operands = [
+        ctx.settle(v, eqn)
+        if isinstance(v, Weight) and v.looked_up and not _indexes_batch(v, axes, rest)
+        else v
+        for v, axes, rest in zip((lhs, rhs), batch, contracted, strict=True)
+    ]
+    sides = [i for i, v in enumerate(operands) if isinstance(v, Weight)]
+    if not sides:
+        return bind(eqn, *operands)
+    if len(sides) == 2:
+        return NotImplemented
+    side = sides[0]
+    weight, x = operands[side], operands[1 - side]
+    x_axes = dict(zip(contracted[1 - side], contracted[side], strict=True))
+    x_batch = dict(zip(batch[1 - side], batch[side], strict=True))
+    ctx.used(
+        weight,
+        "dot_general",
+        fan_in=[atom for i in contracted[side] for atom in weight.dims[i]],
+        batch=[atom for i in batch[side] for atom in weight.dims[i]],
+        eqn=eqn,
+    )
+    operands[side] = weight.w
+    (base,) = bind(eqn, *operands)
+    if not weight.terms:
+        return [base]
+
+    weight = join_groups(weight)
+    x_groups: list[Group] = [
+        weight.dims[{**x_axes, **x_batch}[i]]
+        if i in x_axes or i in x_batch
+        else (Atom((OTHER, i), n),)
+        for i, n in enumerate(x.shape)
+    ]
+    used = {*contracted[side], *batch[side]}
+    w_free = [g for i, g in enumerate(weight.dims) if i not in used]
+    x_free = [g for i, g in enumerate(x_groups) if i not in {**x_axes, **x_batch}]
+    want = [
+        *(weight.dims[i] for i in batch[side]),
+        *((w_free + x_free) if side == 0 else (x_free + w_free)),
+    ]
+    for term in weight.terms:
+        base = base + low_rank_product(
+            ctx.drop(x, term.dropout),
+            x_groups,
+            term,
+            want=[atom for group in want for atom in group],
+            x_first=side == 1,
+            shape=base.shape,
+            dtype=base.dtype,
+            precision=eqn.params["precision"],
+        )
+    return [base]
+
+
+def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[Any]:
+    """`conv(x, w + s a b) = conv(x, w) + s (conv(x, a) . b)`.
+
+    A is a kernel of the same window with `rank` output channels, B mixes its channels
+    as a 1x1 kernel. With feature groups A is shared by the groups.
+    """
+    params = eqn.params
+    numbers = params["dimension_numbers"]
+    out_dim, *in_dims = numbers.rhs_spec
+    if not isinstance(weight, Weight) or isinstance(x, Weight):
+        return NotImplemented
+    if weight.looked_up or params["batch_group_count"] != 1:
+        return NotImplemented
+    outs = weight.dims[out_dim]
+    ins = tuple(weight.dims[i] for i in in_dims)
+    if any(len(group) > 1 for group in (outs, *ins)):
+        return NotImplemented
+    factors = [_conv_factors(term, outs, ins) for term in weight.terms]
+    if None in factors:
+        return NotImplemented
+    in_atoms = [atom for group in ins for atom in group]
+    ctx.used(weight, "conv_general_dilated", fan_in=in_atoms, batch=[], eqn=eqn)
+    (base,) = bind(eqn, x, weight.w)
+    for term, factor in zip(weight.terms, factors, strict=True):
+        base = base + _conv_product(
+            ctx.drop(x, term.dropout), *factor, term.scale, base, params
+        )
+    return [base]
+
+
+def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...]):
+    """Returns the factors as `[rank, *ins]` and `[rank, outs]`, or None."""
+    for a, a_labels, b, b_labels in (
+        (term.a, term.a_labels, term.b, term.b_labels),
+        (term.b, term.b_labels, term.a, term.a_labels),
+    ):
+        flat = [atom for group in ins for atom in group]
+        if set(a_labels) == {RANK, *flat} and set(b_labels) == {RANK, *outs}:
+            return regroup(a, a_labels, [(RANK,), *ins]), regroup(
+                b, b_labels, [(RANK,), outs]
+            )
+    return None
+
+
+def _conv_product(x, a, b, scale, base, params):
+    """Returns `scale * conv(x, a) . b`, like `base` in shape and dtype."""
+    numbers = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    compute, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    spec = {key: params[key] for key in ("precision", "feature_group_count")}
+    place = [numbers.rhs_spec.index(i) for i in range(a.ndim)]
+    kernel = lax.transpose(jnp.tile(a, (groups, *(1 for _ in a.shape[1:]))), place)
+    t = lax.conv_general_dilated(
+        x,
+        kernel.astype(compute),
+        dimension_numbers=numbers,
+        preferred_element_type=wide,
+        **{k: params[k] for k in ("window_strides", "padding")},
+        **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
+        **spec,
+    )
+    t = (t * scale).astype(compute)
+    channels = numbers.out_spec[1]
+    b = b.astype(compute)
+    if groups == 1 and channels == t.ndim - 1:
+        return thin_dot(
+            t,
+            b,
+            (([channels], [0]), ([], [])),
+            dtype=base.dtype,
+            precision=params["precision"],
+        )
+    ones = (1,) * (t.ndim - 2)
+    pointwise = lax.transpose(lax.reshape(b.T, (*b.T.shape, *ones)), place)
+    return lax.conv_general_dilated(
+        t,
+        pointwise,
+        window_strides=ones,
+        padding="VALID",
+        dimension_numbers=lax.ConvDimensionNumbers(
+            numbers.out_spec, numbers.rhs_spec, numbers.out_spec
+        ),
+        preferred_element_type=base.dtype,
+        **spec,
+    )
+
+
+def low_rank_product(
+    x: Any,
+    x_groups: list[Group],
+    term: Term,
+    *,
+    want: list[Atom],
+    x_first: bool,
+    shape: tuple[int, ...],
+    dtype: Any,
+    precision: Any = None,
+) -> jax.Array:
+    """Returns `scale * (x . a) . b` in the layout `want`, reshaped to `shape`.
+
+    The products are in the dtype of `x` and sum in float32.
+    """
+    x_labels = tuple(atom for group in x_groups for atom in group)
+    if any(len(group) != 1 for group in x_groups):
+        x = lax.reshape(x, [atom.size for atom in x_labels])
+    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
+    first, second = _order(term, x_labels, want)
+    t, t_labels = contract(
+        x.astype(compute),
+        x_labels,
+        first[0].astype(compute),
+        first[1],
+        keep=[*want, *second[1]],
+        dtype=jnp.promote_types(compute, jnp.float32),
+        precision=precision,
+    )
+    t = (t * term.scale).astype(compute)
+    out, labels = _expand(
+        t,
+        t_labels,
+        *second,
+        want=want,
+        x_first=x_first,
+        dtype=dtype,
+        precision=precision,
+    )
+    return lay_out(out, labels, want, shape)
+
+
+def _order(term: Term, x_labels: Labels, want: list[Atom]):
+    """Returns the factors, the one that shrinks the activation more first."""
+    a, b = (term.a, term.a_labels), (term.b, term.b_labels)
+
+    def summed(labels: Labels) -> int:
+        atoms = [s for s in labels if s in x_labels and s not in want]
+        return math.prod(atom.size for atom in atoms)
+
+    return (a, b) if summed(a[1]) >= summed(b[1]) else (b, a)
+
+
+def _expand(t, t_labels, b, b_labels, *, want, x_first, dtype, precision):
+    """Returns `t . b`, the product that makes the rank axis a wide one again."""
+    t, t_labels = sum_out(t, t_labels, want, b_labels)
+    free = [s for s in b_labels if s not in t_labels]
+    free.sort(key=want.index)
+    shared = [s for s in b_labels if s in t_labels]
+    b = regroup(b, b_labels, [(s,) for s in (*shared, *free)])
+    b_labels = (*shared, *free)
+    batch = [s for s in t_labels if s in shared and s in want]
+    summed = [s for s in t_labels if s in shared and s not in want]
+    numbers = (
+        ([t_labels.index(s) for s in summed], [b_labels.index(s) for s in summed]),
+        ([t_labels.index(s) for s in batch], [b_labels.index(s) for s in batch]),
+    )
+    out = thin_dot(t, b, numbers, dtype=dtype, precision=precision, t_first=x_first)
+    rest = [s for s in t_labels if s not in shared]
+    return out, (*batch, *((rest + free) if x_first else (free + rest)))
+
+
+def join_groups(weight: Weight) -> Weight:
+    """Returns `weight` with each group that lies in the same factors made one atom.
+
+    It is the factors that are reshaped, so activations keep their axes.
+    """
+
+    def holders(atom: Atom) -> tuple[bool, ...]:
+        return tuple(
+            atom in labels
+            for term in weight.terms
+            for labels in (term.a_labels, term.b_labels)
+        )
+
+    joint = {
+        group: Atom((*group[0].name, -1), size(group))
+        for group in weight.dims
+        if len(group) > 1 and len({holders(atom) for atom in group}) == 1
+    }
+    if not joint:
+        return weight
+    member = {atom: group for group in joint for atom in group}
+
+    def join(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        groups = []
+        for atom in labels:
+            group = member.get(atom, (atom,))
+            if group not in groups:
+                groups.append(group)
+        x = regroup(x, labels, groups)
+        return x, tuple(joint[g] if g in joint else g[0] for g in groups)
+
+    dims = tuple((joint[g],) if g in joint else g for g in weight.dims)
+    return weight.replace(terms=weight.map_terms(join), dims=dims)
+
+
+def _indexes_batch(weight: Weight, batch: Any, contracted: Any) -> bool:
+    """Returns whether looked-up matrices are multiplied, one for each batch entry.
+
+    Otherwise rows were looked up, as in an embedding, and are activations.
+    """
+    in_batch = {atom for i in batch for atom in weight.dims[i]}
+    rest = [g for i, g in enumerate(weight.dims) if i not in batch and g]
+    return weight.index_atoms <= in_batch and len(rest) >= 2

@@ -1,0 +1,50 @@
+"""Running code with factors: what `apply_lora` does at each equation."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from . import RULES, compat
+from .interpret import Context, interpret
+from .values import Weight, dense
+
+
+def rewrite(
+    code: compat.Code,
+    values: Sequence[Any],
+    *,
+    key: Any,
+    merged: Callable[[str, str], None],
+) -> list[Any]:
+    """Evaluates `code` with weights among `values`, and returns plain arrays.
+
+    Args:
+      code: the staged function.
+      values: its arguments; adapted ones are `Weight`s.
+      key: PRNG key of dropout, or None.
+      merged: told `(path, why)` of each weight merged on the fly.
+    """
+
+    def settle(value: Any, eqn: Any) -> Any:
+        if not isinstance(value, Weight):
+            return value
+        if not value.is_rows:
+            merged(value.path, _why(eqn))
+        return dense(value)
+
+    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        return compat.bind(eqn, *(settle(v, eqn) for v in operands))
+
+    ctx = Context(
+        rules=RULES,
+        used=lambda *_, **__: None,
+        fallback=fallback,
+        settle=settle,
+        key=key,
+    )
+    return [settle(v, None) for v in interpret(ctx, code, values)]
+
+
+def _why(eqn: Any) -> str:
+    if eqn is None:
+        return "it is returned by the function"
+    return f"`{eqn.primitive.name}` at {compat.where(eqn)} has no factored rule for it"

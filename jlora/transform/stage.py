@@ -1,0 +1,70 @@
+"""From `fn(params, *args, **kwargs)` to a jaxpr, whatever goes in and comes out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from . import compat
+
+
+class Staged(NamedTuple):
+    """A staged call.
+
+    Attributes:
+      code: the jaxpr; its arguments are the array leaves of the inputs.
+      inputs: those leaves, the ones of `params` first.
+      param_slots: for each leaf of `params` its place among `inputs`, or None.
+      rebuild: `arrays -> fn's result`, given the jaxpr's results.
+    """
+
+    code: compat.Code
+    inputs: list[Any]
+    param_slots: list[int | None]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def is_array(x: Any) -> bool:
+    """Returns whether `x` is traced: an array or a shape, not a Python value."""
+    if isinstance(x, np.ndarray):
+        return x.dtype.kind not in "OSU"
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+
+
+def stage(
+    fn: Callable,
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Staged:
+    """Stages `fn(params, *args, **kwargs)` without running it.
+
+    Leaves that are no arrays (flags, strings, functions) stay what they are, in the
+    inputs and in the result.
+    """
+    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    slots = [i for i, x in enumerate(leaves) if is_array(x)]
+    result: dict[str, Any] = {}
+
+    def flat(*arrays: Any) -> list[Any]:
+        filled = list(leaves)
+        for i, x in zip(slots, arrays, strict=True):
+            filled[i] = x
+        params, args, kwargs = treedef.unflatten(filled)
+        out, result["tree"] = jax.tree.flatten(fn(params, *args, **kwargs))
+        result["fixed"] = [None if is_array(x) else x for x in out]
+        return [x for x in out if is_array(x)]
+
+    inputs = [leaves[i] for i in slots]
+    code = compat.stage(flat, *inputs)
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        rest = iter(arrays)
+        return result["tree"].unflatten(
+            next(rest) if x is None else x for x in result["fixed"]
+        )
+
+    n_params = len(jax.tree.leaves(params))
+    place = {slot: k for k, slot in enumerate(slots)}
+    return Staged(code, inputs, [place.get(i) for i in range(n_params)], rebuild)

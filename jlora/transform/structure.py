@@ -1,0 +1,374 @@
+"""Linear steps between a parameter and its use: they move, split or scale its axes.
+
+Each rule does the step to `w` as it was written and to the factor that holds the axes
+concerned, which is small. What a factor cannot express returns NotImplemented.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .compat import bind
+from .interpret import Context
+from .values import (
+    BROADCAST,
+    INDEX,
+    Atom,
+    Group,
+    Labels,
+    Weight,
+    new_atom,
+)
+
+
+def keep(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`."""
+    (w,) = bind(eqn, weight.w)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return NotImplemented
+    return [weight.replace(w=w)]
+
+
+def stop_gradient(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """No derivative reaches the factors either."""
+    (w,) = bind(eqn, weight.w)
+    terms = weight.map_terms(lambda x, labels: (lax.stop_gradient(x), labels))
+    return [weight.replace(w=w, terms=terms)]
+
+
+def optimization_barrier(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+    """The barrier holds for `w`; the factors pass."""
+    out = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    return [
+        v.replace(w=w) if isinstance(v, Weight) else w
+        for v, w in zip(values, out, strict=True)
+    ]
+
+
+def transpose(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """The groups change places; the factors stay."""
+    (w,) = bind(eqn, weight.w)
+    dims = tuple(weight.dims[i] for i in eqn.params["permutation"])
+    return [weight.replace(w=w, dims=dims)]
+
+
+def reshape(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
+    """Axes are split or joined where the new sizes cut between atoms or divide one."""
+    if eqn.params.get("dimensions") is not None:
+        return NotImplemented
+    sizes = eqn.params["new_sizes"]
+    weight = _squeeze_atoms(weight, [a for g in weight.dims for a in g if a.size == 1])
+    split = _split_to(weight, sizes)
+    if split is None:
+        return NotImplemented
+    weight, dims = split
+    return [weight.replace(w=bind(eqn, weight.w)[0], dims=dims)]
+
+
+def _split_to(
+    weight: Weight, sizes: Sequence[int]
+) -> tuple[Weight, tuple[Group, ...]] | None:
+    """Returns `weight` with atoms split, and groups with the products `sizes`."""
+    atoms = [atom for group in weight.dims for atom in group]
+    dims: list[Group] = []
+    for n in sizes:
+        group: list[Atom] = []
+        while math.prod(atom.size for atom in group) < n:
+            missing = n // math.prod(atom.size for atom in group)
+            atom = atoms.pop(0)
+            if atom.size > missing and atom.size % missing == 0:
+                parts = (
+                    Atom((*atom.name, 0), missing),
+                    Atom((*atom.name, 1), atom.size // missing),
+                )
+                weight = weight.replace(
+                    terms=weight.map_terms(_splitter(atom, parts)),
+                    dims=tuple(
+                        tuple(p for a in g for p in (parts if a == atom else (a,)))
+                        for g in weight.dims
+                    ),
+                )
+                atom, rest = parts
+                atoms.insert(0, rest)
+            group.append(atom)
+        if math.prod(atom.size for atom in group) != n:
+            return None
+        dims.append(tuple(group))
+    return (weight, tuple(dims)) if not atoms else None
+
+
+def _splitter(atom: Atom, parts: tuple[Atom, ...]) -> Callable[[Any, Labels], Any]:
+    def split(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        if atom not in labels:
+            return x, labels
+        i = labels.index(atom)
+        shape = (*x.shape[:i], *(p.size for p in parts), *x.shape[i + 1 :])
+        return lax.reshape(x, shape), (*labels[:i], *parts, *labels[i + 1 :])
+
+    return split
+
+
+def _squeeze_atoms(weight: Weight, atoms: Sequence[Atom]) -> Weight:
+    """Returns `weight` without `atoms`, all of size one; `w` keeps its axes."""
+    if not atoms:
+        return weight
+
+    def squeeze_factor(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        gone = [i for i, s in enumerate(labels) if s in atoms]
+        rest = tuple(s for s in labels if s not in atoms)
+        return lax.squeeze(x, gone), rest
+
+    dims = tuple(tuple(a for a in g if a not in atoms) for g in weight.dims)
+    return weight.replace(terms=weight.map_terms(squeeze_factor), dims=dims)
+
+
+def squeeze(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """Axes of size one go, from the factors too."""
+    (w,) = bind(eqn, weight.w)
+    gone = eqn.params["dimensions"]
+    weight = _squeeze_atoms(weight, [a for i in gone for a in weight.dims[i]])
+    dims = tuple(g for i, g in enumerate(weight.dims) if i not in gone)
+    return [weight.replace(w=w, dims=dims)]
+
+
+def broadcast_in_dim(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
+    """New axes are in neither factor."""
+    shape = eqn.params["shape"]
+    source = {j: i for i, j in enumerate(eqn.params["broadcast_dimensions"])}
+    (w,) = bind(eqn, weight.w)
+    grown = [i for j, i in source.items() if shape[j] != weight.w.shape[i]]
+    weight = _squeeze_atoms(weight, [a for i in grown for a in weight.dims[i]])
+    out = weight.replace(w=w)
+    dims: list[Group] = []
+    for j, n in enumerate(shape):
+        if j in source and source[j] not in grown:
+            dims.append(weight.dims[source[j]])
+        else:
+            known = weight.replace(dims=(*weight.dims, *dims))
+            dims.append(() if n == 1 else (new_atom(known, BROADCAST, n),))
+    return [out.replace(dims=tuple(dims))]
+
+
+def rev(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """Reversal along axes of single atoms."""
+    groups = [weight.dims[i] for i in eqn.params["dimensions"]]
+    if any(len(group) > 1 for group in groups):
+        return NotImplemented
+    atoms = {atom for group in groups for atom in group}
+
+    def reverse(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        return lax.rev(x, [i for i, s in enumerate(labels) if s in atoms]), labels
+
+    (w,) = bind(eqn, weight.w)
+    return [weight.replace(w=w, terms=weight.map_terms(reverse))]
+
+
+def slice_(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """A static slice along axes of single atoms."""
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    (w,) = bind(eqn, weight.w)
+    return _cut(
+        weight,
+        w,
+        lambda x, axis, i: lax.slice_in_dim(
+            x, starts[i], limits[i], strides[i], axis=axis
+        ),
+    )
+
+
+def split(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """Slices side by side along one axis."""
+    axis, start, results = eqn.params["axis"], 0, []
+    for w in bind(eqn, weight.w):
+        stop = start + w.shape[axis]
+        cut = _cut(
+            weight,
+            w,
+            lambda x, axis, i, start=start, stop=stop: lax.slice_in_dim(
+                x, start, stop, axis=axis
+            ),
+        )
+        if cut is NotImplemented:
+            return cut
+        results += cut
+        start = stop
+    return results
+
+
+def dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
+    """A slice at computed positions; one entry of an axis takes the axis away."""
+    if any(isinstance(s, Weight) for s in starts):
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+    (w,) = bind(eqn, weight.w, *starts)
+    cut = _cut(
+        weight,
+        w,
+        lambda x, axis, i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], axis),
+    )
+    if cut is NotImplemented:
+        return cut
+    picked = [i for i, n in enumerate(sizes) if n == 1 and weight.w.shape[i] != 1]
+    (out,) = cut
+    out = _squeeze_atoms(out, [atom for i in picked for atom in out.dims[i]])
+    return [out.replace(looked_up=weight.looked_up or bool(picked))]
+
+
+def _cut(weight: Weight, w: Any, cut: Callable[[Any, int, int], Any]) -> list[Any]:
+    """Returns `weight` with the axes on which `w` is shorter cut in its factors too."""
+    changed = {}
+    for i, group in enumerate(weight.dims):
+        if w.shape[i] != weight.w.shape[i]:
+            if len(group) != 1:
+                return NotImplemented
+            changed[group[0]] = (i, group[0]._replace(size=w.shape[i]))
+
+    def cut_factor(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        for axis, atom in enumerate(labels):
+            if atom in changed:
+                x = cut(x, axis, changed[atom][0])
+        return x, tuple(changed[s][1] if s in changed else s for s in labels)
+
+    dims = tuple(
+        tuple(changed[a][1] if a in changed else a for a in g) for g in weight.dims
+    )
+    return [weight.replace(w=w, terms=weight.map_terms(cut_factor), dims=dims)]
+
+
+def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
+    """`w[ids]`: whole rows along indexed axes, picked in the factors that have them.
+
+    The result is still a weight, with the axes of `indices` in place of the indexed
+    ones: experts picked by row stay factored in the product that follows, and an
+    embedding becomes an activation at its first use.
+    """
+    if isinstance(indices, Weight):
+        return NotImplemented
+    numbers = eqn.params["dimension_numbers"]
+    indexed = tuple(numbers.start_index_map)
+    sizes = eqn.params["slice_sizes"]
+    whole = [i for i, n in enumerate(weight.w.shape) if i not in indexed]
+    if (
+        numbers.operand_batching_dims
+        or set(numbers.collapsed_slice_dims) != set(indexed)
+        or any(sizes[i] != weight.w.shape[i] for i in whole)
+        or any(len(weight.dims[i]) != 1 for i in indexed)
+    ):
+        return NotImplemented
+    (w,) = bind(eqn, weight.w, indices)
+    positions = [i for i in range(w.ndim) if i not in numbers.offset_dims]
+    atoms: list[Atom] = []
+    for n in indices.shape[:-1]:
+        known = weight.replace(dims=(*weight.dims, tuple(atoms)))
+        atoms.append(new_atom(known, INDEX, n))
+
+    def pick(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        columns = [
+            (k, labels.index(weight.dims[i][0]))
+            for k, i in enumerate(indexed)
+            if weight.dims[i][0] in labels
+        ]
+        if not columns:
+            return x, labels
+        axes = [axis for _, axis in columns]
+        rest = [i for i in range(x.ndim) if i not in axes]
+        picked = lax.gather(
+            x,
+            indices[..., jnp.asarray([k for k, _ in columns])],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
+                collapsed_slice_dims=tuple(sorted(axes)),
+                start_index_map=tuple(axes),
+            ),
+            slice_sizes=[1 if i in axes else n for i, n in enumerate(x.shape)],
+            unique_indices=eqn.params["unique_indices"],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+            fill_value=0,
+        )
+        return picked, (*atoms, *(labels[i] for i in rest))
+
+    dims: list[Group] = [()] * w.ndim
+    for i, atom in zip(positions, atoms, strict=True):
+        dims[i] = (atom,)
+    for i, j in zip(whole, numbers.offset_dims, strict=True):
+        dims[j] = weight.dims[i]
+    return [
+        weight.replace(
+            w=w, terms=weight.map_terms(pick), dims=tuple(dims), looked_up=True
+        )
+    ]
+
+
+def mul(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """`(w + s a b) * c` for a scalar `c`, or a vector along axes of one factor."""
+    return _scale(eqn, x, y, lax.mul)
+
+
+def div(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """`(w + s a b) / c`, as `mul`."""
+    if not isinstance(x, Weight):
+        return NotImplemented
+    return _scale(eqn, x, y, lax.div)
+
+
+def neg(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """`-(w + s a b)`."""
+    (w,) = bind(eqn, weight.w)
+    terms = tuple(dataclasses.replace(t, b=-t.b) for t in weight.terms)
+    return [weight.replace(w=w, terms=terms)]
+
+
+def _scale(eqn: Any, x: Any, y: Any, op: Callable) -> list[Any]:
+    """Returns `op(x, y)` of a weight and what is constant along its other axes."""
+    if isinstance(x, Weight) and isinstance(y, Weight):
+        first = sum(map(bool, x.dims)) >= sum(map(bool, y.dims))
+    else:
+        first = isinstance(x, Weight)
+    weight, other = (x, y) if first else (y, x)
+    if isinstance(other, Weight):
+        if other.terms:
+            return NotImplemented
+        other = other.w
+    scale = jnp.asarray(other)
+    if weight.w.shape != eqn.outvars[0].aval.shape:
+        return NotImplemented
+    varied = [i for i, n in enumerate(scale.shape) if n != 1]
+    if varied and not _leaves_a_matrix(weight, varied):
+        return NotImplemented
+    atoms = [weight.dims[i][0] for i in varied]
+
+    def apply(factor: Any, labels: Labels) -> Any:
+        flat = lax.reshape(scale, [atom.size for atom in atoms])
+        order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
+        shape = [s.size if s in atoms else 1 for s in labels]
+        along = lax.reshape(lax.transpose(flat, order), shape)
+        return op(factor, jnp.broadcast_to(along.astype(factor.dtype), factor.shape))
+
+    terms = []
+    for term in weight.terms:
+        if set(atoms) <= set(term.b_labels):
+            term = dataclasses.replace(term, b=apply(term.b, term.b_labels))
+        elif set(atoms) <= set(term.a_labels):
+            term = dataclasses.replace(term, a=apply(term.a, term.a_labels))
+        else:
+            return NotImplemented
+        terms.append(term)
+    operands = (weight.w, other) if first else (other, weight.w)
+    return [weight.replace(w=bind(eqn, *operands)[0], terms=tuple(terms))]
+
+
+def _leaves_a_matrix(weight: Weight, varied: Sequence[int]) -> bool:
+    """Returns whether a vector along axes `varied` scales rows or columns of a matrix.
+
+    A vector that meets a one-axis leaf (the scale of a norm), or looked-up rows, is an
+    activation meeting a parameter, not a weight being scaled.
+    """
+    own = [i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)]
+    single = all(len(weight.dims[i]) == 1 for i in varied)
+    return not weight.looked_up and single and set(varied) < set(own) and len(own) > 1

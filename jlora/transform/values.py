@@ -1,0 +1,207 @@
+"""A weight on its way through the interpreter: the array, its factors, labelled axes.
+
+An adapted weight stands for `w + sum of scale * einsum(a, b)`. Every axis of a factor
+is one `Atom`; every axis of `w` is a group of atoms (one, as a rule; several after a
+reshape joined axes; none for an axis of size one). Operations on the weight permute,
+split, join or slice the groups, and act on the factor that holds the atoms concerned.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Atom(NamedTuple):
+    """An axis that is never split further.
+
+    Attributes:
+      name: `(i,)` for axis `i` of the leaf, `(i, 0)` and `(i, 1)` for its parts after a
+        reshape; a negative first entry for an axis that the leaf does not have.
+      size: length of the axis.
+    """
+
+    name: tuple[int, ...]
+    size: int
+
+    @property
+    def root(self) -> int:
+        """The axis of the leaf that this atom comes from; negative if from none."""
+        return self.name[0]
+
+
+RANK = Atom((-1,), 0)  # labels the rank axis of a factor; its size is never read
+INDEX, BROADCAST, OTHER = -2, -3, -4  # roots of axes that the leaf does not have
+Group = tuple[Atom, ...]
+Labels = tuple[Atom, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One low-rank summand: `scale * sum over RANK of a * b`, axes named by labels."""
+
+    a: Any
+    b: Any
+    a_labels: Labels = dataclasses.field(metadata={"static": True})
+    b_labels: Labels = dataclasses.field(metadata={"static": True})
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+
+    def map(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> "Term":
+        """Returns the term with `fun(array, labels)` done to both factors."""
+        a, a_labels = fun(self.a, self.a_labels)
+        b, b_labels = fun(self.b, self.b_labels)
+        return dataclasses.replace(self, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A leaf of the parameters, or what linear operations made of it.
+
+    Attributes:
+      w: the frozen array.
+      terms: what is added to it; empty while planning.
+      dims: the group of atoms of each axis of `w`.
+      path: the leaf it comes from.
+      looked_up: rows were picked by computed indices, as in an embedding.
+    """
+
+    w: Any
+    terms: tuple[Term, ...]
+    dims: tuple[Group, ...] = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+    looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def replace(self, **changes: Any) -> "Weight":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def map_terms(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> Any:
+        """Returns the terms with `fun(array, labels)` done to every factor."""
+        return tuple(term.map(fun) for term in self.terms)
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether this is looked-up rows, an embedding's result, and no matrix."""
+        return self.looked_up and (
+            bool(self.index_atoms) or sum(map(bool, self.dims)) <= 1
+        )
+
+    @property
+    def index_atoms(self) -> frozenset[Atom]:
+        """Atoms that count looked-up positions rather than entries of the leaf."""
+        return frozenset(a for g in self.dims for a in g if a.root == INDEX)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """While planning: an array computed from leaves `paths` and no input data."""
+
+    w: Any
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+def leaf_dims(shape: Sequence[int]) -> tuple[Group, ...]:
+    """Returns the groups of an untouched leaf: axis `i` is the atom `(i,)`."""
+    return tuple((Atom((i,), n),) for i, n in enumerate(shape))
+
+
+def size(group: Group) -> int:
+    """Returns the length of an axis made of `group`."""
+    return math.prod(atom.size for atom in group)
+
+
+def new_atom(weight: Weight, kind: int, n: int) -> Atom:
+    """Returns an atom of size `n` and the negative root `kind`, new to `weight`."""
+    atoms = [atom for group in weight.dims for atom in group]
+    return Atom((kind, sum(atom.root == kind for atom in atoms)), n)
+
+
+def regroup(x: Any, labels: Labels, groups: Sequence[Group]) -> Any:
+    """Returns `x` with one axis for each of `groups`, which hold all its labels."""
+    flat = [atom for group in groups for atom in group]
+    x = lax.transpose(x, [labels.index(atom) for atom in flat])
+    sizes = dict(zip(flat, x.shape, strict=True))
+    return lax.reshape(x, [math.prod(sizes[a] for a in group) for group in groups])
+
+
+def dense(weight: Weight) -> jax.Array:
+    """Returns `w + sum of terms` as an array: summed in float32, rounded once."""
+    if not weight.terms:
+        return weight.w
+    w = weight.w
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    atoms = [atom for group in weight.dims for atom in group]
+    total = w.astype(wide)
+    for term in weight.terms:
+        a, b = term.a.astype(wide), term.b.astype(wide) * term.scale
+        delta, labels = contract(
+            a, term.a_labels, b, term.b_labels, keep=atoms, dtype=wide, exact=True
+        )
+        total = total + lay_out(delta, labels, atoms, w.shape)
+    return total.astype(w.dtype)
+
+
+def lay_out(
+    x: Any, labels: Labels, want: Sequence[Atom], shape: tuple[int, ...]
+) -> jax.Array:
+    """Returns `x` with its axes in the order `want`, broadcast, reshaped to `shape`."""
+    absent = [atom for atom in want if atom not in labels]
+    if absent:
+        x = lax.reshape(x, (*x.shape, *(1 for _ in absent)))
+    order = [(*labels, *absent).index(atom) for atom in want]
+    if order != sorted(order):
+        x = lax.transpose(x, order)
+    if absent:
+        x = jnp.broadcast_to(x, [atom.size for atom in want])
+    return x if x.shape == tuple(shape) else lax.reshape(x, shape)
+
+
+def contract(
+    x: Any,
+    x_labels: Labels,
+    y: Any,
+    y_labels: Labels,
+    *,
+    keep: Sequence[Atom],
+    dtype: Any,
+    exact: bool = False,
+    **params: Any,
+) -> tuple[jax.Array, Labels]:
+    """Returns the einsum of two arrays by label, and the labels of its axes.
+
+    A label of both is summed over unless it is in `keep`, then it is a batch axis; a
+    label of one alone is summed over unless it is in `keep`. Axes come out in the order
+    batch, rest of `x`, rest of `y`.
+    """
+    x, x_labels = sum_out(x, x_labels, keep, y_labels)
+    y, y_labels = sum_out(y, y_labels, keep, x_labels)
+    batch = [atom for atom in x_labels if atom in y_labels and atom in keep]
+    summed = [atom for atom in x_labels if atom in y_labels and atom not in keep]
+    numbers = (
+        ([x_labels.index(s) for s in summed], [y_labels.index(s) for s in summed]),
+        ([x_labels.index(s) for s in batch], [y_labels.index(s) for s in batch]),
+    )
+    if exact:
+        params["precision"] = lax.Precision.HIGHEST
+    out = lax.dot_general(x, y, numbers, preferred_element_type=dtype, **params)
+    rest = [*x_labels, *y_labels]
+    rest = [atom for atom in rest if atom not in batch and atom not in summed]
+    return out, (*batch, *rest)
+
+
+def sum_out(
+    x: Any, labels: Labels, keep: Sequence[Atom], other: Labels
+) -> tuple[Any, Labels]:
+    """Returns `x` summed over labels that are neither in `keep` nor in `other`."""
+    lonely = [i for i, s in enumerate(labels) if s not in keep and s not in other]
+    if lonely:
+        x = jnp.sum(x, axis=lonely)
+    return x, tuple(s for i, s in enumerate(labels) if i not in lonely)
