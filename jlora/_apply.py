@@ -68,14 +68,14 @@ def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
         values = list(staged.inputs)
         paths = list(flatten_frozen(frozen)[0])
         for path, slot in zip(paths, staged.param_slots, strict=True):
-            if path in trainable.lora:
+            if slot is not None and path in trainable.lora:
                 values[slot] = _weight(path, values[slot], trainable.lora[path])
         merges: dict[str, str] = {}
         outs = rewrite(
             staged.code,
             values,
             key=lora_key,
-            merged=lambda path, why: merges.setdefault(path, why),
+            merged=merges.setdefault,
         )
         _tell(merges, on_merge)
         return staged.rebuild(outs)

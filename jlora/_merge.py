@@ -12,6 +12,7 @@ from ._plan import Plan
 from ._split import MISSING, check, combine, flatten_frozen, split
 from .errors import TreeError
 from .factors import Axes, Factors, Trainable
+from .transform.compat import is_staging
 
 
 def delta(factors: Factors) -> jax.Array:
@@ -100,7 +101,7 @@ def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
         wide = jnp.promote_types(w.dtype, jnp.float32)
         return (w.astype(wide) + sign * delta(factors).astype(wide)).astype(w.dtype)
 
-    if isinstance(w, jax.Array) and not isinstance(w, jax.core.Tracer):
+    if isinstance(w, jax.Array) and not is_staging(w):
         return jax.device_put(add(w, factors), w.sharding)
     return add(w, factors)
 

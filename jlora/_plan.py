@@ -77,7 +77,7 @@ class Row:
     @property
     def trained(self) -> int:
         """How many entries are trained for it: of A and B, or its own."""
-        if self.status == "adapted":
+        if self.spec is not None:
             n_batch, n_in, n_out = self.spec.axes.sizes(self.shape)
             return n_batch * self.spec.rank * (n_in + n_out)
         return self.size if self.status == "full" else 0
@@ -407,7 +407,7 @@ def _render(plan: Plan) -> str:
     summary = (
         f"trained {trained:,} of {total:,} parameters ({share:.2f} %)"
         + (f", {in_full:,} of them in full" if in_full else "")
-        + f"; {nbytes(4 * trained)} as float32, {nbytes(12 * trained)} with Adam's state"
+        + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
     )
     merges = [
         f"  {row.path}: `{use.op}` at {use.where} ({use.scope})"

@@ -66,7 +66,7 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
     for row in plan.rows():
-        if row.status == "adapted":
+        if row.spec is not None:
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
             a, b = INITS[row.spec.init](own, row.shape, row.spec, dtype)

@@ -84,7 +84,7 @@ def save(
         "arrays": {k: [list(x.shape), str(x.dtype)] for k, x in arrays.items()},
         "metadata": metadata,
     }
-    items = {"about": ocp.args.JsonSave(about)}
+    items: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
     for name, tree in (("adapter", arrays), ("opt_state", _numbered(opt_state))):
         if tree:  # Orbax refuses an item without arrays
             items[name] = ocp.args.StandardSave(tree)

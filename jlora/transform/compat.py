@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 from jax.extend import core as jex_core, source_info_util
 
 Literal = jex_core.Literal
@@ -105,18 +106,13 @@ def scope(eqn: Equation) -> str:
 
 def shaped(shape: Sequence[int], dtype: Any) -> Any:
     """Returns the abstract value of an array."""
-    return jax.core.ShapedArray(tuple(shape), dtype)
+    return core.ShapedArray(tuple(shape), dtype)
 
 
 def is_staging(*trees: Any) -> bool:
     """Returns whether any leaf is a tracer, so that work is recorded, not done."""
     leaves = jax.tree.leaves(trees)
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
-
-
-def is_key(x: Any) -> bool:
-    """Returns whether `x` is an array of typed PRNG keys."""
-    return jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+    return any(isinstance(leaf, core.Tracer) for leaf in leaves)
 
 
 def has_typed_placement(x: Any) -> bool:

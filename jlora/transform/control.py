@@ -119,8 +119,8 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     def fill(state: Sequence[Any]) -> list[Any]:
         return [fixed.get(i, v) for i, v in enumerate(state)]
 
-    def step(state: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-        key, state = state
+    def step(loop: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
+        key, state = loop
         key, now = (None, None) if key is None else jax.random.split(key)
         inner = ctx.within(now)
         out = interpret(inner, body, [*body_consts, *fill(state)])
@@ -128,8 +128,8 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
             None if i in fixed else inner.settle(v, eqn) for i, v in enumerate(out)
         ]
 
-    def go_on(state: tuple[Any, list[Any]]) -> Any:
-        (out,) = interpret(ctx.within(None), cond, [*cond_consts, *fill(state[1])])
+    def go_on(loop: tuple[Any, list[Any]]) -> Any:
+        (out,) = interpret(ctx.within(None), cond, [*cond_consts, *fill(loop[1])])
         return out
 
     _, final = lax.while_loop(go_on, step, (ctx.next_key(), init))

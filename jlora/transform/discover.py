@@ -13,12 +13,41 @@ from .values import Atom, Derived, Weight, leaf_dims
 FACTORED, MERGED = "factored", "merged"
 DERIVED, ELEMENTWISE = "derived", "elementwise"
 
+Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+_NONE: Roles = ((), (), ())
+
 # Where one of these meets a parameter and data, the parameter is a bias, a norm's
 # scale, a position table or the like, not the weight of a linear operation.
 _POINTWISE = frozenset(
-    ("add", "add_any", "and", "atan2", "clamp", "concatenate", "div", "eq", "ge", "gt")
-    + ("dynamic_update_slice", "le", "lt", "max", "min", "mul", "ne", "nextafter", "or")
-    + ("pad", "pow", "rem", "scatter", "scatter-add", "select_n", "sub", "xor")
+    {
+        "add",
+        "add_any",
+        "and",
+        "atan2",
+        "clamp",
+        "concatenate",
+        "div",
+        "dynamic_update_slice",
+        "eq",
+        "ge",
+        "gt",
+        "le",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "nextafter",
+        "or",
+        "pad",
+        "pow",
+        "rem",
+        "scatter",
+        "scatter-add",
+        "select_n",
+        "sub",
+        "xor",
+    }
 )
 
 
@@ -61,9 +90,11 @@ def discover(
     shapes = {p: x.shape for p, x in zip(paths, inputs, strict=True) if p is not None}
     uses: dict[Use, None] = {}
 
-    def record(path, op, route, eqn, roots=((), (), ())):
-        place = ("", "") if eqn is None else (compat.where(eqn), compat.scope(eqn))
-        uses[Use(path, op, route, *roots, *place)] = None
+    def record(path: str, op: str, route: str, eqn: Any, roots: Roles = _NONE) -> None:
+        where, scope = "", ""
+        if eqn is not None:
+            where, scope = compat.where(eqn), compat.scope(eqn)
+        uses[Use(path, op, route, *roots, where, scope)] = None
 
     def used(
         weight: Weight,
@@ -95,17 +126,7 @@ def discover(
             settle(v, eqn) if isinstance(v, Weight) and v.is_rows else v
             for v in operands
         ]
-        sources = dict.fromkeys(
-            path
-            for v in operands
-            for path in (
-                (v.path,)
-                if isinstance(v, Weight)
-                else v.paths
-                if isinstance(v, Derived)
-                else ()
-            )
-        )
+        sources = dict.fromkeys(path for v in operands for path in _sources(v))
         results = compat.bind(
             eqn, *(v.w if isinstance(v, Weight | Derived) else v for v in operands)
         )
@@ -150,6 +171,13 @@ def discover(
     return list(uses)
 
 
+def _sources(value: Any) -> tuple[str, ...]:
+    """Returns the leaves that `value` is made of."""
+    if isinstance(value, Weight):
+        return (value.path,)
+    return value.paths if isinstance(value, Derived) else ()
+
+
 def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
     """Returns whether an operand comes from the function's inputs.
 
@@ -173,7 +201,7 @@ def _roles(
     fan_in: Sequence[Atom],
     batch: Sequence[Atom],
     rows: bool,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+) -> Roles:
     """Returns the leaf's batch, fan-in and fan-out axes in a use.
 
     An axis that was indexed or scanned on the way is a batch axis, or the fan-in where
@@ -181,7 +209,7 @@ def _roles(
     """
     present = {atom.root for group in weight.dims for atom in group}
     summed, shared = {a.root for a in fan_in}, {a.root for a in batch}
-    roles: tuple[list[int], list[int], list[int]] = ([], [], [])
+    batch_axes, in_axes, out_axes = [], [], []
     for i, n in enumerate(shape):
         free = any(
             a.root == i and a not in fan_in and a not in batch
@@ -190,9 +218,9 @@ def _roles(
         )
         gone = i not in present and n > 1
         if i in summed or (gone and rows):
-            roles[1].append(i)
+            in_axes.append(i)
         elif gone or (i in shared and not free):
-            roles[0].append(i)
+            batch_axes.append(i)
         else:
-            roles[2].append(i)
-    return tuple(roles[0]), tuple(roles[1]), tuple(roles[2])
+            out_axes.append(i)
+    return tuple(batch_axes), tuple(in_axes), tuple(out_axes)

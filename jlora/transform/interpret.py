@@ -24,7 +24,7 @@ class Context:
       used: told of every linear use of a weight:
         `(weight, op, fan_in atoms, batch atoms, eqn)`.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
-      settle: `(ctx, value, eqn) -> array`, the plain array of a weight, recorded.
+      settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
       key: PRNG key of dropout, or None.
       sites: numbers the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
@@ -33,7 +33,7 @@ class Context:
     rules: Mapping[str, Rule]
     used: Callable[..., None]
     fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
-    settle: Callable[["Context", Any, Any], Any]
+    settle: Callable[[Any, Any], Any]
     key: Any = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
@@ -81,7 +81,8 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
     for i, eqn in enumerate(jaxpr.eqns):
         last_use.update((v, i) for v in eqn.invars if isinstance(v, compat.Var))
     for v in jaxpr.outvars:
-        last_use.pop(v, None) if isinstance(v, compat.Var) else None
+        if isinstance(v, compat.Var):
+            last_use.pop(v, None)
 
     for i, eqn in enumerate(jaxpr.eqns):
         operands = [read(v) for v in eqn.invars]

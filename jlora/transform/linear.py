@@ -6,6 +6,7 @@ product and keeps the order of its axes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,9 +42,9 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     (contracted, batch) = eqn.params["dimension_numbers"]
     operands = [
         ctx.settle(v, eqn)
-        if isinstance(v, Weight) and v.looked_up and not _indexes_batch(v, axes, rest)
+        if isinstance(v, Weight) and v.looked_up and not _indexes_batch(v, axes)
         else v
-        for v, axes, rest in zip((lhs, rhs), batch, contracted, strict=True)
+        for v, axes in zip((lhs, rhs), batch, strict=True)
     ]
     sides = [i for i, v in enumerate(operands) if isinstance(v, Weight)]
     if not sides:
@@ -51,7 +52,8 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     if len(sides) == 2:
         return NotImplemented
     side = sides[0]
-    weight, x = operands[side], operands[1 - side]
+    weight: Any = operands[side]
+    x: Any = operands[1 - side]
     x_axes = dict(zip(contracted[1 - side], contracted[side], strict=True))
     x_batch = dict(zip(batch[1 - side], batch[side], strict=True))
     ctx.used(
@@ -111,16 +113,18 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
     ins = tuple(weight.dims[i] for i in in_dims)
     if any(len(group) > 1 for group in (outs, *ins)):
         return NotImplemented
-    factors = [_conv_factors(term, outs, ins) for term in weight.terms]
-    if None in factors:
-        return NotImplemented
+    factors = []
+    for term in weight.terms:
+        pair = _conv_factors(term, outs, ins)
+        if pair is None:
+            return NotImplemented
+        factors.append((term, *pair))
     in_atoms = [atom for group in ins for atom in group]
     ctx.used(weight, "conv_general_dilated", fan_in=in_atoms, batch=[], eqn=eqn)
     (base,) = bind(eqn, x, weight.w)
-    for term, factor in zip(weight.terms, factors, strict=True):
-        base = base + _conv_product(
-            ctx.drop(x, term.dropout), *factor, term.scale, base, params
-        )
+    for term, a, b in factors:
+        kept = ctx.drop(x, term.dropout)
+        base = base + _conv_product(kept, a, b, term.scale, base, params)
     return [base]
 
 
@@ -186,7 +190,7 @@ def low_rank_product(
     x_groups: list[Group],
     term: Term,
     *,
-    want: list[Atom],
+    want: Sequence[Atom],
     x_first: bool,
     shape: tuple[int, ...],
     dtype: Any,
@@ -200,57 +204,44 @@ def low_rank_product(
     if any(len(group) != 1 for group in x_groups):
         x = lax.reshape(x, [atom.size for atom in x_labels])
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
-    first, second = _order(term, x_labels, want)
+    a, a_labels, b, b_labels = term.a, term.a_labels, term.b, term.b_labels
+    if _summed(b_labels, x_labels, want) > _summed(a_labels, x_labels, want):
+        a, a_labels, b, b_labels = b, b_labels, a, a_labels
     t, t_labels = contract(
         x.astype(compute),
         x_labels,
-        first[0].astype(compute),
-        first[1],
-        keep=[*want, *second[1]],
+        a.astype(compute),
+        a_labels,
+        keep=[*want, *b_labels],
         dtype=jnp.promote_types(compute, jnp.float32),
         precision=precision,
     )
     t = (t * term.scale).astype(compute)
-    out, labels = _expand(
+    t, t_labels = sum_out(t, t_labels, want, b_labels)
+    shared = [s for s in b_labels if s in t_labels]
+    free = sorted((s for s in b_labels if s not in t_labels), key=want.index)
+    b = regroup(b.astype(compute), b_labels, [(s,) for s in (*shared, *free)])
+    batch = [s for s in t_labels if s in shared and s in want]
+    summed = [s for s in t_labels if s in shared and s not in want]
+    out = thin_dot(
         t,
-        t_labels,
-        *second,
-        want=want,
-        x_first=x_first,
+        b,
+        (
+            ([t_labels.index(s) for s in summed], [shared.index(s) for s in summed]),
+            ([t_labels.index(s) for s in batch], [shared.index(s) for s in batch]),
+        ),
         dtype=dtype,
         precision=precision,
+        t_first=x_first,
     )
+    rest = [s for s in t_labels if s not in shared]
+    labels = (*batch, *((rest + free) if x_first else (free + rest)))
     return lay_out(out, labels, want, shape)
 
 
-def _order(term: Term, x_labels: Labels, want: list[Atom]):
-    """Returns the factors, the one that shrinks the activation more first."""
-    a, b = (term.a, term.a_labels), (term.b, term.b_labels)
-
-    def summed(labels: Labels) -> int:
-        atoms = [s for s in labels if s in x_labels and s not in want]
-        return math.prod(atom.size for atom in atoms)
-
-    return (a, b) if summed(a[1]) >= summed(b[1]) else (b, a)
-
-
-def _expand(t, t_labels, b, b_labels, *, want, x_first, dtype, precision):
-    """Returns `t . b`, the product that makes the rank axis a wide one again."""
-    t, t_labels = sum_out(t, t_labels, want, b_labels)
-    free = [s for s in b_labels if s not in t_labels]
-    free.sort(key=want.index)
-    shared = [s for s in b_labels if s in t_labels]
-    b = regroup(b, b_labels, [(s,) for s in (*shared, *free)])
-    b_labels = (*shared, *free)
-    batch = [s for s in t_labels if s in shared and s in want]
-    summed = [s for s in t_labels if s in shared and s not in want]
-    numbers = (
-        ([t_labels.index(s) for s in summed], [b_labels.index(s) for s in summed]),
-        ([t_labels.index(s) for s in batch], [b_labels.index(s) for s in batch]),
-    )
-    out = thin_dot(t, b, numbers, dtype=dtype, precision=precision, t_first=x_first)
-    rest = [s for s in t_labels if s not in shared]
-    return out, (*batch, *((rest + free) if x_first else (free + rest)))
+def _summed(labels: Labels, x_labels: Labels, want: Sequence[Atom]) -> int:
+    """Returns over how many entries a product of a factor with the activation sums."""
+    return math.prod(s.size for s in labels if s in x_labels and s not in want)
 
 
 def join_groups(weight: Weight) -> Weight:
@@ -266,7 +257,7 @@ def join_groups(weight: Weight) -> Weight:
             for labels in (term.a_labels, term.b_labels)
         )
 
-    joint = {
+    joint: dict[Group, Atom] = {
         group: Atom((*group[0].name, -1), size(group))
         for group in weight.dims
         if len(group) > 1 and len({holders(atom) for atom in group}) == 1
@@ -288,7 +279,7 @@ def join_groups(weight: Weight) -> Weight:
     return weight.replace(terms=weight.map_terms(join), dims=dims)
 
 
-def _indexes_batch(weight: Weight, batch: Any, contracted: Any) -> bool:
+def _indexes_batch(weight: Weight, batch: Sequence[int]) -> bool:
     """Returns whether looked-up matrices are multiplied, one for each batch entry.
 
     Otherwise rows were looked up, as in an embedding, and are activations.

@@ -13,7 +13,7 @@ def rewrite(
     values: Sequence[Any],
     *,
     key: Any,
-    merged: Callable[[str, str], None],
+    merged: Callable[[str, str], Any],
 ) -> list[Any]:
     """Evaluates `code` with weights among `values`, and returns plain arrays.
 

@@ -66,7 +66,7 @@ def _free(ndim: int, *used: Sequence[int]) -> list[int]:
 
 def _layout(t, b, numbers, t_first):
     """Returns the axes of the result that are batch, free in `t` and free in `b`."""
-    (ct, cb), (bt, bb) = numbers
+    (ct, cb), (bt, _) = numbers
     n_batch = len(bt)
     n_t, n_b = t.ndim - n_batch - len(ct), b.ndim - n_batch - len(cb)
     first, second = (n_t, n_b) if t_first else (n_b, n_t)
