@@ -10,7 +10,7 @@ from .errors import MergeError, MergeWarning
 from .factors import Axes, Factors
 from .transform.rewrite import rewrite
 from .transform.stage import stage
-from .transform.values import RANK, Term, Weight, leaf_dims
+from .transform.values import RANK, Term, Weight, leaf, leaf_dims
 
 OnMerge = Literal["allow", "warn", "error"]
 
@@ -101,7 +101,7 @@ def _weight(path: str, w: Any, factors: Factors) -> Weight:
         factors.scale,
         factors.spec.dropout,
     )
-    return Weight(w, (term,), dims, path)
+    return leaf(path, w, (term,))
 
 
 def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:

@@ -101,9 +101,10 @@ def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
         wide = jnp.promote_types(w.dtype, jnp.float32)
         return (w.astype(wide) + sign * delta(factors).astype(wide)).astype(w.dtype)
 
-    if isinstance(w, jax.Array) and not is_staging(w):
-        return jax.device_put(add(w, factors), w.sharding)
-    return add(w, factors)
+    out = add(w, factors)
+    if isinstance(w, jax.Array) and not is_staging(out):
+        return jax.device_put(out, w.sharding)
+    return out
 
 
 def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:

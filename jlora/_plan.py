@@ -12,7 +12,7 @@ from . import paths
 from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Spec
-from .tables import count, nbytes, table
+from .tables import count, html, nbytes, table
 from .transform.discover import DERIVED, FACTORED, MERGED, Use, discover
 from .transform.heads import output_heads
 from .transform.stage import is_array, stage
@@ -120,7 +120,11 @@ class Plan:
         return sum(row.size for row in self.leaves)
 
     def __str__(self) -> str:
-        return _render(self)
+        shown = table(_HEAD, _lines(self), right="trained cost rank")
+        return f"{shown}\n{_summary(self)}"
+
+    def _repr_html_(self) -> str:
+        return html(_HEAD, _lines(self), _summary(self))
 
 
 def plan(
@@ -390,8 +394,11 @@ def _axes(row: Row) -> Axes:
     return Axes(tuple(batch), tuple(fan_in), tuple(fan_out))
 
 
-def _render(plan: Plan) -> str:
-    """Returns the table, leaves alike in all but their layer's number on one line."""
+_HEAD = ("leaf", "shape", "status", "op", "in → out", "rank", "trained", "cost", "")
+
+
+def _lines(plan: Plan) -> list[tuple[str, ...]]:
+    """Returns the table's lines; leaves alike in all but numbers share one."""
     groups: dict[tuple, list[Row]] = {}
     for row in plan.leaves:
         same = (
@@ -399,25 +406,28 @@ def _render(plan: Plan) -> str:
             *(row.shape, row.dtype, row.status, row.spec, row.op, row.route, row.note),
         )
         groups.setdefault(same, []).append(row)
-    lines = [_line(rows) for rows in groups.values()]
-    head = ("leaf", "shape", "status", "op", "in → out", "rank", "trained", "cost", "")
+    return [_line(rows) for rows in groups.values()]
+
+
+def _summary(plan: Plan) -> str:
+    """Returns what is trained in all, and below it each weight merged on the fly."""
     trained, total = plan.trained_count, plan.total_count
     share = 100 * trained / max(total, 1)
     in_full = sum(row.trained for row in plan.leaves if row.status == "full")
-    summary = (
+    counts = (
         f"trained {trained:,} of {total:,} parameters ({share:.2f} %)"
         + (f", {in_full:,} of them in full" if in_full else "")
         + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
     )
     merges = [
-        f"  {row.path}: `{use.op}` at {use.where} ({use.scope})"
+        f"  {row.path}: `{use.op}` at {use.where}"
         for row in plan.leaves
         if row.status == "adapted"
         for use in row.uses
         if use.route in (MERGED, DERIVED)
     ]
     warning = ["merged on the fly (right, but slower):", *merges] if merges else []
-    return "\n".join([table(head, lines, right="trained cost rank"), summary, *warning])
+    return "\n".join([counts, *warning])
 
 
 def _line(rows: list[Row]) -> tuple[str, ...]:

@@ -9,8 +9,10 @@ import numpy as np
 
 from ._split import Missing, check, flatten_frozen
 from .factors import Factors, Trainable
-from .tables import count, nbytes, table
+from .tables import count, html, nbytes, table
 from .transform.stage import is_array
+
+_HEAD = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +58,22 @@ class Report:
     model_bytes: int
 
     def __str__(self) -> str:
-        head = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")
-        lines = [
+        shown = table(_HEAD, self._lines(), right="rank trained ‖ΔW‖ ‖ΔW‖/‖W‖")
+        return f"{shown}\n{self._summary()}"
+
+    def _repr_html_(self) -> str:
+        return html(_HEAD, self._lines(), self._summary())
+
+    def _summary(self) -> str:
+        share = 100 * self.trained_count / max(self.total_count, 1)
+        return (
+            f"trained {self.trained_count:,} of {self.total_count:,} parameters "
+            f"({share:.2f} %); adapter {nbytes(self.adapter_bytes)}, "
+            f"model {nbytes(self.model_bytes)}"
+        )
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        return [
             (
                 e.path,
                 "×".join(map(str, e.shape)),
@@ -69,13 +85,6 @@ class Report:
             )
             for e in self.entries
         ]
-        share = 100 * self.trained_count / max(self.total_count, 1)
-        return (
-            table(head, lines, right="rank trained ‖ΔW‖ ‖ΔW‖/‖W‖")
-            + f"\ntrained {self.trained_count:,} of {self.total_count:,} parameters "
-            + f"({share:.2f} %); adapter {nbytes(self.adapter_bytes)}, "
-            + f"model {nbytes(self.model_bytes)}"
-        )
 
 
 def report(frozen: Any, trainable: Trainable) -> Report:

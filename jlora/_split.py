@@ -11,6 +11,7 @@ from ._plan import Plan
 from .errors import TreeError
 from .factors import Factors, Trainable
 from .methods import INITS
+from .transform.compat import is_staging
 from .transform.stage import is_array
 
 
@@ -47,7 +48,8 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
       `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again.
 
     Raises:
-      TreeError: if `params` is not the tree that `plan` was made for.
+      TreeError: if `params` is not the tree that `plan` was made for, or an adapted
+        weight holds NaN or infinity (not looked for under a transformation).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -67,6 +69,7 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
     full: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
+            _check_finite(row.path, leaves[row.path])
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
             a, b = INITS[row.spec.init](own, row.shape, row.spec, dtype)
@@ -90,6 +93,16 @@ def _check_plan(leaves: dict[str, Any], plan: Plan) -> None:
         raise TreeError(
             f"These parameters are not the ones the plan was made for: "
             f"{_some(wrong)}. Make a new plan for them."
+        )
+
+
+def _check_finite(path: str, w: Any) -> None:
+    if is_staging(w) or isinstance(w, jax.ShapeDtypeStruct):
+        return
+    if not bool(jnp.isfinite(jnp.asarray(w)).all()):
+        raise TreeError(
+            f"{path!r} holds NaN or infinity, so nothing can be learnt from it. Check "
+            "how the weights were loaded, or leave it out with exclude=."
         )
 
 

@@ -62,7 +62,7 @@ class LoraConfig:
         found in a linear operation, except embeddings and the output head), a glob or
         a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
         `*` stays inside one component, `**` is any number of components, `{a,b}` is
-        either: `"**/attn/{q,v}/kernel"`.
+        either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.
       exclude: globs of leaves that never get factors.
       rules: per-leaf settings; the last match wins.
       train: globs of leaves trained in full (heads, biases, norms).

@@ -74,14 +74,17 @@ def _component(key: Any) -> str:
 def matches(pattern: str, path: str) -> bool:
     """Returns whether the glob `pattern` matches the whole of `path`.
 
-    `*` stands for anything inside one component, `?` for one character, `[ab]` for one
-    of a set, `**` for any number of components (also none), `{a,b}` for either.
+    `*` stands for anything inside one component, `?` for one character, `[ab]` for
+    one of a set, `**` for any number of components (also none), `{a,b}` for either,
+    `{0..5}` for any of the numbers.
 
     Examples:
       >>> matches("**/attn/{q,v}/kernel", "params/blocks_0/attn/q/kernel")
       True
       >>> matches("*/kernel", "params/dense/kernel")
       False
+      >>> matches("layers/{8..11}/**", "layers/10/attn/kernel")
+      True
     """
     return any(regex.fullmatch(path) for regex in _compile(pattern))
 
@@ -105,6 +108,10 @@ def _expand(pattern: str) -> Iterator[str]:
             parts.append(pattern[begin:i])
             begin = i + 1
         if depth == 0:
+            numbers = re.fullmatch(r"(\d+)\.\.(\d+)", parts[0])
+            if numbers and len(parts) == 1:
+                first, last = map(int, numbers.groups())
+                parts = [str(n) for n in range(first, last + 1)]
             for part in parts:
                 yield from _expand(pattern[:start] + part + pattern[i + 1 :])
             return

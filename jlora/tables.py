@@ -1,6 +1,7 @@
 """Plain-text tables and sizes in words."""
 
 from collections.abc import Sequence
+from html import escape
 
 
 def table(
@@ -25,6 +26,24 @@ def table(
             for cell, width, flip in zip(row, widths, to_right, strict=True)
         ).rstrip()
         for row in rows
+    )
+
+
+def html(head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
+    """Returns `lines` under `head` as an HTML table, for notebooks.
+
+    Examples:
+      >>> html(("leaf",), [("w<1>",)], "one leaf")[:48]
+      '<table><caption>one leaf</caption><tr><th>leaf</'
+    """
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells)
+
+    body = "".join(f"<tr>{row(line, 'td')}</tr>" for line in lines)
+    return (
+        f"<table><caption>{escape(caption)}</caption>"
+        f"<tr>{row(head, 'th')}</tr>{body}</table>"
     )
 
 

@@ -1,13 +1,17 @@
 """The jaxpr transform: which rule serves which primitive."""
 
-from . import control, linear, structure
+from . import control, linear, several, structure
 
 LINEAR = {
     "dot_general": linear.dot_general,
     "conv_general_dilated": linear.conv_general_dilated,
+    "ragged_dot_general": linear.ragged_dot_general,
 }
 STRUCTURE = {
+    "add": several.add,
+    "add_any": several.add,
     "broadcast_in_dim": structure.broadcast_in_dim,
+    "concatenate": several.concatenate,
     "convert_element_type": structure.keep,
     "copy": structure.keep,
     "copy_p": structure.keep,
@@ -19,13 +23,17 @@ STRUCTURE = {
     "name": structure.keep,
     "neg": structure.neg,
     "optimization_barrier": structure.optimization_barrier,
+    "pcast": structure.keep,
+    "pvary": structure.keep,
     "reshape": structure.reshape,
     "rev": structure.rev,
     "sharding_constraint": structure.keep,
     "slice": structure.slice_,
     "split": structure.split,
     "squeeze": structure.squeeze,
+    "stack": several.stack,
     "stop_gradient": structure.stop_gradient,
+    "sub": several.sub,
     "transpose": structure.transpose,
 }
 CONTROL = {
@@ -33,11 +41,13 @@ CONTROL = {
     "closed_call": control.closed_call,
     "cond": control.cond,
     "core_call": control.closed_call,
+    "custom_vmap_call": control.closed_call,
     "jit": control.call,
     "pjit": control.call,
     "remat": control.remat,
     "remat2": control.remat,
     "scan": control.scan,
+    "shard_map": control.shard_map,
     "while": control.while_loop,
 }
 RULES = LINEAR | STRUCTURE | CONTROL

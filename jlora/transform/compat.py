@@ -46,9 +46,10 @@ def constvars(jaxpr: Any) -> Sequence[Any]:
     return jaxpr.constvars
 
 
-def inner_code(eqn: Equation, name: str = "jaxpr") -> Code:
-    """Returns the code held by a `jit`, `remat` or `scan` equation."""
-    return code(eqn.params[name])
+def inner_code(eqn: Equation, name: str | None = None) -> Code:
+    """Returns the code in an equation; `name` says which if there are several."""
+    names = ("jaxpr", "call_jaxpr", "call") if name is None else (name,)
+    return code(next(eqn.params[n] for n in names if n in eqn.params))
 
 
 def call_name(eqn: Equation) -> str:

@@ -47,8 +47,7 @@ def _place(value: Any, sharding: Any) -> Any:
 
 def closed_call(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     """A call without settings of its own is inlined."""
-    name = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
-    return interpret(ctx, compat.inner_code(eqn, name), values)
+    return interpret(ctx, compat.inner_code(eqn), values)
 
 
 def remat(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
@@ -72,7 +71,8 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     code = compat.inner_code(eqn)
     n_consts, n_carry = compat.scan_counts(eqn)
     length = eqn.params["length"]
-    consts, carry, xs = _cut(values, n_consts, n_carry)
+    settled = _merge_before(ctx, eqn, scan, values, n_consts + n_carry)
+    consts, carry, xs = _cut(settled, n_consts, n_carry)
     fixed = _hoist(ctx, eqn, code, carry, n_consts)
     init = [None if i in fixed else v for i, v in enumerate(carry)]
     xs = [
@@ -110,8 +110,9 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     """`lax.while_loop`: constant weights, and carries handed on, stay factored."""
     cond = compat.inner_code(eqn, "cond_jaxpr")
     body = compat.inner_code(eqn, "body_jaxpr")
+    settled = _merge_before(ctx, eqn, while_loop, values, len(values))
     cond_consts, body_consts, carry = _cut(
-        values, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        settled, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     )
     fixed = _hoist(ctx, eqn, body, carry, len(body_consts))
     init = [None if i in fixed else v for i, v in enumerate(carry)]
@@ -150,6 +151,99 @@ def cond(ctx: Context, eqn: Any, index: Any, *values: Any) -> list[Any]:
 
     branches = [branch(compat.code(closed)) for closed in eqn.params["branches"]]
     return lax.switch(index, branches, key, *values)
+
+
+def _merge_before(
+    ctx: Context, eqn: Any, rule: Any, values: Sequence[Any], n: int
+) -> Sequence[Any]:
+    """Returns `values`, those of the first `n` merged that the loop would merge.
+
+    Otherwise each turn of the loop would merge them again. What the loop would merge is
+    found by tracing it once more.
+    """
+    if not ctx.hoist or not any(isinstance(v, Weight) for v in values[:n]):
+        return values
+    reasons: dict[str, Any] = {}
+
+    def settle(value: Any, eqn: Any) -> Any:
+        if not isinstance(value, Weight):
+            return value
+        if not value.is_rows:
+            reasons.update((part.path, eqn) for part in value.parts)
+        return value.w
+
+    dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, settle=settle)
+    jax.eval_shape(lambda values: rule(dry, eqn, *values), list(values))
+    return [
+        ctx.settle(v, reasons[v.parts[0].path])
+        if i < n and isinstance(v, Weight) and v.parts[0].path in reasons
+        else v
+        for i, v in enumerate(values)
+    ]
+
+
+def shard_map(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+    """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
+
+    A part of the fan-in gives a part of the sum for the base product and for the
+    low-rank one alike, so the collectives of the body hold for both.
+    """
+    in_specs, out_specs = eqn.params["in_specs"], eqn.params["out_specs"]
+    mesh = eqn.params["mesh"]
+    code = compat.inner_code(eqn)
+    operands = [
+        ctx.settle(v, eqn)
+        if isinstance(v, Weight) and any(len(g) > 1 for g in v.dims)
+        else v
+        for v in values
+    ]
+
+    def inner(values: Sequence[Any]) -> list[Any]:
+        local = [
+            _local(v, var.aval.shape) if isinstance(v, Weight) else v
+            for v, var in zip(values, code.invars, strict=True)
+        ]
+        results = interpret(ctx.within(None), code, local)
+        return [ctx.settle(v, eqn) for v in results]
+
+    specs = [
+        _specs(v, spec) if isinstance(v, Weight) else spec
+        for v, spec in zip(operands, in_specs, strict=True)
+    ]
+    return jax.shard_map(
+        inner,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=list(out_specs),
+        axis_names=eqn.params["newly_manual_axes"],
+        check_vma=eqn.params["check_vma"],
+    )(operands)
+
+
+def _specs(weight: Weight, spec: Any) -> Weight:
+    """Returns `weight` with a `PartitionSpec` in place of each array."""
+    entries = [*spec, *(None for _ in range(weight.w.ndim - len(spec)))]
+    of = {g[0]: e for g, e in zip(weight.dims, entries, strict=True) if g}
+
+    def place(_: Any, labels: Labels) -> tuple[Any, Labels]:
+        return jax.P(*(of.get(s) for s in labels)), labels
+
+    return weight.replace(w=spec, terms=weight.map_terms(place))
+
+
+def _local(weight: Weight, shape: Sequence[int]) -> Weight:
+    """Returns `weight` with its atoms cut to the sizes of one shard."""
+    sizes = {
+        g[0]: g[0]._replace(size=n)
+        for g, n in zip(weight.dims, shape, strict=True)
+        if g
+    }
+
+    def relabel(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        return x, tuple(sizes.get(s, s) for s in labels)
+
+    dims = tuple(tuple(sizes[a] for a in group) for group in weight.dims)
+    return weight.replace(terms=weight.map_terms(relabel), dims=dims)
 
 
 def _cut(values: Sequence[Any], *counts: int) -> list[list[Any]]:

@@ -8,7 +8,7 @@ import jax
 
 from . import CONTROL, LINEAR, STRUCTURE, compat
 from .interpret import Context, interpret
-from .values import Atom, Derived, Weight, leaf_dims
+from .values import Atom, Derived, Part, Weight, leaf
 
 FACTORED, MERGED = "factored", "merged"
 DERIVED, ELEMENTWISE = "derived", "elementwise"
@@ -77,6 +77,9 @@ class Use:
     scope: str
 
 
+_JOINS = frozenset({"add", "add_any", "concatenate", "stack", "sub"})
+
+
 def discover(
     code: compat.Code, inputs: Sequence[Any], paths: Sequence[Any]
 ) -> list[Use]:
@@ -104,13 +107,11 @@ def discover(
         batch: Sequence[Atom],
         eqn: Any,
     ) -> None:
-        record(
-            weight.path,
-            op,
-            FACTORED,
-            eqn,
-            _roles(weight, shapes[weight.path], fan_in, batch, op == "gather"),
-        )
+        for part in weight.parts:
+            roles = _roles(
+                weight, part, shapes[part.path], fan_in, batch, op == "gather"
+            )
+            record(part.path, op, FACTORED, eqn, roles)
 
     def settle(value: Any, eqn: Any) -> Any:
         if isinstance(value, Weight):
@@ -118,7 +119,8 @@ def discover(
                 used(value, "gather", fan_in=(), batch=(), eqn=eqn)
             else:
                 op = "return" if eqn is None else eqn.primitive.name
-                record(value.path, op, MERGED, eqn)
+                for path in _sources(value):
+                    record(path, op, MERGED, eqn)
         return value.w if isinstance(value, Weight | Derived) else value
 
     def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -137,17 +139,20 @@ def discover(
                 record(path, name, route, eqn)
             return results
         for v in operands:
-            if isinstance(v, Weight):
-                record(v.path, name, DERIVED, eqn)
+            for path in _sources(v) if isinstance(v, Weight) else ():
+                record(path, name, DERIVED, eqn)
         return [Derived(x, tuple(sources)) for x in results]
 
     def unless_derived(rule):
         def guarded(ctx, eqn, *operands):
-            scales = eqn.primitive.name in ("mul", "div")
+            name = eqn.primitive.name
+            scales = name in ("mul", "div")
             operands = [
                 v.w if isinstance(v, Derived) and (scales or not v.paths) else v
                 for v in operands
             ]
+            if name in _JOINS and not all(isinstance(v, Weight) for v in operands):
+                return NotImplemented  # with data: a bias, a position table, a token
             derived = any(isinstance(v, Derived) for v in operands)
             if derived or not any(isinstance(v, Weight) for v in operands):
                 return NotImplemented
@@ -160,7 +165,7 @@ def discover(
 
     def run(arrays: Sequence[Any]) -> list[Any]:
         values = [
-            x if path is None else Weight(x, (), leaf_dims(x.shape), path)
+            x if path is None else leaf(path, x)
             for x, path in zip(arrays, paths, strict=True)
         ]
         consts = [Derived(x, ()) for x in code.consts]
@@ -174,7 +179,7 @@ def discover(
 def _sources(value: Any) -> tuple[str, ...]:
     """Returns the leaves that `value` is made of."""
     if isinstance(value, Weight):
-        return (value.path,)
+        return tuple(part.path for part in value.parts)
     return value.paths if isinstance(value, Derived) else ()
 
 
@@ -197,6 +202,7 @@ def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
 
 def _roles(
     weight: Weight,
+    part: Part,
     shape: Sequence[int],
     fan_in: Sequence[Atom],
     batch: Sequence[Atom],
@@ -207,12 +213,13 @@ def _roles(
     An axis that was indexed or scanned on the way is a batch axis, or the fan-in where
     rows were looked up.
     """
-    present = {atom.root for group in weight.dims for atom in group}
-    summed, shared = {a.root for a in fan_in}, {a.root for a in batch}
+    axis = dict(part.roots)
+    present = {axis.get(atom.root) for group in weight.dims for atom in group}
+    summed, shared = ({axis.get(a.root) for a in atoms} for atoms in (fan_in, batch))
     batch_axes, in_axes, out_axes = [], [], []
     for i, n in enumerate(shape):
         free = any(
-            a.root == i and a not in fan_in and a not in batch
+            axis.get(a.root) == i and a not in fan_in and a not in batch
             for group in weight.dims
             for a in group
         )

@@ -61,8 +61,7 @@ def _walk(
             *(made_of.get(v, ()) for v in eqn.invars if isinstance(v, compat.Var))
         )
         if eqn.primitive.name in _CALLS:
-            name = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"
-            inner = compat.inner_code(eqn, name)
+            inner = compat.inner_code(eqn)
             known = {
                 var: made_of[outer]
                 for var, outer in zip(inner.invars, eqn.invars, strict=True)

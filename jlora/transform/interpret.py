@@ -25,6 +25,7 @@ class Context:
         `(weight, op, fan_in atoms, batch atoms, eqn)`.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
       settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
+      hoist: whether a weight that a loop would merge is merged before the loop.
       key: PRNG key of dropout, or None.
       sites: numbers the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
@@ -34,6 +35,7 @@ class Context:
     used: Callable[..., None]
     fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
     settle: Callable[[Any, Any], Any]
+    hoist: bool = False
     key: Any = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)

@@ -128,6 +128,70 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
     return [base]
 
 
+def ragged_dot_general(
+    ctx: Context, eqn: Any, x: Any, weight: Any, sizes: Any, *offset: Any
+) -> list[Any]:
+    """`r(x, w + s a b) = r(x, w) + s r(r(x, a), b)` for a ragged product `r`.
+
+    Rows of `x` are multiplied by the matrix of their group: A and B are per group.
+    """
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    plain = (((1,), (1,)), ((), ()))
+    if (
+        not isinstance(weight, Weight)
+        or any(isinstance(v, Weight) for v in (x, sizes, *offset))
+        or weight.looked_up
+        or _tuples(numbers.dot_dimension_numbers) != plain
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+    ):
+        return NotImplemented
+    joined = join_groups(weight)
+    if any(len(group) != 1 for group in joined.dims):
+        return NotImplemented
+    group, ins, outs = (g[0] for g in joined.dims)
+    factors = []
+    for term in joined.terms:
+        a, a_labels, b, b_labels = term.a, term.a_labels, term.b, term.b_labels
+        if ins not in a_labels:
+            a, a_labels, b, b_labels = b, b_labels, a, a_labels
+        if set(a_labels) != {group, ins, RANK} or set(b_labels) != {group, RANK, outs}:
+            return NotImplemented
+        a = regroup(a, a_labels, [(group,), (ins,), (RANK,)])
+        b = regroup(b, b_labels, [(group,), (RANK,), (outs,)])
+        factors.append((term, a, b))
+    ctx.used(
+        weight,
+        eqn.primitive.name,
+        fan_in=weight.dims[1],
+        batch=weight.dims[0],
+        eqn=eqn,
+    )
+    (base,) = bind(eqn, x, weight.w, sizes, *offset)
+    settings = {
+        "precision": eqn.params["precision"],
+        "group_offset": offset[0] if offset else eqn.params["group_offset"],
+    }
+    for term, a, b in factors:
+        kept = ctx.drop(x, term.dropout)
+        t = lax.ragged_dot(
+            kept,
+            a.astype(x.dtype),
+            sizes,
+            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            **settings,
+        )
+        t = (t * term.scale).astype(x.dtype)
+        base = base + lax.ragged_dot(
+            t, b.astype(x.dtype), sizes, preferred_element_type=base.dtype, **settings
+        )
+    return [base]
+
+
+def _tuples(nested: Any) -> Any:
+    return tuple(map(_tuples, nested)) if isinstance(nested, list | tuple) else nested
+
+
 def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...]):
     """Returns the factors as `[rank, *ins]` and `[rank, outs]`, or None."""
     for a, a_labels, b, b_labels in (

@@ -28,11 +28,12 @@ def rewrite(
         if not isinstance(value, Weight):
             return value
         if not value.is_rows:
-            merged(value.path, _why(eqn))
+            for part in value.parts:
+                merged(part.path, _why(eqn))
         return dense(value)
 
     def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        return compat.bind(eqn, *(settle(v, eqn) for v in operands))
+        return compat.bind(eqn, *(ctx.settle(v, eqn) for v in operands))
 
     ctx = Context(
         rules=RULES,
@@ -40,6 +41,7 @@ def rewrite(
         fallback=fallback,
         settle=settle,
         key=key,
+        hoist=True,
     )
     return [settle(v, None) for v in interpret(ctx, code, values)]
 

@@ -59,6 +59,18 @@ class Term:
         return dataclasses.replace(self, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
 
 
+class Part(NamedTuple):
+    """A leaf that a weight comes from.
+
+    Attributes:
+      path: the leaf.
+      roots: pairs of an atom's root and the leaf's axis that it stands for.
+    """
+
+    path: str
+    roots: tuple[tuple[int, int], ...]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -68,14 +80,14 @@ class Weight:
       w: the frozen array.
       terms: what is added to it; empty while planning.
       dims: the group of atoms of each axis of `w`.
-      path: the leaf it comes from.
+      parts: the leaves it comes from; more than one after a concatenation or a sum.
       looked_up: rows were picked by computed indices, as in an embedding.
     """
 
     w: Any
     terms: tuple[Term, ...]
     dims: tuple[Group, ...] = dataclasses.field(metadata={"static": True})
-    path: str = dataclasses.field(metadata={"static": True})
+    parts: tuple[Part, ...] = dataclasses.field(metadata={"static": True})
     looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def replace(self, **changes: Any) -> "Weight":
@@ -108,8 +120,14 @@ class Derived:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
+def leaf(path: str, w: Any, terms: tuple[Term, ...] = ()) -> Weight:
+    """Returns the untouched leaf `path`, whose axis `i` is the atom `(i,)`."""
+    roots = tuple((i, i) for i in range(w.ndim))
+    return Weight(w, terms, leaf_dims(w.shape), (Part(path, roots),))
+
+
 def leaf_dims(shape: Sequence[int]) -> tuple[Group, ...]:
-    """Returns the groups of an untouched leaf: axis `i` is the atom `(i,)`."""
+    """Returns the groups of an untouched leaf."""
     return tuple((Atom((i,), n),) for i, n in enumerate(shape))
 
 

@@ -1,0 +1,155 @@
+"""Steps that make one weight of several leaves: concatenation, stacking, sums."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .compat import bind
+from .interpret import Context
+from .values import BROADCAST, Atom, Group, Labels, Part, Term, Weight, new_atom
+
+
+def concatenate(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+    """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term keeps its place, zeros elsewhere."""
+    return _side_by_side(eqn, values, eqn.params["dimension"])
+
+
+def stack(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+    """`concatenate` along a new axis."""
+    axis = eqn.params["axis"]
+    parts = [
+        v.replace(
+            w=jnp.expand_dims(v.w, axis), dims=(*v.dims[:axis], (), *v.dims[axis:])
+        )
+        if isinstance(v, Weight)
+        else jnp.expand_dims(v, axis)
+        for v in values
+    ]
+    return _side_by_side(eqn, values, axis, parts)
+
+
+def _side_by_side(
+    eqn: Any, values: Sequence[Any], axis: int, parts: Sequence[Any] | None = None
+) -> list[Any]:
+    parts = values if parts is None else parts
+    aligned = _align(parts, but=axis)
+    if aligned is None:
+        return NotImplemented
+    first, weights = aligned
+    shapes = [v.w.shape if isinstance(v, Weight) else v.shape for v in parts]
+    total = sum(shape[axis] for shape in shapes)
+    old = first.dims[axis]
+    atom = old[0]._replace(size=total) if old else new_atom(first, BROADCAST, total)
+    terms: list[Term] = []
+    start = 0
+    for weight, shape in zip(weights, shapes, strict=True):
+        if weight is not None:
+            before, after = start, total - start - shape[axis]
+            own = weight.dims[axis]
+            terms += [_padded(t, own, atom, before, after) for t in weight.terms]
+        start += shape[axis]
+    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
+    parts_of = tuple(p for weight in weights if weight for p in weight.parts)
+    return [first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)]
+
+
+def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term:
+    """Returns `term` with the axis `own` grown to `atom`, zeros around its entries."""
+    if not own:
+        term = dataclasses.replace(
+            term,
+            b=jnp.expand_dims(term.b, -1),
+            b_labels=(*term.b_labels, Atom(atom.name, 1)),
+        )
+        own = (Atom(atom.name, 1),)
+
+    def pad(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        if own[0] not in labels:
+            return x, labels
+        i = labels.index(own[0])
+        widths = [(0, 0, 0)] * x.ndim
+        widths[i] = (before, after, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        return x, (*labels[:i], atom, *labels[i + 1 :])
+
+    return term.map(pad)
+
+
+def add(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """`(w1 + s a1 b1) + (w2 + s a2 b2)`: the terms of both."""
+    return _sum(eqn, x, y, 1)
+
+
+def sub(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+    """`(w1 + s a1 b1) - (w2 + s a2 b2)`: the terms of both, the second's negated."""
+    return _sum(eqn, x, y, -1)
+
+
+def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
+    aligned = _align((x, y))
+    if aligned is None:
+        return NotImplemented
+    first, (left, right) = aligned
+    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in (x, y)))
+    if w.shape != first.w.shape:
+        return NotImplemented
+    terms = left.terms if left else ()
+    if right:
+        terms += tuple(dataclasses.replace(t, b=sign * t.b) for t in right.terms)
+    parts = tuple(p for weight in (left, right) if weight for p in weight.parts)
+    return [first.replace(w=w, terms=terms, parts=parts)]
+
+
+def _align(
+    values: Sequence[Any], but: int | None = None
+) -> tuple[Weight, list[Weight | None]] | None:
+    """Returns the first weight, and the weights with their atoms named as in it.
+
+    None stands for a plain array. Axis `but` may differ in size. Without matrices of
+    one layout, or with looked-up rows among them, the result is None.
+    """
+    weights = [v for v in values if isinstance(v, Weight)]
+    first = weights[0]
+    shapes = {tuple(n for i, n in enumerate(_shape(v)) if i != but) for v in values}
+    if len(shapes) != 1 or any(v.looked_up or not _is_matrix(v) for v in weights):
+        return None
+    out: list[Weight | None] = []
+    for value in values:
+        if not isinstance(value, Weight):
+            out.append(None)
+            continue
+        names = {}
+        for i, (theirs, ours) in enumerate(zip(value.dims, first.dims, strict=True)):
+            if i == but and (len(theirs) > 1 or len(theirs) != len(ours)):
+                return None
+            if i != but and [a.size for a in theirs] != [a.size for a in ours]:
+                return None
+            pairs = zip(theirs, ours, strict=True)
+            names |= {a: b._replace(size=a.size) for a, b in pairs}
+        out.append(_renamed(value, names))
+    return first, out
+
+
+def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
+    def rename(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        return x, tuple(names.get(s, s) for s in labels)
+
+    now = {old.root: new.root for old, new in names.items()}
+    parts = tuple(
+        Part(part.path, tuple((now[r], axis) for r, axis in part.roots if r in now))
+        for part in weight.parts
+    )
+    dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
+    return weight.replace(terms=weight.map_terms(rename), dims=dims, parts=parts)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.w.shape if isinstance(value, Weight) else value.shape
+
+
+def _is_matrix(weight: Weight) -> bool:
+    return sum(any(a.root >= 0 for a in group) for group in weight.dims) > 1
