@@ -12,7 +12,7 @@ from ._plan import Plan
 from ._split import MISSING, check, combine, flatten_frozen, split
 from .errors import TreeError
 from .factors import Axes, Factors, Trainable
-from .transform.compat import is_staging
+from .transform.compat import is_staging, placed_like
 
 
 def delta(factors: Factors) -> jax.Array:
@@ -99,7 +99,8 @@ def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
 def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
     def add(w: Any, factors: Factors) -> jax.Array:
         wide = jnp.promote_types(w.dtype, jnp.float32)
-        return (w.astype(wide) + sign * delta(factors).astype(wide)).astype(w.dtype)
+        change = sign * placed_like(w, delta, factors).astype(wide)
+        return (w.astype(wide) + change).astype(w.dtype)
 
     out = add(w, factors)
     if isinstance(w, jax.Array) and not is_staging(out):

@@ -105,6 +105,19 @@ def scope(eqn: Equation) -> str:
     return str(eqn.source_info.name_stack)
 
 
+def placed_like(base: Any, fun: Callable[..., Any], *args: Any) -> Any:
+    """Returns `fun(*args)` laid out as `base`.
+
+    Under a mesh with explicit axes the partitioner works out what is in between.
+    """
+    sharding = jax.typeof(base).sharding
+    if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
+        return fun(*args)
+    if sharding.mesh.are_all_axes_manual:
+        return fun(*args)
+    return jax.sharding.auto_axes(fun, out_sharding=sharding)(*args)
+
+
 def shaped(shape: Sequence[int], dtype: Any) -> Any:
     """Returns the abstract value of an array."""
     return core.ShapedArray(tuple(shape), dtype)

@@ -5,6 +5,7 @@ Every rule adds the low-rank term to the original product, which is bound as it 
 product and keeps the order of its axes.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import bind
+from .compat import bind, placed_like
 from .interpret import Context
 from .thin import thin_dot
 from .values import (
@@ -82,17 +83,17 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         *(weight.dims[i] for i in batch[side]),
         *((w_free + x_free) if side == 0 else (x_free + w_free)),
     ]
+    product = functools.partial(
+        low_rank_product,
+        x_groups=x_groups,
+        want=[atom for group in want for atom in group],
+        x_first=side == 1,
+        shape=base.shape,
+        dtype=base.dtype,
+        precision=eqn.params["precision"],
+    )
     for term in weight.terms:
-        base = base + low_rank_product(
-            ctx.drop(x, term.dropout),
-            x_groups,
-            term,
-            want=[atom for group in want for atom in group],
-            x_first=side == 1,
-            shape=base.shape,
-            dtype=base.dtype,
-            precision=eqn.params["precision"],
-        )
+        base = base + placed_like(base, product, ctx.drop(x, term.dropout), term)
     return [base]
 
 
@@ -123,8 +124,10 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
     ctx.used(weight, "conv_general_dilated", fan_in=in_atoms, batch=[], eqn=eqn)
     (base,) = bind(eqn, x, weight.w)
     for term, a, b in factors:
-        kept = ctx.drop(x, term.dropout)
-        base = base + _conv_product(kept, a, b, term.scale, base, params)
+        product = functools.partial(
+            _conv_product, scale=term.scale, dtype=base.dtype, params=params
+        )
+        base = base + placed_like(base, product, ctx.drop(x, term.dropout), a, b)
     return [base]
 
 
@@ -206,8 +209,8 @@ def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...]):
     return None
 
 
-def _conv_product(x, a, b, scale, base, params):
-    """Returns `scale * conv(x, a) . b`, like `base` in shape and dtype."""
+def _conv_product(x, a, b, *, scale, dtype, params):
+    """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
     groups = params["feature_group_count"]
     compute, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
@@ -231,7 +234,7 @@ def _conv_product(x, a, b, scale, base, params):
             t,
             b,
             (([channels], [0]), ([], [])),
-            dtype=base.dtype,
+            dtype=dtype,
             precision=params["precision"],
         )
     ones = (1,) * (t.ndim - 2)
@@ -244,16 +247,16 @@ def _conv_product(x, a, b, scale, base, params):
         dimension_numbers=lax.ConvDimensionNumbers(
             numbers.out_spec, numbers.rhs_spec, numbers.out_spec
         ),
-        preferred_element_type=base.dtype,
+        preferred_element_type=dtype,
         **spec,
     )
 
 
 def low_rank_product(
     x: Any,
-    x_groups: list[Group],
     term: Term,
     *,
+    x_groups: list[Group],
     want: Sequence[Atom],
     x_first: bool,
     shape: tuple[int, ...],

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .compat import placed_like
+
 
 class Atom(NamedTuple):
     """An axis that is never split further.
@@ -157,13 +159,17 @@ def dense(weight: Weight) -> jax.Array:
     w = weight.w
     wide = jnp.promote_types(w.dtype, jnp.float32)
     atoms = [atom for group in weight.dims for atom in group]
-    total = w.astype(wide)
-    for term in weight.terms:
+
+    def delta(term: Term) -> jax.Array:
         a, b = term.a.astype(wide), term.b.astype(wide) * term.scale
-        delta, labels = contract(
+        product, labels = contract(
             a, term.a_labels, b, term.b_labels, keep=atoms, dtype=wide, exact=True
         )
-        total = total + lay_out(delta, labels, atoms, w.shape)
+        return lay_out(product, labels, atoms, w.shape)
+
+    total = w.astype(wide)
+    for term in weight.terms:
+        total = total + placed_like(w, delta, term)
     return total.astype(w.dtype)
 
 
