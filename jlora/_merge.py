@@ -13,6 +13,7 @@ from ._split import MISSING, check, combine, flatten_frozen, split
 from .errors import TreeError
 from .factors import Axes, Factors, Trainable
 from .transform.compat import is_staging, placed_like
+from .transform.values import at_least_float32
 
 
 def delta(factors: Factors) -> jax.Array:
@@ -30,7 +31,7 @@ def delta(factors: Factors) -> jax.Array:
     """
     axes = factors.spec.axes
     a, b = factors.a, factors.b
-    wide = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    wide = at_least_float32(a.dtype, b.dtype)
     batch = a.shape[: len(axes.batch)]
     fan_in = a.shape[len(axes.batch) : -1]
     fan_out = b.shape[len(axes.batch) + 1 :]
@@ -98,7 +99,7 @@ def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
 
 def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
     def add(w: Any, factors: Factors) -> jax.Array:
-        wide = jnp.promote_types(w.dtype, jnp.float32)
+        wide = at_least_float32(w.dtype)
         change = sign * placed_like(w, delta, factors).astype(wide)
         return (w.astype(wide) + change).astype(w.dtype)
 

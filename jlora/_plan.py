@@ -120,7 +120,7 @@ class Plan:
         return sum(row.size for row in self.leaves)
 
     def __str__(self) -> str:
-        shown = table(_HEAD, _lines(self), right="trained cost rank")
+        shown = table(_HEAD, _lines(self), right=("rank", "trained", "cost"))
         return f"{shown}\n{_summary(self)}"
 
     def _repr_html_(self) -> str:

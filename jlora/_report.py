@@ -58,7 +58,7 @@ class Report:
     model_bytes: int
 
     def __str__(self) -> str:
-        shown = table(_HEAD, self._lines(), right="rank trained ‖ΔW‖ ‖ΔW‖/‖W‖")
+        shown = table(_HEAD, self._lines(), right=_HEAD[2:6])
         return f"{shown}\n{self._summary()}"
 
     def _repr_html_(self) -> str:

@@ -5,12 +5,12 @@ from html import escape
 
 
 def table(
-    head: Sequence[str], lines: Sequence[Sequence[str]], *, right: str = ""
+    head: Sequence[str], lines: Sequence[Sequence[str]], *, right: Sequence[str] = ()
 ) -> str:
     """Returns `lines` under `head` in aligned columns; `right` names those set right.
 
     Examples:
-      >>> print(table(("leaf", "n"), [("w", "12"), ("bias", "3")], right="n"))
+      >>> print(table(("leaf", "n"), [("w", "12"), ("bias", "3")], right=["n"]))
       leaf   n
       ────  ──
       w     12
@@ -18,7 +18,7 @@ def table(
     """
     rows = [tuple(head), *map(tuple, lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    to_right = [name in right.split() and bool(name) for name in head]
+    to_right = [name in right for name in head]
     rows.insert(1, tuple("─" * width for width in widths))
     return "\n".join(
         "  ".join(

@@ -1,6 +1,14 @@
 """Settings: eight CPU devices everywhere, strict dtypes and ranks in tests/."""
 
+import os
 from collections.abc import Iterator
+
+# Tests compile much and compute little: optimising the machine code costs more than
+# it saves. Read when JAX starts its backend.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import hypothesis
 import jax

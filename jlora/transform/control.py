@@ -66,7 +66,8 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     """`lax.scan`: constant weights stay whole, stacked ones go a layer at a time.
 
     Of a stacked weight, whichever of `w`, `a` and `b` has the stacked axis is scanned,
-    the others are constants. A carry that the body hands on as it came is a constant.
+    the others are constants. A carry that the body hands on as it came is a constant,
+    and a stack that it hands out as it came in is that stack.
     """
     code = compat.inner_code(eqn)
     n_consts, n_carry = compat.scan_counts(eqn)
@@ -79,6 +80,12 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
         ctx.settle(x, eqn) if isinstance(x, Weight) and len(x.dims[0]) > 1 else x
         for x in xs
     ]
+    for j in range(n_carry, len(code.outvars)):
+        i = source(code.jaxpr, j)
+        if i is not None and i >= n_consts + n_carry:
+            stack = xs[i - n_consts - n_carry]
+            if is_special(stack):
+                fixed[j] = stack
     keys = None if ctx.key is None else jax.random.split(ctx.next_key(), length)
 
     def body(state: list[Any], slices: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
@@ -103,7 +110,7 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
     )
-    return [*(fixed.get(i, v) for i, v in enumerate(final)), *ys]
+    return [fixed.get(i, v) for i, v in enumerate([*final, *ys])]
 
 
 def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
@@ -262,28 +269,34 @@ def _hoist(
     fixed = {}
     for i, value in enumerate(carry):
         if is_special(value):
-            if forwards(body.jaxpr, n_consts + i, i):
+            if source(body.jaxpr, i) == n_consts + i:
                 fixed[i] = value
             else:
                 carry[i] = ctx.settle(value, eqn)
     return fixed
 
 
-def forwards(jaxpr: Any, i: int, j: int) -> bool:
-    """Returns whether result `j` of `jaxpr` is its argument `i`, through calls too."""
+_CALLS = frozenset(
+    {"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"}
+)
+
+
+def source(jaxpr: Any, j: int) -> int | None:
+    """Returns which argument of `jaxpr` its result `j` is, through calls too."""
     var = jaxpr.outvars[j]
-    while var is not jaxpr.invars[i]:
+    while not isinstance(var, compat.Literal):
+        if var in jaxpr.invars:
+            return jaxpr.invars.index(var)
         made = [e for e in jaxpr.eqns if any(v is var for v in e.outvars)]
-        if not made or made[0].primitive.name not in ("jit", "pjit", "closed_call"):
-            return False
+        if not made or made[0].primitive.name not in _CALLS:
+            return None
         (eqn,) = made
-        inner = compat.inner_code(eqn).jaxpr
         k = next(k for k, v in enumerate(eqn.outvars) if v is var)
-        sources = [v for m, v in enumerate(eqn.invars) if forwards(inner, m, k)]
-        if len(sources) != 1 or isinstance(sources[0], compat.Literal):
-            return False
-        (var,) = sources
-    return True
+        i = source(compat.inner_code(eqn).jaxpr, k)
+        if i is None:
+            return None
+        var = eqn.invars[i]
+    return None
 
 
 def _unstack(weight: Weight) -> tuple[Any, Any]:

@@ -25,6 +25,7 @@ from .values import (
     Labels,
     Term,
     Weight,
+    at_least_float32,
     contract,
     lay_out,
     regroup,
@@ -181,7 +182,7 @@ def ragged_dot_general(
             kept,
             a.astype(x.dtype),
             sizes,
-            preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            preferred_element_type=at_least_float32(x.dtype),
             **settings,
         )
         t = (t * term.scale).astype(x.dtype)
@@ -213,7 +214,7 @@ def _conv_product(x, a, b, *, scale, dtype, params):
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
     groups = params["feature_group_count"]
-    compute, wide = x.dtype, jnp.promote_types(x.dtype, jnp.float32)
+    compute, wide = x.dtype, at_least_float32(x.dtype)
     spec = {key: params[key] for key in ("precision", "feature_group_count")}
     place = [numbers.rhs_spec.index(i) for i in range(a.ndim)]
     kernel = lax.transpose(jnp.tile(a, (groups, *(1 for _ in a.shape[1:]))), place)
@@ -280,7 +281,7 @@ def low_rank_product(
         a.astype(compute),
         a_labels,
         keep=[*want, *b_labels],
-        dtype=jnp.promote_types(compute, jnp.float32),
+        dtype=at_least_float32(compute),
         precision=precision,
     )
     t = (t * term.scale).astype(compute)

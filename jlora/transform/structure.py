@@ -250,14 +250,18 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     if isinstance(indices, Weight):
         return NotImplemented
     numbers = eqn.params["dimension_numbers"]
-    indexed = tuple(numbers.start_index_map)
-    sizes = eqn.params["slice_sizes"]
-    whole = [i for i, n in enumerate(weight.w.shape) if i not in indexed]
+    sizes, shape = eqn.params["slice_sizes"], weight.w.shape
+    clamps = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    columns = {  # axis of `w`: column of `indices`
+        i: k
+        for k, i in enumerate(numbers.start_index_map)
+        if not (clamps and sizes[i] == shape[i])  # a whole slice starts at zero
+    }
+    whole = [i for i in range(weight.w.ndim) if i not in columns]
     if (
         numbers.operand_batching_dims
-        or set(numbers.collapsed_slice_dims) != set(indexed)
-        or any(sizes[i] != weight.w.shape[i] for i in whole)
-        or any(len(weight.dims[i]) != 1 for i in indexed)
+        or any(sizes[i] != shape[i] for i in whole)
+        or any(sizes[i] != 1 or len(weight.dims[i]) != 1 for i in columns)
     ):
         return NotImplemented
     (w,) = bind(eqn, weight.w, indices)
@@ -268,18 +272,18 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
         atoms.append(new_atom(known, INDEX, n))
 
     def pick(x: Any, labels: Labels) -> tuple[Any, Labels]:
-        columns = [
-            (k, labels.index(weight.dims[i][0]))
-            for k, i in enumerate(indexed)
+        held = {
+            labels.index(weight.dims[i][0]): k
+            for i, k in columns.items()
             if weight.dims[i][0] in labels
-        ]
-        if not columns:
+        }
+        if not held:
             return x, labels
-        axes = [axis for _, axis in columns]
+        axes = list(held)
         rest = [i for i in range(x.ndim) if i not in axes]
         picked = lax.gather(
             x,
-            indices[..., jnp.asarray([k for k, _ in columns])],
+            jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
                 collapsed_slice_dims=tuple(sorted(axes)),
@@ -296,8 +300,9 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     dims: list[Group] = [()] * w.ndim
     for i, atom in zip(positions, atoms, strict=True):
         dims[i] = (atom,)
-    for i, j in zip(whole, numbers.offset_dims, strict=True):
-        dims[j] = weight.dims[i]
+    kept = [i for i in range(weight.w.ndim) if i not in numbers.collapsed_slice_dims]
+    for i, j in zip(kept, numbers.offset_dims, strict=True):
+        dims[j] = () if i in columns else weight.dims[i]
     return [
         weight.replace(
             w=w, terms=weight.map_terms(pick), dims=tuple(dims), looked_up=True

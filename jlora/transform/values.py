@@ -138,6 +138,11 @@ def size(group: Group) -> int:
     return math.prod(atom.size for atom in group)
 
 
+def at_least_float32(*dtypes: Any) -> Any:
+    """Returns the dtype in which products and sums of `dtypes` are taken."""
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:
     """Returns an atom of size `n` and the negative root `kind`, new to `weight`."""
     atoms = [atom for group in weight.dims for atom in group]
@@ -157,7 +162,7 @@ def dense(weight: Weight) -> jax.Array:
     if not weight.terms:
         return weight.w
     w = weight.w
-    wide = jnp.promote_types(w.dtype, jnp.float32)
+    wide = at_least_float32(w.dtype)
     atoms = [atom for group in weight.dims for atom in group]
 
     def delta(term: Term) -> jax.Array:
