@@ -37,7 +37,8 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
 
     `frozen` is `params` with holes where `plan` trains leaves in full. Works under
     `jax.jit` and `jax.eval_shape`. With B (or A) zero, the adapted function equals the
-    original one exactly.
+    original one exactly. Leaves trained in full are those of `params` themselves: copy
+    `trainable` before donating it, if `params` is needed later.
 
     Args:
       key: PRNG key, consumed. A leaf's factors depend on the key and its path alone.

@@ -130,3 +130,7 @@ class Trainable:
 
     lora: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
     full: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
+
+    def __contains__(self, path: object) -> bool:
+        """Whether the leaf `path` is adapted or trained in full."""
+        return path in self.lora or path in self.full

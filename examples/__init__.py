@@ -1,0 +1,1 @@
+"""Runnable examples of jlora; `python -m examples.<name>` from a clone."""

@@ -1,0 +1,1 @@
+"""MiniLM-L6 learns the sentiment of review sentences with LoRA."""
