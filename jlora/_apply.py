@@ -60,7 +60,7 @@ def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
         )
 
     @functools.wraps(fn)
-    def lora_fn(frozen, trainable, *args, lora_key=None, **kwargs):
+    def lora_fn(frozen, trainable, /, *args, lora_key=None, **kwargs):
         params = combine(frozen, trainable)
         if not trainable.lora:
             return fn(params, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Factors added to weights for good, taken off again, and found from a fine-tune."""
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 
 from . import paths
 from ._plan import Plan
-from ._split import MISSING, check, combine, flatten_frozen, split
+from ._split import MISSING, check, check_plan, combine, flatten_frozen
 from .errors import TreeError
-from .factors import Axes, Factors, Trainable
+from .factors import Factors, Spec, Trainable
 from .transform.compat import is_staging, placed_like
+from .transform.stage import is_array
 from .transform.values import at_least_float32
 
 
-def delta(factors: Factors) -> jax.Array:
-    """Returns the dense update `scale * a @ b` of a weight, in float32.
+def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns the dense update `scale * a @ b` of a weight, computed in `dtype`.
 
     Shapes: A `[*batch, *fan_in, rank]` and B `[*batch, rank, *fan_out]` give an array
     with the weight's own axes in the weight's own order.
@@ -31,12 +33,11 @@ def delta(factors: Factors) -> jax.Array:
     """
     axes = factors.spec.axes
     a, b = factors.a, factors.b
-    wide = at_least_float32(a.dtype, b.dtype)
     batch = a.shape[: len(axes.batch)]
     fan_in = a.shape[len(axes.batch) : -1]
     fan_out = b.shape[len(axes.batch) + 1 :]
-    rows = a.astype(wide).reshape(*batch, math.prod(fan_in), factors.rank)
-    columns = b.astype(wide).reshape(*batch, factors.rank, math.prod(fan_out))
+    rows = a.astype(dtype).reshape(*batch, math.prod(fan_in), factors.rank)
+    columns = b.astype(dtype).reshape(*batch, factors.rank, math.prod(fan_out))
     product = jnp.matmul(rows, columns, precision=jax.lax.Precision.HIGHEST)
     product = (factors.scale * product).reshape(*batch, *fan_in, *fan_out)
     return jnp.transpose(product, [axes.order.index(i) for i in range(product.ndim)])
@@ -100,7 +101,8 @@ def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
 def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
     def add(w: Any, factors: Factors) -> jax.Array:
         wide = at_least_float32(w.dtype)
-        change = sign * placed_like(w, delta, factors).astype(wide)
+        own_delta = functools.partial(delta, dtype=wide)
+        change = sign * placed_like(w, own_delta, factors)
         return (w.astype(wide) + change).astype(w.dtype)
 
     out = add(w, factors)
@@ -131,7 +133,6 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     References:
       Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
-    _, empty = jax.eval_shape(lambda p: split(jax.random.key(0), p, plan), base_params)
     tuned, treedef = paths.flatten(params)
     base, base_treedef = paths.flatten(base_params)
     if treedef != base_treedef:
@@ -139,16 +140,18 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
             "params and base_params are trees of different structure: leaves "
             f"{sorted(set(tuned) ^ set(base)) or 'equal, containers differ'}."
         )
+    check_plan(base, plan)
+    check_plan(tuned, plan)
+    dtype = jnp.dtype(plan.config.dtype or "float32")
     lora = {
-        path: _nearest(tuned[path], base[path], factors)
-        for path, factors in empty.lora.items()
+        row.path: _nearest(tuned[row.path], base[row.path], row.spec, dtype)
+        for row in plan.rows()
+        if row.spec is not None
     }
     left = [
         path
         for path, leaf in tuned.items()
-        if path not in empty.lora
-        and path not in empty.full
-        and bool(jnp.any(jnp.asarray(leaf) != jnp.asarray(base[path])))
+        if path not in lora and path not in plan.full and _differ(leaf, base[path])
     ]
     if left:
         warnings.warn(
@@ -156,22 +159,30 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
             f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
             stacklevel=2,
         )
-    return Trainable(lora, {path: tuned[path] for path in empty.full})
+    return Trainable(lora, {path: tuned[path] for path in plan.full})
 
 
-def _nearest(tuned: Any, base: Any, factors: Factors) -> Factors:
-    """Returns factors with the best rank-r approximation of `tuned - base`."""
-    axes: Axes = factors.spec.axes
-    change = tuned.astype(jnp.float32) - base.astype(jnp.float32)
+def _differ(a: Any, b: Any) -> bool:
+    """Returns whether two leaves are floating-point arrays with other numbers."""
+    if not is_array(a) or not jnp.issubdtype(a.dtype, jnp.inexact):
+        return False
+    return not bool(jnp.array_equal(a, b, equal_nan=True))
+
+
+def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
+    """Returns factors with the best approximation of `tuned - base` of their rank."""
+    axes = spec.axes
+    wide = at_least_float32(base.dtype)
+    change = tuned.astype(wide) - base.astype(wide)
     _, n_in, n_out = axes.sizes(change.shape)
     batch = [change.shape[i] for i in axes.batch]
     matrix = jnp.transpose(change, axes.order).reshape(*batch, n_in, n_out)
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    half = jnp.sqrt(s[..., : factors.rank] / factors.scale)
-    a = u[..., : factors.rank] * half[..., None, :]
-    b = half[..., :, None] * vt[..., : factors.rank, :]
+    half = jnp.sqrt(s[..., : spec.rank] / spec.scale)
+    a = u[..., : spec.rank] * half[..., None, :]
+    b = half[..., :, None] * vt[..., : spec.rank, :]
     return Factors(
-        a.reshape(factors.a.shape).astype(factors.a.dtype),
-        b.reshape(factors.b.shape).astype(factors.b.dtype),
-        factors.spec,
+        a.reshape(axes.a_shape(change.shape, spec.rank)).astype(dtype),
+        b.reshape(axes.b_shape(change.shape, spec.rank)).astype(dtype),
+        spec,
     )

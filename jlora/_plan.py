@@ -128,7 +128,7 @@ class Plan:
 
 
 def plan(
-    fn: Callable, params: Any, *args: Any, config: LoraConfig, **kwargs: Any
+    fn: Callable, params: Any, /, *args: Any, config: LoraConfig, **kwargs: Any
 ) -> Plan:
     """Returns what `config` means for `fn`: what is adapted, how, and at what cost.
 

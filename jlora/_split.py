@@ -36,8 +36,9 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
     `frozen` is `params` with holes where `plan` trains leaves in full. Works under
-    `jax.jit` and `jax.eval_shape`. With B (or A) zero, the adapted function equals the
-    original one exactly. Leaves trained in full are those of `params` themselves: copy
+    `jax.jit` and `jax.eval_shape`. With B (or A) zero, every operation of the adapted
+    function gives the bits of the original one; one `jax.jit` may fuse, and so round,
+    the two differently. Leaves trained in full are those of `params` themselves: copy
     `trainable` before donating it, if `params` is needed later.
 
     Args:
@@ -65,7 +66,7 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
       ((4, 2), (8, 2))
     """
     leaves, treedef = paths.flatten(params)
-    _check_plan(leaves, plan)
+    check_plan(leaves, plan)
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
     for row in plan.rows():
@@ -81,7 +82,8 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
     return treedef.unflatten(frozen), Trainable(lora, full)
 
 
-def _check_plan(leaves: dict[str, Any], plan: Plan) -> None:
+def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
+    """Raises a TreeError that lists where `leaves` are not those of `plan`."""
     planned = {row.path: row for row in plan.rows()}
     wrong = [f"{p!r} is not in the plan" for p in leaves if p not in planned]
     wrong += [f"{p!r} is not in the parameters" for p in planned if p not in leaves]
@@ -98,9 +100,10 @@ def _check_plan(leaves: dict[str, Any], plan: Plan) -> None:
 
 
 def _check_finite(path: str, w: Any) -> None:
-    if is_staging(w) or isinstance(w, jax.ShapeDtypeStruct):
+    if isinstance(w, jax.ShapeDtypeStruct):
         return
-    if not bool(jnp.isfinite(jnp.asarray(w)).all()):
+    finite = jnp.isfinite(jnp.asarray(w)).all()
+    if not is_staging(finite) and not bool(finite):
         raise TreeError(
             f"{path!r} holds NaN or infinity, so nothing can be learnt from it. Check "
             "how the weights were loaded, or leave it out with exclude=."
@@ -108,10 +111,11 @@ def _check_finite(path: str, w: Any) -> None:
 
 
 def combine(frozen: Any, trainable: Trainable) -> Any:
-    """Returns the parameter tree with the leaves trained in full put back.
+    """Returns the parameter tree with the leaves trained in full put in their places.
 
-    The low-rank factors are left out: adapted weights are those of `frozen`. For
-    weights with their factors added use `merge`.
+    `frozen` may also be the whole base parameters, as when an adapter is restored: a
+    leaf trained in full takes the place of the base's. The low-rank factors are left
+    out: adapted weights are those of `frozen`; with factors added, use `merge`.
 
     Raises:
       TreeError: if the two are not from one `split`.
@@ -125,8 +129,7 @@ def combine(frozen: Any, trainable: Trainable) -> Any:
     leaves, treedef = flatten_frozen(frozen)
     check(leaves, trainable)
     return treedef.unflatten(
-        trainable.full[path] if isinstance(leaf, Missing) else leaf
-        for path, leaf in leaves.items()
+        trainable.full.get(path, leaf) for path, leaf in leaves.items()
     )
 
 
@@ -157,10 +160,14 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
             wrong.append(f"{path!r} holds {type(factors).__name__}, not Factors")
         else:
             wrong += _misfits(path, leaves[path], factors)
-    for path in trainable.full:
-        if not isinstance(leaves.get(path), Missing):
-            state = "already has" if path in leaves else "does not know"
-            wrong.append(f"a full leaf {path!r}, which frozen {state}")
+    for path, x in trainable.full.items():
+        if path not in leaves:
+            wrong.append(f"a full leaf {path!r}, which frozen does not have")
+        elif is_array(leaves[path]) and leaves[path].shape != x.shape:
+            wrong.append(
+                f"a full leaf {path!r} of shape {x.shape}, where frozen has "
+                f"{leaves[path].shape}"
+            )
     wrong += [
         f"no leaf for the hole at {path!r}"
         for path, leaf in leaves.items()

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .errors import CheckpointError
@@ -76,16 +77,19 @@ def save(
     _check_finite(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
-    arrays = _arrays(trainable)
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"keep must be at least 1, or None for all, got {keep}.")
+    arrays, state = _arrays(trainable), _numbered(opt_state)
     about = {
         "format": _FORMAT,
         "lora": [[p, dataclasses.asdict(f.spec)] for p, f in trainable.lora.items()],
         "full": list(trainable.full),
-        "arrays": {k: [list(x.shape), str(x.dtype)] for k, x in arrays.items()},
+        "arrays": _shapes(arrays),
+        "opt_state": _shapes(state),
         "metadata": metadata,
     }
     items: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
-    for name, tree in (("adapter", arrays), ("opt_state", _numbered(opt_state))):
+    for name, tree in (("adapter", arrays), ("opt_state", state)):
         if tree:  # Orbax refuses an item without arrays
             items[name] = ocp.args.StandardSave(tree)
     with _manager(directory, create=True, keep=keep) as manager:
@@ -132,6 +136,13 @@ def restore(
         try:
             about = manager.restore(step, args=ocp.args.Composite(**items)).about
             _check_about(about)
+            misfits = _misfits(template, about["opt_state"])
+            if misfits:
+                raise CheckpointError(
+                    f"Step {step} in {str(directory)!r}: its optimizer state does not "
+                    f"fit the template: {'; '.join(misfits[:5])}. Give the state of "
+                    "the optimizer and adapter that it was saved with."
+                )
             shapes = {
                 name: jax.ShapeDtypeStruct(shape, dtype)
                 for name, (shape, dtype) in about["arrays"].items()
@@ -170,7 +181,7 @@ def _check_finite(trainable: Trainable) -> None:
     bad = [
         jax.tree_util.keystr(keys)
         for keys, x in keyed
-        if not np.all(np.isfinite(np.asarray(x, dtype=np.float32)))
+        if jnp.issubdtype(x.dtype, jnp.inexact) and not jnp.isfinite(x).all()
     ]
     if bad:
         raise CheckpointError(
@@ -204,6 +215,20 @@ def _trainable(arrays: dict[str, Any], about: dict[str, Any]) -> Trainable:
 
 def _tuples(axes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {role: tuple(indices) for role, indices in axes.items()}
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, list[Any]]:
+    return {k: [list(jnp.shape(x)), str(x.dtype)] for k, x in arrays.items()}
+
+
+def _misfits(template: dict[str, Any], saved: dict[str, list[Any]]) -> list[str]:
+    """Returns in words where the template of the optimizer's state is another one."""
+    wanted = _shapes(template)
+    return [
+        f"leaf {int(k)} is {saved.get(k, 'absent')}, wanted {wanted.get(k, 'none')}"
+        for k in sorted({*wanted, *saved})
+        if wanted and wanted.get(k) != saved.get(k)
+    ]
 
 
 def _check_about(about: Any) -> None:

@@ -70,8 +70,9 @@ def masked(
 
     Optimizer state exists for the leaves of `Trainable`s alone, `tx` sees their
     gradients alone (a global norm is theirs), and `optax.apply_updates` leaves every
-    other leaf bit for bit as it was, weight decay or not. Under one `jax.jit` the
-    gradients of frozen leaves are never computed. Put `optax.MultiSteps` inside.
+    other leaf bit for bit as it was, weight decay or not (outside `jax.jit` XLA may
+    flush a subnormal number to zero). Under one `jax.jit` the gradients of frozen
+    leaves are never computed. Put `optax.MultiSteps` inside.
 
     Args:
       tx: any optax transformation, chains, schedules and `optax.MultiSteps` included.
@@ -95,16 +96,20 @@ def masked(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         updates, state = inner.update(updates, state, params, **extra)
+        like = updates if params is None else params
         updates = jax.tree.map(
-            lambda trained, u: u if trained else _nothing(u), mask(updates), updates
+            lambda trained, u, p: u if trained else _nothing(p),
+            mask(updates),
+            updates,
+            like,
         )
         return updates, state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _nothing(update: Any) -> Any:
+def _nothing(leaf: Any) -> Any:
     """Returns what leaves the bits of any number alone when added: minus zero."""
-    if jnp.issubdtype(update.dtype, jnp.inexact):
-        return -jnp.zeros_like(update)
-    return jnp.zeros_like(update)
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return -jnp.zeros_like(leaf)
+    return jnp.zeros_like(leaf)

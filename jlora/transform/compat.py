@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import core
 from jax.extend import core as jex_core, source_info_util
+from jax.interpreters import partial_eval
 
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive
@@ -140,5 +141,9 @@ def has_typed_placement(x: Any) -> bool:
 
 
 def stage(fun: Callable, *args: Any) -> Code:
-    """Returns the code of `fun` on arrays (or shapes) `args`."""
-    return code(jax.make_jaxpr(fun)(*args))
+    """Returns the code of `fun` on arrays or shapes `args`, less what nothing uses."""
+    jaxpr, consts = code(jax.make_jaxpr(fun)(*args))
+    used, _ = partial_eval.dce_jaxpr(
+        jaxpr, [True] * len(jaxpr.outvars), instantiate=True
+    )
+    return Code(used, consts)

@@ -140,7 +140,7 @@ def size(group: Group) -> int:
 
 def at_least_float32(*dtypes: Any) -> Any:
     """Returns the dtype in which products and sums of `dtypes` are taken."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
 
 
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:
