@@ -50,7 +50,7 @@ def convolutions(draw):
 
 
 @pytest.mark.slow
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=100)
 @hypothesis.given(convolutions(), st.integers(0, 1000))
 def test_convolution_adapted_equals_merged(drawn, seed):
     x_shape, w_shape, settings = drawn

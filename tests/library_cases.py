@@ -1,0 +1,237 @@
+"""What every model of every library has to satisfy; the tables are in the tests.
+
+A case is a model as its library wrote it. Everything in it that can be adapted is,
+heads and embeddings too: the plan names exactly the leaves that the table names.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+
+PLAN, FRESH, RANDOM = "plan", "fresh", "random"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A model and what a plan for it must say.
+
+    Attributes:
+      name: the test's id.
+      build: returns `(fn, params, args)` or `(fn, params, args, kwargs)`.
+      adapted: globs of the leaves on the factored route, each matches one at least.
+      merged: globs of those that are merged on the fly, and said to be.
+      axes: (batch, fan-in, fan-out) that the plan must find, by glob.
+      rounds: XLA fuses its base otherwise beside a term, so that under `jit` a fresh
+        adapter differs by rounding; op by op it is equal to the bit.
+      broken: by check, the reason why jlora does not do this yet.
+    """
+
+    name: str
+    build: Callable[[], tuple]
+    adapted: tuple[str, ...] | str = "**/kernel"
+    merged: tuple[str, ...] | str = ()
+    axes: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    rank: int = 2
+    tolerance: float = 1e-4
+    slow: bool = False
+    rounds: bool = False
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def params(cases: Iterable[Case], check: str) -> list[Any]:
+    """Returns the cases for `pytest.mark.parametrize`, marked for `check`."""
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[
+                *([pytest.mark.slow] if case.slow else []),
+                *(
+                    [pytest.mark.xfail(reason=case.broken[check])]
+                    if check in case.broken
+                    else []
+                ),
+            ],
+        )
+        for case in cases
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A built case; `fn(params, *args)` with the keyword arguments bound."""
+
+    fn: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4)
+def build(case: Case) -> Model:
+    fn, params, args, *kwargs = case.build()
+    return Model(fn, params, args, kwargs[0] if kwargs else {})
+
+
+@functools.lru_cache(maxsize=4)
+def plan(case: Case) -> jlora.Plan:
+    """Returns the plan that adapts whatever can be."""
+    model = build(case)
+    config = jlora.LoraConfig(
+        rank=case.rank,
+        alpha=3,
+        targets=lambda row: (
+            row.op and len(row.shape) > 1 and row.dtype in ("float32", "bfloat16")
+        ),
+    )
+    return jlora.plan(
+        model.fn, model.params, *model.args, config=config, **model.kwargs
+    )
+
+
+def select(globs: tuple[str, ...] | str, paths: Iterable[str]) -> set[str]:
+    """Returns the paths that the globs match; each must match one."""
+    found: set[str] = set()
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        hits = jlora.paths.select(glob, paths)
+        assert hits, f"{glob} matches none of {list(paths)}"
+        found.update(hits)
+    return found
+
+
+def lora(case: Case) -> Callable[..., Any]:
+    """Returns `lora_fn(frozen, trainable, *args)`; it may merge what the case says."""
+    model = build(case)
+    lora_fn = jlora.apply_lora(model.fn, on_merge="allow" if case.merged else "error")
+    return functools.partial(lora_fn, **model.kwargs)
+
+
+def check_plan(case: Case) -> None:
+    rows = {row.path: row for row in plan(case).rows()}
+    merged = select(case.merged, rows)
+    factored = select(case.adapted, rows) - merged
+    able = {path for path, row in rows.items() if row.status == "adapted"}
+    assert able == factored | merged
+    assert {path for path in able if rows[path].route == "factored"} == factored
+    for glob, expected in case.axes.items():
+        for path in select(glob, rows):
+            found = rows[path].spec.axes
+            assert (found.batch, found.fan_in, found.fan_out) == expected, path
+
+
+def check_fresh(case: Case) -> None:
+    model = build(case)
+    base = functools.partial(model.fn, **model.kwargs)
+    frozen, trainable = jlora.split(jax.random.key(1), model.params, plan(case))
+    out = jit(lora(case), frozen, trainable, *model.args)
+    expected = jit(base, model.params, *model.args)
+    if case.merged or case.rounds:
+        close(out, expected, 1e-5)
+    else:
+        equal(out, expected)
+    if case.rounds:
+        with jax.disable_jit():
+            out = lora(case)(frozen, trainable, *model.args)
+            expected = base(model.params, *model.args)
+        equal(out, expected)
+
+
+def jit(function: Callable[..., Any], *trees: Any) -> Any:
+    """Calls the jitted function; what is no array in `trees` stays what it is."""
+    leaves, treedef = jax.tree.flatten(trees)
+    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+    @jax.jit
+    def run(arrays):
+        filled = dict(enumerate(leaves)) | dict(zip(slots, arrays, strict=True))
+        return function(*treedef.unflatten(filled.values()))
+
+    return run([leaves[i] for i in slots])
+
+
+def check_random(case: Case) -> None:
+    model = build(case)
+    frozen, trainable = jlora.split(jax.random.key(1), model.params, plan(case))
+    leaves, treedef = jax.tree.flatten(trainable)
+    rng = np.random.default_rng(2)
+    trainable = treedef.unflatten(
+        jnp.asarray(rng.normal(size=x.shape, scale=0.4), x.dtype) for x in leaves
+    )
+    merged = jlora.merge(frozen, trainable)
+    assert jax.tree.structure(merged) == jax.tree.structure(model.params)
+
+    def value_and_gradient(function):
+        def loss(trainable, frozen, *args):
+            out = function(frozen, trainable, *args)
+            floats = [
+                o for o in jax.tree.leaves(out) if jnp.issubdtype(o.dtype, jnp.floating)
+            ]
+            return sum(jnp.sum(jnp.cos(o)) for o in floats), out
+
+        return jit(jax.grad(loss, has_aux=True), trainable, frozen, *model.args)
+
+    gradient, out = value_and_gradient(lora(case))
+    expected_gradient, expected = value_and_gradient(
+        lambda f, t, *args: model.fn(jlora.merge(f, t), *args, **model.kwargs)
+    )
+    close(out, expected, case.tolerance)
+    close(gradient, expected_gradient, case.tolerance)
+    for path, factors in gradient.lora.items():
+        assert np.abs(factors.a).max() > 0, path
+        assert np.abs(factors.b).max() > 0, path
+
+
+def equal(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(plain(a), plain(b))
+
+
+def close(actual: Any, expected: Any, tolerance: float) -> None:
+    """Compares leaves, to `tolerance` of the largest entry of each."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree.leaves(expected),
+        strict=True,
+    )
+    for (path, a), b in pairs:
+        a, b = plain(a), plain(b)
+        scale = max(float(np.abs(b).max(initial=0)), 1e-3)
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def plain(x: Any) -> np.ndarray:
+    """Returns an array that numpy can compare; the data of a random key."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else None)
+
+
+def fill(shapes: Any, seed: int = 0) -> Any:
+    """Returns random values for a tree of shapes: nothing is run to initialise it."""
+    rng = np.random.default_rng(seed)
+
+    def value(keys: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(keys)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or "cache" in name:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        if any(word in name for word in ("var", "sigma", "scale")):
+            return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(size=leaf.shape, scale=0.5), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+def normal(*shape: int, seed: int = 3) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

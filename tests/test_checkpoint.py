@@ -1,0 +1,508 @@
+"""Adapter checkpoints: what is saved is what is restored, whatever happens between."""
+
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.factors import Axes, Factors, Spec
+
+checkpoint = jlora.checkpoint
+
+
+def normal(shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def adapter(seed=0):
+    """One of everything: dtypes, axes, odd paths, a magnitude, full leaves."""
+    spec = Spec(
+        op="conv",
+        rank=2,
+        alpha=1 / 3,
+        rslora=True,
+        dropout=0.1,
+        init="gaussian",
+        axes=Axes((0,), (2, 1), (3,)),
+    )
+    return jlora.Trainable(
+        lora={
+            "params/mlp/~/l_0/w": Factors(
+                normal((3, 5, 4, 2), seed), normal((3, 2, 6), seed + 1), spec
+            ),
+            "b é.%20 {x}": Factors(
+                normal((4, 1), seed, "bfloat16").at[0, 0].set(-0.0),
+                normal((1, 3), seed, "float16"),
+                Spec(rank=1, alpha=2.0),
+                normal((3,), seed),
+            ),
+        },
+        full={
+            "head": normal((2, 3), seed, "bfloat16"),
+            "scalar": jnp.float32(seed + 0.5),
+            "": jnp.arange(3) + seed,
+        },
+    )
+
+
+def bits(tree):
+    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+
+
+def same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    assert bits(actual) == bits(expected)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "adapter"
+
+
+@pytest.fixture
+def failed_reads():
+    """Orbax leaves coroutines of a read that failed to the garbage collector."""
+    yield
+    gc.collect()
+
+
+def orbax_fails(test):
+    """Marks a test in which Orbax fails to read what is damaged or does not fit."""
+    unraisable = "ignore::pytest.PytestUnraisableExceptionWarning"
+    test = pytest.mark.filterwarnings(unraisable)(test)
+    return pytest.mark.usefixtures("failed_reads")(test)
+
+
+# Save, then restore.
+
+
+def test_save_then_restore_is_identity(folder):
+    metadata = {"seed": 0, "config": jlora.LoraConfig().to_json(), "l": [1, None, "é"]}
+    checkpoint.save(folder, adapter(), step=7, metadata=metadata)
+    read = checkpoint.restore(folder)
+    same(read.trainable, adapter())
+    assert list(read.trainable.lora) == list(adapter().lora)
+    assert list(read.trainable.full) == list(adapter().full)
+    assert read.step == 7
+    assert read.metadata == metadata
+    assert read.opt_state is None
+
+
+def test_an_adapter_needs_nothing_else_to_be_merged_again(folder):
+    def fn(p, x):
+        return jnp.einsum("td,dhk->thk", x, p["w"])
+
+    params = {"w": normal((4, 2, 3))}
+    plan = jlora.plan(fn, params, normal((3, 4)), config=jlora.LoraConfig(rank=2))
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    trainable = jax.tree.map(lambda x: normal(x.shape, 3), trainable)
+    checkpoint.save(str(folder), trainable)
+    read = checkpoint.restore(str(folder)).trainable
+    same(jlora.merge(frozen, read), jlora.merge(frozen, trainable))
+
+
+def test_an_empty_adapter(folder):
+    checkpoint.save(folder, jlora.Trainable())
+    same(checkpoint.restore(folder).trainable, jlora.Trainable())
+
+
+@pytest.mark.usefixtures("standard_dtypes")
+@pytest.mark.parametrize("template", ["arrays", "shapes"])
+def test_optimizer_state_comes_back_bit_for_bit(folder, template):
+    trainable = adapter()
+    trainable = dataclasses.replace(trainable, full={"head": trainable.full["head"]})
+    tx = optax.MultiSteps(optax.adamw(0.1, mu_dtype="bfloat16"), 2)
+    state = tx.init(trainable)
+    for _ in range(3):
+        grads = jax.tree.map(jnp.ones_like, trainable)
+        _, state = tx.update(grads, state, trainable)
+    checkpoint.save(folder, trainable, opt_state=state, step=3)
+    like = tx.init(trainable)
+    if template == "shapes":
+        like = jax.eval_shape(tx.init, trainable)
+    read = checkpoint.restore(folder, opt_state=like)
+    same(read.opt_state, state)
+    same(read.trainable, trainable)
+    assert checkpoint.restore(folder).opt_state is None
+
+
+def test_optimizer_state_with_a_random_key(folder):
+    tx = optax.chain(optax.add_noise(0.1, 0.5, key=jax.random.key(3)), optax.sgd(0.1))
+    trainable = jlora.Trainable(full={"head": jnp.ones(3)})
+    state = tx.init(trainable)
+    checkpoint.save(folder, trainable, opt_state=state)
+    read = checkpoint.restore(folder, opt_state=tx.init(trainable))
+    assert jax.tree.structure(read.opt_state) == jax.tree.structure(state)
+    for a, b in zip(
+        jax.tree.leaves(read.opt_state), jax.tree.leaves(state), strict=True
+    ):
+        assert a.dtype == b.dtype
+        assert bool((a == b).all())
+
+
+@pytest.mark.usefixtures("standard_dtypes")
+def test_resumed_training_is_bit_equal_to_uninterrupted_training(folder):
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["head"]
+
+    params = {"w": normal((4, 6)), "head": normal((6, 2), 1)}
+    config = jlora.LoraConfig(rank=2, dropout=0.2, train="head")
+    plan = jlora.plan(fn, params, normal((3, 4)), config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    tx = optax.adamw(optax.linear_schedule(0.1, 0.0, 6))
+    lora_fn = jlora.apply_lora(fn)
+
+    @jax.jit
+    def step(trainable, opt_state, i):
+        key = jax.random.fold_in(jax.random.key(1), i)
+
+        def loss(trainable):
+            x = jax.random.normal(key, (3, 4))
+            return jnp.sum(lora_fn(frozen, trainable, x, lora_key=key) ** 2)
+
+        grads = jax.grad(loss)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    def run(trainable, opt_state, start, stop):
+        for i in range(start, stop):
+            trainable, opt_state = step(trainable, opt_state, jnp.int32(i))
+        return trainable, opt_state
+
+    straight = run(trainable, tx.init(trainable), 0, 6)
+    half = run(trainable, tx.init(trainable), 0, 3)
+    checkpoint.save(folder, half[0], opt_state=half[1], step=3)
+    read = checkpoint.restore(folder, opt_state=jax.eval_shape(tx.init, trainable))
+    resumed = run(read.trainable, read.opt_state, read.step, 6)
+    same(resumed, straight)
+    assert bits(half) != bits(straight)
+
+
+def test_arguments_are_left_as_they_were(folder):
+    trainable = adapter()
+    checkpoint.save(folder, trainable)
+    same(trainable, adapter())
+    assert not any(x.is_deleted() for x in jax.tree.leaves(trainable))
+
+
+def test_sharded_adapters_are_saved_whole(folder):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=auto)
+    spread = jax.NamedSharding(mesh, jax.P("x"))
+    trainable = jlora.Trainable(full={"head": normal((16, 3))})
+    placed = jax.device_put(trainable, spread)
+    checkpoint.save(folder, placed)
+    same(checkpoint.restore(folder).trainable, trainable)
+
+
+# Steps.
+
+
+def test_the_newest_step_is_restored_or_the_one_asked_for(folder):
+    for step in (5, 10, 7):
+        checkpoint.save(folder, adapter(step), step=step)
+    assert checkpoint.restore(folder).step == 10
+    read = checkpoint.restore(folder, step=7)
+    assert read.step == 7
+    same(read.trainable, adapter(7))
+
+
+def test_keep_leaves_the_newest_steps(folder):
+    for step in (1, 2, 3, 4):
+        checkpoint.save(folder, adapter(step), step=step, keep=2)
+    assert checkpoint.restore(folder).step == 4
+    assert checkpoint.restore(folder, step=3).step == 3
+    with pytest.raises(jlora.CheckpointError, match=r"No step 2 in .*steps \[3, 4\]"):
+        checkpoint.restore(folder, step=2)
+
+
+def test_all_steps_are_kept_without_keep(folder):
+    for step in range(4):
+        checkpoint.save(folder, adapter(step), step=step)
+    for step in range(4):
+        same(checkpoint.restore(folder, step=step).trainable, adapter(step))
+
+
+def test_a_step_is_not_overwritten_unless_asked(folder):
+    checkpoint.save(folder, adapter(0), step=3)
+    with pytest.raises(
+        jlora.CheckpointError, match=r"Step 3 is already in .*pass overwrite=True"
+    ):
+        checkpoint.save(folder, adapter(1), step=3)
+    same(checkpoint.restore(folder).trainable, adapter(0))
+    checkpoint.save(folder, adapter(1), step=3, overwrite=True)
+    same(checkpoint.restore(folder).trainable, adapter(1))
+
+
+def test_an_older_step_may_be_overwritten(folder):
+    for step in (1, 2):
+        checkpoint.save(folder, adapter(step), step=step)
+    checkpoint.save(folder, adapter(9), step=1, overwrite=True)
+    same(checkpoint.restore(folder, step=1).trainable, adapter(9))
+    same(checkpoint.restore(folder).trainable, adapter(2))
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "3", None])
+def test_a_step_is_a_whole_number(folder, step):
+    with pytest.raises(
+        jlora.CheckpointError,
+        match=re.escape(f"step must be a whole number from 0, got {step!r}"),
+    ):
+        checkpoint.save(folder, adapter(), step=step)
+    assert not folder.exists()
+
+
+def test_a_numpy_step(folder):
+    checkpoint.save(folder, adapter(), step=np.int64(3))
+    assert checkpoint.restore(folder, step=np.int64(3)).step == 3
+
+
+@pytest.mark.parametrize("keep", [0, -1])
+def test_keeping_nothing_is_refused(folder, keep):
+    with pytest.raises(jlora.CheckpointError, match="keep"):
+        checkpoint.save(folder, adapter(), keep=keep)
+
+
+# What is not there, or not whole.
+
+
+def test_a_missing_folder_is_named_and_not_made(folder):
+    with pytest.raises(
+        jlora.CheckpointError, match=r"There is no folder '.*adapter' to restore from"
+    ):
+        checkpoint.restore(folder)
+    assert not folder.exists()
+
+
+def test_an_empty_folder_has_no_checkpoint(folder):
+    folder.mkdir(parents=True)
+    with pytest.raises(
+        jlora.CheckpointError, match=r"No checkpoint in .*; it has steps \[\]"
+    ):
+        checkpoint.restore(folder)
+
+
+def test_a_missing_step_is_named_with_those_that_are_there(folder):
+    checkpoint.save(folder, adapter(), step=4)
+    with pytest.raises(jlora.CheckpointError, match=r"No step 5 in .*steps \[4\]"):
+        checkpoint.restore(folder, step=5)
+
+
+def files(folder):
+    return sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
+
+
+@orbax_fails
+@pytest.mark.parametrize("damage", ["emptied", "cut", "removed"])
+def test_a_damaged_file_is_told_and_never_read_as_other_numbers(folder, damage):
+    checkpoint.save(folder, adapter(), step=1)
+    told = 0
+    for path in files(folder):
+        data = path.read_bytes()
+        if damage == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+        try:
+            same(checkpoint.restore(folder).trainable, adapter())
+        except jlora.CheckpointError as error:
+            told += 1
+            assert re.search("Step 1 in|No checkpoint in", str(error))  # noqa: PT017
+        path.write_bytes(data)
+    assert told >= 2
+    same(checkpoint.restore(folder).trainable, adapter())
+
+
+@orbax_fails
+def test_the_text_for_a_damaged_checkpoint(folder):
+    checkpoint.save(folder, adapter(), step=1)
+    for path in files(folder / "1" / "adapter"):
+        path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(
+        jlora.CheckpointError,
+        match=r"(?s)Step 1 in .* cannot be read \(.*\)\. It is damaged, not a jlora",
+    ):
+        checkpoint.restore(folder)
+
+
+@orbax_fails
+def test_a_checkpoint_of_something_else_is_refused(folder):
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(folder.absolute()) as manager:
+        manager.save(0, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
+        manager.wait_until_finished()
+    with pytest.raises(jlora.CheckpointError, match=r"(not a|no) jlora"):
+        checkpoint.restore(folder)
+
+
+@orbax_fails
+def test_a_format_of_the_future_is_refused(folder):
+    checkpoint.save(folder, adapter(), step=1)
+    changed = 0
+    for path in files(folder / "1" / "about"):
+        try:
+            about = json.loads(path.read_text())
+        except (ValueError, UnicodeDecodeError):
+            continue
+        if "format" in about:
+            about["format"] = 999
+            path.write_text(json.dumps(about))
+            changed += 1
+    assert changed == 1
+    with pytest.raises(jlora.CheckpointError, match="no jlora checkpoint of format"):
+        checkpoint.restore(folder)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("part", ["a", "full"])
+def test_nan_and_infinity_are_not_saved(folder, value, part):
+    good = adapter()
+    checkpoint.save(folder, good, step=1)
+    if part == "full":
+        head = good.full["head"].at[0, 0].set(value)
+        bad = dataclasses.replace(good, full={**good.full, "head": head})
+    else:
+        name = "b é.%20 {x}"
+        a = good.lora[name].a.at[0, 0].set(value)
+        broken = dataclasses.replace(good.lora[name], a=a)
+        bad = dataclasses.replace(good, lora={**good.lora, name: broken})
+    with pytest.raises(
+        jlora.CheckpointError, match=r"Not saved: NaN or infinity in .*"
+    ):
+        checkpoint.save(folder, bad, step=2)
+    read = checkpoint.restore(folder)
+    assert read.step == 1
+    same(read.trainable, good)
+
+
+def test_large_finite_numbers_are_saved(folder):
+    with jax.enable_x64(True):
+        big = jlora.Trainable(
+            full={
+                "f8": jnp.array([1e300, -1e-300]),
+                "f4": jnp.array([3e38], "float32"),
+                "i8": jnp.array([2**53 + 1], "int64"),
+            }
+        )
+        checkpoint.save(folder, big)
+        same(checkpoint.restore(folder).trainable, big)
+
+
+# Templates of the optimizer's state.
+
+
+@pytest.fixture
+def with_state(folder):
+    trainable = jlora.Trainable(full={"head": jnp.ones(3), "bias": jnp.ones(2)})
+    state = optax.sgd(0.1, momentum=0.9).init(trainable)
+    checkpoint.save(folder, trainable, opt_state=state, step=2)
+    return folder, trainable
+
+
+@orbax_fails
+@pytest.mark.parametrize(
+    "change",
+    ["another shape", "another dtype", "a leaf more", "a leaf less"],
+)
+def test_a_template_that_does_not_fit_is_refused(with_state, change):
+    folder, trainable = with_state
+    full = {
+        "another shape": {"head": jnp.ones(4), "bias": jnp.ones(2)},
+        "another dtype": {"head": jnp.ones(3, "bfloat16"), "bias": jnp.ones(2)},
+        "a leaf more": {"head": jnp.ones(3), "bias": jnp.ones(2), "x": jnp.ones(1)},
+        "a leaf less": {"head": jnp.ones(3)},
+    }[change]
+    template = optax.sgd(0.1, momentum=0.9).init(jlora.Trainable(full=full))
+    with pytest.raises(
+        jlora.CheckpointError,
+        match=r"Step 2 in .*optimizer state does not fit the template: leaf \d is ",
+    ):
+        checkpoint.restore(folder, opt_state=template)
+    same(checkpoint.restore(folder).trainable, trainable)
+
+
+@orbax_fails
+def test_a_template_for_state_that_was_not_saved_is_refused(folder):
+    trainable = jlora.Trainable(full={"head": jnp.ones(3)})
+    checkpoint.save(folder, trainable, step=2)
+    template = optax.sgd(0.1, momentum=0.9).init(trainable)
+    with pytest.raises(
+        jlora.CheckpointError, match="optimizer state does not fit the template"
+    ):
+        checkpoint.restore(folder, opt_state=template)
+
+
+# A save that was killed.
+
+
+@orbax_fails
+def test_a_leftover_of_a_killed_save_is_passed_over(folder):
+    checkpoint.save(folder, adapter(1), step=1)
+    checkpoint.save(folder, adapter(2), step=2)
+    unfinished = folder / "3.orbax-checkpoint-tmp-1700000000000000"
+    shutil.copytree(folder / "2", unfinished)
+    for path in files(unfinished)[::2]:
+        path.unlink()
+    read = checkpoint.restore(folder)
+    assert read.step == 2
+    same(read.trainable, adapter(2))
+    checkpoint.save(folder, adapter(3), step=3)
+    same(checkpoint.restore(folder).trainable, adapter(3))
+    assert checkpoint.restore(folder).step == 3
+
+
+SAVE_FOREVER = """
+import sys, itertools
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp, jlora
+for step in itertools.count():
+    full = {"head": jnp.full((256, 1024), float(step)), "step": jnp.int32(step)}
+    jlora.checkpoint.save(sys.argv[1], jlora.Trainable(full=full), step=step, keep=2)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_its_last_saved_step(folder):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVE_FOREVER, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        for _ in range(2):
+            assert process.stdout.readline(), "it ended by itself"
+        time.sleep(0.05)  # somewhere inside the next save
+        process.send_signal(signal.SIGKILL)
+        said = process.stdout.read().split()
+    last = int(said[-1]) if said else 1
+    read = checkpoint.restore(folder)
+    assert read.step >= last
+    assert int(read.trainable.full["step"]) == read.step
+    assert bool((read.trainable.full["head"] == read.step).all())
+    checkpoint.save(folder, read.trainable, step=read.step + 1)
+    assert checkpoint.restore(folder).step == read.step + 1
+
+
+def test_dtypes_by_name():
+    """The test adapter holds what it says, so that identity means something."""
+    dtypes = {x.dtype for x in jax.tree.leaves(adapter())}
+    assert {np.dtype(ml_dtypes.bfloat16), np.dtype("float16")} <= dtypes

@@ -1,0 +1,264 @@
+"""`LoraConfig` and `Rule`: what they accept, refuse, and write as JSON."""
+
+import dataclasses
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+import jlora
+
+GLOBS = st.lists(
+    st.sampled_from(["**", "**/q/kernel", "a/{b,c}/[de]?", 'say "é"\\n', ""]),
+    max_size=3,
+).map(tuple)
+POSITIVE = st.integers(1, 10**6) | st.floats(1e-300, 1e300)
+RATES = st.floats(0, 1, exclude_max=True)
+AXES = st.permutations(range(4)).flatmap(
+    lambda order: st.tuples(st.integers(0, 4), st.integers(0, 4)).map(
+        lambda cuts: jlora.Axes(
+            tuple(order[: min(cuts)]),
+            tuple(order[min(cuts) : max(cuts)]),
+            tuple(order[max(cuts) :]),
+        )
+    )
+)
+RULES = st.builds(
+    jlora.Rule,
+    st.text(max_size=5),
+    rank=st.none() | st.integers(1, 512),
+    alpha=st.none() | POSITIVE,
+    method=st.none() | st.just("lora"),
+    init=st.none() | st.sampled_from(["kaiming", "gaussian"]),
+    dropout=st.none() | RATES,
+    axes=st.none() | AXES,
+)
+CONFIGS = st.builds(
+    jlora.LoraConfig,
+    rank=st.integers(1, 512),
+    alpha=st.none() | POSITIVE,
+    targets=st.just("all-linear") | GLOBS,
+    exclude=GLOBS,
+    rules=st.lists(RULES, max_size=3).map(tuple),
+    train=GLOBS,
+    init=st.sampled_from(["kaiming", "gaussian"]),
+    rslora=st.booleans(),
+    dropout=RATES,
+    dtype=st.sampled_from([None, "float32", "bfloat16", "float16", "float64"]),
+)
+
+
+@given(config=CONFIGS)
+def test_json_round_trip_is_exact(config):
+    again = jlora.LoraConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.to_json() == config.to_json()
+    # `==` holds between 16 and 16.0, so look at the types as well.
+    assert type(again.alpha) is type(config.alpha)
+    assert repr(again) == repr(config)
+
+
+@given(config=CONFIGS)
+def test_json_holds_every_field(config):
+    fields = {f.name for f in dataclasses.fields(config)}
+    assert set(json.loads(config.to_json())) == fields
+
+
+@given(config=CONFIGS, other=CONFIGS)
+def test_equal_configs_have_equal_hashes(config, other):
+    assert (config == other) == (len({config, other}) == 1)
+    assert hash(dataclasses.replace(config)) == hash(config)
+
+
+def test_defaults_are_those_documented():
+    config = jlora.LoraConfig()
+    assert dataclasses.asdict(config) == {
+        "rank": 8,
+        "alpha": None,
+        "targets": "all-linear",
+        "exclude": (),
+        "rules": (),
+        "train": (),
+        "method": "lora",
+        "init": "kaiming",
+        "rslora": False,
+        "dropout": 0.0,
+        "dtype": None,
+    }
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        jlora.LoraConfig().rank = 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        jlora.Rule("**").rank = 4
+
+
+@pytest.mark.parametrize("field", ["targets", "exclude", "train"])
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("**/q", ("**/q",)),
+        (["**/q", "**/k"], ("**/q", "**/k")),
+        ({"b", "a"}, ("a", "b")),
+        (frozenset("ba"), ("a", "b")),
+        (("b", "a"), ("b", "a")),
+    ],
+)
+def test_globs_become_a_tuple(field, given, kept):
+    config = jlora.LoraConfig(**{field: given})
+    assert getattr(config, field) == kept
+    assert hash(config) == hash(jlora.LoraConfig(**{field: kept}))
+
+
+def test_all_linear_in_a_tuple_is_a_glob():
+    assert jlora.LoraConfig(targets=("all-linear",)).targets == ("all-linear",)
+    assert jlora.LoraConfig(targets="all-linear").targets == "all-linear"
+
+
+def test_a_single_rule_and_a_list_of_rules_become_a_tuple():
+    rule = jlora.Rule("**", rank=2)
+    assert jlora.LoraConfig(rules=rule).rules == (rule,)
+    assert jlora.LoraConfig(rules=[rule, rule]).rules == (rule, rule)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        (jnp.bfloat16, "bfloat16"),
+        (np.float32, "float32"),
+        (jnp.dtype("float16"), "float16"),
+        ("bfloat16", "bfloat16"),
+        (None, None),
+    ],
+)
+def test_dtype_is_kept_by_name(given, name):
+    assert jlora.LoraConfig(dtype=given).dtype == name
+
+
+BAD = [
+    ("rank", 0, "LoraConfig: rank must be a positive integer, got 0."),
+    ("rank", -2, "rank must be a positive integer, got -2"),
+    ("rank", 4.0, "rank must be a positive integer, got 4.0"),
+    ("rank", True, "rank must be a positive integer, got True"),
+    ("rank", None, "LoraConfig.rank must not be None."),
+    ("rank", "8", "rank must be a positive integer, got '8'"),
+    ("alpha", 0, "alpha must be a positive number, got 0"),
+    ("alpha", -1.5, "alpha must be a positive number, got -1.5"),
+    ("alpha", float("nan"), "alpha must be a positive number, got nan"),
+    ("alpha", float("inf"), "alpha must be a positive number, got inf"),
+    ("alpha", True, "alpha must be a positive number, got True"),
+    ("alpha", "16", "alpha must be a positive number, got '16'"),
+    ("dropout", 1, "dropout must be in [0, 1), got 1"),
+    ("dropout", -0.1, "dropout must be in [0, 1), got -0.1"),
+    ("dropout", float("nan"), "dropout must be in [0, 1), got nan"),
+    ("dropout", "0.1", "dropout must be in [0, 1), got '0.1'"),
+    ("dropout", None, "LoraConfig.dropout must not be None."),
+    ("method", "lorra", "method must be one of ('lora',"),
+    ("method", None, "LoraConfig.method must not be None."),
+    ("init", "zeros", "init must be one of ('kaiming', 'gaussian'"),
+    ("init", None, "LoraConfig.init must not be None."),
+    ("rslora", 1, "rslora must be True or False, got 1."),
+    ("rslora", None, "rslora must be True or False, got None."),
+    ("dtype", "int8", "dtype must be one of float32, bfloat16, float16, float64"),
+    ("dtype", "fp32", "got 'fp32'."),
+    ("targets", 3, "targets must be a glob or a tuple of globs, got 3."),
+    ("targets", None, "targets must be a glob or a tuple of globs, got None."),
+    ("targets", ("a", 1), "Write e.g. '**/attn/{q,v}/kernel'."),
+    ("exclude", ("a", None), "exclude must be a glob or a tuple of globs"),
+    ("exclude", {"a": 1}, "exclude must be a glob or a tuple of globs"),
+    ("train", 1.5, "train must be a glob or a tuple of globs, got 1.5."),
+    ("rules", ("**/q",), "rules must hold Rule objects, got '**/q'."),
+    ("rules", ({"pattern": "a"},), "rules must hold Rule objects"),
+    ("rules", 3, "rules must hold Rule objects"),
+]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), BAD, ids=[f"{f}={v!r}" for f, v, _ in BAD]
+)
+def test_a_value_that_cannot_work_is_refused(field, value, message):
+    with pytest.raises(jlora.ConfigError, match=re.escape(message)):
+        jlora.LoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("rank", 0, "Rule('**/q'): rank must be a positive integer, got 0."),
+        ("alpha", -1, "Rule('**/q'): alpha must be a positive number, got -1."),
+        ("dropout", 2, "Rule('**/q'): dropout must be in [0, 1), got 2."),
+        ("method", "x", "Rule('**/q'): method must be one of"),
+        ("init", "x", "Rule('**/q'): init must be one of"),
+        ("axes", (0, 1), "axes must be"),
+    ],
+)
+def test_a_rule_that_cannot_work_is_refused(field, value, message):
+    with pytest.raises(jlora.ConfigError, match=re.escape(message)):
+        jlora.Rule("**/q", **{field: value})
+
+
+def test_a_rule_wants_a_glob():
+    with pytest.raises(jlora.ConfigError, match=r"Rule\.pattern must be a glob, got 3"):
+        jlora.Rule(3)
+
+
+def test_all_bad_values_are_told_at_once():
+    with pytest.raises(jlora.ConfigError) as caught:
+        jlora.LoraConfig(rank=0, alpha=-1, dropout=2, method="a", init="b")
+    for name in ("rank", "alpha", "dropout", "method", "init"):
+        assert f"{name} must be" in str(caught.value)
+
+
+def test_config_errors_are_value_errors():
+    assert issubclass(jlora.ConfigError, jlora.JloraError)
+    assert issubclass(jlora.JloraError, ValueError)
+
+
+def test_a_predicate_has_no_json():
+    config = jlora.LoraConfig(targets=lambda row: row.op == "linear")
+    with pytest.raises(
+        jlora.ConfigError, match=r"no JSON form.*targets=tuple\(plan\.adapted\)"
+    ):
+        config.to_json()
+    assert isinstance(hash(config), int)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "rank: 8",
+        "[]",
+        "8",
+        "null",
+        '{"rannk": 8}',
+        '{"rules": [{"pattern": "a", "rnk": 3}]}',
+        '{"rules": [{"rank": 3}]}',
+        '{"rules": ["a"]}',
+        '{"rules": null}',
+        '{"rules": [{"pattern": "a", "axes": {"fanin": [0]}}]}',
+    ],
+)
+def test_json_that_is_no_config_is_refused(text):
+    with pytest.raises(jlora.ConfigError, match="This is no LoraConfig in JSON"):
+        jlora.LoraConfig.from_json(text)
+
+
+def test_an_unknown_field_in_json_is_named():
+    with pytest.raises(jlora.ConfigError, match="'rannk'"):
+        jlora.LoraConfig.from_json('{"rannk": 8}')
+
+
+def test_bad_values_in_json_are_refused_as_in_code():
+    with pytest.raises(jlora.ConfigError, match="rank must be a positive integer"):
+        jlora.LoraConfig.from_json('{"rank": 0}')
+
+
+def test_json_of_an_older_version_may_lack_fields():
+    config = jlora.LoraConfig.from_json('{"rank": 4}')
+    assert config == jlora.LoraConfig(rank=4)

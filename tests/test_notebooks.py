@@ -1,0 +1,166 @@
+"""notebooks/: valid, outputs kept, links that lead somewhere; the code runs."""
+
+import json
+import os
+import pathlib
+import re
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+GITHUB = "github.com/jlora/jlora"
+COLAB = "https://colab.research.google.com/github/jlora/jlora/blob/main/notebooks"
+
+each_notebook = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda f: f.stem)
+
+
+def read(file: pathlib.Path) -> nbformat.NotebookNode:
+    """The notebook as it is in the file, not brought to a newer format."""
+    return nbformat.reads(
+        file.read_text(encoding="utf-8"), as_version=nbformat.NO_CONVERT
+    )
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook: nbformat.NotebookNode) -> dict[str, str]:
+    """What each code cell printed, by the cell's id."""
+    return {
+        cell.id: "".join(out.text for out in cell.outputs if "text" in out)
+        for cell in code_cells(notebook)
+    }
+
+
+def plots(notebook: nbformat.NotebookNode) -> set[str]:
+    """The ids of the cells that show a picture."""
+    return {
+        cell.id
+        for cell in code_cells(notebook)
+        if any("image/png" in out.get("data", ()) for out in cell.outputs)
+    }
+
+
+def number(text: str, *, after: str) -> float:
+    """The first number that follows the words `after`."""
+    _, found, rest = text.partition(after)
+    assert found, text
+    return float(re.search(r"\d+(\.\d+)?(e-?\d+)?", rest)[0])
+
+
+def execute(
+    file: pathlib.Path, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> nbformat.NotebookNode:
+    """The notebook after a run on this Python, which leaves nothing outside `folder`.
+
+    Raises nbclient's CellExecutionError if a cell does.
+    """
+    # The kernel inherits these. Where it runs, jlora need not be installed.
+    old = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(ROOT)] + ([old] if old else []))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("TMPDIR", str(folder))
+    # Also hides a kernel `python3` in the home directory, which may be another Python.
+    for name in ("DATA", "RUNTIME", "CONFIG"):
+        monkeypatch.setenv(f"JUPYTER_{name}_DIR", str(folder / name.lower()))
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # pictures inline
+    monkeypatch.delenv("PYTHONWARNINGS", raising=False)
+    notebook = read(file)
+    nbclient.NotebookClient(
+        notebook,
+        kernel_name="python3",
+        timeout=300,  # for each cell
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    return notebook
+
+
+@each_notebook
+def test_notebook_is_valid(file):
+    notebook = read(file)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    ids = [cell.id for cell in notebook.cells]
+    assert len(ids) == len(set(ids))
+
+
+@each_notebook
+def test_outputs_are_kept_from_one_clean_run(file):
+    notebook = read(file)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert outputs
+    kinds = {out.get("name", out.output_type) for out in outputs}
+    assert kinds <= {"stdout", "display_data", "execute_result"}
+    text = json.dumps(outputs)
+    local = re.search(r"/(tmp|home|root|Users|content)/|site-packages|[A-Z]:\\\\", text)
+    assert not local, text[local.start() - 80 : local.end() + 80]
+
+
+@each_notebook
+def test_first_cells_open_and_set_up_colab(file):
+    notebook = read(file)
+    assert f"]({COLAB}/{file.name})" in notebook.cells[0].source
+    setup = code_cells(notebook)[0].source
+    condition, install = setup.split("%pip install -q ")
+    assert 'if importlib.util.find_spec("jlora") is None:\n' in condition
+    assert install.startswith('"jlora')
+    assert "print(jax.devices())" in install
+
+
+@each_notebook
+def test_links_into_the_repository_lead_somewhere(file):
+    pattern = rf"{GITHUB}/(?:blob|tree)/main/([^\s)\"]+)"
+    links = re.findall(pattern, file.read_text(encoding="utf-8"))
+    assert links
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_quickstart_runs(tmp_path, monkeypatch):
+    file = ROOT / "notebooks" / "01-quickstart.ipynb"
+    notebook = execute(file, tmp_path, monkeypatch)
+    out, kept = printed(notebook), printed(read(file))
+
+    # What does not depend on arithmetic is what the file shows.
+    assert plots(notebook) == plots(read(file)) == {"data", "plot"}
+    for cell in ("plan", "split", "errors"):
+        assert out[cell] == kept[cell], "Run the notebook again and keep its outputs."
+    assert "**/attention/query/kernel' matched none of" in out["errors"]
+    assert "nearest: 'params/block_0/attn/query/kernel'" in out["errors"]
+
+    before = number(out["train"], after="before")
+    after = number(out["train"], after="after")
+    assert number(out["train"], after="at step 0:") == 0
+    assert number(out["pretrain"], after="as they are:") > 0.95
+    assert number(out["pretrain"], after="in the mirror:") == before < 0.5
+    assert after > 0.8
+
+    rows = [re.split(r"  +", line) for line in out["compare"].splitlines()[1:]]
+    accuracy = {name: float(last) for name, *_, last in rows}
+    assert accuracy["pretrained"] == before
+    assert accuracy["LoRA on query, value"] == after
+    assert before + 0.2 < accuracy["head only"] < after - 0.02
+    assert accuracy["LoRA on all linear"] > after - 0.05
+    assert accuracy["full fine-tune"] > after - 0.05
+
+    assert number(out["nnx"], after="before") < 0.6
+    assert number(out["nnx"], after=", after") > 0.8
+
+    largest = number(out["merge"], after="largest logit")
+    assert number(out["merge"], after="difference") < 1e-5 * largest
+    flops = [number(out["merge"], after=name) for name in ("merged", "with factors")]
+    assert flops[0] < flops[1]
+
+    # Restored and exported, it is the model that was trained.
+    assert number(out["save"], after="in the mirror") == after
+    assert number(out["export"], after="in the mirror") == after

@@ -1,0 +1,191 @@
+"""The report's numbers are those of the dense update, computed by numpy."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import jlora
+from jlora._report import delta_norm
+from jlora.factors import Axes, Factors, Spec
+
+
+def normal(shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def fn(p, x):
+    h = jnp.einsum("td,dhk->thk", jnp.tanh(x @ p["w"]), p["q"])
+    return h.reshape(h.shape[0], -1) @ p["head"]
+
+
+@pytest.fixture
+def parts():
+    params = {
+        "w": normal((4, 6), 1),
+        "q": normal((6, 2, 3), 2),
+        "head": normal((6, 2), 3),
+        "spare": normal((5,), 4),
+    }
+    config = jlora.LoraConfig(
+        rank=2, alpha=3, train="head", rules=jlora.Rule("q", rank=1, alpha=5)
+    )
+    plan = jlora.plan(fn, params, normal((3, 4)), config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    lora = {
+        path: dataclasses.replace(
+            f, a=normal(f.a.shape, 5), b=normal(f.b.shape, 6).astype("bfloat16")
+        )
+        for path, f in trainable.lora.items()
+    }
+    return frozen, dataclasses.replace(trainable, lora=lora)
+
+
+def entry(report, path):
+    (found,) = [e for e in report.entries if e.path == path]
+    return found
+
+
+def dense_norm(factors):
+    a, b = (np.asarray(x, np.float64) for x in (factors.a, factors.b))
+    n_batch = len(factors.spec.axes.batch)
+    a = a.reshape(*a.shape[:n_batch], -1, factors.rank)
+    b = b.reshape(*b.shape[:n_batch], factors.rank, -1)
+    return factors.scale * np.linalg.norm(a @ b)
+
+
+def test_norms_are_those_of_the_dense_update(parts):
+    frozen, trainable = parts
+    report = jlora.report(frozen, trainable)
+    merged = jlora.merge(frozen, trainable)
+    for path in ("w", "q"):
+        change = np.asarray(merged[path], np.float64) - np.asarray(frozen[path])
+        base = np.linalg.norm(np.asarray(frozen[path], np.float64))
+        found = entry(report, path)
+        assert found.update == pytest.approx(np.linalg.norm(change), rel=1e-5)
+        assert found.update == pytest.approx(dense_norm(trainable.lora[path]))
+        assert found.relative == pytest.approx(np.linalg.norm(change) / base, rel=1e-5)
+        assert found.shape == frozen[path].shape
+        assert found.finite
+
+
+def test_full_leaves_stand_with_their_own_norm(parts):
+    frozen, trainable = parts
+    found = entry(jlora.report(frozen, trainable), "head")
+    norm = np.linalg.norm(np.asarray(trainable.full["head"], np.float64))
+    assert found.update == pytest.approx(norm)
+    assert math.isnan(found.relative)
+    assert (found.rank, found.trained, found.shape) == (0, 12, (6, 2))
+
+
+def test_totals(parts):
+    frozen, trainable = parts
+    report = jlora.report(frozen, trainable)
+    in_lora = 2 * (4 + 6) + 1 * (6 + 6)
+    assert report.trained_count == in_lora + 12
+    assert report.trained_count == sum(e.trained for e in report.entries)
+    assert report.total_count == 24 + 36 + 12 + 5
+    # A and the head in float32, B in bfloat16.
+    assert report.adapter_bytes == 4 * (2 * 4 + 6 + 12) + 2 * (2 * 6 + 6)
+    assert report.model_bytes == 4 * report.total_count
+    assert {e.path: e.rank for e in report.entries} == {"w": 2, "q": 1, "head": 0}
+
+
+def test_totals_are_the_plans():
+    params = {"w": normal((4, 6)), "q": normal((6, 2, 3)), "head": normal((6, 2))}
+    config = jlora.LoraConfig(rank=2, train="head")
+    plan = jlora.plan(fn, params, normal((3, 4)), config=config)
+    report = jlora.report(*jlora.split(jax.random.key(0), params, plan))
+    assert report.trained_count == plan.trained_count
+    assert report.total_count == plan.total_count
+
+
+def test_a_fresh_adapter_has_moved_nothing():
+    params = {"w": normal((4, 6)), "q": normal((6, 2, 3)), "head": normal((6, 2))}
+    plan = jlora.plan(fn, params, normal((3, 4)), config=jlora.LoraConfig(rank=2))
+    report = jlora.report(*jlora.split(jax.random.key(0), params, plan))
+    assert all(e.update == e.relative == 0 for e in report.entries)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("where", ["a", "b", "full"])
+def test_nan_and_infinity_are_flagged(parts, value, where):
+    frozen, trainable = parts
+    if where == "full":
+        head = trainable.full["head"].at[0, 0].set(value)
+        trainable = dataclasses.replace(trainable, full={"head": head})
+    else:
+        old = trainable.lora["w"]
+        new = getattr(old, where).at[0, 0].set(value)
+        lora = {**trainable.lora, "w": dataclasses.replace(old, **{where: new})}
+        trainable = dataclasses.replace(trainable, lora=lora)
+    report = jlora.report(frozen, trainable)
+    bad = [e.path for e in report.entries if not e.finite]
+    assert bad == ["head" if where == "full" else "w"]
+    (line,) = [s for s in str(report).splitlines() if "NaN or infinity" in s]
+    assert line.startswith(bad[0])
+
+
+def test_a_zero_weight_has_no_relative_norm(parts):
+    frozen, trainable = parts
+    report = jlora.report({**frozen, "w": jnp.zeros((4, 6))}, trainable)
+    assert math.isnan(entry(report, "w").relative)
+    assert entry(report, "w").update > 0
+
+
+def test_leaves_that_are_no_numbers_are_passed_over(parts):
+    frozen, trainable = parts
+    more = {"key": jax.random.key(0), "name": "mlp", "act": jnp.tanh}
+    report = jlora.report({**frozen, **more}, trainable)
+    plain = jlora.report(frozen, trainable)
+    assert report.entries == plain.entries or all(
+        dataclasses.astuple(a)[:5] == dataclasses.astuple(b)[:5]
+        for a, b in zip(report.entries, plain.entries, strict=True)
+    )
+    str(report)
+
+
+def test_printing_shows_the_table(parts):
+    text = str(jlora.report(*parts)).splitlines()
+    assert text[0].split() == [
+        *("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖"),
+    ]
+    rows = {line.split()[0]: line.split()[1:] for line in text[2:5]}
+    assert rows["w"][:3] == ["4×6", "2", "20"]
+    assert rows["q"][:3] == ["6×2×3", "1", "12"]
+    assert rows["head"][:3] == ["6×2", "full", "12"]
+    assert float(rows["w"][3]) == pytest.approx(
+        dense_norm(parts[1].lora["w"]), rel=0.01
+    )
+    assert text[-1] == (
+        "trained 44 of 77 parameters (57.14 %); adapter 140 B, model 308 B"
+    )
+
+
+def test_trees_that_do_not_fit_are_refused(parts):
+    frozen, trainable = parts
+    with pytest.raises(jlora.TreeError, match="'q', which frozen does not have"):
+        jlora.report({k: v for k, v in frozen.items() if k != "q"}, trainable)
+
+
+@settings(max_examples=15)
+@given(
+    sizes=st.tuples(*[st.integers(1, 3)] * 4),
+    rank=st.integers(1, 3),
+    alpha=st.floats(0.1, 10),
+)
+def test_the_norm_never_needs_the_dense_update(sizes, rank, alpha):
+    """One batch axis, two inputs, one output."""
+    batch, *fan_in, fan_out = sizes
+    axes = Axes((0,), (1, 2), (3,))
+    factors = Factors(
+        normal((batch, *fan_in, rank), 1),
+        normal((batch, rank, fan_out), 2),
+        Spec(rank=rank, alpha=alpha, axes=axes),
+    )
+    expected = dense_norm(factors)
+    assert float(delta_norm(factors)) == pytest.approx(expected, rel=1e-3, abs=1e-4)

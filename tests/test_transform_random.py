@@ -1,0 +1,240 @@
+"""Random products and random steps before them: adapted equals merged.
+
+In value and in the gradients of A, B and the activation, under `jit`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import assume, given, reject, settings, strategies as st
+from jax import lax
+
+import jlora
+
+SIZES = st.lists(st.integers(1, 3), max_size=2)
+
+
+def normal(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
+
+
+def check(fn, shape, x_shape, *, on_merge, rank=1):
+    """Compares the adapted function with the function of merged weights."""
+    params, x = {"w": normal(shape, 0)}, normal(x_shape, 1)
+    config = jlora.LoraConfig(rank=rank, alpha=2, targets="w")
+    plan = jlora.plan(fn, params, x, config=config)
+    _, trainable = jax.eval_shape(
+        lambda params: jlora.split(jax.random.key(0), params, plan), params
+    )
+    leaves, treedef = jax.tree.flatten(trainable)
+    drawn = [normal(leaf.shape, 2 + i) for i, leaf in enumerate(leaves)]
+    trainable = treedef.unflatten(drawn)
+    lora_fn = jlora.apply_lora(fn, on_merge=on_merge)
+
+    def with_grads(function):
+        def loss(trainable, x):
+            out = function(trainable, x)
+            # Linear in the result, so that rounding is not made larger.
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(trainable, x)
+
+    @jax.jit
+    def both(params, trainable, x):
+        return (
+            with_grads(lambda t, x: lora_fn(params, t, x)),
+            with_grads(lambda t, x: fn(jlora.merge(params, t), x)),
+        )
+
+    actual, expected = map(jax.tree.leaves, both(params, trainable, x))
+    for a, b in zip(actual, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        scale = 1 + np.abs(b).max(initial=0)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * scale)
+    return plan
+
+
+@st.composite
+def dot_generals(draw):
+    """`(weight's shape, x's shape, weight first, dimension numbers)`."""
+    summed, batch, free_w, free_x = (draw(SIZES) for _ in range(4))
+    size = {"s": summed, "b": batch}
+
+    def operand(free):
+        size["f"] = free
+        names = [(kind, i) for kind in "sbf" for i in range(len(size[kind]))]
+        names = draw(st.permutations(names))
+        shape = tuple(size[kind][i] for kind, i in names)
+        where = {
+            kind: [names.index((kind, i)) for i in range(len(size[kind]))]
+            for kind in "sb"
+        }
+        return shape, where["s"], where["b"]
+
+    w, cw, bw = operand(free_w)
+    x, cx, bx = operand(free_x)
+    assume(len(w) >= 2)
+    first = draw(st.booleans())
+    numbers = ((cw, cx), (bw, bx)) if first else ((cx, cw), (bx, bw))
+    return w, x, first, numbers
+
+
+@settings(max_examples=25)
+@given(dot_generals())
+def test_any_dot_general_is_factored(drawn):
+    w_shape, x_shape, first, numbers = drawn
+
+    def fn(p, x):
+        return lax.dot_general(*((p["w"], x) if first else (x, p["w"])), numbers)
+
+    check(fn, w_shape, x_shape, on_merge="error")
+
+
+@settings(max_examples=10)
+@given(st.permutations("abcd"), st.integers(1, 3), st.booleans(), st.data())
+def test_any_einsum_of_higher_rank_is_factored(letters, n_in, batched, data):
+    """Rank two, so that a transposed or mislabelled rank axis would show."""
+    weight = "".join(letters)
+    batch = weight[0] if batched and n_in < 3 else ""
+    summed = "".join(c for c in weight if c not in batch)[:n_in]
+    out = data.draw(st.permutations([c for c in weight + "t" if c not in summed]))
+    x = "".join(data.draw(st.permutations([*batch, *summed, "t"])))
+    subscripts = f"{x},{weight}->{''.join(out)}"
+    size = dict(zip("abcdt", (2, 3, 4, 2, 3), strict=True))
+
+    def fn(p, x):
+        return jnp.einsum(subscripts, x, p["w"])
+
+    shapes = (tuple(size[c] for c in weight), tuple(size[c] for c in x))
+    check(fn, *shapes, on_merge="error", rank=2)
+
+
+def factorisations(n):
+    return [
+        (a, b, n // (a * b))
+        for a in range(1, n + 1)
+        for b in range(1, n + 1)
+        if n % (a * b) == 0
+    ]
+
+
+@st.composite
+def steps(draw, shape):
+    """A step for an array of `shape`: its name, what it does, the shape after it."""
+    ndim = len(shape)
+    kinds = ["reshape", "expand", "broadcast", "scale", "scale by data"]
+    kinds += ["transpose", "slice", "rev", "index", "take", "barrier"] if ndim else []
+    kinds += ["remat", "scale rows", "split", "dynamic slice"] if ndim else []
+    kind = draw(st.sampled_from(kinds))
+    axis = draw(st.integers(0, max(ndim - 1, 0)))
+    n = shape[axis] if ndim else 1
+    at = draw(st.integers(0, n - 1))
+    if kind == "transpose":
+        order = draw(st.permutations(range(ndim)))
+        return kind, lambda w, x: w.transpose(order)
+    if kind == "reshape":
+        new = draw(st.sampled_from(factorisations(math.prod(shape))))
+        return f"{kind} {new}", lambda w, x: w.reshape(new)
+    if kind == "expand":
+        return kind, lambda w, x: jnp.expand_dims(w, axis)
+    if kind == "broadcast":
+        return kind, lambda w, x: jnp.broadcast_to(w[None], (2, *w.shape))
+    if kind == "scale":
+        return kind, lambda w, x: -w * 0.5
+    if kind == "scale by data":
+        return kind, lambda w, x: w / (2 + jnp.sin(x.ravel()[0]))
+    if kind == "scale rows":
+        along = [n if i == axis else 1 for i in range(ndim)]
+        return kind, lambda w, x: w / jnp.arange(1.0, n + 1).reshape(along)
+    if kind == "slice":
+        stride = draw(st.integers(1, 2))
+        return kind, lambda w, x: lax.slice_in_dim(w, at, n, stride, axis)
+    if kind == "dynamic slice":
+        return kind, lambda w, x: lax.dynamic_slice_in_dim(
+            w, jnp.argmax(x.ravel()) * 0 + at, n - at, axis
+        )
+    if kind == "rev":
+        return kind, lambda w, x: jnp.flip(w, axis)
+    if kind == "index":
+        return kind, lambda w, x: lax.index_in_dim(w, at, axis, keepdims=False)
+    if kind == "take":
+        ids = jnp.array([at, 0, n - 1])
+        return kind, lambda w, x: jnp.take(w, ids, axis=axis)
+    if kind == "split":
+        return kind, lambda w, x: jnp.split(w, [at], axis=axis)[1]
+    if kind == "barrier":
+        return kind, lambda w, x: lax.optimization_barrier(w)
+    return kind, lambda w, x: jax.checkpoint(lambda w: w.swapaxes(0, axis))(w)
+
+
+@st.composite
+def chains(draw):
+    """`(shape of the weight, names of steps, fn, shape of x)`."""
+    shape = draw(
+        st.lists(st.sampled_from([1, 2, 3, 4]), min_size=2, max_size=3).map(tuple)
+    )
+    now, names, done = shape, [], []
+    for _ in range(draw(st.integers(1, 4))):
+        name, do = draw(steps(now))
+        names.append(name)
+        done.append(do)
+        probe = jax.ShapeDtypeStruct(now, jnp.float32)
+        now = jax.eval_shape(do, probe, jax.ShapeDtypeStruct((2,), jnp.float32)).shape
+    assume(0 < math.prod(now) <= 200)
+    order = draw(st.permutations(range(len(now))))
+    n_summed = draw(st.integers(0, len(now)))
+    n_batch = draw(st.integers(0, len(now) - n_summed))
+    summed, batch = order[:n_summed], order[n_summed : n_summed + n_batch]
+    x_shape = (2, *(now[i] for i in batch), *(now[i] for i in summed))
+    numbers = (
+        ([1 + n_batch + i for i in range(n_summed)], list(summed)),
+        ([1 + i for i in range(n_batch)], list(batch)),
+    )
+    first = draw(st.booleans())
+
+    def fn(p, x):
+        w = p["w"]
+        for do in done:
+            w = do(w, x)
+        if first:
+            (cx, cw), (bx, bw) = numbers
+            return lax.dot_general(w, x, ((cw, cx), (bw, bx)))
+        return lax.dot_general(x, w, numbers)
+
+    return shape, names, fn, x_shape
+
+
+@settings(max_examples=40)
+@given(chains())
+def test_any_steps_before_a_product(chain):
+    shape, _, fn, x_shape = chain
+    try:
+        check(fn, shape, x_shape, on_merge="allow")
+    except jlora.TargetError:  # a vector is left of it, or nothing
+        reject()
+
+
+@settings(max_examples=12)
+@given(
+    order=st.permutations(range(3)),
+    heads=st.sampled_from([(2, 2, 3, 4), (4, 3, 4), (4, 12), (2, 2, 12), (4, 6, 2)]),
+    data=st.data(),
+)
+def test_axes_that_are_only_turned_split_or_joined_stay_factored(order, heads, data):
+    """Reshapes that cut between axes, or divide one, need no merging."""
+    shape = (4, 3, 4)
+    turned = [shape[i] for i in order]
+
+    def fn(p, x):
+        w = p["w"].transpose(order).transpose(np.argsort(order))
+        w = w.reshape(heads)
+        n_in = next(i for i in range(len(heads) + 1) if math.prod(heads[:i]) == 4)
+        return jnp.tensordot(x, w.reshape(4, *heads[n_in:]), axes=[[1], [0]])
+
+    assert math.prod(turned) == 48
+    plan = check(fn, shape, (3, 4), on_merge="error", rank=2)
+    (row,) = plan.rows()
+    assert row.route == "factored"
+    assert (row.spec.axes.fan_in, row.spec.axes.fan_out) == ((0,), (1, 2))
