@@ -48,6 +48,8 @@ class Rule:
         if isinstance(self.axes, dict):  # from JSON
             axes = Axes(**{k: tuple(v) for k, v in self.axes.items()})
             object.__setattr__(self, "axes", axes)
+        if not isinstance(self.axes, Axes | None):
+            raise ConfigError(f"Rule.axes must be jlora.Axes, got {self.axes!r}.")
         _check(f"Rule({self.pattern!r})", self)
 
 
@@ -103,11 +105,11 @@ class LoraConfig:
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if not (callable(self.targets) or self.targets == "all-linear"):
             object.__setattr__(self, "targets", _globs("targets", self.targets))
-        rules = (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules)
-        for rule in rules:
+        rules = (self.rules,) if isinstance(self.rules, Rule) else self.rules
+        for rule in rules if isinstance(rules, tuple | list) else (rules,):
             if not isinstance(rule, Rule):
                 raise ConfigError(f"rules must hold Rule objects, got {rule!r}.")
-        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "rules", tuple(rules))
         if self.dtype is not None:
             object.__setattr__(self, "dtype", _float_name(self.dtype))
         if not isinstance(self.rslora, bool):

@@ -38,16 +38,17 @@ def flatten(
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
     keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    siblings: dict[tuple, int] = {}
+    below: dict[tuple, int] = {}  # how many leaves are below each node
     for keys, _ in keyed:
-        siblings[keys[:-1]] = siblings.get(keys[:-1], 0) + 1
+        for n in range(len(keys)):
+            below[keys[:n]] = below.get(keys[:n], 0) + 1
     names = []
     for keys, _ in keyed:
         boxed = (
             len(keys) > 1
             and isinstance(keys[-1], jax.tree_util.GetAttrKey)
             and keys[-1].name == "value"
-            and siblings[keys[:-1]] == 1
+            and below[keys[:-1]] == 1
         )
         names.append("/".join(map(_component, keys[:-1] if boxed else keys)))
     leaves = dict(zip(names, (leaf for _, leaf in keyed), strict=True))
@@ -91,7 +92,7 @@ def matches(pattern: str, path: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _compile(pattern: str) -> tuple[re.Pattern, ...]:
-    return tuple(re.compile(_translate(p)) for p in _expand(pattern))
+    return tuple(re.compile(_translate(p), re.DOTALL) for p in _expand(pattern))
 
 
 def _expand(pattern: str) -> Iterator[str]:
@@ -119,7 +120,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _translate(glob: str) -> str:
-    *parents, last = glob.split("/")
+    *parents, last = re.sub(r"\*\*(/\*\*)+(?=/|$)", "**", glob).split("/")
     regex = "".join(
         "(?:[^/]+/)*" if part == "**" else _component_regex(part) + "/"
         for part in parents
@@ -129,14 +130,35 @@ def _translate(glob: str) -> str:
     return regex.removesuffix("/") + ("(?:/.*)?" if regex.endswith("/") else ".*")
 
 
-def _component_regex(part: str) -> str:
-    def regex(token: re.Match) -> str:
-        text = token.group()
-        if text[0] == "[":
-            return "[^" + text[2:] if text[1] in "!^" else text
-        return {"?": "[^/]"}.get(text, "[^/]*" if text[0] == "*" else re.escape(text))
+_TOKEN = re.compile(r"\*+|\?|\[!?\]?[^\]]*\]|.", flags=re.DOTALL)
 
-    return re.sub(r"\*+|\?|\[[^\]]+\]|.", regex, part, flags=re.DOTALL)
+
+def _component_regex(part: str) -> str:
+    return "".join(_token_regex(token) for token in _TOKEN.findall(part))
+
+
+def _token_regex(token: str) -> str:
+    if token[0] == "*":
+        return "[^/]*"
+    if token == "?":
+        return "[^/]"
+    if len(token) > 1:
+        return _set_regex(token[1:-1])
+    return re.escape(token)
+
+
+def _set_regex(chars: str) -> str:
+    """Returns a regex for one character of a set: `a-cx`, or `!a-cx` for others."""
+    negative, chars = chars.startswith("!"), chars.removeprefix("!")
+    ranges = re.findall(r"(.)-(.)|(.)", chars, flags=re.DOTALL)
+    members = "".join(
+        re.escape(one) if one else f"{re.escape(low)}-{re.escape(high)}"
+        for low, high, one in ranges
+        if one or low <= high
+    )
+    if negative:
+        return f"[^/{members}]"
+    return f"[{members}]" if members else "(?!)"
 
 
 def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:

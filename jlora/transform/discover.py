@@ -147,6 +147,7 @@ def discover(
         def guarded(ctx, eqn, *operands):
             name = eqn.primitive.name
             scales = name in ("mul", "div")
+            sources = [path for v in operands for path in _sources(v)]
             operands = [
                 v.w if isinstance(v, Derived) and (scales or not v.paths) else v
                 for v in operands
@@ -156,7 +157,13 @@ def discover(
             derived = any(isinstance(v, Derived) for v in operands)
             if derived or not any(isinstance(v, Weight) for v in operands):
                 return NotImplemented
-            return rule(ctx, eqn, *operands)
+            results = rule(ctx, eqn, *operands)
+            if scales and results is not NotImplemented:
+                scaled = _sources(results[0])
+                for path in sources:
+                    if path not in scaled:
+                        record(path, name, ELEMENTWISE, eqn)
+            return results
 
         return guarded
 
