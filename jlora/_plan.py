@@ -13,7 +13,7 @@ from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Spec
 from .tables import count, html, nbytes, table
-from .transform.discover import DERIVED, FACTORED, MERGED, Use, discover
+from .transform.discover import FACTORED, MERGED, Use, discover
 from .transform.heads import output_heads
 from .transform.stage import is_array, stage
 
@@ -60,7 +60,7 @@ class Row:
         """`"factored"`, `"merged"`, `"factored+merged"`, or `""` if not a weight."""
         routes = {use.route for use in self.uses}
         if FACTORED in routes:
-            return "factored+merged" if routes & {MERGED, DERIVED} else FACTORED
+            return FACTORED if routes == {FACTORED} else "factored+merged"
         return MERGED if MERGED in routes else ""
 
     @property
@@ -424,7 +424,7 @@ def _summary(plan: Plan) -> str:
         for row in plan.leaves
         if row.status == "adapted"
         for use in row.uses
-        if use.route in (MERGED, DERIVED)
+        if use.route != FACTORED
     ]
     warning = ["merged on the fly (right, but slower):", *merges] if merges else []
     return "\n".join([counts, *warning])

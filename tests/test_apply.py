@@ -509,6 +509,24 @@ def test_low_precision(weight, activation, factors):
         assert bool((g != 0).any())
 
 
+def test_low_precision_products_sum_in_float32():
+    """4096 terms near one: a bfloat16 sum stops at 256."""
+    x = jnp.ones((1, 4096), "bfloat16")
+    params = {"w": jnp.zeros((4096, 4), "bfloat16")}
+    config = {"rank": 1, "targets": "w"}
+    frozen, trainable = adapt(use, params, x, config=config)
+    trainable = jax.tree.map(jnp.ones_like, trainable)
+    lora_fn = jlora.apply_lora(use)
+    first = [
+        eqn.outvars[0].aval.dtype
+        for eqn in jax.make_jaxpr(lora_fn)(frozen, trainable, x).eqns
+        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == (1, 1)
+    ]
+    assert first == ["float32"]
+    out = lora_fn(frozen, trainable, x)
+    np.testing.assert_array_equal(np.asarray(out, "float32"), 3 * 4096)
+
+
 class Linen(nn.Module):
     """A Linen module with state, randomness and a second method."""
 

@@ -554,6 +554,30 @@ def test_a_weight_that_is_merged_on_the_fly_is_shown_with_its_place():
     assert "merged on the fly (right" not in quiet
 
 
+MIXED = {
+    "scales an activation": lambda p, x: x @ p["w"] + x * p["w"],
+    "masked penalty": lambda p, x: (x @ p["w"], jnp.sum(p["w"] * jnp.tri(4))),
+    "added to an activation": lambda p, x: jnp.sin(x) @ p["w"] + p["w"],
+    "picked by data": lambda p, x: x @ p["w"] + jnp.where(x > 0, p["w"], 0.0),
+    "its norm": lambda p, x: x @ p["w"] / jnp.linalg.norm(p["w"]),
+    "returned": lambda p, x: (x @ p["w"], p["w"]),
+    "in a custom rule": lambda p, x: x @ p["w"] + jax.nn.relu(p["w"]),
+}
+
+
+@pytest.mark.parametrize("use", MIXED)
+def test_one_merged_use_among_factored_ones_is_shown(use):
+    """What the plan says is what `apply_lora` does."""
+    args = {"w": jnp.ones((4, 4))}, jnp.ones((4, 4))
+    config = jlora.LoraConfig(rank=1, targets="w")
+    made = jlora.plan(MIXED[use], *args, config=config)
+    parts = jlora.split(jax.random.key(0), args[0], made)
+    with pytest.raises(jlora.MergeError):
+        jlora.apply_lora(MIXED[use], on_merge="error")(*parts, args[1])
+    assert row(made, "w").route == "factored+merged"
+    assert "merged on the fly" in str(made)
+
+
 def test_all_linear_leaves_out_what_could_only_be_merged():
     def fn(p, x):
         return x @ jnp.exp(p["w"]) @ p["v"] @ p["u"]

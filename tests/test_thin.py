@@ -62,7 +62,7 @@ def close(actual, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(products())
 def test_value_and_all_derivatives_are_those_of_dot_general(product):
     t, b, numbers, t_first = product
@@ -86,7 +86,7 @@ def test_value_and_all_derivatives_are_those_of_dot_general(product):
     close(everything(thin), everything(plain_dot))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(products(), st.sampled_from(["t", "b", "both"]), st.integers(0, 4), st.data())
 def test_vmap_is_that_of_dot_general(product, which, at, data):
     t, b, numbers, t_first = product

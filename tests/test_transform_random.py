@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import assume, given, reject, settings, strategies as st
 from jax import lax
 
@@ -31,6 +32,13 @@ def check(fn, shape, x_shape, *, on_merge, rank=1):
     leaves, treedef = jax.tree.flatten(trainable)
     drawn = [normal(leaf.shape, 2 + i) for i, leaf in enumerate(leaves)]
     trainable = treedef.unflatten(drawn)
+    # What the plan says is what happens: merged if and only if it says so.
+    (row,) = plan.rows()
+    if row.route == "factored":
+        on_merge = "error"
+    elif on_merge == "allow":
+        with pytest.raises(jlora.MergeError):
+            jax.eval_shape(jlora.apply_lora(fn, on_merge="error"), params, trainable, x)
     lora_fn = jlora.apply_lora(fn, on_merge=on_merge)
 
     def with_grads(function):
@@ -81,7 +89,7 @@ def dot_generals(draw):
     return w, x, first, numbers
 
 
-@settings(max_examples=25)
+@settings(max_examples=18)
 @given(dot_generals())
 def test_any_dot_general_is_factored(drawn):
     w_shape, x_shape, first, numbers = drawn
@@ -214,6 +222,23 @@ def test_any_steps_before_a_product(chain):
         check(fn, shape, x_shape, on_merge="allow")
     except jlora.TargetError:  # a vector is left of it, or nothing
         reject()
+
+
+IDS = jnp.array([1, 0, 2])
+
+
+@pytest.mark.parametrize("subscripts", ["tij,ijk->tk", "tij,ijk->itk", "tij,ijk->ijt"])
+@pytest.mark.parametrize("axes", [(0, 0, 1), (1, 1, 0), (0, 1, 0, 1), (1, 0, 0, 0)])
+def test_rows_of_rows_of_a_weight(axes, subscripts):
+    """Each lookup makes an axis of its own, also where one before it is gone."""
+
+    def fn(p, x):
+        w = p["w"]
+        for axis in axes:
+            w = jnp.take(w, IDS, axis=axis)
+        return jnp.einsum(subscripts, x, w)
+
+    check(fn, (4, 3, 2), (2, 3, 3), on_merge="allow")
 
 
 @settings(max_examples=12)

@@ -145,8 +145,8 @@ def at_least_float32(*dtypes: Any) -> Any:
 
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:
     """Returns an atom of size `n` and the negative root `kind`, new to `weight`."""
-    atoms = [atom for group in weight.dims for atom in group]
-    return Atom((kind, sum(atom.root == kind for atom in atoms)), n)
+    taken = [a.name[1] for group in weight.dims for a in group if a.root == kind]
+    return Atom((kind, max(taken, default=-1) + 1), n)
 
 
 def regroup(x: Any, labels: Labels, groups: Sequence[Group]) -> Any:
