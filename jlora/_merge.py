@@ -78,6 +78,12 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
 
     Raises:
       TreeError: if `trainable` does not fit `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> head = jlora.Trainable(full={"head": jnp.ones(2)})
+      >>> unmerge({"w": jnp.ones(1), "head": jnp.ones(2)}, head)
+      {'head': Missing(), 'w': Array([1.], dtype=float32)}
     """
     leaves, treedef = paths.flatten(params)
     unknown = [path for path in trainable.full if path not in leaves]
@@ -129,6 +135,17 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     Warns:
       UserWarning: names the leaves that changed although `plan` leaves them frozen;
         their change is not in the adapter.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> base = {"w": jnp.zeros((3, 4))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> config = jlora.LoraConfig(rank=1)
+      >>> plan = jlora.plan(fn, base, jnp.ones((1, 3)), config=config)
+      >>> tuned = {"w": jnp.ones((3, 4))}
+      >>> adapter = jlora.extract(tuned, base, plan)
+      >>> bool(jnp.allclose(jlora.merge(base, adapter)["w"], tuned["w"], atol=1e-6))
+      True
 
     References:
       Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
