@@ -1,4 +1,4 @@
-"""Random products and random steps before them: adapted equals merged.
+"""Random products and convolutions, and random steps before them: adapted = merged.
 
 In value and in the gradients of A, B and the activation, under `jit`.
 """
@@ -14,6 +14,7 @@ from jax import lax
 
 import jlora
 
+EXAMPLES = max(300, settings().max_examples)
 SIZES = st.lists(st.integers(1, 3), max_size=2)
 
 
@@ -89,7 +90,8 @@ def dot_generals(draw):
     return w, x, first, numbers
 
 
-@settings(max_examples=18)
+@pytest.mark.slow
+@settings(max_examples=EXAMPLES)
 @given(dot_generals())
 def test_any_dot_general_is_factored(drawn):
     w_shape, x_shape, first, numbers = drawn
@@ -214,7 +216,8 @@ def chains(draw):
     return shape, names, fn, x_shape
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=EXAMPLES)
 @given(chains())
 def test_any_steps_before_a_product(chain):
     shape, _, fn, x_shape = chain
@@ -222,6 +225,59 @@ def test_any_steps_before_a_product(chain):
         check(fn, shape, x_shape, on_merge="allow")
     except jlora.TargetError:  # a vector is left of it, or nothing
         reject()
+
+
+LAYOUTS = {
+    1: [("NWC", "WIO", "NWC"), ("NCW", "OIW", "NCW"), ("NCW", "WIO", "NWC")],
+    2: [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW"), ("NHWC", "OIHW", "CHWN")],
+    3: [("NDHWC", "DHWIO", "NDHWC"), ("NCDHW", "OIDHW", "NCDHW")],
+}
+
+
+@st.composite
+def convolutions(draw):
+    """`(shape of w, shape of x, settings)` of one convolution."""
+    n = draw(st.sampled_from([1, 1, 2, 2, 3]))
+    layout = draw(st.sampled_from(LAYOUTS[n]))
+    small = st.integers(1, 2)
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    ins, outs = draw(small), draw(small) * groups
+    window = [draw(st.integers(1, 3)) for _ in range(n)]
+    spatial = [draw(st.integers(5, 6)) for _ in range(n)]
+    dilation = [draw(small) for _ in range(n)]
+    paddings = [[(draw(st.integers(0, 2)), 1)] * n]
+    if dilation == [1] * n:  # JAX reads a string only then
+        paddings += ["SAME", "VALID"]
+    settings = {
+        "window_strides": [draw(small) for _ in range(n)],
+        "padding": draw(st.sampled_from(paddings)),
+        "lhs_dilation": dilation,
+        "rhs_dilation": [draw(small) for _ in range(n)],
+        "dimension_numbers": layout,
+        "feature_group_count": groups,
+    }
+
+    def shape(letters, sizes):
+        rest = iter(spatial if letters == layout[0] else window)
+        return tuple(sizes[c] if c in sizes else next(rest) for c in letters)
+
+    x_shape = shape(layout[0], {"N": 2, "C": ins * groups})
+    w_shape = shape(layout[1], {"I": ins, "O": outs})
+    return w_shape, x_shape, settings
+
+
+@pytest.mark.slow
+@settings(max_examples=EXAMPLES)
+@given(convolutions())
+def test_any_convolution_is_factored(drawn):
+    w_shape, x_shape, config = drawn
+
+    def fn(p, x):
+        return lax.conv_general_dilated(x, p["w"], **config)
+
+    (row,) = check(fn, w_shape, x_shape, on_merge="error").rows()
+    out_dim = config["dimension_numbers"][1].index("O")
+    assert row.spec.axes.fan_out == (out_dim,)
 
 
 IDS = jnp.array([1, 0, 2])
@@ -239,6 +295,33 @@ def test_rows_of_rows_of_a_weight(axes, subscripts):
         return jnp.einsum(subscripts, x, w)
 
     check(fn, (4, 3, 2), (2, 3, 3), on_merge="allow")
+
+
+def test_promises_about_index_pairs_are_not_made_for_single_indices():
+    """The pairs (0, 0), (0, 1), (1, 0) are unique and sorted; 0, 0, 1 and 0, 1, 0 are
+    not, and a scatter that is promised so may lose sums on an accelerator."""
+    rows, columns = jnp.array([0, 0, 1]), jnp.array([0, 1, 0])
+
+    def fn(p, x):
+        found = p["w"].at[rows, columns]
+        return found.get(unique_indices=True, indices_are_sorted=True) * x
+
+    params, x = {"w": normal((3, 3, 4), 0)}, normal((1, 4), 1)
+    axes = jlora.Axes((), (0,), (1, 2))
+    config = jlora.LoraConfig(rank=1, targets="w", rules=jlora.Rule("w", axes=axes))
+    plan = jlora.plan(fn, params, x, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    run = jlora.apply_lora(fn)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda t: run(frozen, t, x).sum()))(trainable)
+    scatters = {
+        eqn.outvars[0].aval.shape: eqn.params
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "scatter-add"
+    }
+    of_a, of_b = scatters[(3, 1)], scatters[(1, 3, 4)]
+    assert not of_a["unique_indices"]
+    assert not of_b["unique_indices"]
+    assert not of_b["indices_are_sorted"]
 
 
 @settings(max_examples=12)

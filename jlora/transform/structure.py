@@ -77,8 +77,10 @@ def _split_to(
     dims: list[Group] = []
     for n in sizes:
         group: list[Atom] = []
-        while math.prod(atom.size for atom in group) < n:
-            missing = n // math.prod(atom.size for atom in group)
+        while (done := math.prod(atom.size for atom in group)) < n:
+            missing = n // done
+            if n % done:
+                return None
             atom = atoms.pop(0)
             if atom.size > missing and atom.size % missing == 0:
                 parts = (
@@ -95,7 +97,7 @@ def _split_to(
                 atom, rest = parts
                 atoms.insert(0, rest)
             group.append(atom)
-        if math.prod(atom.size for atom in group) != n:
+        if done != n:
             return None
         dims.append(tuple(group))
     return (weight, tuple(dims)) if not atoms else None
@@ -257,19 +259,27 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
         for k, i in enumerate(numbers.start_index_map)
         if not (clamps and sizes[i] == shape[i])  # a whole slice starts at zero
     }
-    whole = [i for i in range(weight.w.ndim) if i not in columns]
+    batching = dict(  # axis of `w`: axis of `indices` that goes along with it
+        zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
+    )
+    whole = [i for i in range(weight.w.ndim) if i not in {*columns, *batching}]
     if (
-        numbers.operand_batching_dims
-        or any(sizes[i] != shape[i] for i in whole)
-        or any(sizes[i] != 1 or len(weight.dims[i]) != 1 for i in columns)
+        any(sizes[i] != shape[i] for i in whole)
+        or any(sizes[i] != 1 for i in columns)
+        or any(len(weight.dims[i]) != 1 for i in {*columns, *batching})
     ):
         return NotImplemented
     (w,) = bind(eqn, weight.w, indices)
     positions = [i for i in range(w.ndim) if i not in numbers.offset_dims]
+    along = {j: weight.dims[i][0] for i, j in batching.items()}
     atoms: list[Atom] = []
-    for n in indices.shape[:-1]:
+    for j, n in enumerate(indices.shape[:-1]):
         known = weight.replace(dims=(*weight.dims, tuple(atoms)))
-        atoms.append(new_atom(known, INDEX, n))
+        atoms.append(along.get(j) or new_atom(known, INDEX, n))
 
     def pick(x: Any, labels: Labels) -> tuple[Any, Labels]:
         held = {
@@ -280,7 +290,10 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
         if not held:
             return x, labels
         axes = list(held)
-        rest = [i for i in range(x.ndim) if i not in axes]
+        pairs = {labels.index(a): j for j, a in along.items() if a in labels}
+        rest = [i for i in range(x.ndim) if i not in {*axes, *pairs}]
+        # A promise about whole index vectors says nothing of some of their entries.
+        promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
         picked = lax.gather(
             x,
             jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
@@ -288,10 +301,12 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
                 offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
                 collapsed_slice_dims=tuple(sorted(axes)),
                 start_index_map=tuple(axes),
+                operand_batching_dims=tuple(sorted(pairs)),
+                start_indices_batching_dims=tuple(pairs[i] for i in sorted(pairs)),
             ),
-            slice_sizes=[1 if i in axes else n for i, n in enumerate(x.shape)],
-            unique_indices=eqn.params["unique_indices"],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
+            slice_sizes=[n if i in rest else 1 for i, n in enumerate(x.shape)],
+            unique_indices=promised and eqn.params["unique_indices"],
+            indices_are_sorted=promised and eqn.params["indices_are_sorted"],
             mode=eqn.params["mode"],
             fill_value=0,
         )
@@ -300,7 +315,8 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     dims: list[Group] = [()] * w.ndim
     for i, atom in zip(positions, atoms, strict=True):
         dims[i] = (atom,)
-    kept = [i for i in range(weight.w.ndim) if i not in numbers.collapsed_slice_dims]
+    gone = {*numbers.collapsed_slice_dims, *batching}
+    kept = [i for i in range(weight.w.ndim) if i not in gone]
     for i, j in zip(kept, numbers.offset_dims, strict=True):
         dims[j] = () if i in columns else weight.dims[i]
     return [
