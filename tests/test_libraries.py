@@ -19,6 +19,7 @@ from library_cases import (
     check_fresh,
     check_plan,
     check_random,
+    equal,
     fill,
     normal,
     params,
@@ -167,6 +168,42 @@ def haiku_stack(hk):
     return f
 
 
+def haiku_control(hk):
+    """Every loop, branch and wrapper that Haiku lifts; `while_loop` stops gradients."""
+
+    def f(x):
+        layers = {
+            name: hk.Linear(4, name=name)
+            for name in ("scan", "remat", "cond", "switch", "fori", "while", "vmap")
+        }
+        x, _ = hk.scan(lambda x, _: (layers["scan"](jnp.tanh(x)), None), x, None, 2)
+        x = x + hk.remat(lambda x: jnp.tanh(layers["remat"](x)))(x)
+        x = hk.cond(x.sum() > -1e3, layers["cond"], lambda x: -layers["cond"](x), x)
+        branches = [layers["switch"], lambda x: jnp.tanh(layers["switch"](x))]
+        x = hk.switch(1, branches, x)
+        x = hk.fori_loop(0, 2, lambda i, x: jnp.tanh(layers["fori"](x)), x)
+        x = x + hk.vmap(layers["vmap"], split_rng=False)(x)
+        y = layers["while"](x)
+        if hk.running_init():  # Haiku makes no parameters in a while loop
+            return y
+        _, z = hk.while_loop(
+            lambda state: state[0] < 2,
+            lambda state: (state[0] + 1, jnp.tanh(layers["while"](state[1]))),
+            (0, lax.stop_gradient(x)),
+        )
+        return y + lax.stop_gradient(z)
+
+    return f
+
+
+def haiku_unrolled(hk):
+    def f(x):
+        core = hk.DeepRNN([hk.GRU(4), hk.LSTM(3)])
+        return hk.static_unroll(core, x, core.initial_state(2))
+
+    return f
+
+
 # Equinox
 
 
@@ -243,6 +280,26 @@ def equinox_stacked():
     return fn, layers, (normal(5, 4),)
 
 
+def equinox_ensemble(layers, x):
+    eqx = pytest.importorskip("equinox")
+    call = eqx.filter_vmap(each, in_axes=(eqx.if_array(0), None))
+    return call(layers, x)
+
+
+def equinox_spectral():
+    """The state of its power iteration is an argument and a result."""
+    eqx = pytest.importorskip("equinox")
+    model, state = eqx.nn.make_with_state(
+        lambda key: eqx.nn.SpectralNorm(eqx.nn.Linear(4, 6, key=key), "weight", key=key)
+    )(jax.random.key(0))
+
+    def fn(model, state, x):
+        call = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))
+        return call(x, state)
+
+    return fn, model, (state, normal(5, 4))
+
+
 def equinox_filtered():
     """`filter_jit` and `filter_checkpoint` inside the function."""
     eqx = pytest.importorskip("equinox")
@@ -258,6 +315,18 @@ def equinox_filtered():
 # transformers
 
 
+def flax_model(name: str, config: dict[str, Any], shape: Any) -> tuple[Any, Any]:
+    """Returns a Flax model and random values for it, without running its `init`."""
+    library = pytest.importorskip("transformers", exc_type=ImportError)
+    if not hasattr(library, f"Flax{name}"):
+        pytest.skip("transformers 5 has no Flax models")
+    base = name.split("For")[0].removesuffix("Model").removesuffix("LMHead")
+    settings = getattr(library, f"{base}Config")(**config)
+    model = getattr(library, f"Flax{name}")(settings, _do_init=False)
+    shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), shape))
+    return model, fill(shapes)
+
+
 def transformers(
     name: str,
     config: dict[str, Any],
@@ -266,22 +335,14 @@ def transformers(
     output: str = "last_hidden_state",
     **kwargs: Any,
 ) -> Callable:
-    """A Flax model on random values, without running its `init`."""
-
     def build():
-        library = pytest.importorskip("transformers", exc_type=ImportError)
-        if not hasattr(library, f"Flax{name}"):
-            pytest.skip("transformers 5 has no Flax models")
-        base = name.split("For")[0].removesuffix("Model").removesuffix("LMHead")
-        settings = getattr(library, f"{base}Config")(**config)
-        model = getattr(library, f"Flax{name}")(settings, _do_init=False)
-        shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), shape))
+        model, params = flax_model(name, config, shape)
 
         def fn(params, *args):
             out = model(*args, params=params, **kwargs)
             return out[0][output] if isinstance(out, tuple) else out[output]
 
-        return fn, fill(shapes), args
+        return fn, params, args
 
     return build
 
@@ -303,8 +364,44 @@ GPT2 = {
     "n_positions": 6,
     "n_inner": 12,
 }
+LLAMA = {**TINY, "num_key_value_heads": 1}
 TOKENS = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+DROPOUT = {"train": True, "dropout_rng": jax.random.PRNGKey(1)}
 OUT_IN = ((), (1,), (0,))
+GPT2_WEIGHTS = ("transformer/h/{0,1}/**/kernel", "transformer/{wte,wpe}/embedding")
+LLAMA_WEIGHTS = (
+    "model/layers/{0,1}/self_attn/{q,k,v,o}_proj/kernel",
+    "model/layers/{0,1}/mlp/{gate,up,down}_proj/kernel",
+    "model/embed_tokens/embedding",
+    "lm_head/kernel",
+)
+
+
+def cached(name: str, config: dict[str, Any]) -> Callable:
+    """Decoding a token at a time, the cache of keys and values carried by a scan."""
+
+    def build():
+        model, params = flax_model(name, config, (1, 4))
+        n_batch, length = TOKENS.shape
+        cache = fill(jax.eval_shape(lambda: model.init_cache(n_batch, length)))
+
+        def fn(params, cache, tokens):
+            def step(cache, inputs):
+                i, ids = inputs
+                out = model(
+                    ids[:, None],
+                    params=params,
+                    past_key_values=cache,
+                    attention_mask=jnp.ones((n_batch, length), jnp.int32),
+                    position_ids=jnp.full((n_batch, 1), i),
+                )
+                return out.past_key_values, out.logits[:, 0]
+
+            return lax.scan(step, cache, (jnp.arange(length), tokens.T))
+
+        return fn, params, (cache, TOKENS)
+
+    return build
 
 
 def resnet(training: bool) -> Callable:
@@ -372,6 +469,12 @@ CASES = [
         axes={"**/w": ((0,), (1,), (2,))},
         rounds=True,
     ),
+    Case("Haiku, control flow", haiku(haiku_control, normal(5, 4)), "*/w", rounds=True),
+    Case(
+        "Haiku, static_unroll",
+        haiku(haiku_unrolled, normal(3, 2, 4)),
+        ("gru/{w_i,w_h}", "lstm/linear/w"),
+    ),
     Case(
         "Equinox MLP",
         equinox(lambda e, key: e.nn.MLP(4, 3, 6, 1, key=key), each, normal(5, 4)),
@@ -436,6 +539,32 @@ CASES = [
         "layers/{0,1}/weight",
         axes={"**/weight": ((0,), (2,), (1,))},
     ),
+    Case(
+        "Equinox, ensemble",
+        equinox(
+            lambda e, key: e.filter_vmap(lambda k: e.nn.MLP(4, 3, 6, 1, key=k))(
+                jax.random.split(key, 3)
+            ),
+            equinox_ensemble,
+            normal(5, 4),
+        ),
+        "layers/{0,1}/weight",
+        axes={  # the members' first layers are one wide layer: they share the input
+            "layers/0/weight": ((), (2,), (0, 1)),
+            "layers/1/weight": ((0,), (2,), (1,)),
+        },
+    ),
+    Case(
+        "Equinox WeightNorm",
+        equinox(
+            lambda e, key: e.nn.WeightNorm(e.nn.Linear(4, 6, key=key)),
+            each,
+            normal(5, 4),
+        ),
+        "layer/weight",
+        merged="layer/weight",
+    ),
+    Case("Equinox SpectralNorm", equinox_spectral, "layer/weight", rounds=True),
     Case("Equinox, filter_jit", equinox_filtered, "layers/{0,1}/weight"),
     Case(
         "transformers BERT",
@@ -447,23 +576,27 @@ CASES = [
     Case(
         "transformers GPT-2",
         transformers("GPT2LMHeadModel", GPT2, TOKENS, output="logits"),
-        ("transformer/h/{0,1}/**/kernel", "transformer/{wte,wpe}/embedding"),
+        GPT2_WEIGHTS,
         axes={"**/kernel": OUT_IN, "**/embedding": ((), (0,), (1,))},
     ),
     Case(
         "transformers Llama",
         transformers(
             "LlamaForCausalLM",
-            {**TINY, "num_key_value_heads": 1},
+            LLAMA,
             TOKENS,
             output="logits",
         ),
-        (
-            "model/layers/{0,1}/self_attn/{q,k,v,o}_proj/kernel",
-            "model/layers/{0,1}/mlp/{gate,up,down}_proj/kernel",
-            "model/embed_tokens/embedding",
-            "lm_head/kernel",
-        ),
+        LLAMA_WEIGHTS,
+    ),
+    Case(
+        "transformers GPT-2, dropout",
+        transformers("GPT2LMHeadModel", GPT2, TOKENS, output="logits", **DROPOUT),
+        GPT2_WEIGHTS,
+    ),
+    Case("transformers GPT-2, cached", cached("GPT2LMHeadModel", GPT2), GPT2_WEIGHTS),
+    Case(
+        "transformers Llama, cached", cached("LlamaForCausalLM", LLAMA), LLAMA_WEIGHTS
     ),
     Case(
         "transformers ViT",
@@ -527,3 +660,24 @@ def test_gpt2_factors_are_on_the_input_side():
     for factors in trainable.lora.values():
         assert factors.a.shape == (8, 2)
         assert factors.b.shape == (2, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("GPT2LMHeadModel", GPT2), ("LlamaForCausalLM", LLAMA)]
+)
+def test_generate_does_not_merge_in_its_loop(name, config):
+    """`generate` as transformers has it: a prompt, then a `while_loop` with a cache."""
+    model, params = flax_model(name, config, (1, 4))
+
+    def fn(params, ids):
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, params=params, **settings).sequences
+
+    prompt = TOKENS[:, :2]
+    config = jlora.LoraConfig(rank=2, targets="**/{kernel,embedding}")
+    plan = jlora.plan(fn, params, prompt, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    trainable = fill(trainable)
+    lora_fn = jax.jit(jlora.apply_lora(fn, on_merge="error"))
+    merged = jlora.merge(frozen, trainable)
+    equal(lora_fn(frozen, trainable, prompt), jax.jit(fn)(merged, prompt))

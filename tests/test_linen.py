@@ -110,6 +110,27 @@ class Scanned(nn.Module):
         return stack(name="layers")(x, None)[0]
 
 
+class StatisticsStep(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.BatchNorm(use_running_average=False)(nn.Dense(4, name="up")(x))
+        return x + nn.Dropout(0.3, deterministic=False)(jnp.tanh(h)), None
+
+
+class ScannedStatistics(nn.Module):
+    """Each layer has statistics and a mask of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            StatisticsStep,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=3,
+        )
+        return stack(name="layers")(x, None)[0]
+
+
 class SharedScan(nn.Module):
     """The same layer three times: its weights are constants of the loop."""
 
@@ -208,6 +229,44 @@ class SpectralNormed(nn.Module):
         return nn.Dense(3)(nn.SpectralNorm(nn.Dense(6))(x, update_stats=True))
 
 
+class Mapped(nn.Module):
+    """A layer whose kernel is stored `[out, in]`, or masked, by `map_variables`."""
+
+    mask: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def change(variables):
+            if self.mask:
+                return jax.tree.map(jnp.triu, variables)
+            return jax.tree.map(jnp.transpose, variables)
+
+        layer = nn.map_variables(
+            nn.Dense, "params", change, change, init=self.is_initializing()
+        )
+        return jnp.tanh(layer(6, use_bias=False, name="layer")(x))
+
+
+class OwnGradient(nn.Module):
+    """Kernels get three times their gradient, inputs a clipped one."""
+
+    @nn.compact
+    def __call__(self, x):
+        def call(layer, x):
+            return layer(x)
+
+        def forward(layer, x):
+            return nn.vjp(call, layer, x)
+
+        def backward(vjp, dy):
+            d_params, dx = vjp(dy)
+            return jax.tree.map(lambda d: 3 * d, d_params), jnp.clip(dx, -0.1, 0.1)
+
+        own = nn.custom_vjp(call, forward, backward)
+        x = jnp.tanh(nn.Dense(6, name="up")(x))
+        return own(nn.Dense(4, name="own"), x)
+
+
 class Boxed(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -244,6 +303,18 @@ class Transformer(nn.Module):
         )
         x = x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(x)))
         return embed.attend(x)
+
+
+class Pooled(nn.Module):
+    """Learned queries, the same for each of the batch, ask twice."""
+
+    @nn.compact
+    def __call__(self, x):
+        probe = self.param("probe", nn.initializers.normal(), (1, 3, 8))
+        probe = jnp.tile(probe, (x.shape[0], 1, 1))
+        first = attention(name="first", use_bias=False)
+        again = attention(name="second", use_bias=False)
+        return first(probe, x) + again(nn.LayerNorm()(probe), x)
 
 
 def attention(**settings: Any) -> nn.Module:
@@ -365,6 +436,11 @@ CASES = [
         for padding in ("VALID", "CIRCULAR", "REFLECT", 1)
     ),
     Case("Conv, padding CAUSAL", conv(6, (3,), padding="CAUSAL")),
+    Case(
+        "Conv, mask",
+        conv(6, (3,), mask=jnp.tril(jnp.ones((3, 4, 6)))),
+        merged="params/kernel",
+    ),
     Case("Conv, batch of two axes", linen(nn.Conv(6, (3,)), normal(2, 3, 7, 4))),
     Case("ConvTranspose, 1-D", conv(6, (3,), strides=(2,), module=nn.ConvTranspose)),
     Case(
@@ -426,6 +502,12 @@ CASES = [
         ),
         "params/{query,key,value,out}/kernel",
     ),
+    Case(
+        "attention, learned queries",
+        linen(Pooled, normal(2, 4, 8)),
+        ("params/{first,second}/{query,key,value,out}/kernel", "params/probe"),
+        merged="params/probe",
+    ),
     Case("attention, decoding in scan", decode, "{query,key,value,out}/kernel"),
     Case("attention, decoding, one tree", decode_variables, "params/*/kernel"),
     Case("Transformer", linen(Transformer, IDS), ("params/**/kernel", "**/embedding")),
@@ -473,6 +555,16 @@ CASES = [
     ),
     Case("scan and remat", linen(Scanned(remat=True), normal(5, 4)), UP_DOWN),
     Case(
+        "scan, statistics, dropout",
+        linen(
+            ScannedStatistics,
+            normal(5, 4),
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.key(2)},
+        ),
+        axes={"**/kernel": ((0,), (1,), (2,))},
+    ),
+    Case(
         "scan, shared layer",
         linen(SharedScan, normal(5, 4)),
         UP_DOWN,
@@ -504,6 +596,22 @@ CASES = [
         "SpectralNorm",
         linen(SpectralNormed, normal(5, 4), mutable=["batch_stats"]),
         merged="params/Dense_1/kernel",
+    ),
+    Case(
+        "map_variables",
+        linen(Mapped, normal(5, 4)),
+        axes={"**/kernel": ((), (1,), (0,))},
+    ),
+    Case(
+        "map_variables, masked",
+        linen(Mapped(mask=True), normal(5, 6)),
+        merged="**/kernel",
+    ),
+    Case(
+        "custom_vjp",
+        linen(OwnGradient, normal(5, 4)),
+        "params/{up,own}/kernel",
+        merged="params/own/kernel",
     ),
     Case("Partitioned", linen(Boxed, normal(5, 4)), "params/Dense_{0,1}/kernel"),
 ]

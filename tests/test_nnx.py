@@ -92,11 +92,11 @@ class Listed(nnx.Module):
 class Stacked(nnx.Module):
     """Layers made by `nnx.vmap`, run by `nnx.scan`."""
 
-    def __init__(self, rngs, *, remat=False):
+    def __init__(self, rngs, block=Block, *, remat=False):
         @nnx.split_rngs(splits=3)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make(rngs):
-            return Block(rngs)
+            return block(rngs)
 
         self.layers = make(rngs)
         self.remat = remat
@@ -110,6 +110,16 @@ class Stacked(nnx.Module):
         return nnx.scan(layer, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(
             self.layers, x
         )
+
+
+class StatisticsBlock(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.dropout(jnp.tanh(self.norm(self.up(x))))
 
 
 class Ensemble(nnx.Module):
@@ -165,6 +175,47 @@ class Loop(nnx.Module):
         return nnx.fori_loop(0, 3, step, (self.layer, x))[1]
 
 
+class Looped(nnx.Module):
+    """`while_loop` has no reverse mode, so its output stops gradients."""
+
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        def step(state):
+            i, layer, x = state
+            return i + 1, layer, jnp.tanh(layer(x))
+
+        start = (0, self.layer, x)
+        loop = nnx.while_loop(lambda state: state[0] < 3, step, start)
+        return self.layer(x) + lax.stop_gradient(loop[2])
+
+
+class OwnGradient(nnx.Module):
+    """The last kernel gets three times its gradient."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(4, 6, rngs=rngs)
+        self.own = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.custom_vjp
+        def call(layer, x):
+            return layer(x)
+
+        def forward(layer, x):
+            return call(layer, x), (layer.kernel[...], x)
+
+        def backward(kept, gradients):
+            kernel, x = kept
+            (d_layer, _), dy = gradients
+            d_layer["kernel"][...] = 3 * x.T @ dy
+            return d_layer, dy @ kernel.T
+
+        call.defvjp(forward, backward)
+        return call(self.own, jnp.tanh(self.up(x)))
+
+
 class Experts(nnx.Module):
     """Parameters of the user's own, named as tunix and gemma name theirs."""
 
@@ -218,6 +269,15 @@ def conv(features: int, window: tuple[int, ...], **settings: Any) -> Any:
     return model(
         lambda rngs: layer(4, features, window, rngs=rngs, **settings),
         normal(2, *sizes, 4),
+    )
+
+
+def normed(norm: Any) -> Callable[[], tuple]:
+    return model(
+        lambda rngs: nnx.Sequential(
+            norm(nnx.Linear(4, 6, rngs=rngs), rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        ),
+        normal(5, 4),
     )
 
 
@@ -326,11 +386,29 @@ CASES = [
         UP_DOWN,
         axes=STACKED,
     ),
+    Case(
+        "scan, statistics, dropout",
+        model(lambda r: Stacked(r, StatisticsBlock), normal(5, 4)),
+        axes={"**/kernel": ((0,), (1,), (2,))},
+    ),
     Case("vmap, ensemble", model(Ensemble, normal(5, 4)), UP_DOWN, axes=STACKED),
     Case("remat", model(lambda r: Wrapped(r, nnx.remat), normal(5, 4)), UP_DOWN),
     Case("jit", model(lambda r: Wrapped(r, nnx.jit), normal(5, 4)), UP_DOWN),
     Case("cond and switch", model(Branches, normal(5, 4)), "{a,b}/kernel"),
     Case("fori_loop", model(Loop, normal(5, 4)), "layer/kernel"),
+    Case("while_loop", model(Looped, normal(5, 4)), "layer/kernel"),
+    Case(
+        "custom_vjp",
+        model(OwnGradient, normal(5, 4)),
+        "{up,own}/kernel",
+        merged="own/kernel",
+    ),
+    Case(
+        "WeightNorm",
+        normed(nnx.WeightNorm),
+        merged="layers/0/layer_instance/kernel",
+    ),
+    Case("SpectralNorm", normed(nnx.SpectralNorm), rounds=True),  # products alone
 ]
 
 

@@ -578,6 +578,35 @@ def test_one_merged_use_among_factored_ones_is_shown(use):
     assert "merged on the fly" in str(made)
 
 
+QUERIES = {
+    "repeated": lambda q: jnp.broadcast_to(q, (2, 3, 4)),
+    "normalised": lambda q: jax.nn.standardize(q),
+    "added to zeros": lambda q: jnp.zeros((2, 3, 4)) + q[None],
+}
+
+
+@pytest.mark.parametrize("made", QUERIES)
+def test_weights_that_learned_queries_meet_are_linear(made):
+    def fn(p, x):
+        scores = QUERIES[made](p["queries"]) @ p["wq"] @ (x @ p["wk"]).T
+        return jax.nn.softmax(scores) @ x @ p["wo"]
+
+    params = {"queries": jnp.ones((3, 4))} | {k: jnp.eye(4) for k in ("wq", "wk", "wo")}
+    x = jnp.ones((5, 4))
+    plan = jlora.plan(fn, params, x, config=jlora.LoraConfig(rank=1))
+    assert plan.adapted == ("wk", "wq")  # the head is left, and the queries
+    parts = jlora.split(jax.random.key(0), params, plan)
+    jlora.apply_lora(fn, on_merge="error")(*parts, x)
+
+
+@pytest.mark.parametrize("mask", [jnp.triu, lambda w: w * jnp.tri(4)])
+def test_a_mask_computed_inside_is_no_data(mask):
+    args = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    config = jlora.LoraConfig(rank=1, targets="w")
+    made = jlora.plan(lambda p, x: x @ mask(p["w"]), *args, config=config)
+    assert row(made, "w").route == "merged"
+
+
 def test_all_linear_leaves_out_what_could_only_be_merged():
     def fn(p, x):
         return x @ jnp.exp(p["w"]) @ p["v"] @ p["u"]

@@ -154,10 +154,17 @@ def discover(
             ]
             if name in _JOINS and not all(isinstance(v, Weight) for v in operands):
                 return NotImplemented  # with data: a bias, a position table, a token
-            derived = any(isinstance(v, Derived) for v in operands)
-            if derived or not any(isinstance(v, Weight) for v in operands):
+            derived = [v for v in operands if isinstance(v, Derived)]
+            if derived and name in LINEAR:  # learned queries, normalised: activations
+                operands = [v.w if isinstance(v, Derived) else v for v in operands]
+            elif derived:
+                return NotImplemented
+            if not any(isinstance(v, Weight) for v in operands):
                 return NotImplemented
             results = rule(ctx, eqn, *operands)
+            if derived and results is not NotImplemented:
+                made_of = dict.fromkeys(path for v in derived for path in v.paths)
+                return [Derived(x, tuple(made_of)) for x in results]
             if scales and results is not NotImplemented:
                 scaled = _sources(results[0])
                 for path in sources:
@@ -168,7 +175,13 @@ def discover(
         return guarded
 
     rules = {k: unless_derived(rule) for k, rule in (LINEAR | STRUCTURE).items()}
-    ctx = Context(rules=rules | CONTROL, used=used, fallback=fallback, settle=settle)
+    ctx = Context(
+        rules=rules | CONTROL,
+        used=used,
+        fallback=fallback,
+        settle=settle,
+        constant=lambda x: Derived(x, ()),
+    )
 
     def run(arrays: Sequence[Any]) -> list[Any]:
         values = [
@@ -193,8 +206,9 @@ def _sources(value: Any) -> tuple[str, ...]:
 def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
     """Returns whether an operand comes from the function's inputs.
 
-    A constant is data too where it meets a vector (it is then an input that the
-    function closes over), but a mask where it meets a matrix.
+    A constant, closed over or computed from nothing, is data too where it meets a
+    vector (it is then an input that the function closes over), but a mask where it
+    meets a matrix.
     """
     vectors = any(
         isinstance(v, Weight) and sum(map(bool, v.dims)) < 2 for v in operands

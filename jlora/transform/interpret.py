@@ -25,6 +25,7 @@ class Context:
         `(weight, op, fan_in atoms, batch atoms, eqn)`.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
       settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
+      constant: `array -> value`, what the code computes from no variable.
       hoist: whether a weight that a loop would merge is merged before the loop.
       key: PRNG key of dropout, or None.
       sites: numbers the uses of the key.
@@ -35,6 +36,7 @@ class Context:
     used: Callable[..., None]
     fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
     settle: Callable[[Any, Any], Any]
+    constant: Callable[[Any], Any] = lambda x: x
     hoist: bool = False
     key: Any = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
@@ -100,7 +102,10 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
 def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Returns the results of one equation."""
     if not any(map(is_special, operands)):
-        return compat.bind(eqn, *operands)
+        results = compat.bind(eqn, *operands)
+        if any(isinstance(v, compat.Var) for v in eqn.invars):
+            return results
+        return [ctx.constant(x) for x in results]
     rule = ctx.rules.get(eqn.primitive.name)
     results = NotImplemented if rule is None else rule(ctx, eqn, *operands)
     if results is NotImplemented:

@@ -18,6 +18,7 @@ from .compat import bind, placed_like
 from .interpret import Context
 from .thin import thin_dot
 from .values import (
+    BROADCAST,
     OTHER,
     RANK,
     Atom,
@@ -37,9 +38,10 @@ from .values import (
 def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     """`x . (w + s a b) = x . w + s (x . a) . b` for any dimension numbers.
 
-    The weight may be on either side. Where the contracted axes are those of B (a tied
-    weight used through its transpose) the factors change places; where they are in both
-    the first product leaves what the second one sums.
+    The weight may be on either side; of two, one repeated along new axes (learned
+    queries, for each of a batch) is the activation. Where the contracted axes are those
+    of B (a tied weight used through its transpose) the factors change places; where
+    they are in both the first product leaves what the second one sums.
     """
     (contracted, batch) = eqn.params["dimension_numbers"]
     operands = [
@@ -52,7 +54,11 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     if not sides:
         return bind(eqn, *operands)
     if len(sides) == 2:
-        return NotImplemented
+        repeated = [i for i in sides if _is_repeated(operands[i])]
+        if len(repeated) != 1:
+            return NotImplemented
+        operands[repeated[0]] = ctx.settle(operands[repeated[0]], eqn)
+        sides.remove(repeated[0])
     side = sides[0]
     weight: Any = operands[side]
     x: Any = operands[1 - side]
@@ -96,6 +102,10 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     for term in weight.terms:
         base = base + placed_like(base, product, ctx.drop(x, term.dropout), term)
     return [base]
+
+
+def _is_repeated(weight: Weight) -> bool:
+    return any(atom.root == BROADCAST for group in weight.dims for atom in group)
 
 
 def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[Any]:
