@@ -192,6 +192,17 @@ def merged_in_while(p, x):
     return lax.fori_loop(0, 3, lambda _, h: scaled_grad(h, p["w"]), x)
 
 
+def conv_1d(x, w, *, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        w,
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=groups,
+    )
+
+
 CASES = [
     Case("matmul", (4, 6), (3, 4), lambda p, x: x @ p["w"]),
     Case("matmul, 3-D activation", (4, 6), (2, 3, 4), lambda p, x: x @ p["w"]),
@@ -512,6 +523,53 @@ CASES = [
         ),
         ((), (0, 1, 2), (3,)),
         op="conv",
+    ),
+    Case(
+        "conv, vmapped kernels",
+        (2, 3, 4, 6),
+        (2, 2, 9, 4),
+        lambda p, x: jax.vmap(conv_1d)(x, p["w"]),
+        ((0,), (1, 2), (3,)),
+        op="conv",
+    ),
+    Case(
+        "conv, vmapped kernels of groups",
+        (2, 3, 2, 6),
+        (2, 2, 9, 4),
+        lambda p, x: jax.vmap(lambda x, w: conv_1d(x, w, groups=2))(x, p["w"]),
+        ((0,), (1, 2), (3,)),
+        op="conv",
+    ),
+    Case(
+        "conv, vmapped kernels, one input",
+        (2, 3, 4, 6),
+        (2, 9, 4),
+        lambda p, x: jax.vmap(conv_1d, (None, 0))(x, p["w"]),
+        ((), (1, 2), (0, 3)),
+        op="conv",
+    ),
+    Case(
+        "conv, kernel reshaped",
+        (3, 4, 2, 3),
+        (2, 9, 4),
+        lambda p, x: conv_1d(x, p["w"].reshape(3, 4, 6)),
+        ((), (0, 1), (2, 3)),
+        op="conv",
+    ),
+    Case(
+        "reshaped across uneven axes",
+        (3, 4),
+        (2, 4),
+        lambda p, x: x @ p["w"].reshape(4, 3),
+        route=MERGED,
+    ),
+    Case(
+        "vmapped embeddings",
+        (3, 4, 5),
+        (3, 2, 5),
+        lambda p, x: jax.vmap(lambda w, x: x + w[jnp.argmax(x, -1) % 4])(p["w"], x),
+        ((), (1,), (0, 2)),
+        op="embedding",
     ),
     Case(
         "custom_vjp", (4, 6), (2, 4), lambda p, x: scaled_grad(x, p["w"]), route=MERGED

@@ -112,27 +112,31 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
     """`conv(x, w + s a b) = conv(x, w) + s (conv(x, a) . b)`.
 
     A is a kernel of the same window with `rank` output channels, B mixes its channels
-    as a 1x1 kernel. With feature groups A is shared by the groups.
+    as a 1x1 kernel. With feature groups A is shared by the groups. `vmap` puts the
+    kernels of a stack side by side as output channels: each then has an A of its own.
     """
     params = eqn.params
-    numbers = params["dimension_numbers"]
-    out_dim, *in_dims = numbers.rhs_spec
+    out_dim, *in_dims = params["dimension_numbers"].rhs_spec
     if not isinstance(weight, Weight) or isinstance(x, Weight):
         return NotImplemented
     if weight.looked_up or params["batch_group_count"] != 1:
         return NotImplemented
     outs = weight.dims[out_dim]
     ins = tuple(weight.dims[i] for i in in_dims)
-    if any(len(group) > 1 for group in (outs, *ins)):
-        return NotImplemented
+    groups = params["feature_group_count"]
     factors = []
     for term in weight.terms:
-        pair = _conv_factors(term, outs, ins)
+        pair = _conv_factors(term, outs, ins, groups)
         if pair is None:
             return NotImplemented
         factors.append((term, *pair))
-    in_atoms = [atom for group in ins for atom in group]
-    ctx.used(weight, "conv_general_dilated", fan_in=in_atoms, batch=[], eqn=eqn)
+    ctx.used(
+        weight,
+        "conv_general_dilated",
+        fan_in=[atom for group in ins for atom in group],
+        batch=_stacked_kernels(outs, groups),
+        eqn=eqn,
+    )
     (base,) = bind(eqn, x, weight.w)
     for term, a, b in factors:
         product = functools.partial(
@@ -140,6 +144,14 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
         )
         base = base + placed_like(base, product, ctx.drop(x, term.dropout), a, b)
     return [base]
+
+
+def _stacked_kernels(outs: Group, groups: int) -> Group:
+    """Returns the leading atoms of the output channels that also part the inputs."""
+    n = 0
+    while n < len(outs) - 1 and groups > 1 and groups % size(outs[: n + 1]) == 0:
+        n += 1
+    return outs[:n]
 
 
 def ragged_dot_general(
@@ -206,16 +218,26 @@ def _tuples(nested: Any) -> Any:
     return tuple(map(_tuples, nested)) if isinstance(nested, list | tuple) else nested
 
 
-def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...]):
-    """Returns the factors as `[rank, *ins]` and `[rank, outs]`, or None."""
+def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...], groups: int):
+    """Returns the factors as `[stack, rank, *ins]` and `[stack, rank, outs]`, or None.
+
+    Output channels run over the stack first; `stack` is 1 where A is one kernel.
+    """
+    flat = [atom for group in ins for atom in group]
     for a, a_labels, b, b_labels in (
         (term.a, term.a_labels, term.b, term.b_labels),
         (term.b, term.b_labels, term.a, term.a_labels),
     ):
-        flat = [atom for group in ins for atom in group]
-        if set(a_labels) == {RANK, *flat} and set(b_labels) == {RANK, *outs}:
-            return regroup(a, a_labels, [(RANK,), *ins]), regroup(
-                b, b_labels, [(RANK,), outs]
+        n = sum(atom in a_labels for atom in outs)
+        stack = outs[:n]
+        if (
+            set(a_labels) == {RANK, *stack, *flat}
+            and set(b_labels) == {RANK, *outs}
+            and (groups == 1 or groups % size(stack) == 0)
+        ):
+            return (
+                regroup(a, a_labels, [stack, (RANK,), *ins]),
+                regroup(b, b_labels, [stack, (RANK,), outs[n:]]),
             )
     return None
 
@@ -223,43 +245,46 @@ def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...]):
 def _conv_product(x, a, b, *, scale, dtype, params):
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
-    groups = params["feature_group_count"]
+    stack, rank, *window = a.shape
+    groups = params["feature_group_count"]  # of the inputs: stack, groups of a kernel
+    repeats = max(groups // stack, 1)
     compute, wide = x.dtype, at_least_float32(x.dtype)
-    spec = {key: params[key] for key in ("precision", "feature_group_count")}
-    place = [numbers.rhs_spec.index(i) for i in range(a.ndim)]
-    kernel = lax.transpose(jnp.tile(a, (groups, *(1 for _ in a.shape[1:]))), place)
+    place = [numbers.rhs_spec.index(i) for i in range(len(window) + 1)]
+    kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
     t = lax.conv_general_dilated(
         x,
-        kernel.astype(compute),
+        lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
         dimension_numbers=numbers,
         preferred_element_type=wide,
+        precision=params["precision"],
+        feature_group_count=groups,
         **{k: params[k] for k in ("window_strides", "padding")},
         **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
-        **spec,
     )
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
     b = b.astype(compute)
-    if groups == 1 and channels == t.ndim - 1:
+    if stack * repeats == 1 and channels == t.ndim - 1:
         return thin_dot(
             t,
-            b,
+            b[0],
             (([channels], [0]), ([], [])),
             dtype=dtype,
             precision=params["precision"],
         )
     ones = (1,) * (t.ndim - 2)
-    pointwise = lax.transpose(lax.reshape(b.T, (*b.T.shape, *ones)), place)
+    mixing = lax.reshape(b.swapaxes(1, 2), (b.shape[0] * b.shape[2], rank, *ones))
     return lax.conv_general_dilated(
         t,
-        pointwise,
+        lax.transpose(mixing, place),
         window_strides=ones,
         padding="VALID",
         dimension_numbers=lax.ConvDimensionNumbers(
             numbers.out_spec, numbers.rhs_spec, numbers.out_spec
         ),
         preferred_element_type=dtype,
-        **spec,
+        precision=params["precision"],
+        feature_group_count=stack * repeats,
     )
 
 

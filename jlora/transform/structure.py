@@ -58,15 +58,16 @@ def transpose(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
 
 def reshape(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
     """Axes are split or joined where the new sizes cut between atoms or divide one."""
-    if eqn.params.get("dimensions") is not None:
-        return NotImplemented
-    sizes = eqn.params["new_sizes"]
+    order = eqn.params["dimensions"]  # the axes are first put in this order
+    (w,) = bind(eqn, weight.w)
+    if order is not None:
+        weight = weight.replace(dims=tuple(weight.dims[i] for i in order))
     weight = _squeeze_atoms(weight, [a for g in weight.dims for a in g if a.size == 1])
-    split = _split_to(weight, sizes)
+    split = _split_to(weight, eqn.params["new_sizes"])
     if split is None:
         return NotImplemented
     weight, dims = split
-    return [weight.replace(w=bind(eqn, weight.w)[0], dims=dims)]
+    return [weight.replace(w=w, dims=dims)]
 
 
 def _split_to(
