@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ._split import combine, flatten_frozen
 from .errors import MergeError, MergeWarning
 from .factors import Axes, Factors
+from .transform.cost import Form
 from .transform.rewrite import rewrite
 from .transform.stage import stage
 from .transform.values import RANK, Term, Weight, leaf, leaf_dims
@@ -15,7 +16,9 @@ from .transform.values import RANK, Term, Weight, leaf, leaf_dims
 OnMerge = Literal["allow", "warn", "error"]
 
 
-def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
+def apply_lora(
+    fn: Callable, *, on_merge: OnMerge = "warn", form: Form = "auto"
+) -> Callable:
     """Returns `lora_fn(frozen, trainable, *args, lora_key=None, **kwargs)`.
 
     `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
@@ -30,6 +33,10 @@ def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
       on_merge: what to do where the factored route does not exist and the weight is
         merged on the fly (right, but slower): `"warn"` once for each trace, `"allow"`,
         or raise an `"error"`.
+      form: where the value of a matrix product gets its low-rank term, for experiments:
+        `"factored"`, on the activations; `"merged"`, on a temporary weight, which moves
+        fewer bytes where many tokens meet a small weight; `"auto"` picks from shapes,
+        dtype and platform. Gradients are factored in each.
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
@@ -59,6 +66,9 @@ def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
             f"on_merge must be 'allow', 'warn' or 'error', got {on_merge!r}."
         )
 
+    if form not in ("auto", "factored", "merged"):
+        raise ValueError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
+
     @functools.wraps(fn)
     def lora_fn(frozen, trainable, /, *args, lora_key=None, **kwargs):
         params = combine(frozen, trainable)
@@ -75,6 +85,7 @@ def apply_lora(fn: Callable, *, on_merge: OnMerge = "warn") -> Callable:
             staged.code,
             values,
             key=lora_key,
+            form=form,
             merged=merges.setdefault,
         )
         _tell(merges, on_merge)

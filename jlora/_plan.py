@@ -13,6 +13,7 @@ from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Spec
 from .tables import count, html, nbytes, table
+from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
 from .transform.heads import output_heads
 from .transform.stage import is_array, stage
@@ -427,7 +428,24 @@ def _summary(plan: Plan) -> str:
         if use.route != FACTORED
     ]
     warning = ["merged on the fly (right, but slower):", *merges] if merges else []
-    return "\n".join([counts, *warning])
+    return "\n".join([counts, *_forms(plan), *warning])
+
+
+def _forms(plan: Plan) -> list[str]:
+    """Returns a line on the products that are computed with a temporary weight."""
+    adapted = [row for row in plan.leaves if row.status == "adapted"]
+    uses = [[use.forms for use in row.uses if use.forms] for row in adapted]
+    counts = [
+        sum(any(forms[i] == MERGED for forms in own) for own in uses)
+        for i in range(len(PLATFORMS))
+    ]
+    if not any(counts):
+        return []
+    shown = ", ".join(
+        f"{n} of {len(adapted)} on {name}"
+        for n, name in zip(counts, ("a CPU", "an accelerator"), strict=True)
+    )
+    return [f"computed as x (w + s a b), since many tokens meet them: {shown}"]
 
 
 def _line(rows: list[Row]) -> tuple[str, ...]:

@@ -520,7 +520,7 @@ def test_low_precision_products_sum_in_float32():
     first = [
         eqn.outvars[0].aval.dtype
         for eqn in jax.make_jaxpr(lora_fn)(frozen, trainable, x).eqns
-        if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape == (1, 1)
+        if eqn.primitive.name == "thin_dot" and eqn.outvars[0].aval.shape == (1, 1)
     ]
     assert first == ["float32"]
     out = lora_fn(frozen, trainable, x)

@@ -38,16 +38,16 @@ def products(draw):
     return t, b, ((ct, cb), (bt, bb)), draw(st.booleans())
 
 
-def plain_dot(t, b, numbers, *, t_first=True, dtype="float32", precision=None):
+def plain_dot(t, b, numbers, *, x_first=True, dtype="float32", precision=None):
     """What `thin_dot` stands for, written with `dot_general` alone."""
     (ct, cb), (bt, bb) = numbers
-    if not t_first:
+    if not x_first:
         t, b, ct, cb, bt, bb = b, t, cb, ct, bb, bt
     return lax.dot_general(t, b, ((ct, cb), (bt, bb)), preferred_element_type=dtype)
 
 
-def thin(t, b, numbers, *, t_first=True):
-    return thin_dot(t, b, numbers, dtype="float32", precision=None, t_first=t_first)
+def thin(t, b, numbers, *, x_first=True):
+    return thin_dot(t, b, numbers, dtype="float32", precision=None, x_first=x_first)
 
 
 def random_like(x, seed):
@@ -65,12 +65,12 @@ def close(actual, expected):
 @settings(max_examples=15)
 @given(products())
 def test_value_and_all_derivatives_are_those_of_dot_general(product):
-    t, b, numbers, t_first = product
+    t, b, numbers, x_first = product
     tangents = (random_like(t, 2), random_like(b, 3))
 
     def everything(dot):
         def fn(t, b):
-            return dot(t, b, numbers, t_first=t_first)
+            return dot(t, b, numbers, x_first=x_first)
 
         @jax.jit
         def run(t, b):
@@ -89,7 +89,7 @@ def test_value_and_all_derivatives_are_those_of_dot_general(product):
 @settings(max_examples=10)
 @given(products(), st.sampled_from(["t", "b", "both"]), st.integers(0, 4), st.data())
 def test_vmap_is_that_of_dot_general(product, which, at, data):
-    t, b, numbers, t_first = product
+    t, b, numbers, x_first = product
     in_axes = [None, None]
     operands = [t, b]
     for i, name in enumerate("tb"):
@@ -104,7 +104,7 @@ def test_vmap_is_that_of_dot_general(product, which, at, data):
     def everything(dot):
         def fn(t, b):
             def loss(t, b):
-                y = dot(t, b, numbers, t_first=t_first)
+                y = dot(t, b, numbers, x_first=x_first)
                 return jnp.sum(jnp.sin(y)), y
 
             grads, y = jax.grad(loss, argnums=(0, 1), has_aux=True)(t, b)
@@ -130,7 +130,7 @@ def test_vmap_twice():
     close(everything(thin), everything(plain_dot))
 
 
-@pytest.mark.parametrize("t_first", [True, False])
+@pytest.mark.parametrize("x_first", [True, False])
 @pytest.mark.parametrize(
     ("t", "b", "out"),
     [
@@ -139,7 +139,7 @@ def test_vmap_twice():
         ("float32", "float32", "float32"),
     ],
 )
-def test_dtypes_of_results_and_gradients(t, b, out, t_first):
+def test_dtypes_of_results_and_gradients(t, b, out, x_first):
     x, y = jnp.ones((3, 2), t), jnp.ones((2, 5), b)
 
     def loss(x, y):
@@ -149,10 +149,10 @@ def test_dtypes_of_results_and_gradients(t, b, out, t_first):
             (((1,), (0,)), ((), ())),
             dtype=out,
             precision=None,
-            t_first=t_first,
+            x_first=x_first,
         )
         assert z.dtype == out
-        assert z.shape == ((3, 5) if t_first else (5, 3))
+        assert z.shape == ((3, 5) if x_first else (5, 3))
         return jnp.sum(z.astype("float32"))
 
     dx, dy = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, y)

@@ -65,6 +65,8 @@ class Use:
       fan_out: the leaf's axes that remain.
       where: the user's source line.
       scope: the name stack, as profilers show it.
+      forms: how a product's value gets the low-rank term on a CPU and on an
+        accelerator, see `cost`; empty for other operations.
     """
 
     path: str
@@ -75,6 +77,7 @@ class Use:
     fan_out: tuple[int, ...]
     where: str
     scope: str
+    forms: tuple[str, ...] = ()
 
 
 _JOINS = frozenset({"add", "add_any", "concatenate", "stack", "sub"})
@@ -93,11 +96,18 @@ def discover(
     shapes = {p: x.shape for p, x in zip(paths, inputs, strict=True) if p is not None}
     uses: dict[Use, None] = {}
 
-    def record(path: str, op: str, route: str, eqn: Any, roots: Roles = _NONE) -> None:
+    def record(
+        path: str,
+        op: str,
+        route: str,
+        eqn: Any,
+        roots: Roles = _NONE,
+        forms: Sequence[str] = (),
+    ) -> None:
         where, scope = "", ""
         if eqn is not None:
             where, scope = compat.where(eqn), compat.scope(eqn)
-        uses[Use(path, op, route, *roots, where, scope)] = None
+        uses[Use(path, op, route, *roots, where, scope, tuple(forms))] = None
 
     def used(
         weight: Weight,
@@ -106,12 +116,13 @@ def discover(
         fan_in: Sequence[Atom],
         batch: Sequence[Atom],
         eqn: Any,
+        forms: Sequence[str] = (),
     ) -> None:
         for part in weight.parts:
             roles = _roles(
                 weight, part, shapes[part.path], fan_in, batch, op == "gather"
             )
-            record(part.path, op, FACTORED, eqn, roles)
+            record(part.path, op, FACTORED, eqn, roles, forms)
 
     def settle(value: Any, eqn: Any) -> Any:
         if isinstance(value, Weight):

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import compat
+from . import compat, share
+from .cost import Form
 from .values import Derived, Weight
 
 Rule = Callable[..., Any]
@@ -22,11 +23,13 @@ class Context:
       rules: a rule by primitive name. A rule takes `(ctx, eqn, *values)` and returns
         the list of results, or NotImplemented to leave the equation to `fallback`.
       used: told of every linear use of a weight:
-        `(weight, op, fan_in atoms, batch atoms, eqn)`.
+        `(weight, op, fan_in atoms, batch atoms, eqn)`, of a product also its forms.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
       settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
       constant: `array -> value`, what the code computes from no variable.
       hoist: whether a weight that a loop would merge is merged before the loop.
+      form: how to compute a product, see `cost`.
+      share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
       sites: numbers the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
@@ -38,6 +41,8 @@ class Context:
     settle: Callable[[Any, Any], Any]
     constant: Callable[[Any], Any] = lambda x: x
     hoist: bool = False
+    form: Form = "auto"
+    share: bool = False
     key: Any = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
@@ -48,12 +53,16 @@ class Context:
             return None
         return jax.random.fold_in(self.key, next(self.sites))
 
+    def drops(self, rate: float) -> bool:
+        """Returns whether `drop` at `rate` changes anything."""
+        return self.key is not None and rate != 0
+
     def drop(self, x: Any, rate: float) -> Any:
         """Returns `x` with entries dropped at `rate`, the others scaled up for it.
 
         Without a key nothing is dropped.
         """
-        if self.key is None or rate == 0:
+        if not self.drops(rate):
             return x
         kept = jax.random.bernoulli(self.next_key(), 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
@@ -81,16 +90,28 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
+    eqns, uses = jaxpr.eqns, {}
+    if ctx.share:
+        weights = [v for v, value in env.items() if isinstance(value, Weight)]
+        eqns = share.weights_first(eqns, weights)
+        uses = share.sites(eqns)
+    shared: dict[int, Weight] = {}
+
     last_use = {}
-    for i, eqn in enumerate(jaxpr.eqns):
+    for i, eqn in enumerate(eqns):
         last_use.update((v, i) for v in eqn.invars if isinstance(v, compat.Var))
     for v in jaxpr.outvars:
         if isinstance(v, compat.Var):
             last_use.pop(v, None)
 
-    for i, eqn in enumerate(jaxpr.eqns):
+    for i, eqn in enumerate(eqns):
         operands = [read(v) for v in eqn.invars]
         with compat.at(eqn):
+            if uses and i not in shared:
+                shared |= share.products(i, eqns, uses, env)
+            if i in shared:
+                own = shared.pop(i)
+                operands = [own if isinstance(v, Weight) else v for v in operands]
             results = evaluate(ctx, eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
         for v in eqn.invars:

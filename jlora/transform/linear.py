@@ -10,12 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import cost
+from .adapted import adapted_dot, pays
 from .compat import bind, placed_like
 from .interpret import Context
+from .low_rank import Site, join_groups, low_rank_product
 from .thin import thin_dot
 from .values import (
     BROADCAST,
@@ -23,15 +25,11 @@ from .values import (
     RANK,
     Atom,
     Group,
-    Labels,
     Term,
     Weight,
     at_least_float32,
-    contract,
-    lay_out,
     regroup,
     size,
-    sum_out,
 )
 
 
@@ -70,11 +68,11 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         fan_in=[atom for i in contracted[side] for atom in weight.dims[i]],
         batch=[atom for i in batch[side] for atom in weight.dims[i]],
         eqn=eqn,
+        forms=_forms(eqn, x, weight.w, side),
     )
     operands[side] = weight.w
-    (base,) = bind(eqn, *operands)
     if not weight.terms:
-        return [base]
+        return bind(eqn, *operands)
 
     weight = join_groups(weight)
     x_groups: list[Group] = [
@@ -90,18 +88,33 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         *(weight.dims[i] for i in batch[side]),
         *((w_free + x_free) if side == 0 else (x_free + w_free)),
     ]
-    product = functools.partial(
-        low_rank_product,
-        x_groups=x_groups,
-        want=[atom for group in want for atom in group],
+    out = eqn.outvars[0].aval
+    site = Site(
+        tuple(x_groups),
+        want=tuple(atom for group in want for atom in group),
         x_first=side == 1,
-        shape=base.shape,
-        dtype=base.dtype,
+        shape=out.shape,
+        dtype=out.dtype,
         precision=eqn.params["precision"],
     )
+    (first, *more) = weight.terms
+    if not more and not ctx.drops(first.dropout) and pays(x, weight, site, ctx.form):
+        numbers = eqn.params["dimension_numbers"]
+        return [adapted_dot(x, weight, site, numbers, ctx.form)]
+    (y,) = bind(eqn, *operands)
+    product = functools.partial(low_rank_product, site=site)
     for term in weight.terms:
-        base = base + placed_like(base, product, ctx.drop(x, term.dropout), term)
-    return [base]
+        y = y + placed_like(y, product, ctx.drop(x, term.dropout), term)
+    return [y]
+
+
+def _forms(eqn: Any, x: Any, w: Any, side: int) -> list[str]:
+    """Returns in which form the product is computed on each platform."""
+    (contracted, batch) = eqn.params["dimension_numbers"]
+    shared = math.prod(w.shape[i] for i in (*contracted[side], *batch[side]))
+    n_batch = math.prod(w.shape[i] for i in batch[side])
+    tokens = math.prod(x.shape) // max(shared, 1)
+    return cost.forms(tokens * n_batch, shared // max(n_batch, 1), x.dtype, w.dtype)
 
 
 def _is_repeated(weight: Weight) -> bool:
@@ -263,7 +276,6 @@ def _conv_product(x, a, b, *, scale, dtype, params):
     )
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
-    b = b.astype(compute)
     if stack * repeats == 1 and channels == t.ndim - 1:
         return thin_dot(
             t,
@@ -276,7 +288,7 @@ def _conv_product(x, a, b, *, scale, dtype, params):
     mixing = lax.reshape(b.swapaxes(1, 2), (b.shape[0] * b.shape[2], rank, *ones))
     return lax.conv_general_dilated(
         t,
-        lax.transpose(mixing, place),
+        lax.transpose(mixing, place).astype(compute),
         window_strides=ones,
         padding="VALID",
         dimension_numbers=lax.ConvDimensionNumbers(
@@ -286,100 +298,6 @@ def _conv_product(x, a, b, *, scale, dtype, params):
         precision=params["precision"],
         feature_group_count=stack * repeats,
     )
-
-
-def low_rank_product(
-    x: Any,
-    term: Term,
-    *,
-    x_groups: list[Group],
-    want: Sequence[Atom],
-    x_first: bool,
-    shape: tuple[int, ...],
-    dtype: Any,
-    precision: Any = None,
-) -> jax.Array:
-    """Returns `scale * (x . a) . b` in the layout `want`, reshaped to `shape`.
-
-    The products are in the dtype of `x` and sum in float32.
-    """
-    x_labels = tuple(atom for group in x_groups for atom in group)
-    if any(len(group) != 1 for group in x_groups):
-        x = lax.reshape(x, [atom.size for atom in x_labels])
-    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else dtype
-    a, a_labels, b, b_labels = term.a, term.a_labels, term.b, term.b_labels
-    if _summed(b_labels, x_labels, want) > _summed(a_labels, x_labels, want):
-        a, a_labels, b, b_labels = b, b_labels, a, a_labels
-    t, t_labels = contract(
-        x.astype(compute),
-        x_labels,
-        a.astype(compute),
-        a_labels,
-        keep=[*want, *b_labels],
-        dtype=at_least_float32(compute),
-        precision=precision,
-    )
-    t = (t * term.scale).astype(compute)
-    t, t_labels = sum_out(t, t_labels, want, b_labels)
-    shared = [s for s in b_labels if s in t_labels]
-    free = sorted((s for s in b_labels if s not in t_labels), key=want.index)
-    b = regroup(b.astype(compute), b_labels, [(s,) for s in (*shared, *free)])
-    batch = [s for s in t_labels if s in shared and s in want]
-    summed = [s for s in t_labels if s in shared and s not in want]
-    out = thin_dot(
-        t,
-        b,
-        (
-            ([t_labels.index(s) for s in summed], [shared.index(s) for s in summed]),
-            ([t_labels.index(s) for s in batch], [shared.index(s) for s in batch]),
-        ),
-        dtype=dtype,
-        precision=precision,
-        t_first=x_first,
-    )
-    rest = [s for s in t_labels if s not in shared]
-    labels = (*batch, *((rest + free) if x_first else (free + rest)))
-    return lay_out(out, labels, want, shape)
-
-
-def _summed(labels: Labels, x_labels: Labels, want: Sequence[Atom]) -> int:
-    """Returns over how many entries a product of a factor with the activation sums."""
-    return math.prod(s.size for s in labels if s in x_labels and s not in want)
-
-
-def join_groups(weight: Weight) -> Weight:
-    """Returns `weight` with each group that lies in the same factors made one atom.
-
-    It is the factors that are reshaped, so activations keep their axes.
-    """
-
-    def holders(atom: Atom) -> tuple[bool, ...]:
-        return tuple(
-            atom in labels
-            for term in weight.terms
-            for labels in (term.a_labels, term.b_labels)
-        )
-
-    joint: dict[Group, Atom] = {
-        group: Atom((*group[0].name, -1), size(group))
-        for group in weight.dims
-        if len(group) > 1 and len({holders(atom) for atom in group}) == 1
-    }
-    if not joint:
-        return weight
-    member = {atom: group for group in joint for atom in group}
-
-    def join(x: Any, labels: Labels) -> tuple[Any, Labels]:
-        groups = []
-        for atom in labels:
-            group = member.get(atom, (atom,))
-            if group not in groups:
-                groups.append(group)
-        x = regroup(x, labels, groups)
-        return x, tuple(joint[g] if g in joint else g[0] for g in groups)
-
-    dims = tuple((joint[g],) if g in joint else g for g in weight.dims)
-    return weight.replace(terms=weight.map_terms(join), dims=dims)
 
 
 def _indexes_batch(weight: Weight, batch: Sequence[int]) -> bool:

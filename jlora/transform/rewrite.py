@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import RULES, compat
+from .cost import Form
 from .interpret import Context, interpret
 from .values import Weight, dense
 
@@ -13,6 +14,7 @@ def rewrite(
     values: Sequence[Any],
     *,
     key: Any,
+    form: Form,
     merged: Callable[[str, str], Any],
 ) -> list[Any]:
     """Evaluates `code` with weights among `values`, and returns plain arrays.
@@ -21,6 +23,7 @@ def rewrite(
       code: the staged function.
       values: its arguments; adapted ones are `Weight`s.
       key: PRNG key of dropout, or None.
+      form: how to compute a product, see `cost`.
       merged: told `(path, why)` of each weight merged on the fly.
     """
 
@@ -42,6 +45,8 @@ def rewrite(
         settle=settle,
         key=key,
         hoist=True,
+        form=form,
+        share=key is None,  # with dropout each weight meets an activation of its own
     )
     return [settle(v, None) for v in interpret(ctx, code, values)]
 

@@ -7,6 +7,7 @@ split, join or slice the groups, and act on the factor that holds the atoms conc
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,7 +46,11 @@ Labels = tuple[Atom, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One low-rank summand: `scale * sum over RANK of a * b`, axes named by labels."""
+    """One low-rank summand: `scale * sum over RANK of a * b`, axes named by labels.
+
+    `product` is the activation's product with `a`, axes `[free, rank]`, where several
+    weights that it meets share one; None otherwise.
+    """
 
     a: Any
     b: Any
@@ -53,6 +58,7 @@ class Term:
     b_labels: Labels = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
+    product: Any = None
 
     def map(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> "Term":
         """Returns the term with `fun(array, labels)` done to both factors."""
@@ -163,12 +169,13 @@ def dense(weight: Weight) -> jax.Array:
         return weight.w
     w = weight.w
     wide = at_least_float32(w.dtype)
+    exact_dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
     atoms = [atom for group in weight.dims for atom in group]
 
     def delta(term: Term) -> jax.Array:
         a, b = term.a.astype(wide), term.b.astype(wide) * term.scale
         product, labels = contract(
-            a, term.a_labels, b, term.b_labels, keep=atoms, dtype=wide, exact=True
+            exact_dot, a, term.a_labels, b, term.b_labels, keep=atoms
         )
         return lay_out(product, labels, atoms, w.shape)
 
@@ -194,17 +201,17 @@ def lay_out(
 
 
 def contract(
+    dot: Callable[..., Any],
     x: Any,
     x_labels: Labels,
     y: Any,
     y_labels: Labels,
     *,
     keep: Sequence[Atom],
-    dtype: Any,
-    exact: bool = False,
-    **params: Any,
 ) -> tuple[jax.Array, Labels]:
     """Returns the einsum of two arrays by label, and the labels of its axes.
+
+    `dot(x, y, dimension_numbers)` is the product.
 
     A label of both is summed over unless it is in `keep`, then it is a batch axis; a
     label of one alone is summed over unless it is in `keep`. Axes come out in the order
@@ -218,9 +225,7 @@ def contract(
         ([x_labels.index(s) for s in summed], [y_labels.index(s) for s in summed]),
         ([x_labels.index(s) for s in batch], [y_labels.index(s) for s in batch]),
     )
-    if exact:
-        params["precision"] = lax.Precision.HIGHEST
-    out = lax.dot_general(x, y, numbers, preferred_element_type=dtype, **params)
+    out = dot(x, y, numbers)
     rest = [*x_labels, *y_labels]
     rest = [atom for atom in rest if atom not in batch and atom not in summed]
     return out, (*batch, *rest)

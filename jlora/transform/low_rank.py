@@ -1,0 +1,160 @@
+"""The low-rank term of a matrix product: `scale * (x . a) . b`, for any layout."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .thin import thin_dot
+from .values import (
+    RANK,
+    Atom,
+    Group,
+    Labels,
+    Term,
+    Weight,
+    at_least_float32,
+    contract,
+    lay_out,
+    regroup,
+    size,
+    sum_out,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """What is static about the product of an activation and a weight.
+
+    Attributes:
+      x_groups: the atoms of each axis of the activation.
+      want: the atoms of the result, in order.
+      x_first: whether the activation's free axes stand before the weight's.
+      shape: shape of the result.
+      dtype: dtype of the result.
+      precision: as in `dot_general`.
+    """
+
+    x_groups: tuple[Group, ...]
+    want: Group
+    x_first: bool
+    shape: tuple[int, ...]
+    dtype: Any
+    precision: Any
+
+    @property
+    def x_labels(self) -> Labels:
+        """The atoms of the activation, in order."""
+        return tuple(atom for group in self.x_groups for atom in group)
+
+
+def low_rank_product(x: Any, term: Term, site: Site) -> jax.Array:
+    """Returns `scale * (x . a) . b` in the layout of `site`.
+
+    The products are in the dtype of `x` and sum in float32.
+    """
+    term = oriented(term, site)
+    t, t_labels = first_product(x, term, site)
+    return second_product(t, t_labels, term, site)
+
+
+def oriented(term: Term, site: Site) -> Term:
+    """Returns `term` with the factor to multiply by first as `a`.
+
+    It is the one that sums over more: not A where a tied weight is transposed.
+    """
+
+    def summed(labels: Labels) -> int:
+        own = [s for s in labels if s in site.x_labels and s not in site.want]
+        return math.prod(s.size for s in own)
+
+    if summed(term.b_labels) <= summed(term.a_labels):
+        return term
+    return dataclasses.replace(
+        term, a=term.b, b=term.a, a_labels=term.b_labels, b_labels=term.a_labels
+    )
+
+
+def first_product(x: Any, term: Term, site: Site) -> tuple[jax.Array, Labels]:
+    """Returns `scale * x . a` in the activation's dtype, and the labels of its axes."""
+    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else site.dtype
+    if term.product is not None:
+        t = term.product
+        t_labels = (*(s for s in site.x_labels if s in site.want), RANK)
+    else:
+        if any(len(group) != 1 for group in site.x_groups):
+            x = lax.reshape(x, [atom.size for atom in site.x_labels])
+        dot = functools.partial(
+            thin_dot, dtype=at_least_float32(compute), precision=site.precision
+        )
+        t, t_labels = contract(
+            dot,
+            x.astype(compute),
+            site.x_labels,
+            term.a,
+            term.a_labels,
+            keep=[*site.want, *term.b_labels],
+        )
+    t = (t * term.scale).astype(compute)
+    return sum_out(t, t_labels, site.want, term.b_labels)
+
+
+def second_product(t: Any, t_labels: Labels, term: Term, site: Site) -> jax.Array:
+    """Returns `t . b` in the layout of `site`."""
+    shared = [s for s in term.b_labels if s in t_labels]
+    free = [s for s in site.want if s in term.b_labels and s not in t_labels]
+    batch = [s for s in t_labels if s in shared and s in site.want]
+    summed = [s for s in t_labels if s in shared and s not in site.want]
+    out = thin_dot(
+        t,
+        regroup(term.b, term.b_labels, [(s,) for s in (*shared, *free)]),
+        (
+            ([t_labels.index(s) for s in summed], [shared.index(s) for s in summed]),
+            ([t_labels.index(s) for s in batch], [shared.index(s) for s in batch]),
+        ),
+        dtype=site.dtype,
+        precision=site.precision,
+        x_first=site.x_first,
+    )
+    rest = [s for s in t_labels if s not in shared]
+    labels = (*batch, *((rest + free) if site.x_first else (free + rest)))
+    return lay_out(out, labels, site.want, site.shape)
+
+
+def join_groups(weight: Weight) -> Weight:
+    """Returns `weight` with each group that lies in the same factors made one atom.
+
+    It is the factors that are reshaped, so activations keep their axes.
+    """
+
+    def holders(atom: Atom) -> tuple[bool, ...]:
+        return tuple(
+            atom in labels
+            for term in weight.terms
+            for labels in (term.a_labels, term.b_labels)
+        )
+
+    joint: dict[Group, Atom] = {
+        group: Atom((*group[0].name, -1), size(group))
+        for group in weight.dims
+        if len(group) > 1 and len({holders(atom) for atom in group}) == 1
+    }
+    if not joint:
+        return weight
+    member = {atom: group for group in joint for atom in group}
+
+    def join(x: Any, labels: Labels) -> tuple[Any, Labels]:
+        groups = []
+        for atom in labels:
+            group = member.get(atom, (atom,))
+            if group not in groups:
+                groups.append(group)
+        x = regroup(x, labels, groups)
+        return x, tuple(joint[g] if g in joint else g[0] for g in groups)
+
+    dims = tuple((joint[g],) if g in joint else g for g in weight.dims)
+    return weight.replace(terms=weight.map_terms(join), dims=dims)

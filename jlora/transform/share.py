@@ -1,0 +1,132 @@
+"""An activation that meets several weights meets their A factors once.
+
+Queries, keys and values, or gate and up, read the same activation: `x . [A | A | A]` is
+one product that reads it once, and so is its derivative.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .compat import Equation, Var, has_typed_placement
+from .thin import thin_dot
+from .values import RANK, Group, Term, Weight, at_least_float32, regroup
+
+# An activation, the axes of it that are summed over, and the precision.
+Site = tuple[Any, tuple[int, ...], Any]
+Uses = Mapping[Site, Sequence[tuple[int, int]]]
+
+# What stands between a parameter and its product, as a rule.
+_PREPARES = frozenset(
+    {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"}
+    | {"transpose"}
+)
+
+
+def weights_first(eqns: Sequence[Equation], weights: Iterable[Any]) -> list[Equation]:
+    """Returns `eqns` with what only prepares `weights` (casts) at the front."""
+    ready: set[Any] = set(weights)
+    early, late = [], []
+    for eqn in eqns:
+        if eqn.primitive.name in _PREPARES and all(
+            isinstance(v, Var) and v in ready for v in eqn.invars
+        ):
+            ready.update(eqn.outvars)
+            early.append(eqn)
+        else:
+            late.append(eqn)
+    return early + late
+
+
+def sites(eqns: Sequence[Equation]) -> Uses:
+    """Returns for each activation in several products those: `(equation, its side)`."""
+    found: dict[Site, list[tuple[int, int]]] = {}
+    for i, eqn in enumerate(eqns):
+        if eqn.primitive.name == "dot_general":
+            for side, v in enumerate(eqn.invars):
+                if isinstance(v, Var):
+                    found.setdefault(_site(eqn, side), []).append((i, side))
+    return {site: uses for site, uses in found.items() if len(uses) > 1}
+
+
+def _site(eqn: Equation, side: int) -> Site:
+    (contracted, _) = eqn.params["dimension_numbers"]
+    axes = tuple(sorted(contracted[side]))
+    return eqn.invars[side], axes, eqn.params["precision"]
+
+
+def products(
+    i: int, eqns: Sequence[Equation], uses: Uses, env: Mapping[Any, Any]
+) -> dict[int, Weight]:
+    """Returns the weights that meet the activation of equation `i`, there and later.
+
+    Their terms hold `x . a`, slices of one product. Empty where nothing is to share.
+    """
+    eqn = eqns[i]
+    if eqn.primitive.name != "dot_general":
+        return {}
+    sides = [k for k, v in enumerate(eqn.invars) if not _is_weight(v, env)]
+    if len(sides) != 1 or not isinstance(eqn.invars[sides[0]], Var):
+        return {}
+    (side,) = sides
+    site = _site(eqn, side)
+    x = env[eqn.invars[side]]
+    ready = {}
+    for j, own in uses.get(site, ()):
+        v = eqns[j].invars[1 - own]
+        if j >= i and _is_weight(v, env):
+            prepared = _prepared(env[v], eqns[j], own)
+            if prepared is not None:
+                ready[j] = prepared
+    if len(ready) < 2 or len({a.dtype for _, _, a in ready.values()}) > 1:
+        return {}
+    if not jnp.issubdtype(x.dtype, jnp.floating) or has_typed_placement(x):
+        return {}
+    summed = site[1]
+    together = thin_dot(
+        x,
+        jnp.concatenate([a for _, _, a in ready.values()], axis=-1),
+        ((summed, range(len(summed))), ((), ())),
+        dtype=at_least_float32(x.dtype),
+        precision=site[2],
+    )
+    filled, start = {}, 0
+    for j, (weight, term, a) in ready.items():
+        stop = start + a.shape[-1]
+        product = lax.slice_in_dim(together, start, stop, axis=-1)
+        term = dataclasses.replace(term, product=product)
+        filled[j] = weight.replace(terms=(term,))
+        start = stop
+    return filled
+
+
+def _is_weight(v: Any, env: Mapping[Any, Any]) -> bool:
+    return isinstance(v, Var) and isinstance(env.get(v), Weight)
+
+
+def _prepared(
+    weight: Weight, eqn: Equation, side: int
+) -> tuple[Weight, Term, Any] | None:
+    """Returns the weight, its term, and the factor to meet first as `[*summed, rank]`.
+
+    None unless that factor has just the axes that are summed over.
+    """
+    contracted, batch = eqn.params["dimension_numbers"]
+    if len(weight.terms) != 1 or weight.looked_up or batch[0]:
+        return None
+    if has_typed_placement(weight.w):
+        return None
+    pairs = sorted(zip(contracted[side], contracted[1 - side], strict=True))
+    groups: list[Group] = [weight.dims[k] for _, k in pairs]
+    summed = {RANK, *(atom for group in groups for atom in group)}
+    (term,) = weight.terms
+    if set(term.a_labels) != summed:
+        if set(term.b_labels) != summed:
+            return None
+        term = dataclasses.replace(
+            term, a=term.b, b=term.a, a_labels=term.b_labels, b_labels=term.a_labels
+        )
+    return weight, term, regroup(term.a, term.a_labels, [*groups, (RANK,)])
