@@ -29,6 +29,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = Path.home() / ".cache" / "jlora-bench"
 
+# Of the caller's environment; peers see them, and the record says so.
+SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "XLA_FLAGS")
+
 JAX = ("jax==0.10.2", "jaxlib==0.10.2", "numpy==2.4.6", "optax==0.2.8")
 JLORA = (*JAX, "flax==0.12.8", "orbax-checkpoint==0.12.8", "safetensors==0.8.0")
 # An index with builds for CPU serves torch 2.13.0+cpu for this; elsewhere comes the
@@ -350,6 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cpu": cpu_name(),
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
+        "settings": {key: os.environ[key] for key in SETTINGS if key in os.environ},
         **{
             key: getattr(options, key)
             for key in ("threads", "rounds", "steps", "rank", "batch", "length")
