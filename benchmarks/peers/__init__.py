@@ -1,0 +1,1 @@
+"""jlora beside other LoRA libraries, each in an environment of its own."""
