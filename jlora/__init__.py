@@ -27,7 +27,12 @@ from .errors import (
     TreeError as TreeError,
 )
 from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
-from .optim import labels as labels, mask as mask, masked as masked
+from .optim import (
+    labels as labels,
+    lora_plus as lora_plus,
+    mask as mask,
+    masked as masked,
+)
 
 __all__ = [
     "MISSING",
@@ -51,6 +56,7 @@ __all__ = [
     "combine",
     "extract",
     "labels",
+    "lora_plus",
     "mask",
     "masked",
     "merge",

@@ -323,3 +323,63 @@ def test_multi_transform_inside_masked():
     state = train(tx)
     assert bits(state.params["frozen"]) == bits(before["frozen"])
     assert bool((state.params["trainable"].full["head"] != 0).any())
+
+
+def test_lora_plus_is_one_optimizer_for_a_and_a_faster_one_for_b():
+    """Embeddings apart; a vector trained in full goes with B, a matrix with A."""
+
+    def fn(p, ids):
+        return jnp.tanh(p["table"][ids] @ p["w"] + p["bias"][None]) @ p["head"]
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "table": jax.random.normal(keys[0], (7, 4)),
+        "w": jax.random.normal(keys[1], (4, 5)),
+        "bias": jnp.zeros(5),
+        "head": jax.random.normal(keys[2], (5, 2)),
+    }
+    ids = jnp.arange(3)
+    train = ("bias", "head")
+    config = jlora.LoraConfig(rank=2, targets=("table", "w"), train=train)
+    plan = jlora.plan(fn, params, ids, config=config)
+    _, trainable = jlora.split(keys[3], params, plan)
+    rate, ratio, embedding = 1e-2, 16.0, 0.5
+
+    def adamw(scale):
+        return optax.adamw(rate * scale, weight_decay=0.1)
+
+    table = jax.tree.map(lambda _: "embedding", trainable.lora["table"])
+    groups = jlora.Trainable(
+        {"table": table, "w": jlora.labels(trainable).lora["w"]},
+        {"bias": "b", "head": "a"},
+    )
+    by_group = {"a": adamw(1.0), "b": adamw(ratio), "embedding": adamw(embedding)}
+    expected = optax.multi_transform(by_group, groups)
+    actual = jlora.lora_plus(adamw(1.0), ratio=ratio, embedding_ratio=embedding)
+    ours = theirs = trainable
+    state, expected_state = actual.init(ours), expected.init(theirs)
+    for i in range(3):
+        gradient = jax.tree.map(lambda x, i=i: jnp.cos(x + i), trainable)
+        updates, state = actual.update(gradient, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        updates, expected_state = expected.update(gradient, expected_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6),
+        ours,
+        theirs,
+    )
+
+
+def test_lora_plus_composes_with_masked():
+    tx = jlora.masked(jlora.lora_plus(optax.adamw(1e-2), ratio=4))
+    tree = parts()
+    after = train(tx, tree=tree).params
+    assert bits(after["frozen"]) == bits(tree["frozen"])
+    assert bits(after["trainable"]) != bits(tree["trainable"])
+
+
+@pytest.mark.parametrize("name", ["ratio", "embedding_ratio"])
+def test_lora_plus_checks_its_ratios(name):
+    with pytest.raises(ValueError, match=f"{name} must be a positive number"):
+        jlora.lora_plus(optax.sgd(1.0), **{name: 0})

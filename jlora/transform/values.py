@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .compat import placed_like
+from .thin import thin_dot
 
 
 class Atom(NamedTuple):
@@ -169,7 +170,7 @@ def dense(weight: Weight) -> jax.Array:
         return weight.w
     w = weight.w
     wide = at_least_float32(w.dtype)
-    exact_dot = functools.partial(lax.dot_general, precision=lax.Precision.HIGHEST)
+    exact_dot = functools.partial(thin_dot, dtype=wide, precision=lax.Precision.HIGHEST)
     atoms = [atom for group in weight.dims for atom in group]
 
     def delta(term: Term) -> jax.Array:
