@@ -4,20 +4,23 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jlora
+from jlora.tables import table
 
 from .models import Model
 
@@ -25,6 +28,7 @@ Figures = dict[str, Any]
 Step = tuple[
     Any, Any, tuple[Any, ...]
 ]  # a jitted step, its state, what it leaves alone
+Columns = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # head and lines
 RESULTS = Path(__file__).parent / "results"
 FLOOR, STRICT, JLORA = "floor", "floor, input left out", "jlora"
 STEPS = (
@@ -38,18 +42,47 @@ STEPS = (
 COMPILER = ("flops", "bytes", "temp_bytes", "peak_bytes")
 
 
-def run(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns `fn(*args)`, jitted."""
-    return jax.jit(fn)(*args)
+def filled(shapes: Any) -> Any:
+    """Returns weights for a tree of shapes: normal, over the square root of the fan-in.
+
+    Compiling a model's own random start takes longer than a small step.
+    """
+    rng = np.random.default_rng(0)
+
+    def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(shape.shape) < 2:
+            return jnp.ones(shape.shape, shape.dtype)
+        values = rng.standard_normal(shape.shape, np.float32)
+        return jnp.asarray(values / math.prod(shape.shape[:-1]) ** 0.5, shape.dtype)
+
+    return jax.tree.map(fill, shapes)
+
+
+def example(model: Model, *, abstract: bool = False) -> tuple[Any, tuple[Any, Any]]:
+    """Returns parameters and a batch, or their shapes alone."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(model.init, key)
+    if abstract:
+        return params, jax.eval_shape(model.batch, key)
+    return filled(params), model.batch(key)
+
+
+def adapter(
+    model: Model, params: Any, x: Any, rank: int, targets: Any = "all-linear"
+) -> jlora.Trainable:
+    """Returns the shapes of an adapter; the frozen side is `params` itself."""
+    config = jlora.LoraConfig(rank=rank, targets=targets)
+    plan = jlora.plan(model.apply, params, x, config=config)
+    key = jax.random.key(1)
+    return jax.eval_shape(lambda params: jlora.split(key, params, plan)[1], params)
 
 
 def training_step(
-    loss: Callable[..., Any], make: Any, trained: Any, *rest: Any
+    loss: Callable[..., Any], trained: Any, *rest: Any, abstract: bool = False
 ) -> Step:
     """Returns a jitted AdamW step, its state, and the arguments it leaves alone.
 
-    `loss(trained, *rest)` is what falls. The step donates its state. `make` is `run`,
-    or `jax.eval_shape` for shapes alone.
+    `loss(trained, *rest)` is what falls. The step donates its state.
     """
     tx = optax.adamw(1e-3)
 
@@ -60,7 +93,10 @@ def training_step(
         updates, opt_state = tx.update(gradient, opt_state, trained)
         return (optax.apply_updates(trained, updates), opt_state), value
 
-    state = make(lambda t: (jax.tree.map(jnp.copy, t), tx.init(t)), trained)
+    def start(trained: Any) -> Any:
+        return jax.tree.map(jnp.copy, trained), tx.init(trained)
+
+    state = jax.eval_shape(start, trained) if abstract else start(trained)
     return step, state, rest
 
 
@@ -70,14 +106,19 @@ def training_steps(
     *,
     names: Iterable[str] = STEPS,
     targets: Any = "all-linear",
-    make: Any = run,
+    abstract: bool = False,
 ) -> dict[str, Step]:
-    """Returns the steps to compare, by name, on one set of weights and one batch."""
-    key = jax.random.key(0)
-    params, batch = make(model.init, key), make(model.batch, key)
-    frozen, trainable = adapters(model, params, batch[0], rank, targets, make)
-    side = make(lambda key: model.init_side(key, rank), key)
-    shift = make(lambda: jax.tree.map(jnp.zeros_like, model.shift))
+    """Returns the steps to compare, by name, on one set of weights and one batch.
+
+    If `abstract`, on their shapes alone: such steps can be compiled, not run.
+    """
+    params, batch = example(model, abstract=abstract)
+    trainable = adapter(model, params, batch[0], rank, targets)
+    side = jax.eval_shape(lambda key: model.init_side(key, rank), jax.random.key(0))
+    shift: Any = model.shift
+    if not abstract:
+        trainable, side = filled(trainable), filled(side)
+        shift = {k: jnp.zeros(s.shape, s.dtype) for k, s in shift.items()}
     lora = jlora.apply_lora(model.apply, on_merge="error")
 
     def full(params: Any, x: jax.Array, targets: jax.Array, **shift: Any) -> jax.Array:
@@ -104,28 +145,19 @@ def training_steps(
             (
                 (shifted, first, params),
                 (shifted, last, params),
-                (adapted, trainable, frozen),
+                (adapted, trainable, params),
                 (plain, side, params),
-                (merged, trainable, frozen),
+                (merged, trainable, params),
                 (full, params),
             ),
             strict=True,
         )
     )
     return {
-        name: training_step(loss, make, *trees, *batch)
+        name: training_step(loss, *trees, *batch, abstract=abstract)
         for name, (loss, *trees) in losses.items()
         if name in names
     }
-
-
-def adapters(
-    model: Model, params: Any, x: Any, rank: int, targets: Any, make: Any = run
-) -> tuple[Any, Any]:
-    """Returns `(frozen, trainable)` for `targets` of a model."""
-    config = jlora.LoraConfig(rank=rank, targets=targets)
-    plan = jlora.plan(model.apply, params, x, config=config)
-    return make(lambda params: jlora.split(jax.random.key(1), params, plan), params)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -236,6 +268,27 @@ def commit() -> str:
     changed = git("diff", "--quiet", "HEAD", "--", "jlora", "benchmarks/*.py")
     name = git("rev-parse", "--short", "HEAD").stdout.strip()
     return name + ("+" if changed.returncode else "") if name else "unknown"
+
+
+def row_of(rows: Iterable[Figures], step: str) -> Figures:
+    """Returns the row of a step."""
+    return next(row for row in rows if row["step"] == step)
+
+
+def fixed(value: float | None, digits: int, unit: float = 1) -> str:
+    """Returns `value` in a unit with so many digits, or a dash for None."""
+    return "–" if value is None else f"{value / unit:.{digits}f}"
+
+
+def ratio(row: Figures, base: Figures, field: str) -> str:
+    """Returns one figure of a row as a multiple of another row's, if it was taken."""
+    return fixed(row[field] / base[field] if field in row else None, 2)
+
+
+def show(columns: Columns, left: int = 1) -> str:
+    """Returns a table for the console, all columns but the first set right."""
+    head, lines = columns
+    return table(head, lines, right=head[left:])
 
 
 def parser(name: str, question: str | None) -> argparse.ArgumentParser:

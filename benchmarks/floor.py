@@ -4,12 +4,12 @@ import argparse
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 import jlora
-from jlora.tables import table
 
 from . import common, models
 
@@ -37,16 +37,17 @@ def training(model: models.Model, rank: int, rounds: int) -> list[common.Figures
 
 def inference(model: models.Model, rank: int, rounds: int) -> common.Figures:
     """Returns whether merged parameters give the base's program, and times."""
-    key = jax.random.key(0)
-    params, (x, _) = common.run(model.init, key), common.run(model.batch, key)
-    frozen, trainable = common.adapters(model, params, x, rank, "all-linear")
-    merged = common.run(jlora.merge, frozen, trainable)
+    params, (x, _) = common.example(model)
+    # As a checkpoint is restored: `merge` places weights too, and the HLO says so.
+    params = jax.device_put(params, jax.devices()[0])
+    trainable = common.filled(common.adapter(model, params, x, rank))
+    merged = jlora.merge(params, trainable)
     programs = {
         "base": compiled(model.apply, params, x),
         "merged": compiled(model.apply, merged, x),
-        "unmerged": compiled(jlora.apply_lora(model.apply), frozen, trainable, x),
+        "unmerged": compiled(jlora.apply_lora(model.apply), params, trainable, x),
     }
-    args = {"base": (params, x), "unmerged": (frozen, trainable, x)}
+    args = {"base": (params, x), "unmerged": (params, trainable, x)}
     runs = {name: functools.partial(programs[name], *own) for name, own in args.items()}
     return {
         "same_program": unnamed(programs["base"]) == unnamed(programs["merged"]),
@@ -71,9 +72,9 @@ def unnamed(program: Any) -> str:
     )
 
 
-def show(rows: list[common.Figures]) -> str:
-    """Returns the rows of one model as a table, with multiples of the floor."""
-    floor = next(row for row in rows if row["step"] == common.FLOOR)
+def columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the rows of one model for a table, with multiples of the floor."""
+    floor = common.row_of(rows, common.FLOOR)
     units = {
         "GFLOP": ("flops", 1e9),
         "GB moved": ("bytes", 1e9),
@@ -85,14 +86,22 @@ def show(rows: list[common.Figures]) -> str:
     lines = [
         (
             row["step"],
-            f"{1e3 * row['seconds']:.0f}" if "seconds" in row else "–",
-            f"{row['seconds'] / floor['seconds']:.2f}" if "seconds" in row else "–",
-            *(f"{row[field] / unit:.2f}" for field, unit in units.values()),
-            f"{row['temp_bytes'] / floor['temp_bytes']:.2f}",
+            common.fixed(row.get("seconds"), 0, 1e-3),
+            common.ratio(row, floor, "seconds"),
+            *(common.fixed(row[field], 2, unit) for field, unit in units.values()),
+            common.ratio(row, floor, "temp_bytes"),
         )
         for row in rows
     ]
-    return table(head, lines, right=head[1:])
+    return head, lines
+
+
+def label(case: common.Figures) -> str:
+    """Returns what a model is, in words."""
+    return (
+        f"{case['kind']}, width {case['width']}, {case['layers']} layers, "
+        f"{case['dtype']}, rank {case['rank']}"
+    )
 
 
 def cases(options: argparse.Namespace) -> list[tuple[str, models.Size]]:
@@ -131,13 +140,12 @@ def main() -> None:
             model = models.KINDS[kind](size)
             rows = training(model, rank, options.rounds)
             use = inference(model, rank, options.rounds)
-            label = f"{kind}, width {size.width}, {size.layers} layers, {size.dtype}"
-            print(f"\n{label}, rank {rank}\n{show(rows)}")
+            case = {"kind": kind, "rank": rank, **dataclasses.asdict(size)}
+            print(f"\n{label(case)}\n{common.show(columns(rows))}")
             print(f"merged: {'the' if use['same_program'] else 'NOT the'} base's HLO")
             if use["seconds"]:
                 ratio = use["seconds"]["unmerged"] / use["seconds"]["base"]
                 print(f"unmerged inference: {ratio:.2f} × base", flush=True)
-            case = {"kind": kind, "rank": rank, **dataclasses.asdict(size)}
             found.append({"case": case, "training": rows, "inference": use})
     common.write(options.json, common.environment(), cases=found)
 

@@ -68,7 +68,7 @@ def attention(q: Array, k: Array, v: Array, heads: int) -> Array:
 
 def add(x: Array, shift: Array | None) -> Array:
     """Returns `x`, with `shift` added if there is one."""
-    return x if shift is None else x + shift
+    return x if shift is None else x + jnp.broadcast_to(shift, x.shape)
 
 
 def linear(layer: Any, x: Array, features: int, name: str, rank: int) -> Array:
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         place = self.param(
             "place", nn.initializers.normal(0.02), (size.length, size.width), size.dtype
         )
-        x = add(embed(ids) + place, at_input)
+        x = add(embed(ids) + place[None], at_input)
         if self.scanned:  # one body: gradients reach the input of each layer anyhow
             block = nn.scan(
                 nn.remat(Block, prevent_cse=False),
@@ -232,7 +232,7 @@ class NnxDecoder(nnx.Module):
     def __call__(
         self, ids: Array, at_input: Array | None = None, at_first: Array | None = None
     ) -> Array:
-        x = add(self.embed(ids) + self.place[...], at_input)
+        x = add(self.embed(ids) + self.place[...][None], at_input)
         for i, layer in enumerate(self.layers):
             x = layer(x, None if i else at_first)
         return self.embed.attend(self.norm(x))

@@ -6,12 +6,11 @@ Nothing runs: libtpu compiles ahead of time for a described chip, on any machine
 import dataclasses
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import jax
-
-from jlora.tables import table
 
 from . import common, models
 
@@ -55,22 +54,21 @@ def placed(step: common.Step, sharding: jax.sharding.Sharding) -> common.Step:
     return fn, state, rest
 
 
-def show(rows: list[common.Figures]) -> str:
-    """Returns the figures as a table, with multiples of the floor."""
-    (floor,) = (row for row in rows if row["step"] == common.FLOOR)
-    columns = ("TFLOP", "GB moved", "temp GiB", "peak GiB")
+def columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the rows for a table, with multiples of the floor."""
+    floor = common.row_of(rows, common.FLOOR)
     units = dict(zip(common.COMPILER, (1e12, 1e9, 2**30, 2**30), strict=True))
     lines = [
         (
             row["step"],
-            *(f"{row[field] / unit:.2f}" for field, unit in units.items()),
-            f"{row['bytes'] / floor['bytes']:.2f}",
-            f"{row['peak_bytes'] / floor['peak_bytes']:.2f}",
+            *(common.fixed(row[field], 2, unit) for field, unit in units.items()),
+            common.ratio(row, floor, "bytes"),
+            common.ratio(row, floor, "peak_bytes"),
         )
         for row in rows
     ]
-    head = ("step", *columns, "bytes × floor", "peak × floor")
-    return table(head, lines, right=head[1:])
+    measures = ("TFLOP", "GB moved", "temp GiB", "peak GiB")
+    return ("step", *measures, "bytes × floor", "peak × floor"), lines
 
 
 def main() -> None:
@@ -96,7 +94,7 @@ def main() -> None:
         models.KINDS[options.kind](size),
         options.rank,
         names=options.steps,
-        make=jax.eval_shape,
+        abstract=True,
     )
     rows = []
     for name, step in steps.items():
@@ -104,7 +102,7 @@ def main() -> None:
         rows.append({"step": name, "rank": options.rank, **figures})
         print(f"compiled: {name}", flush=True)
     print(f"JAX {jax.__version__}, one TPU v5e chip, not run")
-    print(show(rows))
+    print(common.show(columns(rows)))
     env = common.environment("TPU v5e, one chip, compiled ahead of time")
     libtpu = importlib.metadata.version("libtpu")
     common.write(
