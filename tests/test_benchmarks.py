@@ -1,0 +1,118 @@
+"""Each benchmark runs at a tiny size and writes the figures that the report reads."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from benchmarks import common, floor, growth, models, overheads, report, tpu
+
+pytestmark = pytest.mark.usefixtures("standard_dtypes")
+TINY = models.Size(width=16, layers=1, batch=1, length=64, vocab=32, head=8)
+SMALL = ("--width", "64", "--layers", "1", "--rounds", "1")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with what each script wrote at a tiny size."""
+    folder = tmp_path_factory.mktemp("results")
+    small = "--batch 1 --length 16"
+    with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
+        for script, own in (
+            (floor, small),
+            (growth, f"{small} --axis rank"),
+            (overheads, "--compiled 1"),
+        ):
+            name = script.__name__.rpartition(".")[2]
+            argv = [name, "--json", str(folder / f"{name}.json"), *SMALL, *own.split()]
+            patch.setattr(sys, "argv", argv)
+            script.main()
+    return folder
+
+
+def read(results, name):
+    """Returns what a script wrote, with the fields that all have."""
+    found = json.loads((results / f"{name}.json").read_text())
+    assert found["environment"].keys() >= {"jax", "processor", "date", "commit"}
+    return found
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_steps_of_each_kind_stage(kind):
+    steps = common.training_steps(models.KINDS[kind](TINY), 2, abstract=True)
+    assert tuple(steps) == common.STEPS
+    for step, state, rest in steps.values():
+        step.trace(state, *rest)
+    trained = {name: common.nbytes(step[1][0]) for name, step in steps.items()}
+    assert trained[common.JLORA] == trained["side path, autodiff"]
+    assert trained[common.JLORA] == trained["merge on the fly"]
+    assert trained[common.STRICT] < trained[common.JLORA]
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_merged_parameters_give_the_base_program(kind):
+    found = floor.inference(models.KINDS[kind](TINY), rank=2, rounds=1)
+    assert found["same_program"]
+    assert found["seconds"].keys() == {"base", "unmerged"}
+
+
+def test_program_text_has_no_names():
+    class Program:
+        def as_text(self):
+            return '%add.7 = f32[] add(%x.1, %x.1), metadata={op_name="a"}'
+
+    assert floor.unnamed(Program()) == "%0 = f32[] add(%1, %1)"
+
+
+def test_slope():
+    assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert growth.slope([1, 2], [0, 1]) is None
+
+
+@pytest.mark.slow
+def test_floor(results):
+    (case,) = read(results, "floor")["cases"]
+    assert case["case"]["width"] == 64
+    assert [row["step"] for row in case["training"]] == list(common.STEPS)
+    for row in case["training"]:
+        assert row.keys() == {"step", *common.COMPILER, "optimizer_bytes", "seconds"}
+        assert row["peak_bytes"] > row["temp_bytes"] > 0
+    assert case["inference"]["same_program"]
+
+
+@pytest.mark.slow
+def test_growth(results):
+    slopes = {row["step"]: row for row in read(results, "growth")["slopes"]}
+    assert slopes[growth.ADDED]["flops"] == pytest.approx(1, abs=0.2)
+    assert slopes[common.FLOOR]["flops"] == pytest.approx(0, abs=1e-6)
+    assert slopes[common.JLORA]["seconds"] is not None
+
+
+@pytest.mark.slow
+def test_overheads(results):
+    found = read(results, "overheads")
+    assert found["staging"].keys() >= {"plan", "gradient, adapted"}
+    assert found["bytes"]["adapter"] > 0
+
+
+def test_tpu_without_libtpu(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tpu, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["tpu", "--json", str(tmp_path / "tpu.json")])
+    tpu.main()
+    assert "tpu-aot" in capsys.readouterr().out
+    assert not (tmp_path / "tpu.json").exists()
+
+
+@pytest.mark.slow
+def test_report(results, tmp_path):
+    report.write(results, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    for title in ("A training step on CPU", "How cost grows", "Overheads"):
+        assert f"## {title}\n" in text
+    assert "TPU v5e" not in text  # it did not run
+    assert (tmp_path / "performance-floor.svg").exists()
+    assert str(results) not in text
+    first = (tmp_path / "performance-growth.svg").read_bytes()
+    report.write(results, tmp_path)
+    assert (tmp_path / "performance-growth.svg").read_bytes() == first
