@@ -54,7 +54,7 @@ def over_inputs(run, t, x):
 
 
 def inputs_inside(run, t, x):
-    return value_and_grad(jax.vmap(run, (None, 0)), t, jnp.stack([x, -x]))
+    return value_and_grad(jax.vmap(run, (None, 0)), t, jnp.stack([x, 2 * x]))
 
 
 def over_adapters(run, t, x):
@@ -64,7 +64,7 @@ def over_adapters(run, t, x):
 
 def over_both(run, t, x):
     ts = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), t)
-    xs = jnp.stack([x, -x])
+    xs = jnp.stack([x, 2 * x])
     return jax.vmap(functools.partial(value_and_grad, run))(ts, xs)
 
 

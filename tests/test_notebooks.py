@@ -159,7 +159,7 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     largest = number(out["merge"], after="largest logit")
     assert number(out["merge"], after="difference") < 1e-5 * largest
     flops = [number(out["merge"], after=name) for name in ("merged", "with factors")]
-    assert flops[0] < flops[1]
+    assert flops[0] <= flops[1]
 
     # Restored and exported, it is the model that was trained.
     assert number(out["save"], after="in the mirror") == after
