@@ -277,7 +277,7 @@ def row_of(rows: Iterable[Figures], step: str) -> Figures:
 
 def fixed(value: float | None, digits: int, unit: float = 1) -> str:
     """Returns `value` in a unit with so many digits, or a dash for None."""
-    return "–" if value is None else f"{value / unit:.{digits}f}"
+    return "–" if value is None else f"{value / unit:z.{digits}f}"
 
 
 def ratio(row: Figures, base: Figures, field: str) -> str:
