@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from . import common, floor, growth, overheads, tpu
+from .peers import runner
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOP = f"""\
@@ -27,6 +28,19 @@ gradient of the first layer's input: *{common.STRICT}* stops at the outputs of t
 first linear layers, and no LoRA of all linear weights can be cheaper. Steps take turns
 in one process and times are medians; FLOPs, bytes and memory are the compiler's own
 figures. All steps use AdamW and donate their state.
+"""
+REASONS = """\
+## What is left above the floor
+
+- *Memory.* The gradient of A is `x^T u`, so the input `x` of each adapted layer is kept
+  from the forward to the backward pass; the frozen model need not keep it. Nothing
+  weight-sized is. Under `jax.checkpoint` on an accelerator the inputs are computed
+  again with the layer.
+- *Bytes on a TPU.* The rank-sized products read each `x` twice (`x A`, and the gradient
+  of A) and each `dy` twice (`dy B^T`, and the gradient of B): one more pass over the
+  activations than the model makes. Weights that share an input share those passes.
+- *Time on a CPU* at small widths is the same passes, beside matrix products that are
+  small themselves.
 """
 COLORS = {
     common.FLOOR: "#64748b",
@@ -143,6 +157,32 @@ def tpu_section(found: common.Figures) -> str:
     )
 
 
+def peers_section(found: common.Figures) -> str:
+    """Returns the text on `peers`, a table for each size."""
+    tables = [
+        f"### Width {result['width']}, {result['layers']} layers\n\n"
+        + markdown(runner.columns(result["peers"]))
+        + "".join(
+            f"\n{runner.PEERS[name].title}: {reason}\n"
+            for name, reason in result["failed"].items()
+        )
+        for result in found["results"]
+    ]
+    return "\n".join(
+        (
+            "## Beside other libraries\n",
+            f"*{found['cpu']}, {found['threads']} threads, {found['date']}, commit "
+            f"{found['commit']}; {found['rounds']} round(s) of {found['steps']} steps, "
+            f"each library in a process and an environment of its own.*\n\nOne "
+            f"decoder, rank {found['rank']} on all linear weights, {found['batch']} × "
+            f"{found['length']} tokens, float32, the same weights, factors and data; "
+            "*off by* is the largest relative difference of a loss from the side path "
+            "written by hand, over all steps.\n",
+            *tables,
+        )
+    )
+
+
 def growth_section(found: common.Figures) -> str:
     """Returns the text on `growth`."""
     base = found["base"]
@@ -252,6 +292,7 @@ def growth_plot(found: common.Figures) -> Figure:
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "floor": floor_section,
     "tpu": tpu_section,
+    "peers": peers_section,
     "growth": growth_section,
     "overheads": overheads_section,
 }
@@ -278,7 +319,7 @@ def write(results: Path, docs: Path) -> None:
                 figure.savefig(
                     docs / f"performance-{name}.svg", metadata={"Date": None}
                 )
-    (docs / "performance.md").write_text("\n".join(texts))
+    (docs / "performance.md").write_text("\n".join([*texts, REASONS]))
 
 
 def main() -> None:

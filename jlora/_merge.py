@@ -112,7 +112,7 @@ def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
         return (w.astype(wide) + change).astype(w.dtype)
 
     out = add(w, factors)
-    if isinstance(w, jax.Array) and not is_staging(out):
+    if isinstance(w, jax.Array) and not is_staging(out) and out.sharding != w.sharding:
         return jax.device_put(out, w.sharding)
     return out
 

@@ -258,6 +258,13 @@ def summarise(runs: dict[str, list[Any]], tolerance: float) -> dict[str, Any]:
 
 def show(summary: dict[str, Any], failed: dict[str, str]) -> str:
     """Returns the table of one size, and a line for each peer without figures."""
+    head, lines = columns(summary)
+    reasons = [f"{PEERS[name].title}: {reason}" for name, reason in failed.items()]
+    return "\n".join((table(head, lines, right=head[1:]), *reasons))
+
+
+def columns(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns the head and the lines of the table of one size."""
 
     def number(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -278,8 +285,7 @@ def show(summary: dict[str, Any], failed: dict[str, str]) -> str:
         )
         for name, own in summary.items()
     ]
-    reasons = [f"{PEERS[name].title}: {reason}" for name, reason in failed.items()]
-    return "\n".join((table(head, lines, right=head[1:]), *reasons))
+    return head, lines
 
 
 def cpu_name() -> str:
@@ -375,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
         )
         print(f"\nwidth {size[0]}, {size[1]} layers\n\n{show(summary, failed)}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
     return int(wrong)

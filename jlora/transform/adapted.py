@@ -102,8 +102,10 @@ def _lowered(
         return _factored(x, w, a, b, t, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)
     merged = dense(Weight(w, (term,), static.dims, ()))
-    # Else XLA may choose the layout of the sum for `w` too, and copy a stack of layers.
-    return _dot(x, lax.optimization_barrier(merged), static)
+    if platform != "cpu":
+        # Else XLA may choose the sum's layout for `w` too, and copy a stack of layers.
+        merged = lax.optimization_barrier(merged)
+    return _dot(x, merged, static)
 
 
 def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:

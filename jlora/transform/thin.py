@@ -57,9 +57,12 @@ def _dot(x, b, *, numbers, dtype, precision, x_first):
     )
 
 
-def _abstract(x, b, **params):
-    out = jax.eval_shape(lambda x, b: _dot(x, b, **params), x, b)
-    return shaped(out.shape, out.dtype)
+def _abstract(x, b, *, numbers, dtype, precision, x_first):
+    (cx, cb), (bx, bb) = numbers
+    free = [x.shape[i] for i in _free(x.ndim, cx, bx)]
+    free_b = [b.shape[i] for i in _free(b.ndim, cb, bb)]
+    free = [*free, *free_b] if x_first else [*free_b, *free]
+    return shaped([*(x.shape[i] for i in bx), *free], dtype)
 
 
 def _free(ndim: int, *used: Sequence[int]) -> list[int]:
@@ -107,8 +110,10 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
         axes = [*bb, *contracted, *free]
     else:
         db = lax.dot_general(dy, x, ((free_x, rows), (batch, bx)), **params)
-        # Else XLA folds the turning of `db` back into the product.
-        db = lax.optimization_barrier(db)
+        if not batch:  # else XLA folds the turning of `db` back into the product
+            # (with batch axes the barrier would let it choose a layout that its CPU
+            # compiler, in JAX 0.10, aborts on)
+            db = lax.optimization_barrier(db)
         axes = [*bb, *free, *contracted]
     return lax.transpose(db, [axes.index(i) for i in range(b.ndim)])
 
