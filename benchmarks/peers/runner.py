@@ -25,6 +25,8 @@ from typing import Any
 
 from jlora.tables import table
 
+from ..common import commit, processor
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = Path.home() / ".cache" / "jlora-bench"
@@ -288,27 +290,6 @@ def columns(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, .
     return head, lines
 
 
-def cpu_name() -> str:
-    """Returns the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return names[0] if names else platform.processor()
-
-
-def commit() -> str:
-    """Returns the checkout's commit, with `+` if tracked files have changed."""
-
-    def git(*words: str) -> str:
-        return run(["git", "-C", ROOT, *words]).strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
-    except (OSError, PeerError):
-        return "unknown"
-
-
 def say(text: str) -> None:
     """Tells on standard error what is being done."""
     print(text, file=sys.stderr, flush=True)
@@ -356,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
         "settings": {key: os.environ[key] for key in SETTINGS if key in os.environ},
