@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 from . import cost
 from .compat import Primitive, has_typed_placement, shaped
 from .low_rank import Site, first_product, oriented, second_product
-from .values import OTHER, Atom, Group, Labels, Term, Weight, dense, size
+from .values import OTHER, Atom, Group, Labels, Term, Weight, dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,15 +61,8 @@ def pays(x: Any, weight: Weight, site: Site, form: cost.Form) -> bool:
         return False
     if has_typed_placement(x) or has_typed_placement(w):
         return False
-    tokens, fan_in = _sizes(site)
-    forms = cost.forms(tokens, fan_in, x.dtype, w.dtype)
+    forms = cost.forms(site.tokens, site.fan_in, x.dtype, w.dtype)
     return form == "merged" or "merged" in forms
-
-
-def _sizes(site: Site) -> tuple[int, int]:
-    """Returns how many rows the activation has, and the length of one."""
-    rows = tuple(s for s in site.x_labels if s in site.want)
-    return size(rows), size(tuple(s for s in site.x_labels if s not in rows))
 
 
 def _dot(x: Any, w: Any, static: Static) -> Any:
@@ -97,7 +90,7 @@ def _lowered(
 ) -> Any:
     form = static.form
     if form == "auto":
-        form = cost.form(*_sizes(static.site), x.dtype, platform)
+        form = cost.form(static.site.tokens, static.site.fan_in, x.dtype, platform)
     if form == "factored":
         return _factored(x, w, a, b, t, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)

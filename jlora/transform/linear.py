@@ -6,7 +6,6 @@ product and keeps the order of its axes.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,19 +61,7 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     x: Any = operands[1 - side]
     x_axes = dict(zip(contracted[1 - side], contracted[side], strict=True))
     x_batch = dict(zip(batch[1 - side], batch[side], strict=True))
-    ctx.used(
-        weight,
-        "dot_general",
-        fan_in=[atom for i in contracted[side] for atom in weight.dims[i]],
-        batch=[atom for i in batch[side] for atom in weight.dims[i]],
-        eqn=eqn,
-        forms=_forms(eqn, x, weight.w, side),
-    )
-    operands[side] = weight.w
-    if not weight.terms:
-        return bind(eqn, *operands)
-
-    weight = join_groups(weight)
+    whole, weight = weight, join_groups(weight)
     x_groups: list[Group] = [
         weight.dims[{**x_axes, **x_batch}[i]]
         if i in x_axes or i in x_batch
@@ -97,6 +84,17 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         dtype=out.dtype,
         precision=eqn.params["precision"],
     )
+    ctx.used(
+        whole,
+        "dot_general",
+        fan_in=[atom for i in contracted[side] for atom in whole.dims[i]],
+        batch=[atom for i in batch[side] for atom in whole.dims[i]],
+        eqn=eqn,
+        forms=cost.forms(site.tokens, site.fan_in, x.dtype, weight.w.dtype),
+    )
+    operands[side] = weight.w
+    if not weight.terms:
+        return bind(eqn, *operands)
     (first, *more) = weight.terms
     if not more and not ctx.drops(first.dropout) and pays(x, weight, site, ctx.form):
         numbers = eqn.params["dimension_numbers"]
@@ -106,15 +104,6 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     for term in weight.terms:
         y = y + placed_like(y, product, ctx.drop(x, term.dropout), term)
     return [y]
-
-
-def _forms(eqn: Any, x: Any, w: Any, side: int) -> list[str]:
-    """Returns in which form the product is computed on each platform."""
-    (contracted, batch) = eqn.params["dimension_numbers"]
-    shared = math.prod(w.shape[i] for i in (*contracted[side], *batch[side]))
-    n_batch = math.prod(w.shape[i] for i in batch[side])
-    tokens = math.prod(x.shape) // max(shared, 1)
-    return cost.forms(tokens * n_batch, shared // max(n_batch, 1), x.dtype, w.dtype)
 
 
 def _is_repeated(weight: Weight) -> bool:

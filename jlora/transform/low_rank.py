@@ -51,6 +51,16 @@ class Site:
         """The atoms of the activation, in order."""
         return tuple(atom for group in self.x_groups for atom in group)
 
+    @property
+    def tokens(self) -> int:
+        """How many rows the activation has."""
+        return size(tuple(s for s in self.x_labels if s in self.want))
+
+    @property
+    def fan_in(self) -> int:
+        """How many entries a row of the activation has."""
+        return size(tuple(s for s in self.x_labels if s not in self.want))
+
 
 def low_rank_product(x: Any, term: Term, site: Site) -> jax.Array:
     """Returns `scale * (x . a) . b` in the layout of `site`.
@@ -74,9 +84,7 @@ def oriented(term: Term, site: Site) -> Term:
 
     if summed(term.b_labels) <= summed(term.a_labels):
         return term
-    return dataclasses.replace(
-        term, a=term.b, b=term.a, a_labels=term.b_labels, b_labels=term.a_labels
-    )
+    return term.swapped()
 
 
 def first_product(x: Any, term: Term, site: Site) -> tuple[jax.Array, Labels]:

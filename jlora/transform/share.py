@@ -126,7 +126,5 @@ def _prepared(
     if set(term.a_labels) != summed:
         if set(term.b_labels) != summed:
             return None
-        term = dataclasses.replace(
-            term, a=term.b, b=term.a, a_labels=term.b_labels, b_labels=term.a_labels
-        )
+        term = term.swapped()
     return weight, term, regroup(term.a, term.a_labels, [*groups, (RANK,)])

@@ -61,6 +61,12 @@ class Term:
     dropout: float = dataclasses.field(metadata={"static": True})
     product: Any = None
 
+    def swapped(self) -> "Term":
+        """Returns the same summand with the factors in each other's place."""
+        return dataclasses.replace(
+            self, a=self.b, b=self.a, a_labels=self.b_labels, b_labels=self.a_labels
+        )
+
     def map(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> "Term":
         """Returns the term with `fun(array, labels)` done to both factors."""
         a, a_labels = fun(self.a, self.a_labels)
