@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ._split import combine, flatten_frozen
 from .errors import MergeError, MergeWarning
 from .factors import Axes, Factors
+from .methods import plain
 from .transform.cost import Form
 from .transform.rewrite import rewrite
 from .transform.stage import stage
@@ -105,8 +106,7 @@ def _weight(path: str, w: Any, factors: Factors) -> Weight:
         for role in (axes.batch, axes.fan_in, axes.fan_out)
     )
     term = Term(
-        factors.a,
-        factors.b,
+        *plain(factors),
         (*batch, *fan_in, RANK),
         (*batch, RANK, *fan_out),
         factors.scale,

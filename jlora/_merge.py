@@ -13,6 +13,7 @@ from ._plan import Plan
 from ._split import MISSING, check, check_plan, combine, flatten_frozen
 from .errors import TreeError
 from .factors import Factors, Spec, Trainable
+from .methods import plain
 from .transform.compat import is_staging, placed_like
 from .transform.stage import is_array
 from .transform.values import at_least_float32
@@ -32,7 +33,7 @@ def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
       ((3, 4), 1.0)
     """
     axes = factors.spec.axes
-    a, b = factors.a, factors.b
+    a, b = plain(factors)
     batch = a.shape[: len(axes.batch)]
     fan_in = a.shape[len(axes.batch) : -1]
     fan_out = b.shape[len(axes.batch) + 1 :]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .errors import CheckpointError
-from .factors import Axes, Factors, Spec, Trainable
+from .factors import Factors, Spec, Trainable
 
 _FORMAT = 1
 
@@ -82,7 +82,7 @@ def save(
     arrays, state = _arrays(trainable), _numbered(opt_state)
     about = {
         "format": _FORMAT,
-        "lora": [[p, dataclasses.asdict(f.spec)] for p, f in trainable.lora.items()],
+        "lora": [[p, f.spec.to_dict()] for p, f in trainable.lora.items()],
         "full": list(trainable.full),
         "arrays": _shapes(arrays),
         "opt_state": _shapes(state),
@@ -205,16 +205,12 @@ def _arrays(trainable: Trainable) -> dict[str, Any]:
 def _trainable(arrays: dict[str, Any], about: dict[str, Any]) -> Trainable:
     lora = {}
     for i, (path, spec) in enumerate(about["lora"]):
-        spec = Spec(**{**spec, "axes": Axes(**_tuples(spec["axes"]))})
+        spec = Spec.from_dict(spec)
         parts = (arrays.get(f"{i:06d}-{name}") for name in ("a", "b", "magnitude"))
         a, b, magnitude = parts
         lora[path] = Factors(a, b, spec, magnitude)
     full = {path: arrays[f"{i:06d}-full"] for i, path in enumerate(about["full"])}
     return Trainable(lora, full)
-
-
-def _tuples(axes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {role: tuple(indices) for role, indices in axes.items()}
 
 
 def _shapes(arrays: dict[str, Any]) -> dict[str, list[Any]]:

@@ -76,6 +76,20 @@ class Spec:
         """The multiplier of `A B`: `alpha / rank`, rsLoRA `alpha / sqrt(rank)`."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Spec":
+        """Returns the spec that `to_dict` described.
+
+        Raises:
+          TypeError: for unknown or missing fields.
+        """
+        axes = {role: tuple(indices) for role, indices in fields["axes"].items()}
+        return cls(**{**fields, "axes": Axes(**axes)})
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

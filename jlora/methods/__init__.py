@@ -2,6 +2,7 @@
 
 from .gaussian import gaussian
 from .kaiming import kaiming
+from .plain import plain as plain
 
 INITS = {"kaiming": kaiming, "gaussian": gaussian}
 METHODS = ("lora",)
