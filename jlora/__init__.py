@@ -38,6 +38,10 @@ from .optim import (
     mask as mask,
     masked as masked,
 )
+from .rank_budget import (
+    adalora as adalora,
+    orthogonality_penalty as orthogonality_penalty,
+)
 
 __all__ = [
     "MISSING",
@@ -58,6 +62,7 @@ __all__ = [
     "TargetError",
     "Trainable",
     "TreeError",
+    "adalora",
     "apply_lora",
     "checkpoint",
     "combine",
@@ -67,6 +72,7 @@ __all__ = [
     "mask",
     "masked",
     "merge",
+    "orthogonality_penalty",
     "plan",
     "report",
     "split",
