@@ -14,6 +14,7 @@ from . import checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
 from .config import LoraConfig as LoraConfig, Rule as Rule
@@ -28,6 +29,7 @@ from .errors import (
 )
 from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
 from .optim import (
+    decay_mask as decay_mask,
     labels as labels,
     lora_plus as lora_plus,
     mask as mask,
@@ -54,14 +56,17 @@ __all__ = [
     "apply_lora",
     "checkpoint",
     "combine",
+    "decay_mask",
     "extract",
     "labels",
+    "lora_fa",
     "lora_plus",
     "mask",
     "masked",
     "merge",
     "plan",
     "report",
+    "riemannian",
     "split",
     "unmerge",
 ]
