@@ -17,6 +17,7 @@ from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
+from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
@@ -55,6 +56,7 @@ __all__ = [
     "TreeError",
     "apply_lora",
     "checkpoint",
+    "cite",
     "combine",
     "decay_mask",
     "extract",
