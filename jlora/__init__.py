@@ -18,7 +18,7 @@ from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
 from .citations import cite as cite
-from .config import LoraConfig as LoraConfig, Rule as Rule
+from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -28,7 +28,12 @@ from .errors import (
     TargetError as TargetError,
     TreeError as TreeError,
 )
-from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .factors import (
+    Axes as Axes,
+    Factors as Factors,
+    Parts as Parts,
+    Trainable as Trainable,
+)
 from .optim import (
     decay_mask as decay_mask,
     labels as labels,
@@ -47,9 +52,11 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeWarning",
+    "Parts",
     "Plan",
     "Report",
     "Row",
+    "Rows",
     "Rule",
     "TargetError",
     "Trainable",

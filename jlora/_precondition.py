@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .factors import Factors, Trainable
+from .factors import Factors, Spec, Trainable
+from .methods import plain
 
 if TYPE_CHECKING:
     import optax
@@ -28,9 +30,10 @@ def lora_fa(
     linearly dependent directions (an orthogonal start) the inverse is the
     pseudo-inverse.
 
-    Factors of the methods `"lora"` and `"dora"` are treated so; magnitudes, leaves
-    trained in full and the leaves of other methods go to `tx` as they are. The
-    optimizers of PEFT and the paper are this around AdamW.
+    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
+    weight each by itself; magnitudes, trained rows, leaves trained in full and the
+    leaves of other methods go to `tx` as they are. The optimizers of PEFT and the paper
+    are this around AdamW.
 
     Args:
       tx: any optax transformation, schedules and chains included.
@@ -55,11 +58,14 @@ def lora_fa(
     """
 
     def correct(gradient: Factors, own: Factors) -> Factors:
-        square = own.scale**2
+        scales = _scales(own.spec)
         if own.spec.op == "embedding":
-            a = _right(gradient.a, _inverse(_gram_b(own), 0.0) / square, own)
-            return dataclasses.replace(gradient, a=a, b=None)
-        b = _left(_inverse(_gram_a(own), 0.0) / square, gradient.b, own)
+            inverse = _divided(_inverse(_gram_b(own), 0.0), scales)
+            return dataclasses.replace(
+                gradient, a=_right(gradient.a, inverse, own), b=None
+            )
+        inverse = _divided(_inverse(_gram_a(own), 0.0), scales)
+        b = _left(inverse, gradient.b, own)
         return dataclasses.replace(gradient, a=None, b=b)
 
     def without_fixed(own: Factors) -> Factors:
@@ -94,8 +100,9 @@ def riemannian(
     a product is shared between A and B: high ranks and large learning rates are more
     forgiving. With AdamW inside this is the paper's scaled AdamW.
 
-    Factors of the methods `"lora"` and `"dora"` are treated so; magnitudes, leaves
-    trained in full and the leaves of other methods go to `tx` as they are.
+    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
+    weight each by itself; magnitudes, trained rows, leaves trained in full and the
+    leaves of other methods go to `tx` as they are.
 
     Args:
       tx: any optax transformation, schedules and chains included.
@@ -167,7 +174,7 @@ def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
             return node
         lora = {
             path: change(own, *(other.lora[path] for other in others))
-            if own.spec.method in PAIRED
+            if own.spec.method in PAIRED and not own.spec.rows
             else own
             for path, own in node.lora.items()
         }
@@ -178,16 +185,35 @@ def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
     )
 
 
+def _scales(spec: Spec) -> np.ndarray:
+    """Returns the scale of each rank, `[rank]`: parts of a weight have their own."""
+    if spec.parts is None:
+        return np.full(spec.rank, spec.scale, np.float32)
+    own = [spec.part_scale(rank) for rank in spec.parts.ranks if rank]
+    return np.repeat(np.array(own, np.float32), [r for r in spec.parts.ranks if r])
+
+
+def _divided(x: jax.Array, scales: np.ndarray) -> jax.Array:
+    """Returns `x`, `[*batch, rank, rank]`, over the scales of row and column."""
+    return x / jnp.broadcast_to(np.outer(scales, scales).astype(x.dtype), x.shape)
+
+
 def _gram_a(own: Factors) -> jax.Array:
-    """Returns `Aᵀ A`, `[*batch, rank, rank]`, in float32."""
-    batch = len(own.spec.axes.batch)
-    return _gram(own.a, batch, range(batch, own.a.ndim - 1))
+    """Returns `Aᵀ A`, `[*batch, rank, rank]`, in float32; zero between parts."""
+    batch, parts = len(own.spec.axes.batch), own.spec.parts
+    gram = _gram(own.a, batch, range(batch, own.a.ndim - 1))
+    if parts is None:
+        return gram
+    part = np.repeat(np.arange(len(parts.ranks)), parts.ranks)
+    return jnp.where(np.equal.outer(part, part), gram, jnp.zeros_like(gram))
 
 
 def _gram_b(own: Factors) -> jax.Array:
-    """Returns `B Bᵀ`, `[*batch, rank, rank]`, in float32."""
+    """Returns `B Bᵀ`, `[*batch, rank, rank]`, in float32; zero between parts."""
     batch = len(own.spec.axes.batch)
-    return _gram(own.b, batch, range(batch + 1, own.b.ndim))
+    _, b = plain(own)  # parts of a weight lie side by side in it, times a share
+    gram = _gram(b, batch, range(batch + 1, b.ndim))
+    return _divided(gram, _scales(own.spec) / np.float32(own.scale))
 
 
 def _gram(x: jax.Array, batch: int, summed: range) -> jax.Array:

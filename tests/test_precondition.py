@@ -157,6 +157,36 @@ def test_every_axis_role_is_a_matrix_a_batch_entry(name):
     )
 
 
+def test_parts_of_a_fused_weight_are_corrected_each_by_itself():
+    shape, axes = (6, 9), Axes()
+    parts = jlora.Parts(axis=1, sizes=(2, 4, 3), ranks=(1, 0, 2))
+    spec = Spec(axes=axes, rank=3, alpha=4, parts=parts)
+    rng = np.random.default_rng(0)
+    own, gradient = (
+        Factors(
+            jnp.asarray(rng.normal(size=(6, 3)), "float32"),
+            jnp.asarray(rng.normal(size=(3, 3)), "float32"),
+            spec,
+        )
+        for _ in range(2)
+    )
+    corrected = on_one(jlora.lora_fa(optax.identity()), gradient, own)
+    tx = jlora.riemannian(optax.identity(), damping=0.5)
+    preconditioned = on_one(tx, gradient, own)
+    assert jlora._merge.delta(own).shape == shape
+    for ranks, size in ((slice(0, 1), 2), (slice(1, 3), 3)):
+        rank = ranks.stop - ranks.start
+        part = Spec(axes=axes, rank=rank, alpha=4)
+        alone, its_gradient = (
+            Factors(f.a[:, ranks], f.b[ranks, :size], part) for f in (own, gradient)
+        )
+        want = on_one(jlora.lora_fa(optax.identity()), its_gradient, alone)
+        np.testing.assert_allclose(corrected.b[ranks, :size], want.b, rtol=1e-4)
+        want = on_one(tx, its_gradient, alone)
+        np.testing.assert_allclose(preconditioned.a[:, ranks], want.a, rtol=1e-4)
+        np.testing.assert_allclose(preconditioned.b[ranks, :size], want.b, rtol=1e-4)
+
+
 def test_riemannian_step_does_not_depend_on_how_the_product_is_shared():
     w = jnp.asarray(np.random.default_rng(2).normal(size=(6, 5)), "float32")
     own = random_factors((6, 5), Axes())
@@ -193,18 +223,25 @@ def test_dependent_columns_of_a_give_finite_steps():
 
 def mixed():
     dora = dataclasses.replace(
-        random_factors((6, 5), Axes(), method="dora"), magnitude=jnp.ones(5)
+        random_factors((6, 5), Axes(), 0, method="dora"), magnitude=jnp.ones(5)
     )
     ada = dataclasses.replace(
         random_factors((6, 5), Axes(), method="adalora"), magnitude=jnp.ones(2)
     )
     vera = Factors(
-        jnp.ones(2), jnp.ones(5), Spec(axes=Axes(), rank=2, alpha=2, method="vera")
+        jnp.ones(2),
+        jnp.ones(5),
+        Spec(axes=Axes(), rank=2, alpha=2, method="vera", shape=(6, 5)),
     )
     low = jax.tree.map(
         lambda x: x.astype("bfloat16"), random_factors((4, 3), Axes(), op="embedding")
     )
-    lora = {"dora": dora, "ada": ada, "vera": vera, "table": low}
+    rows = Factors(
+        None,
+        jnp.ones((2, 3)),
+        Spec(op="embedding", rank=2, alpha=2, shape=(7, 3), rows=(5, 1)),
+    )
+    lora = {"dora": dora, "ada": ada, "vera": vera, "table": low, "rows": rows}
     full = {
         "head/kernel": jnp.ones((5, 2)),
         "head/bias": jnp.ones(2),
@@ -229,7 +266,7 @@ def test_lora_fa_keeps_state_for_what_is_trained_and_no_other_leaf_changes():
     moved = (
         updates.lora["dora"].b,
         updates.lora["dora"].magnitude,
-        *jax.tree.leaves((updates.lora["ada"], updates.lora["vera"])),
+        *jax.tree.leaves([updates.lora[part] for part in ("ada", "vera", "rows")]),
         updates.lora["table"].a,
         *updates.full.values(),
     )
@@ -238,7 +275,7 @@ def test_lora_fa_keeps_state_for_what_is_trained_and_no_other_leaf_changes():
     assert jax.tree.map(lambda x: x.dtype, updates) == dtypes
     plain = optax.adam(0.1)
     want, _ = plain.update(trainable, plain.init(trainable), trainable)
-    for part in ("ada", "vera"):
+    for part in ("ada", "vera", "rows"):
         jax.tree.map(np.testing.assert_array_equal, updates.lora[part], want.lora[part])
 
 
@@ -277,6 +314,7 @@ def test_decay_mask_leaves_out_magnitudes_vectors_biases_and_norms():
     assert (got.lora["ada"].a, got.lora["ada"].b) == (True, True)
     assert got.lora["dora"].magnitude is got.lora["ada"].magnitude is False
     assert (got.lora["vera"].a, got.lora["vera"].b) == (False, False)
+    assert (got.lora["rows"].a, got.lora["rows"].b) == (None, True)
     assert [path for path, decays in got.full.items() if decays] == ["head/kernel"]
 
 
