@@ -1,6 +1,7 @@
 """What PEFT 0.21.2 computed, kept in `golden/` by `make_peft_golden.py`, and jlora."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
 
@@ -19,7 +20,7 @@ FOLDER = pathlib.Path(__file__).parent / "golden"
 ARRAYS = np.load(FOLDER / "peft.npz")
 CASES = json.loads((FOLDER / "peft.json").read_text())["cases"]
 
-METHODS = ("lora", "rslora")
+METHODS = ("lora", "rslora", "dora", "vera", "adalora", "rows")
 LAYERS = [
     name
     for name, about in CASES.items()
@@ -108,6 +109,9 @@ def scale(case):
 def config_of(case, **fields):
     about = CASES[case]
     method = about.get("method", "lora")
+    if method == "rows":
+        train = jlora.Rows("w", about["rows"])
+        return jlora.LoraConfig(targets=(), train=train, **fields)
     return jlora.LoraConfig(
         rank=about["r"],
         alpha=about.get("lora_alpha"),
@@ -124,7 +128,7 @@ def split(case, fn, params, x, **fields):
 
 
 def pick(case, path, prefix=""):
-    """PEFT's factors of a weight in PEFT's layout: `(A, B)`, numbers by `prefix`."""
+    """PEFT's A and B of a weight in PEFT's layout; `prefix` says which numbers."""
     outer = "out_proj." if path == "out" else ""
     word = "lora_embedding_" if "embedding" in case else "lora_"
     return tuple(golden(case, f"{prefix}{outer}{word}{name}") for name in "AB")
@@ -132,27 +136,66 @@ def pick(case, path, prefix=""):
 
 def ours(case, path, own, prefix=""):
     """`own` with PEFT's numbers in jlora's layout."""
-    a, b = pick(case, path, prefix)
+    method = CASES[case].get("method")
+    if method == "vera":
+        numbers = {
+            "a": golden(case, f"{prefix}vera_lambda_d"),
+            "b": golden(case, f"{prefix}vera_lambda_b"),
+        }
+    elif method == "rows":
+        numbers = {"b": rows_of(case, prefix)}
+    else:
+        numbers = dict(
+            zip("ab", in_our_layout(own, *pick(case, path, prefix)), strict=True)
+        )
+    extra = {"dora": "lora_magnitude_vector", "adalora": "lora_E"}
+    if method in extra:
+        numbers["magnitude"] = golden(case, prefix + extra[method])
+    leaves = {
+        name: jnp.asarray(x.reshape(getattr(own, name).shape))
+        for name, x in numbers.items()
+    }
+    return dataclasses.replace(own, **leaves)
+
+
+def in_our_layout(own, a, b):
     axes, rank = own.spec.axes, own.rank
     if axes.batch:  # the expert is A's first axis and B's last
         n = len(a) // rank
         a = a.reshape(n, rank, -1).transpose(0, 2, 1)
-        b = b.reshape(len(b), rank, n).transpose(2, 1, 0)
-    elif own.spec.op == "conv":
-        a = a.transpose(*axes.fan_in, 0)
-        b = b.reshape(b.shape[:2]).T
-    else:
-        a, b = a.T, b.T
-    return dataclasses.replace(
-        own,
-        a=jnp.asarray(a.reshape(own.a.shape)),
-        b=jnp.asarray(b.reshape(own.b.shape)),
-    )
+        return a, b.reshape(len(b), rank, n).transpose(2, 1, 0)
+    if own.spec.op == "conv":
+        window = (own.a.shape[axes.fan_in.index(i)] for i in sorted(axes.fan_in))
+        a = a.reshape(rank, *window).transpose(*axes.fan_in, 0)
+        return a, b.reshape(b.shape[:2]).T
+    return a.T, b.T
+
+
+def rows_of(case, prefix):
+    """Trained rows: PEFT keeps the rows, jlora their difference to the base's.
+
+    So AdamW's decay pulls PEFT's rows to zero and jlora's to where they started.
+    """
+    base = golden(case, "weight")[CASES[case]["rows"]]
+    numbers = golden(case, f"{prefix}trainable_tokens_delta")
+    undecayed = {"": 1, "grad.": 0, "step.": 1 - 1e-2 * 1e-2}[prefix]
+    return numbers - undecayed * base
 
 
 def with_golden(case, trainable, prefix=""):
     lora = {p: ours(case, p, own, prefix) for p, own in trainable.lora.items()}
     return dataclasses.replace(trainable, lora=lora)
+
+
+@pytest.fixture
+def random_matrices_of_peft(request, monkeypatch):
+    """VeRA's frozen matrices come from a seed, so a test has to put PEFT's there."""
+    case = request.getfixturevalue("case")
+    if CASES[case]["method"] != "vera":
+        return
+    pair = tuple(jnp.asarray(golden(case, f"vera_{name}").T) for name in "AB")
+    module = importlib.import_module("jlora.methods.vera")
+    monkeypatch.setattr(module, "shared", lambda spec, dtype: pair)
 
 
 def everything(fn, frozen, trainable, x, dy):
@@ -171,6 +214,7 @@ def everything(fn, frozen, trainable, x, dy):
     return run(frozen, trainable, x, dy)
 
 
+@pytest.mark.usefixtures("random_matrices_of_peft")
 @pytest.mark.parametrize("case", LAYERS)
 def test_output_gradients_step_and_merged_weight_are_those_of_peft(case):
     fn, params, x = layer(case)
@@ -190,7 +234,7 @@ def test_output_gradients_step_and_merged_weight_are_those_of_peft(case):
 def test_every_kind_of_layer_is_compared():
     kinds = {about.get("kind") for about in CASES.values()} - {None}
     assert kinds == set(FUNCTIONS)
-    assert len(LAYERS) == len(set(LAYERS)) >= 18
+    assert len(LAYERS) == len(set(LAYERS)) >= 30
 
 
 # Where jlora differs on purpose: each test shows both numbers, and
