@@ -188,8 +188,17 @@ def _names(used: LoraConfig | Plan) -> list[str]:
     names = [part.method for part in parts]
     names += ["rslora"] if is_rank_stabilised else []
     inits = [part.init for part in parts]
-    # `pissa_niter_4` is PiSSA; an init may also be a function or None.
-    return names + [init.split("_niter_")[0] for init in inits if isinstance(init, str)]
+    return names + [entry_of(init) for init in inits if isinstance(init, str)]
+
+
+def entry_of(name: str) -> str:
+    """Returns under which name of `PAPERS` a method or init stands.
+
+    Examples:
+      >>> entry_of("lora_ga"), entry_of("pissa_niter_4")
+      ('lora_ga', 'pissa')
+    """
+    return name if name in PAPERS else name.split("_")[0]
 
 
 def _bibtex(paper: Paper) -> str:
