@@ -14,8 +14,10 @@ from . import checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
+from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
@@ -33,6 +35,7 @@ from .factors import (
     Trainable as Trainable,
 )
 from .optim import (
+    decay_mask as decay_mask,
     labels as labels,
     lora_plus as lora_plus,
     mask as mask,
@@ -65,9 +68,12 @@ __all__ = [
     "adalora",
     "apply_lora",
     "checkpoint",
+    "cite",
     "combine",
+    "decay_mask",
     "extract",
     "labels",
+    "lora_fa",
     "lora_plus",
     "mask",
     "masked",
@@ -75,6 +81,7 @@ __all__ = [
     "orthogonality_penalty",
     "plan",
     "report",
+    "riemannian",
     "split",
     "unmerge",
 ]
