@@ -13,9 +13,15 @@ the function, `merge` puts all together again:
 from . import checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
+from ._plain import to_plain as to_plain
 from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
+from ._statistics import (
+    activation_statistics as activation_statistics,
+    gradient_statistics as gradient_statistics,
+)
 from .config import LoraConfig as LoraConfig, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
@@ -27,6 +33,7 @@ from .errors import (
     TreeError as TreeError,
 )
 from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
     labels as labels,
     lora_plus as lora_plus,
@@ -40,6 +47,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Factors",
+    "InputMoments",
     "JloraError",
     "LoraConfig",
     "MergeError",
@@ -48,20 +56,25 @@ __all__ = [
     "Report",
     "Row",
     "Rule",
+    "Statistics",
     "TargetError",
     "Trainable",
     "TreeError",
+    "activation_statistics",
     "apply_lora",
     "checkpoint",
     "combine",
     "extract",
+    "gradient_statistics",
     "labels",
     "lora_plus",
     "mask",
     "masked",
     "merge",
     "plan",
+    "redistribute_ranks",
     "report",
     "split",
+    "to_plain",
     "unmerge",
 ]

@@ -12,6 +12,7 @@ from . import paths
 from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Spec
+from .methods import init_clashes, init_name
 from .tables import count, html, nbytes, table
 from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
@@ -147,7 +148,8 @@ def plan(
     Raises:
       TargetError: lists every pattern that matches nothing (with the nearest path),
         every target that is no weight of a linear operation, every rank above
-        `min(fan-in, fan-out)`, and patterns that contradict each other.
+        `min(fan-in, fan-out)`, every leaf that its init cannot start, and patterns
+        that contradict each other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -339,10 +341,7 @@ def _hint(able: Sequence[Row]) -> str:
 
 def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
     """Returns how `row` is adapted: the config, its rules, and what the trace found."""
-    settings: dict[str, Any] = {}
-    for rule in config.rules:
-        if paths.matches(rule.pattern, row.path):
-            settings |= _set_fields(rule)
+    settings = _settings(config, row.path)
     rank = settings.get("rank", config.rank)
     alpha = settings.get("alpha", config.alpha)
     axes = settings.get("axes") or _axes(row)
@@ -359,7 +358,8 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
                 f"{row.path!r}: exclude it or give it Rule({row.path!r}, "
                 f"rank={min(n_in, n_out)})"
             )
-    return Spec(
+    init = init_of(config, row.path)
+    spec = Spec(
         op="linear" if row.op == "merged" else row.op,
         axes=axes,
         rank=rank,
@@ -367,8 +367,29 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
         rslora=config.rslora,
         dropout=float(settings.get("dropout", config.dropout)),
         method=settings.get("method", config.method),
-        init=settings.get("init", config.init),
+        init=init_name(init),
     )
+    wrong += init_clashes(row.path, row.shape, spec, init, row.route)
+    return spec
+
+
+def init_of(config: LoraConfig, path: str) -> Any:
+    """Returns the init of a leaf as the config or its rules have it, name or function.
+
+    Examples:
+      >>> init_of(LoraConfig(rules=(Rule("mlp/**", init="pissa"),)), "mlp/up")
+      'pissa'
+    """
+    return _settings(config, path).get("init", config.init)
+
+
+def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
+    """Returns what the rules set for a leaf."""
+    settings: dict[str, Any] = {}
+    for rule in config.rules:
+        if paths.matches(rule.pattern, path):
+            settings |= _set_fields(rule)
+    return settings
 
 
 def _set_fields(rule: Rule) -> dict[str, Any]:
