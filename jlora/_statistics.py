@@ -54,15 +54,15 @@ def activation_statistics(
 
     def step(leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
         staged = stage(fn, rebuild(leaves), args, {})
-        slots = dict(zip(names, staged.param_slots, strict=True))
+        places = dict(zip(names, staged.param_slots, strict=True))
+        weights = {}
+        for row in rows:
+            slot = places[row.path]
+            assert slot is not None
+            weights[slot] = row.path, row.spec.axes
         trace = Trace()
         try:
-            found = input_moments(
-                staged.code,
-                staged.inputs,
-                {slots[row.path]: (row.path, row.spec.axes) for row in rows},
-                trace,
-            )
+            found = input_moments(staged.code, staged.inputs, weights, trace)
         except JloraError:
             raise
         except (NotImplementedError, TypeError, ValueError) as error:

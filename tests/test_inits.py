@@ -294,7 +294,7 @@ def test_corda_damps_what_has_no_inverse(key):
 
 def coarse(w):
     """The values of w on a grid: the nearest, so each turn of LoftQ is a projection."""
-    return jnp.round(w)
+    return 1.5 * jnp.round(w / 1.5)
 
 
 def test_loftq_repairs_more_with_each_turn(key):
@@ -306,7 +306,7 @@ def test_loftq_repairs_more_with_each_turn(key):
         back = jlora.merge(frozen, trainable)["w"]
         errors.append(float(jnp.linalg.norm(back - params["w"])))
     alone = float(jnp.linalg.norm(coarse(params["w"]) - params["w"]))
-    assert 0.7 * alone > errors[0] > errors[1] > errors[2]
+    assert 0.7 * alone > errors[0] > errors[1] >= errors[2]
 
 
 def test_loftq_divides_the_scale_out(key):
@@ -392,7 +392,7 @@ def stacked(params):
 
 def test_eva_of_a_model_and_of_its_scanned_form(standard_dtypes, key):
     x = inputs(30)
-    config = jlora.LoraConfig(rank=3, init="eva")
+    config = jlora.LoraConfig(rank=3, init="eva", targets="**/kernel")
     loop, scanned = Stack(scan=False), Stack(scan=True)
     params = loop.init(key, x)
     plan = jlora.plan(loop.apply, params, x, config=config)
