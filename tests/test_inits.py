@@ -293,20 +293,21 @@ def test_corda_damps_what_has_no_inverse(key):
 
 
 def coarse(w):
-    """The values of w on a grid: the nearest, so each turn of LoftQ is a projection."""
-    return 1.5 * jnp.round(w / 1.5)
+    """The values of w as -1, 0 or 1 times the largest of its row."""
+    step = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+    return jnp.round(w / step) * step
 
 
-def test_loftq_repairs_more_with_each_turn(key):
+def test_loftq_repairs_what_quantising_loses(key):
     errors = []
-    for init in ("loftq", "loftq_niter_2", "loftq_niter_8"):
+    for init in ("loftq", "loftq_niter_2"):
         _, params, plan, _ = plan_of("experts", init=init)
         frozen, trainable = jlora.split(key, params, plan, quantize=coarse)
-        np.testing.assert_array_equal(frozen["w"], coarse(frozen["w"]))
+        assert all(len(np.unique(abs(row))) <= 2 for row in frozen["w"].reshape(-1, 10))
         back = jlora.merge(frozen, trainable)["w"]
         errors.append(float(jnp.linalg.norm(back - params["w"])))
     alone = float(jnp.linalg.norm(coarse(params["w"]) - params["w"]))
-    assert 0.7 * alone > errors[0] > errors[1] >= errors[2]
+    assert 0.6 * alone > errors[0] > errors[1]
 
 
 def test_loftq_divides_the_scale_out(key):

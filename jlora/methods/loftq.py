@@ -32,7 +32,7 @@ def loftq(
       dtype: dtype of both factors.
       quantize: `array -> array` of the weight's shape, float32 to float32: the values
         that the quantised weight stands for.
-      n_iter: how many turns.
+      n_iter: how many turns. More are not always better: check what is left.
 
     Returns:
       `(a, b, base)`; shapes `[*batch, *fan_in, rank]`, `[*batch, rank, *fan_out]` and
