@@ -13,10 +13,16 @@ the function, `merge` puts all together again:
 from . import checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
+from ._plain import to_plain as to_plain
 from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._precondition import lora_fa as lora_fa, riemannian as riemannian
+from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
+from ._statistics import (
+    activation_statistics as activation_statistics,
+    gradient_statistics as gradient_statistics,
+)
 from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
@@ -34,6 +40,7 @@ from .factors import (
     Parts as Parts,
     Trainable as Trainable,
 )
+from .moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
     decay_mask as decay_mask,
     labels as labels,
@@ -52,6 +59,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Factors",
+    "InputMoments",
     "JloraError",
     "LoraConfig",
     "MergeError",
@@ -62,9 +70,11 @@ __all__ = [
     "Row",
     "Rows",
     "Rule",
+    "Statistics",
     "TargetError",
     "Trainable",
     "TreeError",
+    "activation_statistics",
     "adalora",
     "apply_lora",
     "checkpoint",
@@ -72,6 +82,7 @@ __all__ = [
     "combine",
     "decay_mask",
     "extract",
+    "gradient_statistics",
     "labels",
     "lora_fa",
     "lora_plus",
@@ -80,8 +91,10 @@ __all__ = [
     "merge",
     "orthogonality_penalty",
     "plan",
+    "redistribute_ranks",
     "report",
     "riemannian",
     "split",
+    "to_plain",
     "unmerge",
 ]
