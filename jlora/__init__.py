@@ -10,7 +10,7 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import checkpoint as checkpoint
+from . import adapters as adapters, checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
@@ -58,6 +58,7 @@ __all__ = [
     "TargetError",
     "Trainable",
     "TreeError",
+    "adapters",
     "apply_lora",
     "checkpoint",
     "combine",
