@@ -10,11 +10,12 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import adapters as adapters, checkpoint as checkpoint
+from . import adapters as adapters, checkpoint as checkpoint, pool as pool
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._report import Report as Report, report as report
+from ._rows import per_row as per_row
 from ._split import MISSING as MISSING, combine as combine, split as split
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
@@ -23,6 +24,7 @@ from .errors import (
     JloraError as JloraError,
     MergeError as MergeError,
     MergeWarning as MergeWarning,
+    PoolError as PoolError,
     TargetError as TargetError,
     TreeError as TreeError,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "MergeWarning",
     "Parts",
     "Plan",
+    "PoolError",
     "Report",
     "Row",
     "Rows",
@@ -68,7 +71,9 @@ __all__ = [
     "mask",
     "masked",
     "merge",
+    "per_row",
     "plan",
+    "pool",
     "report",
     "split",
     "unmerge",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._merge import merge
+from .._split import Missing
 from ..errors import TreeError
 from ..factors import Axes, Factors, Trainable
 from ..transform.compat import is_staging
@@ -178,45 +179,43 @@ def select(stacked: Trainable, ids: Any, *, params: Any = None) -> Trainable:
       Array([-1.,  0.,  1.], dtype=float32)
     """
     (stacked,) = sequence("select", [stacked])
-    size = count(stacked)
     ids = jnp.asarray(ids)
     base = leaves_of(params)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TreeError(f"ids must be integers, got {ids.dtype}.")
     if not is_staging(ids):
-        _check_ids(ids, size, stacked, base)
-    rows = jnp.where(ids < 0, size, ids)
+        _check_integers(ids)
+        _check_ids(ids, count(stacked), stacked, base)
+    return pick(stacked, ids, base)
 
-    def pick(x: Any, rest: Any) -> jax.Array:
-        """Rows of `x`; `rest` for the base, NaN beyond the stack."""
-        own = jnp.take(x, rows, axis=0, mode="fill", fill_value=_nothing(x.dtype))
+
+def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
+    """Returns what `select` does, with NaN for every id that cannot be served."""
+    _check_integers(ids)
+    size = count(stacked)
+    places = jnp.where(ids < 0, size, ids)
+
+    def rows(x: Any, of_base: Any) -> jax.Array:
+        nothing = _nothing(x.dtype)
+        own = jnp.take(x, places, axis=0, mode="fill", fill_value=nothing)
+        of_base = jnp.asarray(nothing if of_base is None else of_base, x.dtype)
         is_base = (ids == -1).reshape(ids.shape + (1,) * (x.ndim - 1))
-        return jnp.where(is_base, jnp.broadcast_to(rest, own.shape), own)
+        return jnp.where(is_base, jnp.broadcast_to(of_base, own.shape), own)
 
-    def zero(x: Any) -> jax.Array:
-        return jnp.zeros((), x.dtype)
-
-    def absolute(x: Any, own: Any) -> jax.Array:
-        return pick(x, jnp.asarray(_nothing(x.dtype), x.dtype) if own is None else own)
+    def weight(path: str) -> Any:
+        w = None if base is None else base.get(path)
+        return None if w is None or isinstance(w, Missing) else jnp.asarray(w)
 
     def factors(path: str, f: Factors) -> Factors:
         magnitude = f.magnitude
         if magnitude is not None:
-            norm = None
-            if base is not None:
-                w = jnp.asarray(base_weight(base, path))
-                norm = column_norms(w.astype(at_least_float32(w.dtype)), f.spec.axes)
-                norm = norm.astype(magnitude.dtype)
-            magnitude = absolute(magnitude, norm)
-        return Factors(pick(f.a, zero(f.a)), pick(f.b, zero(f.b)), f.spec, magnitude)
-
-    def full(path: str, x: Any) -> jax.Array:
-        w = None if base is None else base_weight(base, path)
-        return absolute(x, None if w is None else jnp.asarray(w, x.dtype))
+            w = weight(path)
+            if w is not None:
+                w = column_norms(w.astype(at_least_float32(w.dtype)), f.spec.axes)
+            magnitude = rows(magnitude, w)
+        return Factors(rows(f.a, 0), rows(f.b, 0), f.spec, magnitude)
 
     return Trainable(
         {path: factors(path, f) for path, f in stacked.lora.items()},
-        {path: full(path, x) for path, x in stacked.full.items()},
+        {path: rows(x, weight(path)) for path, x in stacked.full.items()},
     )
 
 
@@ -224,6 +223,11 @@ def _nothing(dtype: Any) -> Any:
     """Returns what stands for no value at all: NaN, or the lowest integer."""
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     return jnp.nan if inexact else jnp.iinfo(dtype).min
+
+
+def _check_integers(ids: jax.Array) -> None:
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TreeError(f"ids must be integers, got {ids.dtype}.")
 
 
 def _check_ids(ids: jax.Array, size: int, stacked: Trainable, base: Base) -> None:
@@ -237,6 +241,8 @@ def _check_ids(ids: jax.Array, size: int, stacked: Trainable, base: Base) -> Non
         needed = {p: DORA for p, f in stacked.lora.items() if f.magnitude is not None}
         needed |= dict.fromkeys(stacked.full, FULL)
         check_base("select with an id of -1", needed, base)
+        for path in needed:
+            base_weight(base, path)
 
 
 def count(stacked: Trainable) -> int:
