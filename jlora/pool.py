@@ -19,6 +19,7 @@ import numpy as np
 
 from .adapters import to_lora
 from .adapters._algebra import plain_spec
+from .adapters._several import is_plain, rescales
 from .adapters._stack import pick
 from .errors import PoolError
 from .factors import Factors, Trainable
@@ -73,7 +74,7 @@ def create(like: Trainable, capacity: int) -> Pool:
     wrong += [
         f"{p!r} has method {f.spec.method!r}"
         for p, f in like.lora.items()
-        if f.spec.method != "lora" or f.magnitude is not None
+        if not is_plain(f.spec)
     ]
     if wrong:
         raise PoolError(
@@ -117,9 +118,7 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
     wrong += [
         f"{p!r} is no weight of the pool" for p in trainable.lora if p not in slots
     ]
-    wrong += [
-        f"{p!r} is DoRA" for p, f in trainable.lora.items() if f.spec.method == "dora"
-    ]
+    wrong += [f"{p!r} is DoRA" for p, f in trainable.lora.items() if rescales(f.spec)]
     if not wrong:
         trainable = to_lora(trainable)
         for path, f in trainable.lora.items():

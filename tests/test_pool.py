@@ -71,16 +71,13 @@ def test_pure_functions_on_slots():
     assert np.isnan(gone.lora["w"].a).all()
 
 
-@pytest.mark.parametrize(
-    "swaps", [60, pytest.param(1000, marks=pytest.mark.slow)], ids=str
-)
-def test_random_swaps_and_mixed_batches_never_give_a_wrong_adapter(swaps):
+def test_random_swaps_and_mixed_batches_never_give_a_wrong_adapter():
     """Sixteen adapters in five slots; some requests are bad."""
     rng = np.random.default_rng(0)
     names = [*map(str, range(1, 17)), None, "missing", "large", "nan"]
     compiled = None
     with pool.Cache(load, LIKE, capacity=5) as cache:
-        for i in range(swaps):
+        for i in range(1000):
             asked = [names[k] for k in rng.integers(0, len(names), 6)]
             batch = cache.acquire(asked)
             out = served(batch)

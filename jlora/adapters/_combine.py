@@ -18,6 +18,7 @@ from ._several import (
     check_base,
     check_fit,
     leaves_of,
+    rescales,
     sequence,
     to_plain,
     union,
@@ -237,14 +238,14 @@ def truncate(
     wide = [
         path
         for path, f in trainable.lora.items()
-        if f.spec.method == "dora" and (rank is None or f.rank > rank)
+        if rescales(f.spec) and (rank is None or f.rank > rank)
     ]
     check_base("truncate", dict.fromkeys(wide, DORA), base)
 
     def shorten(path: str, factors: Factors) -> Factors:
         if rank is None:
             return _keep_energy(to_plain(path, factors, base), energy)
-        if factors.spec.method == "dora" and base is None:
+        if rescales(factors.spec) and base is None:
             return factors
         own = to_plain(path, factors, base)
         return factors if own.rank <= rank else cut(own, rank)
@@ -286,7 +287,7 @@ def to_lora(
     """
     (trainable,) = sequence("to_lora", [trainable])
     base = leaves_of(params)
-    dora = [p for p, f in trainable.lora.items() if f.spec.method == "dora"]
+    dora = [p for p, f in trainable.lora.items() if rescales(f.spec)]
     check_base("to_lora", dict.fromkeys(dora, DORA), base)
     lora = {path: to_plain(path, f, base) for path, f in trainable.lora.items()}
     out = Trainable(lora, trainable.full)
@@ -355,7 +356,7 @@ def combine(
     for path in paths:
         factors, parts = own(path, "lora")
         in_full = path in full_paths
-        dora = any(f.spec.method == "dora" for f in factors)
+        dora = any(rescales(f.spec) for f in factors)
         if dora and (in_full or not is_kept(parts)):
             needed[path] = DORA
         elif in_full:
@@ -378,7 +379,7 @@ def combine(
             continue
         if is_kept(parts):
             lora[path] = factors[0]
-        elif len(factors) == 1 and fold is _sum and factors[0].spec.method != "dora":
+        elif len(factors) == 1 and fold is _sum and not rescales(factors[0].spec):
             lora[path] = scaled(factors[0], parts[0])
         else:
             lora[path] = fold(path, plain_leaves(path, factors), parts)

@@ -17,6 +17,7 @@ from ._several import (
     check_base,
     check_fit,
     leaves_of,
+    rescales,
     sequence,
     to_plain,
     union,
@@ -103,7 +104,7 @@ def orthogonality(
     check_fit("orthogonality", found)
     shared = [path for path in x.lora if path in y.lora]
     base = leaves_of(params)
-    dora = [p for p in shared for t in found if t.lora[p].spec.method == "dora"]
+    dora = [p for p in shared for t in found if rescales(t.lora[p].spec)]
     check_base("orthogonality", dict.fromkeys(dora, DORA), base)
 
     def space(trainable: Trainable, path: str) -> tuple[jax.Array, jax.Array]:
@@ -124,10 +125,7 @@ def orthogonality(
 def _base(name: str, trainables: list[Trainable], params: Any) -> Base:
     base = leaves_of(params)
     needed = {
-        path: DORA
-        for t in trainables
-        for path, f in t.lora.items()
-        if f.spec.method == "dora"
+        path: DORA for t in trainables for path, f in t.lora.items() if rescales(f.spec)
     }
     needed |= {path: FULL for t in trainables for path in t.full}
     check_base(name, needed, base)

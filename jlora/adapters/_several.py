@@ -11,7 +11,7 @@ from .._merge import merge
 from .._split import Missing
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import plain
+from ..methods import method_of, plain
 from ..transform.values import at_least_float32
 from ._algebra import plain_spec
 
@@ -90,7 +90,7 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
 def _sizes(factors: Factors) -> tuple[int, ...]:
     """Returns the sizes that A and B tell of the weight."""
     spec = factors.spec
-    if is_plain(spec) or spec.method == "dora":
+    if is_plain(spec) or rescales(spec):
         a, b = tuple(factors.a.shape), tuple(factors.b.shape)
     else:
         a, b = _plain_shapes(factors)
@@ -132,9 +132,12 @@ def base_weight(base: Base, path: str) -> Any:
 
 def is_plain(spec: Spec) -> bool:
     """Returns whether the leaves of `spec` are A and B of the whole weight."""
-    return spec.method == "lora" and not (
-        getattr(spec, "rows", ()) or getattr(spec, "parts", None)
-    )
+    return spec.method == "lora" and not spec.rows and spec.parts is None
+
+
+def rescales(spec: Spec) -> bool:
+    """Returns whether the method multiplies the whole weight, as DoRA does."""
+    return method_of(spec).gain is not None
 
 
 def to_plain(path: str, factors: Factors, base: Base) -> Factors:
@@ -146,7 +149,7 @@ def to_plain(path: str, factors: Factors, base: Base) -> Factors:
     spec = factors.spec
     if is_plain(spec):
         return factors
-    if spec.method == "dora":
+    if rescales(spec):
         return _dora_update(factors, base_weight(base, path))
     a, b = plain(factors)
     rank = a.shape[-1]

@@ -13,6 +13,7 @@ from .._merge import merge
 from .._split import Missing
 from ..errors import TreeError
 from ..factors import Axes, Factors, Trainable
+from ..methods.dora import column_norms
 from ..transform.compat import is_staging
 from ..transform.values import at_least_float32
 from ._algebra import common_dropout, factor_dtypes, plain_spec, widest
@@ -23,7 +24,9 @@ from ._several import (
     base_weight,
     check_base,
     check_fit,
+    is_plain,
     leaves_of,
+    rescales,
     sequence,
     to_plain,
     union,
@@ -75,8 +78,8 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
         )
     needed = {p: FULL for p in full if any(p not in t.full for t in found)}
     for path in paths:
-        methods = [t.lora[path].spec.method if path in t.lora else None for t in found]
-        if "dora" in methods and set(methods) != {"dora"}:
+        dora = [path in t.lora and rescales(t.lora[path].spec) for t in found]
+        if any(dora) and not all(dora):
             needed[path] = DORA
     check_base("stack", needed, base)
     return Trainable(
@@ -93,10 +96,9 @@ def _stack_full(path: str, found: Sequence[Trainable], base: Base) -> jax.Array:
 
 def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors:
     own = [t.lora.get(path) for t in found]
-    methods = {f.spec.method for f in own if f is not None}
     axes = next(f.spec.axes for f in own if f is not None)
     magnitude = None
-    if "dora" in methods:
+    if any(f is not None and rescales(f.spec) for f in own):
         magnitude = jnp.stack([_magnitude(path, f, axes, base) for f in own])
     plain = [f if f is None else _without_magnitude(path, f) for f in own]
     present = [f for f in plain if f is not None]
@@ -131,7 +133,7 @@ def padded(factors: Factors, rank: int, a_dtype: Any, b_dtype: Any) -> Factors:
 
 
 def _without_magnitude(path: str, factors: Factors) -> Factors:
-    if factors.spec.method == "dora":
+    if rescales(factors.spec):
         spec = dataclasses.replace(factors.spec, method="lora")
         return Factors(factors.a, factors.b, spec)
     return to_plain(path, factors, None)
@@ -139,7 +141,7 @@ def _without_magnitude(path: str, factors: Factors) -> Factors:
 
 def _magnitude(path: str, factors: Factors | None, axes: Axes, base: Base) -> jax.Array:
     """Returns DoRA's magnitude; for others the one with which DoRA is their sum."""
-    if factors is not None and factors.spec.method == "dora":
+    if factors is not None and rescales(factors.spec):
         return jnp.asarray(factors.magnitude)
     w = jnp.asarray(base_weight(base, path))
     w = w.astype(at_least_float32(w.dtype))
@@ -260,7 +262,7 @@ def count(stacked: Trainable) -> int:
     wrong = [
         path
         for path, f in stacked.lora.items()
-        if f.spec.method in ("lora", "dora")
+        if (is_plain(f.spec) or rescales(f.spec))
         and f.a.ndim != len(f.spec.axes.batch) + len(f.spec.axes.fan_in) + 2
     ]
     if wrong:
@@ -315,7 +317,7 @@ def _trimmed(trainable: Trainable) -> Trainable:
 def _trim(factors: Factors) -> Factors | None:
     """Returns the factors without zeros at the end, or None if nothing is left."""
     spec = factors.spec
-    if spec.method not in ("lora", "dora"):
+    if not (is_plain(spec) or rescales(spec)):
         return factors
     n = len(spec.axes.batch)
     a, b = np.asarray(factors.a), np.asarray(factors.b)
@@ -332,11 +334,3 @@ def _trim(factors: Factors) -> Factors | None:
     )
     b = jax.lax.slice_in_dim(factors.b, 0, rank, axis=n)
     return Factors(factors.a[..., :rank], b, own, factors.magnitude)
-
-
-def column_norms(w: jax.Array, axes: Axes) -> jax.Array:
-    """Returns `[*batch, *fan_out]`, the norms of a weight over its fan-in axes."""
-    n = len(axes.batch)
-    turned = jnp.transpose(w, axes.order)
-    over = tuple(range(n, n + len(axes.fan_in)))
-    return jnp.sqrt(jnp.sum(jnp.square(turned), axis=over))
