@@ -10,7 +10,7 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import checkpoint as checkpoint
+from . import adapters as adapters, checkpoint as checkpoint, pool as pool
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plain import to_plain as to_plain
@@ -18,6 +18,7 @@ from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
+from ._rows import per_row as per_row
 from ._split import MISSING as MISSING, combine as combine, split as split
 from ._statistics import (
     activation_statistics as activation_statistics,
@@ -31,6 +32,7 @@ from .errors import (
     JloraError as JloraError,
     MergeError as MergeError,
     MergeWarning as MergeWarning,
+    PoolError as PoolError,
     TargetError as TargetError,
     TreeError as TreeError,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "MergeWarning",
     "Parts",
     "Plan",
+    "PoolError",
     "Report",
     "Row",
     "Rows",
@@ -76,6 +79,7 @@ __all__ = [
     "TreeError",
     "activation_statistics",
     "adalora",
+    "adapters",
     "apply_lora",
     "checkpoint",
     "cite",
@@ -90,7 +94,9 @@ __all__ = [
     "masked",
     "merge",
     "orthogonality_penalty",
+    "per_row",
     "plan",
+    "pool",
     "redistribute_ranks",
     "report",
     "riemannian",

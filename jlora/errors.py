@@ -25,5 +25,9 @@ class CheckpointError(JloraError):
     """A checkpoint that is missing, incomplete or not of this program's making."""
 
 
+class PoolError(JloraError):
+    """An adapter that a pool cannot hold or has no slot for."""
+
+
 class MergeWarning(UserWarning):
     """A weight is merged on the fly: right, but slower than the factored route."""
