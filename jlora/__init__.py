@@ -12,6 +12,7 @@ the function, `merge` puts all together again:
 
 from . import checkpoint as checkpoint
 from ._apply import apply_lora as apply_lora
+from ._file import load as load, save as save
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._report import Report as Report, report as report
@@ -56,12 +57,14 @@ __all__ = [
     "combine",
     "extract",
     "labels",
+    "load",
     "lora_plus",
     "mask",
     "masked",
     "merge",
     "plan",
     "report",
+    "save",
     "split",
     "unmerge",
 ]
