@@ -17,7 +17,7 @@ from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
-from .config import LoraConfig as LoraConfig, Rule as Rule
+from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -27,7 +27,12 @@ from .errors import (
     TargetError as TargetError,
     TreeError as TreeError,
 )
-from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .factors import (
+    Axes as Axes,
+    Factors as Factors,
+    Parts as Parts,
+    Trainable as Trainable,
+)
 from .optim import (
     labels as labels,
     lora_plus as lora_plus,
@@ -45,9 +50,11 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeWarning",
+    "Parts",
     "Plan",
     "Report",
     "Row",
+    "Rows",
     "Rule",
     "TargetError",
     "Trainable",

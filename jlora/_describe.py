@@ -12,8 +12,8 @@ import numpy as np
 from ._plan import Plan, Row
 from .config import LoraConfig
 from .errors import CheckpointError
-from .factors import Axes, Factors, Spec, Trainable
-from .methods import METHODS, plain
+from .factors import Factors, Spec, Trainable
+from .methods import METHODS, leaf_shapes, plain
 from .transform.discover import Use
 
 _PARTS = ("a", "b", "magnitude")
@@ -117,18 +117,27 @@ def _spec(path: str, fields: dict[str, Any], wrong: list[str]) -> Spec | None:
     """Returns the spec of `fields`, or None and a note of each wrong field."""
     try:
         spec = Spec.from_dict(fields)
-        axes = spec.axes
+        axes, parts = spec.axes, spec.parts
         checks = {
-            "method": spec.method in METHODS,
+            "method": spec.method == "rows" if spec.rows else spec.method in METHODS,
             "rank": type(spec.rank) is int and spec.rank > 0,
             "alpha": type(spec.alpha) in (int, float) and math.isfinite(spec.alpha),
             "rslora": type(spec.rslora) is bool,
             "dropout": type(spec.dropout) in (int, float) and 0 <= spec.dropout < 1,
             "op": spec.op in ("linear", "embedding", "conv"),
             "init": isinstance(spec.init, str),
-            "axes": isinstance(axes, Axes)
-            and all(type(i) is int for i in axes.order)
+            "axes": _are_counts(axes.order)
             and sorted(axes.order) == list(range(len(axes.order))),
+            "shape": _are_counts(spec.shape),
+            "seed": type(spec.seed) is int,
+            "rows": _are_counts(spec.rows),
+            "parts": parts is None
+            or (
+                type(parts.axis) is int
+                and _are_counts(parts.sizes)
+                and _are_counts(parts.ranks)
+                and len(parts.sizes) == len(parts.ranks) > 0
+            ),
         }
         hash(spec)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
@@ -139,24 +148,38 @@ def _spec(path: str, fields: dict[str, Any], wrong: list[str]) -> Spec | None:
     return None if off else spec
 
 
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(
+        type(n) is int and 0 <= n < 2**31 for n in values
+    )
+
+
 def _misfits(path: str, factors: Factors) -> list[str]:
     """Returns in words where the arrays are not shaped as the spec says."""
-    axes = factors.spec.axes
-    n = len(axes.batch)
+    spec = factors.spec
+    leaves = {part: getattr(factors, part) for part in _PARTS}
+    found = {k: tuple(x.shape) for k, x in leaves.items() if x is not None}
     try:
-        own = factors.spec.method == "lora"
-        a, b = plain(factors) if own else jax.eval_shape(plain, factors)
-        fits = (
-            a.ndim == n + len(axes.fan_in) + 1
-            and b.ndim == n + 1 + len(axes.fan_out)
-            and a.shape[:n] == b.shape[:n]
-            and a.shape[-1] == b.shape[n]
-            and (not own or a.shape[-1] == factors.rank)
-        )
+        wanted = leaf_shapes(spec, spec.shape or _weight_shape(factors))
     except Exception as error:
-        return [f"the factors of {path!r} do not fit its settings ({error!r:.200})"]
-    shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
-    return [] if fits else [f"{path!r} at rank {factors.rank} has factors of {shapes}"]
+        return [f"the arrays of {path!r} do not fit its settings ({error!r:.200})"]
+    return [
+        f"{part} of {path!r} has shape {found.get(part)}, at rank {spec.rank} it needs "
+        f"{wanted.get(part)}"
+        for part in _PARTS
+        if found.get(part) != wanted.get(part)
+    ]
+
+
+def _weight_shape(factors: Factors) -> tuple[int, ...]:
+    """Returns the shape of the weight that the factors are for."""
+    axes = factors.spec.axes
+    n, n_in, n_out = len(axes.batch), len(axes.fan_in), len(axes.fan_out)
+    a, b = jax.eval_shape(plain, factors) if factors.spec.parts else plain(factors)
+    if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
+        raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
+    sizes = (*a.shape[:-1], *b.shape[n + 1 :])
+    return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
 
 
 def _unfit(wrong: list[str], n: int = 10) -> CheckpointError:

@@ -371,7 +371,6 @@ def _manager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
                 create=write,
-                read_only=not write,
                 # What a killed run left half written.
                 cleanup_tmp_directories=write,
                 # A step is renamed, and then deleted: no half step keeps its name.

@@ -49,7 +49,7 @@ def adapter(seed=0):
             "b é.%20 {x}": Factors(
                 normal((4, 1), seed, "bfloat16").at[0, 0].set(-0.0),
                 normal((1, 3), seed, "float16"),
-                Spec(rank=1, alpha=2.0),
+                Spec(rank=1, alpha=2.0, method="dora"),
                 normal((3,), seed),
             ),
         },

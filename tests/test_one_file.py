@@ -20,9 +20,10 @@ import safetensors.numpy
 from test_checkpoint import adapter, normal, same
 
 import jlora
-from jlora import _tensors
+from jlora import _describe, _tensors
 from jlora._disk import replacing
 from jlora.factors import Axes, Factors, Spec
+from jlora.methods import METHODS
 
 
 @pytest.fixture
@@ -69,6 +70,27 @@ def test_the_arguments_may_be_text_and_numpy(path):
     trainable = jax.tree.map(np.asarray, adapter())
     jlora.save(str(path), trainable)
     same(jlora.load(str(path)), adapter())
+
+
+@pytest.mark.parametrize("method", [*METHODS, "rows", "parts"])
+def test_every_method(path, method):
+    def fn(params, ids):
+        return params["embed"][ids] @ params["qkv"]
+
+    params = {"embed": normal((5, 4)), "qkv": normal((4, 6))}
+    rule = jlora.Rule("qkv", parts=jlora.Parts(-1, (2, 2, 2), (1, 0, 2)))
+    config = {
+        "rows": jlora.LoraConfig(rank=2, train=(jlora.Rows("embed", (1, 3)),)),
+        "parts": jlora.LoraConfig(rank=2, rules=(rule,)),
+    }.get(method) or jlora.LoraConfig(rank=2, method=method)
+    plan = jlora.plan(fn, params, jnp.arange(3), config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    trainable = jax.tree.map(lambda x: normal(x.shape, 3), trainable)
+    jlora.save(path, trainable)
+    same(jlora.load(path), trainable)
+    about = json.loads(json.dumps(_describe.plan_to_dict(plan)))
+    assert _describe.plan_from_dict(about) == plan
+    same(jlora.merge(frozen, jlora.load(path)), jlora.merge(frozen, trainable))
 
 
 def test_an_empty_adapter(path):
@@ -294,7 +316,7 @@ SPEC = Spec(rank=2, alpha=1)
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"rank": 3}, "at rank 3 has factors of"),
+        ({"rank": 3}, "a of 'w' has shape (3, 2), at rank 3 it needs (3, 3)"),
         ({"rank": 0}, "rank of 'w' is 0"),
         ({"rank": True}, "rank of 'w' is True"),
         ({"rank": "2"}, "rank of 'w' is '2'"),
@@ -304,7 +326,7 @@ SPEC = Spec(rank=2, alpha=1)
         ({"op": "x"}, "op of 'w' is 'x'"),
         ({"method": "x"}, "method of 'w' is 'x'"),
         ({"axes": Axes((), (0,), (0,))}, "axes of 'w' is"),
-        ({"axes": Axes((), (0,), (1, 2))}, "at rank 2 has factors of"),
+        ({"axes": Axes((), (0,), (1, 2))}, "arrays of 'w' do not fit"),
         ({"axes": Axes((), (0, "1"), (2,))}, "axes of 'w' is"),
     ],
 )
@@ -338,7 +360,7 @@ def test_missing_and_left_over_arrays_are_listed(path, monkeypatch):
     for text in (
         "array 'full' of 'head' is missing",
         "array 'a' of 'w' belongs to nothing",
-        "the factors of 'v' do not fit",
+        "arrays of 'v' do not fit",
     ):
         assert text in str(caught.value)
 
