@@ -10,7 +10,7 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import checkpoint as checkpoint
+from . import checkpoint as checkpoint, export as export
 from ._apply import apply_lora as apply_lora
 from ._file import load as load, save as save
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
@@ -62,6 +62,7 @@ __all__ = [
     "apply_lora",
     "checkpoint",
     "combine",
+    "export",
     "extract",
     "labels",
     "load",

@@ -38,6 +38,15 @@ def reading(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before the text of a `CheckpointError`."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{_name(path)}: {error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes the place of `path` when the block ends well.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import _tensors as tensors
 from ._describe import arrays, describe, not_finite, rebuild
-from ._disk import Path, reading
+from ._disk import Path, naming, reading
 from .errors import CheckpointError, TreeError
 from .factors import Trainable
 
@@ -87,18 +87,14 @@ def load(path: Path) -> Trainable:
       jlora.errors.CheckpointError: 'there is none' cannot be read: No such file or
       directory.
     """
-    with reading(path) as file:
-        try:
-            header = tensors.read_header(file)
-            about = _about(header.metadata)
-            named = {k: tensors.read(file, e) for k, e in header.entries.items()}
-            if header.metadata["sha256"] != _checksum(
-                header.metadata["adapter"], named.items()
-            ):
-                raise CheckpointError("Its checksum is another one: it is damaged.")
-            return _trainable(about, named)
-        except CheckpointError as error:
-            raise CheckpointError(f"{str(path)!r}: {error}") from error
+    with reading(path) as file, naming(path):
+        header = tensors.read_header(file)
+        about = _about(header.metadata)
+        named = {k: tensors.read(file, e) for k, e in header.entries.items()}
+        checksum = _checksum(header.metadata["adapter"], named.items())
+        if header.metadata["sha256"] != checksum:
+            raise CheckpointError("Its checksum is another one: it is damaged.")
+        return _trainable(about, named)
 
 
 def is_adapter(metadata: Any) -> bool:

@@ -373,8 +373,8 @@ def mutations(data, n, seed):
     for _ in range(n):
         out = bytearray(data)
         for _ in range(draw.choice((1, 1, 2, 5))):
-            at = draw.randrange(8 + length if draw.random() < 0.8 else len(out))
-            at = min(at, max(len(out) - 1, 0))
+            end = 8 + length if draw.random() < 0.8 else len(out)
+            at = draw.randrange(max(min(end, len(out)), 1))
             match draw.randrange(6):
                 case 0:
                     out[at : at + 1] = bytes([draw.randrange(256)])
@@ -386,18 +386,14 @@ def mutations(data, n, seed):
                     token = draw.choice(tokens)
                     out[at : at + len(token)] = token
                 case 4:
-                    out[:8] = draw.choice(
-                        (0, 1, length - 1, length + 8, 2**31, 2**64 - 1)
-                    ).to_bytes(8, "little")
+                    sizes = (0, 1, length - 1, length + 8, 2**31, 2**64 - 1)
+                    out[:8] = draw.choice(sizes).to_bytes(8, "little")
                 case 5:
                     start = draw.randrange(len(out) + 1)
                     out[at:at] = out[start : start + draw.randrange(64)]
-        if draw.random() < 0.5 and len(out) > 8:  # an honest length of a false header
-            out[:8] = (
-                (length + len(out) - len(data)).to_bytes(9, "little")[:8]
-                if length + len(out) - len(data) > 0
-                else out[:8]
-            )
+        changed = length + len(out) - len(data)
+        if draw.random() < 0.5 and changed > 0:  # a false header of honest length
+            out[:8] = changed.to_bytes(8, "little")
         yield bytes(out)
 
 
