@@ -10,8 +10,14 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import adapters as adapters, checkpoint as checkpoint, pool as pool
+from . import (
+    adapters as adapters,
+    checkpoint as checkpoint,
+    export as export,
+    pool as pool,
+)
 from ._apply import apply_lora as apply_lora
+from ._file import load as load, save as save
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plain import to_plain as to_plain
 from ._plan import Plan as Plan, Row as Row, plan as plan
@@ -85,9 +91,11 @@ __all__ = [
     "cite",
     "combine",
     "decay_mask",
+    "export",
     "extract",
     "gradient_statistics",
     "labels",
+    "load",
     "lora_fa",
     "lora_plus",
     "mask",
@@ -100,6 +108,7 @@ __all__ = [
     "redistribute_ranks",
     "report",
     "riemannian",
+    "save",
     "split",
     "to_plain",
     "unmerge",
