@@ -10,7 +10,7 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import checkpoint as checkpoint
+from . import checkpoint as checkpoint, peft as peft
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
@@ -23,6 +23,7 @@ from .errors import (
     JloraError as JloraError,
     MergeError as MergeError,
     MergeWarning as MergeWarning,
+    PeftError as PeftError,
     TargetError as TargetError,
     TreeError as TreeError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeWarning",
+    "PeftError",
     "Plan",
     "Report",
     "Row",
@@ -60,6 +62,7 @@ __all__ = [
     "mask",
     "masked",
     "merge",
+    "peft",
     "plan",
     "report",
     "split",
