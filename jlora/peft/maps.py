@@ -334,41 +334,62 @@ T5 = NameMap(
     ),
 )
 
-_LAYER = "[vit/]encoder/layer/{i}", "[vit.]encoder.layer.{i}"
 
-#: Vision transformers.
-VIT = NameMap(
-    (
-        Entry("[vit/]embeddings/cls_token", "[vit.]embeddings.cls_token"),
-        Entry(
-            "[vit/]embeddings/position_embeddings",
-            "[vit.]embeddings.position_embeddings",
+
+def _vit(layers: str, modules: dict[str, str]) -> NameMap:
+    """Returns the rules of a vision transformer whose layers torch calls `layers`."""
+    layer, torch = "[vit/]encoder/layer/{i}", f"[vit.]{layers}.{{i}}"
+    patches = "embeddings.patch_embeddings.projection"
+    return NameMap(
+        (
+            Entry("[vit/]embeddings/cls_token", "[vit.]embeddings.cls_token"),
+            Entry(
+                "[vit/]embeddings/position_embeddings",
+                "[vit.]embeddings.position_embeddings",
+            ),
+            *_dense(f"[vit/]{patches.replace('.', '/')}", f"[vit.]{patches}"),
+            *(
+                entry
+                for flax, name in modules.items()
+                for entry in _dense(f"{layer}/{flax}", f"{torch}.{name}")
+            ),
+            *_norm(f"{layer}/layernorm_before", f"{torch}.layernorm_before"),
+            *_norm(f"{layer}/layernorm_after", f"{torch}.layernorm_after"),
+            *_norm("[vit/]layernorm", "[vit.]layernorm"),
+            *_dense("[vit/]pooler/dense", "[vit.]pooler.dense"),
+            *_same("classifier"),
         ),
-        *_dense(
-            "[vit/]embeddings/patch_embeddings/projection",
-            "[vit.]embeddings.patch_embeddings.projection",
-        ),
-        *(
-            entry
-            for name in (
-                "attention/attention/query",
-                "attention/attention/key",
-                "attention/attention/value",
-                "attention/output/dense",
-                "intermediate/dense",
-                "output/dense",
-            )
-            for entry in _dense(
-                f"{_LAYER[0]}/{name}", f"{_LAYER[1]}.{name.replace('/', '.')}"
-            )
-        ),
-        *_norm(f"{_LAYER[0]}/layernorm_before", f"{_LAYER[1]}.layernorm_before"),
-        *_norm(f"{_LAYER[0]}/layernorm_after", f"{_LAYER[1]}.layernorm_after"),
-        *_norm("[vit/]layernorm", "[vit.]layernorm"),
-        *_dense("[vit/]pooler/dense", "[vit.]pooler.dense"),
-        *_same("classifier"),
-    ),
-    prefix="vit.",
+        prefix="vit.",
+    )
+
+
+#: Vision transformers, as transformers 4 names them, and files of whole models.
+VIT = _vit(
+    "encoder.layer",
+    {
+        name: name.replace("/", ".")
+        for name in (
+            "attention/attention/query",
+            "attention/attention/key",
+            "attention/attention/value",
+            "attention/output/dense",
+            "intermediate/dense",
+            "output/dense",
+        )
+    },
+)
+
+#: The same as modules of transformers 5 are called, and so the adapters made for them.
+VIT_V5 = _vit(
+    "layers",
+    {
+        "attention/attention/query": "attention.q_proj",
+        "attention/attention/key": "attention.k_proj",
+        "attention/attention/value": "attention.v_proj",
+        "attention/output/dense": "attention.o_proj",
+        "intermediate/dense": "mlp.fc1",
+        "output/dense": "mlp.fc2",
+    },
 )
 
 _SENTIMENT_LAYER = "encoder/layer_{i}", "[bert.]encoder.layer.{i}"
