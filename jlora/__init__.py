@@ -14,9 +14,11 @@ from . import checkpoint as checkpoint, peft as peft
 from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
-from .config import LoraConfig as LoraConfig, Rule as Rule
+from .citations import cite as cite
+from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -27,12 +29,22 @@ from .errors import (
     TargetError as TargetError,
     TreeError as TreeError,
 )
-from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .factors import (
+    Axes as Axes,
+    Factors as Factors,
+    Parts as Parts,
+    Trainable as Trainable,
+)
 from .optim import (
+    decay_mask as decay_mask,
     labels as labels,
     lora_plus as lora_plus,
     mask as mask,
     masked as masked,
+)
+from .rank_budget import (
+    adalora as adalora,
+    orthogonality_penalty as orthogonality_penalty,
 )
 
 __all__ = [
@@ -45,26 +57,37 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeWarning",
+    "Parts",
     "PeftError",
     "Plan",
     "Report",
     "Row",
+    "Rows",
     "Rule",
     "TargetError",
     "Trainable",
     "TreeError",
+    "adalora",
     "apply_lora",
     "checkpoint",
+    "cite",
     "combine",
+    "decay_mask",
     "extract",
     "labels",
+    "lora_fa",
     "lora_plus",
     "mask",
     "masked",
     "merge",
+<<<<<<< HEAD
     "peft",
+=======
+    "orthogonality_penalty",
+>>>>>>> main
     "plan",
     "report",
+    "riemannian",
     "split",
     "unmerge",
 ]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from . import paths
 from ._plan import Plan
 from .errors import TreeError
-from .factors import Factors, Trainable
-from .methods import INITS
+from .factors import Factors, Spec, Trainable
+from .methods import INITS, leaf_shapes, method_of
 from .transform.compat import is_staging
 from .transform.stage import is_array
 
@@ -74,12 +74,21 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
             _check_finite(row.path, leaves[row.path])
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
-            a, b = INITS[row.spec.init](own, row.shape, row.spec, dtype)
-            lora[row.path] = Factors(a, b, row.spec)
+            lora[row.path] = _start(own, leaves[row.path], row.spec, dtype)
         elif row.status == "full":
             full[row.path] = leaves[row.path]
     frozen = [MISSING if path in full else leaf for path, leaf in leaves.items()]
     return treedef.unflatten(frozen), Trainable(lora, full)
+
+
+def _start(key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype) -> Factors:
+    """Returns the factors that training starts with."""
+    method = method_of(spec)
+    if method.start is not None:
+        return method.start(key, w.shape, spec, dtype)
+    a, b = INITS[spec.init](key, w.shape, spec, dtype)
+    factors = Factors(a, b, spec)
+    return factors if method.finish is None else method.finish(factors, w)
 
 
 def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
@@ -183,17 +192,20 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
 def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
         return [f"{path!r} is no floating-point array, so it takes no factors"]
-    axes, rank = factors.spec.axes, factors.rank
-    if sorted(axes.order) != list(range(w.ndim)):
-        return [f"{path!r} has {w.ndim} axes, its factors are for {len(axes.order)}"]
+    spec = factors.spec
+    if sorted(spec.axes.order) != list(range(w.ndim)):
+        n = len(spec.axes.order)
+        return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
+    if spec.shape and spec.shape != tuple(w.shape):
+        return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
+    wanted = leaf_shapes(spec, w.shape)
+    found = {name: getattr(factors, name) for name in ("a", "b", "magnitude")}
+    shapes = {k: tuple(x.shape) for k, x in found.items() if x is not None}
     return [
-        f"{name} of {path!r} has shape {x.shape}, a weight of shape {w.shape} at rank "
-        f"{rank} needs {shape}"
-        for name, x, shape in (
-            ("a", factors.a, axes.a_shape(w.shape, rank)),
-            ("b", factors.b, axes.b_shape(w.shape, rank)),
-        )
-        if tuple(x.shape) != shape
+        f"{name} of {path!r} has shape {shapes.get(name)}, a weight of shape {w.shape} "
+        f"at rank {spec.rank} needs {wanted.get(name)}"
+        for name in found
+        if shapes.get(name) != wanted.get(name)
     ]
 
 

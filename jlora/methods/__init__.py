@@ -1,8 +1,42 @@
-"""How factors start: one file an initialisation, its source in the docstring."""
+"""How weights are adapted, and how factors start: one file a method or init."""
 
+from typing import Any
+
+from ..factors import Factors, Spec
+from .adalora import adalora
+from .dora import dora
 from .gaussian import gaussian
 from .kaiming import kaiming
-from .plain import plain as plain
+from .method import Method as Method
+from .parts import parts
+from .rows import rows
+from .vera import vera
 
 INITS = {"kaiming": kaiming, "gaussian": gaussian}
-METHODS = ("lora",)
+METHODS = {
+    "lora": Method(reference="Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685"),
+    "dora": dora,
+    "vera": vera,
+    "adalora": adalora,
+}
+
+
+def method_of(spec: Spec) -> Method:
+    """Returns the method of `spec`."""
+    if spec.rows:
+        return rows
+    return METHODS[spec.method] if spec.parts is None else parts
+
+
+def leaf_shapes(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Returns `{leaf: shape}` of the `Factors` of a weight of shape `shape`."""
+    return method_of(spec).shapes(spec, shape)
+
+
+def plain(factors: Factors) -> tuple[Any, Any]:
+    """Returns `(a, b)` with which the update is `scale * a @ b`, for any method.
+
+    Shapes: `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`, differentiable
+    with respect to the leaves of `factors`. What a DoRA magnitude does is not in them.
+    """
+    return method_of(factors.spec).plain(factors)
