@@ -80,11 +80,8 @@ __all__ = [
     "mask",
     "masked",
     "merge",
-<<<<<<< HEAD
-    "peft",
-=======
     "orthogonality_penalty",
->>>>>>> main
+    "peft",
     "plan",
     "report",
     "riemannian",
