@@ -14,6 +14,7 @@ from . import (
     adapters as adapters,
     checkpoint as checkpoint,
     export as export,
+    peft as peft,
     pool as pool,
 )
 from ._apply import apply_lora as apply_lora
@@ -38,6 +39,7 @@ from .errors import (
     JloraError as JloraError,
     MergeError as MergeError,
     MergeWarning as MergeWarning,
+    PeftError as PeftError,
     PoolError as PoolError,
     TargetError as TargetError,
     TreeError as TreeError,
@@ -73,6 +75,7 @@ __all__ = [
     "MergeError",
     "MergeWarning",
     "Parts",
+    "PeftError",
     "Plan",
     "PoolError",
     "Report",
@@ -102,6 +105,7 @@ __all__ = [
     "masked",
     "merge",
     "orthogonality_penalty",
+    "peft",
     "per_row",
     "plan",
     "pool",
