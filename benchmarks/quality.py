@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,14 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
     }
 
 
+def earlier(path: Path, settings: common.Figures) -> list[common.Figures]:
+    """Returns the results in a file of the same settings, so that a run goes on."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return found["results"] if found["settings"] == settings else []
+
+
 def rows(results: Sequence[common.Figures]) -> list[common.Figures]:
     """Returns a row for each run: means over seeds, and the spread of accuracies."""
     out = []
@@ -149,7 +158,7 @@ def columns(found: Sequence[common.Figures]) -> common.Columns:
 
 
 def main() -> None:
-    """Trains each run with each seed, and writes after each."""
+    """Trains each run with each seed that the file lacks, and writes after each."""
     parser = common.parser("quality", __doc__)
     parser.add_argument("--run", nargs="*", choices=RUNS, default=list(RUNS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
@@ -160,16 +169,18 @@ def main() -> None:
     base = config.parse([])
     minilm = assets.fetch_any(assets.MINILM, base.cache)
     reviews = assets.fetch(assets.REVIEWS, base.cache)
-    results: list[common.Figures] = []
-    settings = {"epochs": flags.epochs, "dtype": flags.dtype}
+    settings = {"epochs": flags.epochs, "dtype": flags.dtype, "steps": flags.steps}
+    shown = {**settings, "batch": base.batch_size, "lr": base.lr}
+    results = earlier(flags.json, shown)
+    done = {(r["seed"], r["run"]) for r in results}
     for seed, name in itertools.product(flags.seed, flags.run):
-        options = dataclasses.replace(base, seed=seed, steps=flags.steps, **settings)
+        if (seed, name) in done:
+            continue
+        options = dataclasses.replace(base, seed=seed, **settings)
         found = task.load_task(*minilm, reviews, dtype=flags.dtype, seed=seed)
         results.append(train(name, found, options))
-        path: Path = flags.json
-        settings_of_all = {**settings, "batch": options.batch_size, "lr": options.lr}
         env = common.environment()
-        common.write(path, env, settings=settings_of_all, results=results)
+        common.write(flags.json, env, settings=shown, results=results)
     print(common.show(columns(rows(results))))
 
 
