@@ -190,7 +190,7 @@ def discover(
         rules=rules | CONTROL,
         used=used,
         fallback=fallback,
-        settle=settle,
+        to_array=settle,
         constant=lambda x: Derived(x, ()),
     )
 
