@@ -344,7 +344,14 @@ def test_peft_ignores_the_dropout_of_an_embedding():
     frozen, trainable = split(case, fn, params, ids, dropout=0.9)
     trainable = with_golden(case, trainable)
     lora_fn = jlora.apply_lora(fn)
-    near(lora_fn(frozen, trainable, ids), golden(case, "y_eval"))
+    whole = lora_fn(frozen, trainable, ids)
+    near(whole, golden(case, "y_eval"))
+    some = lora_fn(frozen, trainable, ids, lora_key=jax.random.key(0))
+    base = np.asarray(frozen["w"])[np.asarray(ids)]
+    update, left = (np.asarray(y) - base for y in (whole, some))
+    is_kept = np.any(left, axis=-1, keepdims=True)  # by position, not by id
+    np.testing.assert_allclose(left, is_kept * update / 0.1, rtol=1e-4, atol=1e-5)
+    assert 0 < is_kept.mean() < 0.5
 
 
 def test_peft_forgets_packed_biases():
