@@ -41,6 +41,10 @@ from .optim import (
     mask as mask,
     masked as masked,
 )
+from .rank_budget import (
+    adalora as adalora,
+    orthogonality_penalty as orthogonality_penalty,
+)
 
 __all__ = [
     "MISSING",
@@ -61,6 +65,7 @@ __all__ = [
     "TargetError",
     "Trainable",
     "TreeError",
+    "adalora",
     "apply_lora",
     "checkpoint",
     "cite",
@@ -73,6 +78,7 @@ __all__ = [
     "mask",
     "masked",
     "merge",
+    "orthogonality_penalty",
     "plan",
     "report",
     "riemannian",
