@@ -132,18 +132,25 @@ def adalora(
             mean,
         )
         count = state.count + 1
+        # The last choice goes by the importance before its step, as in PEFT.
+        learning = count < steps - final
+        mean, spread = jax.tree.map(
+            lambda new, old: jnp.where(learning, new, old),
+            (mean, spread),
+            (state.sensitivity, state.uncertainty),
+        )
         scores = [
             _importance(jax.tree.map(lambda m, u: m * u, *pair))
             for pair in zip(mean, spread, strict=True)
         ]
         chosen = _keep(scores, budget(count, scores))
-        falling = (count > warmup) & (count <= steps - final) & (count % every == 0)
-        settling = (count == steps - final + 1) | ((final == 0) & (count == steps))
+        settling = count == steps - final
+        falling = (count > warmup) & (count < steps - final) & (count % every == 0)
         kept = [
             jnp.where(falling | settling, new, old)
             for new, old in zip(chosen, state.kept, strict=True)
         ]
-        pruning = falling | (count > steps - final) | settling
+        pruning = falling | (count >= steps - final)
         masks = iter(kept)
 
         def prune(params: Any, updates: Any) -> Any:

@@ -36,7 +36,7 @@ def near(got, want, tolerance=1e-5):
     """Relative to the largest number of the array, as float32 sums round."""
     got, want = np.asarray(got, "float64"), np.asarray(want, "float64")
     assert got.shape == want.shape
-    error = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    error = np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-30)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
@@ -409,3 +409,46 @@ def test_a_bfloat16_merge_rounds_once():
     assert np.mean(merged != golden(case, "merged")) < 0.005  # ties of the product
     assert np.mean(safe != merged) > 0.02
     assert np.mean(np.abs(merged - exact)) < np.mean(np.abs(safe - exact))
+
+
+def two_weights(prefix):
+    """The factors of the two layers of `adalora-schedule`, in jlora's layout."""
+    spec = jlora.factors.Spec(rank=4, alpha=4, method="adalora")
+
+    def own(layer):
+        a, b, e = (
+            golden("adalora-schedule", f"{prefix}{layer}.lora_{name}") for name in "ABE"
+        )
+        return jlora.Factors(*map(jnp.asarray, (a.T, b.T)), spec, jnp.asarray(e[:, 0]))
+
+    return jlora.Trainable({layer: own(layer) for layer in ("first", "second")})
+
+
+def test_adalora_prunes_what_peft_prunes():
+    about = CASES["adalora-schedule"]
+    tx = jlora.adalora(
+        optax.sgd(0.05),
+        target_rank=about["target_r"],
+        steps=about["total_step"],
+        warmup=about["tinit"],
+        final=about["tfinal"],
+        every=about["deltaT"],
+        sensitivity_decay=about["beta1"],
+        uncertainty_decay=about["beta2"],
+    )
+    trainable = two_weights("")
+    state = tx.init(trainable)
+    update = jax.jit(tx.update)
+    pruned = []
+    for step in range(1, about["total_step"]):
+        updates, state = update(two_weights(f"grad{step}."), state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        want = two_weights(f"after{step}.")
+        jax.tree.map(near, trainable, want)
+        pruned.append(sum(int((f.magnitude == 0).sum()) for f in want.lora.values()))
+    assert pruned == [0, 0, 0, 3, 0, 4, 0, 4, 4, 4, 4]  # until the end they come back
+
+
+def test_orthogonality_penalty_is_that_of_peft():
+    penalty = jlora.orthogonality_penalty(two_weights(""))
+    near(penalty, golden("adalora-schedule", "orthogonality"))
