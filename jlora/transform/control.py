@@ -179,7 +179,7 @@ def _merge_before(
             reasons.update((part.path, eqn) for part in value.parts)
         return value.w
 
-    dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, to_array=settle)
+    dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, settle=settle)
     jax.eval_shape(lambda values: rule(dry, eqn, *values), list(values))
     return [
         ctx.settle(v, reasons[v.parts[0].path])

@@ -190,7 +190,7 @@ def discover(
         rules=rules | CONTROL,
         used=used,
         fallback=fallback,
-        to_array=settle,
+        settle=settle,
         constant=lambda x: Derived(x, ()),
     )
 

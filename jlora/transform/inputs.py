@@ -144,7 +144,7 @@ def _context(trace: Trace) -> Context:
         rules=_rules(trace, ()),
         used=lambda *_, **__: None,
         fallback=fallback,
-        to_array=settle,
+        settle=settle,
     )
 
 

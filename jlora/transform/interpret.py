@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from . import compat, share
 from .cost import Form
-from .values import INDEX, Derived, Labels, Term, Weight
+from .values import Derived, Weight
 
 Rule = Callable[..., Any]
 
@@ -26,7 +25,7 @@ class Context:
       used: told of every linear use of a weight:
         `(weight, op, fan_in atoms, batch atoms, eqn)`, of a product also its forms.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
-      to_array: `(value, eqn) -> array`, the plain array of a weight, recorded.
+      settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
       constant: `array -> value`, what the code computes from no variable.
       hoist: whether a weight that a loop would merge is merged before the loop.
       form: how to compute a product, see `cost`.
@@ -39,7 +38,7 @@ class Context:
     rules: Mapping[str, Rule]
     used: Callable[..., None]
     fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
-    to_array: Callable[[Any, Any], Any]
+    settle: Callable[[Any, Any], Any]
     constant: Callable[[Any], Any] = lambda x: x
     hoist: bool = False
     form: Form = "auto"
@@ -67,38 +66,6 @@ class Context:
             return x
         kept = jax.random.bernoulli(self.next_key(), 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
-
-    def settle(self, value: Any, eqn: Any) -> Any:
-        """Returns the plain array of a weight; of looked-up rows after dropout."""
-        if isinstance(value, Weight) and value.is_rows:
-            value = value.replace(
-                terms=tuple(self._drop_rows(term, value) for term in value.terms)
-            )
-        return self.to_array(value, eqn)
-
-    def _drop_rows(self, term: Term, rows: Weight) -> Term:
-        """Returns `term` with whole positions dropped: one-hot inputs of A are."""
-        if not self.drops(term.dropout):
-            return term
-        at = [atom for group in rows.dims for atom in group if atom.root == INDEX]
-        kept = self.drop(jnp.ones([atom.size for atom in at]), term.dropout)
-
-        def mask(x: Any, labels: Labels) -> tuple[Any, Labels]:
-            if not set(at) <= set(labels):
-                return x, labels
-            places = [labels.index(atom) for atom in at]
-            along = lax.broadcast_in_dim(
-                lax.transpose(kept, [places.index(i) for i in sorted(places)]),
-                x.shape,
-                sorted(places),
-            )
-            return x * along.astype(x.dtype), labels
-
-        a, a_labels = mask(term.a, term.a_labels)
-        if a is not term.a:
-            return dataclasses.replace(term, a=a, a_labels=a_labels)
-        b, b_labels = mask(term.b, term.b_labels)
-        return dataclasses.replace(term, b=b, b_labels=b_labels)
 
     def within(self, key: Any) -> "Context":
         """Returns the context for code that is traced apart, with its own key."""

@@ -42,13 +42,13 @@ def rewrite(
         rules=RULES,
         used=lambda *_, **__: None,
         fallback=fallback,
-        to_array=settle,
+        settle=settle,
         key=key,
         hoist=True,
         form=form,
         share=key is None,  # with dropout each weight meets an activation of its own
     )
-    return [ctx.settle(v, None) for v in interpret(ctx, code, values)]
+    return [settle(v, None) for v in interpret(ctx, code, values)]
 
 
 def _why(eqn: Any) -> str:
