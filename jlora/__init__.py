@@ -22,7 +22,7 @@ from ._statistics import (
     activation_statistics as activation_statistics,
     gradient_statistics as gradient_statistics,
 )
-from .config import LoraConfig as LoraConfig, Rule as Rule
+from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -32,7 +32,12 @@ from .errors import (
     TargetError as TargetError,
     TreeError as TreeError,
 )
-from .factors import Axes as Axes, Factors as Factors, Trainable as Trainable
+from .factors import (
+    Axes as Axes,
+    Factors as Factors,
+    Parts as Parts,
+    Trainable as Trainable,
+)
 from .moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
     labels as labels,
@@ -52,9 +57,11 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MergeWarning",
+    "Parts",
     "Plan",
     "Report",
     "Row",
+    "Rows",
     "Rule",
     "Statistics",
     "TargetError",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ._split import combine, flatten_frozen
 from .errors import MergeError, MergeWarning
 from .factors import Axes, Factors
-from .methods import plain
+from .methods import method_of, plain
 from .transform.cost import Form
 from .transform.rewrite import rewrite
 from .transform.stage import stage
@@ -112,7 +112,11 @@ def _weight(path: str, w: Any, factors: Factors) -> Weight:
         factors.scale,
         factors.spec.dropout,
     )
-    return leaf(path, w, (term,))
+    weight = leaf(path, w, (term,))
+    gain = method_of(factors.spec).gain
+    if gain is None:
+        return weight
+    return weight.replace(gain=gain(factors, w), gain_labels=(*batch, *fan_out))
 
 
 def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:

@@ -1,5 +1,6 @@
 """Factors added to weights for good, taken off again, and found from a fine-tune."""
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -11,9 +12,10 @@ import jax.numpy as jnp
 from . import paths
 from ._plan import Plan
 from ._split import MISSING, check, check_plan, combine, flatten_frozen
-from .errors import TreeError
+from .errors import ConfigError, TreeError
 from .factors import Factors, Spec, Trainable
-from .methods import plain
+from .methods import method_of, plain
+from .methods.dora import column_norms, dense_gain
 from .transform.compat import is_staging, placed_like
 from .transform.stage import is_array
 from .transform.values import at_least_float32
@@ -47,8 +49,9 @@ def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
 def merge(frozen: Any, trainable: Trainable) -> Any:
     """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
 
-    Product and sum are in float32 (float64 for float64 weights) and rounded once to the
-    weight's dtype. Tree, dtypes and shardings are those of the original parameters, so
+    With DoRA, `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. Computed in
+    float32 (float64 for float64 weights) and rounded once to the weight's dtype. Tree,
+    dtypes and shardings are those of the original parameters, so
     `fn(merge(frozen, trainable), ...)` costs what `fn` costs.
 
     Args:
@@ -78,7 +81,8 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     keep the original `frozen` instead.
 
     Raises:
-      TreeError: if `trainable` does not fit `params`.
+      TreeError: if `trainable` does not fit `params`, or holds DoRA, whose merged
+        weights no longer tell the length that their columns had.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -94,6 +98,12 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
         MISSING if path in trainable.full else leaf for path, leaf in leaves.items()
     )
     check(flatten_frozen(frozen)[0], trainable)
+    rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
+    if rescaled:
+        raise TreeError(
+            f"{', '.join(map(repr, rescaled[:3]))} have a magnitude (DoRA): the merged "
+            "weights do not tell what they were. Keep frozen from jlora.split instead."
+        )
     return _shift(frozen, trainable, sign=-1)
 
 
@@ -109,8 +119,10 @@ def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
     def add(w: Any, factors: Factors) -> jax.Array:
         wide = at_least_float32(w.dtype)
         own_delta = functools.partial(delta, dtype=wide)
-        change = sign * placed_like(w, own_delta, factors)
-        return (w.astype(wide) + change).astype(w.dtype)
+        total = w.astype(wide) + sign * placed_like(w, own_delta, factors)
+        if method_of(factors.spec).gain is not None:
+            total = total * dense_gain(factors, total)
+        return total.astype(w.dtype)
 
     out = add(w, factors)
     if isinstance(w, jax.Array) and not is_staging(out) and out.sharding != w.sharding:
@@ -132,6 +144,7 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
 
     Raises:
       TreeError: if the trees differ from each other or from `plan`.
+      ConfigError: if `plan` has methods other than LoRA and DoRA.
 
     Warns:
       UserWarning: names the leaves that changed although `plan` leaves them frozen;
@@ -161,6 +174,16 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     check_plan(base, plan)
     check_plan(tuned, plan)
     dtype = jnp.dtype(plan.config.dtype or "float32")
+    unable = [
+        row.path
+        for row in plan.rows()
+        if row.spec is not None and not _is_extractable(row.spec)
+    ]
+    if unable:
+        raise ConfigError(
+            f"extract finds factors for the methods lora and dora, not for those of "
+            f"{', '.join(map(repr, unable[:3]))}. Make the plan with method='lora'."
+        )
     lora = {
         row.path: _nearest(tuned[row.path], base[row.path], row.spec, dtype)
         for row in plan.rows()
@@ -199,8 +222,17 @@ def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
     half = jnp.sqrt(s[..., : spec.rank] / spec.scale)
     a = u[..., : spec.rank] * half[..., None, :]
     b = half[..., :, None] * vt[..., : spec.rank, :]
-    return Factors(
+    factors = Factors(
         a.reshape(axes.a_shape(change.shape, spec.rank)).astype(dtype),
         b.reshape(axes.b_shape(change.shape, spec.rank)).astype(dtype),
         spec,
     )
+    if method_of(spec).gain is None:
+        return factors
+    return dataclasses.replace(
+        factors, magnitude=column_norms(tuned.astype(wide), axes)
+    )
+
+
+def _is_extractable(spec: Spec) -> bool:
+    return spec.method in ("lora", "dora") and spec.parts is None and not spec.rows

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from . import paths
 from .config import LoraConfig, Rule
 from .errors import TargetError
-from .factors import Axes, Spec
-from .methods import init_clashes, init_name
+from .factors import Axes, Parts, Spec
+from .methods import METHODS, init_clashes, init_name, leaf_shapes
 from .tables import count, html, nbytes, table
 from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
@@ -80,8 +80,7 @@ class Row:
     def trained(self) -> int:
         """How many entries are trained for it: of A and B, or its own."""
         if self.spec is not None:
-            n_batch, n_in, n_out = self.spec.axes.sizes(self.shape)
-            return n_batch * self.spec.rank * (n_in + n_out)
+            return sum(map(math.prod, leaf_shapes(self.spec, self.shape).values()))
         return self.size if self.status == "full" else 0
 
 
@@ -195,7 +194,8 @@ def _resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     """Returns `rows` with status, spec and note, or one error for all that is off."""
     wrong: list[str] = []
     excluded = _match("exclude", config.exclude, rows, wrong)
-    trained = _match("train", config.train, rows, wrong)
+    trained = _match("train", config.train_whole, rows, wrong)
+    tables = _tables(rows, config, trained, wrong)
     targets = _targets(rows, config, excluded, trained, wrong)
     for rule in config.rules:
         _match("rules", (rule.pattern,), rows, wrong, among=targets)
@@ -204,6 +204,10 @@ def _resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
         if row.path in targets:
             spec = _spec(row, config, wrong)
             row = dataclasses.replace(row, status="adapted", spec=spec)
+            if row.path in tables:
+                wrong.append(f"train: Rows of {row.path!r}, which has factors")
+        elif row.path in tables:
+            row = dataclasses.replace(row, status="adapted", spec=tables[row.path])
         elif row.path in trained:
             if not _is_float(row):
                 wrong.append(f"train: {row.path!r} is {row.dtype}, it has no gradient")
@@ -342,9 +346,14 @@ def _hint(able: Sequence[Row]) -> str:
 def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
     """Returns how `row` is adapted: the config, its rules, and what the trace found."""
     settings = _settings(config, row.path)
-    rank = settings.get("rank", config.rank)
+    parts: Parts | None = settings.get("parts")
+    rank = parts.rank if parts else settings.get("rank", config.rank)
     alpha = settings.get("alpha", config.alpha)
+    if alpha is None:
+        alpha = max(parts.ranks) if parts else rank
     axes = settings.get("axes") or _axes(row)
+    method = settings.get("method", config.method)
+    init = settings.get("init", config.init)
     if sorted(axes.order) != list(range(len(row.shape))):
         wrong.append(
             f"axes: {axes} of {row.path!r} must name each of its {len(row.shape)} axes "
@@ -352,24 +361,27 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
         )
     else:
         _, n_in, n_out = axes.sizes(row.shape)
-        if rank > min(n_in, n_out):
+        if parts is not None:
+            parts = _checked_parts(parts, row, axes, method, init, wrong)
+        elif rank > min(n_in, n_out) and method != "vera":
             wrong.append(
                 f"rank {rank} is above min(in, out) = min({n_in}, {n_out}) of "
                 f"{row.path!r}: exclude it or give it Rule({row.path!r}, "
                 f"rank={min(n_in, n_out)})"
             )
-    init = init_of(config, row.path)
     spec = Spec(
         op="linear" if row.op == "merged" else row.op,
         axes=axes,
         rank=rank,
-        alpha=float(rank if alpha is None else alpha),
+        alpha=float(alpha),
         rslora=config.rslora,
         dropout=float(settings.get("dropout", config.dropout)),
-        method=settings.get("method", config.method),
+        method=method,
         init=init_name(init),
+        shape=row.shape if method == "vera" else (),
+        parts=parts,
     )
-    wrong += init_clashes(row.path, row.shape, spec, init, row.route)
+    wrong += init_clashes(row.path, row.shape, spec, init, METHODS[method], row.route)
     return spec
 
 
@@ -390,6 +402,69 @@ def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
         if paths.matches(rule.pattern, path):
             settings |= _set_fields(rule)
     return settings
+
+
+def _checked_parts(
+    parts: Parts, row: Row, axes: Axes, method: str, init: Any, wrong: list[str]
+) -> Parts:
+    """Returns `parts` with its axis counted from the front; notes what cannot be."""
+    name = f"parts of {row.path!r}"
+    axis = parts.axis + len(row.shape) if parts.axis < 0 else parts.axis
+    if axis not in axes.fan_out:
+        wrong.append(
+            f"{name}: axis {parts.axis} is none of its fan-out axes {axes.fan_out}"
+        )
+        return parts
+    if len(parts.sizes) != len(parts.ranks) or sum(parts.sizes) != row.shape[axis]:
+        wrong.append(
+            f"{name}: sizes {parts.sizes} must add up to {row.shape[axis]}, with a "
+            f"rank for each, got ranks {parts.ranks}"
+        )
+        return parts
+    _, n_in, n_out = axes.sizes(row.shape)
+    rest = n_out // row.shape[axis]
+    most = [min(n_in, size * rest) for size in parts.sizes]
+    ranks_fit = all(0 <= r <= m for r, m in zip(parts.ranks, most, strict=True))
+    if not ranks_fit or not parts.rank:
+        wrong.append(f"{name}: ranks {parts.ranks} must be in 0 to {tuple(most)}")
+    if (method, init) != ("lora", "kaiming"):
+        wrong.append(
+            f"{name}: they take method 'lora' with init 'kaiming', not {method!r} with "
+            f"{init_name(init)!r}"
+        )
+    return dataclasses.replace(parts, axis=axis)
+
+
+def _tables(
+    rows: tuple[Row, ...], config: LoraConfig, trained: set[str], wrong: list[str]
+) -> dict[str, Spec]:
+    """Returns how the tables are adapted of which single rows are trained."""
+    specs: dict[str, Spec] = {}
+    for entry in config.train_rows:
+        for path in sorted(_match("train", (entry.pattern,), rows, wrong)):
+            row = next(row for row in rows if row.path == path)
+            name = f"train: Rows({entry.pattern!r}): {path!r}"
+            axes = _axes(row)
+            if row.op != "embedding" or len(axes.fan_in) != 1 or not _is_float(row):
+                wrong.append(f"{name} is no embedding table")
+                continue
+            n = row.shape[axes.fan_in[0]]
+            if max(entry.ids) >= n:
+                wrong.append(f"{name} has {n} rows, so no row {max(entry.ids)}")
+            if path in trained or path in specs:
+                wrong.append(f"{name} is trained twice")
+            rank = len(entry.ids)
+            specs[path] = Spec(
+                op="embedding",
+                axes=axes,
+                rank=rank,
+                alpha=float(rank),
+                method="rows",
+                init="zeros",
+                shape=row.shape,
+                rows=entry.ids,
+            )
+    return specs
 
 
 def _set_fields(rule: Rule) -> dict[str, Any]:
@@ -485,11 +560,18 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         row.status,
         row.op if row.route == FACTORED else f"{row.op} ({row.route})",
         ends,
-        str(row.spec.rank),
+        _rank(row.spec),
         count(sum(r.trained for r in rows)),
         f"+{100 * cost:.1f} %",
         row.note,
     )
+
+
+def _rank(spec: Spec) -> str:
+    """Returns the rank as the table shows it, with the method if it is not LoRA."""
+    if spec.parts is not None:
+        return "+".join(map(str, spec.parts.ranks))
+    return f"{spec.rank}" if spec.method == "lora" else f"{spec.rank} {spec.method}"
 
 
 def _shared_name(names: list[str]) -> str:

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._merge import delta
 from ._split import Missing, check, flatten_frozen
 from .factors import Factors, Trainable
+from .methods import method_of, plain
+from .methods.dora import dense_gain
 from .tables import count, html, nbytes, table
 from .transform.stage import is_array
 
@@ -132,16 +135,16 @@ def report(frozen: Any, trainable: Trainable) -> Report:
 
 
 def _adapted(path: str, w: Any, f: Factors) -> Entry:
-    norm = float(delta_norm(f))
+    norm = float(delta_norm(f) if method_of(f.spec).gain is None else _moved(w, f))
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
     return Entry(
         path=path,
         shape=tuple(w.shape),
         rank=f.rank,
-        trained=f.a.size + f.b.size,
+        trained=sum(x.size for x in jax.tree.leaves(f)),
         update=norm,
         relative=norm / base if base else float("nan"),
-        finite=bool(jnp.isfinite(f.a).all() & jnp.isfinite(f.b).all()),
+        finite=all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(f)),
     )
 
 
@@ -157,6 +160,13 @@ def _full(path: str, x: Any) -> Entry:
     )
 
 
+def _moved(w: Any, f: Factors) -> jax.Array:
+    """Returns how far a magnitude and an update together move `w`."""
+    w = w.astype(jnp.float32)
+    total = w + delta(f)
+    return jnp.linalg.norm((total * dense_gain(f, total) - w).ravel())
+
+
 def delta_norm(f: Factors) -> jax.Array:
     """Returns the Frobenius norm of `scale * a @ b` without forming it.
 
@@ -169,9 +179,10 @@ def delta_norm(f: Factors) -> jax.Array:
       Array(3., dtype=float32)
     """
     n_batch = len(f.spec.axes.batch)
-    batch = f.a.shape[:n_batch]
-    a = f.a.astype(jnp.float32).reshape(*batch, -1, f.rank)
-    b = f.b.astype(jnp.float32).reshape(*batch, f.rank, -1)
+    a, b = plain(f)
+    batch = a.shape[:n_batch]
+    a = a.astype(jnp.float32).reshape(*batch, -1, f.rank)
+    b = b.astype(jnp.float32).reshape(*batch, f.rank, -1)
     exact = jax.lax.Precision.HIGHEST
     gram_a = jnp.einsum("...ir,...is->...rs", a, a, precision=exact)
     gram_b = jnp.einsum("...ro,...so->...rs", b, b, precision=exact)

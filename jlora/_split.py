@@ -11,7 +11,7 @@ from . import paths
 from ._plan import Plan, Row, init_of
 from .errors import ConfigError, TreeError
 from .factors import Factors, Trainable
-from .methods import find_init, residual
+from .methods import find_init, leaf_shapes, method_of, residual
 from .moments import Statistics
 from .transform.compat import is_staging
 from .transform.stage import is_array
@@ -125,10 +125,12 @@ def _extras(
     extra: dict[str, tuple[Any, ...]] = {}
     wrong = []
     for row in plan.rows():
-        found = find_init(init_of(plan.config, row.path))
-        if row.spec is None or found is None:
+        if row.spec is None:
             continue
         extra[row.path] = ()
+        found = find_init(init_of(plan.config, row.path))
+        if found is None or method_of(row.spec).start is not None:
+            continue
         if found.needs in sources:
             known, remedy = sources[found.needs]
             if row.path not in known:
@@ -164,8 +166,11 @@ def _start(
     extra: tuple[Any, ...],
 ) -> tuple[Factors, Any]:
     """Returns the factors of `row` and the weight to freeze."""
-    spec, init = row.spec, find_init(init_of(plan.config, row.path))
+    spec = row.spec
     assert spec is not None
+    method, init = method_of(spec), find_init(init_of(plan.config, row.path))
+    if method.start is not None:
+        return method.start(key, row.shape, spec, dtype), w
     assert init is not None
     subject = row.shape if init.needs == "shape" else w
     made = init.fun(key, subject, spec, dtype, *extra)
@@ -182,7 +187,8 @@ def _start(
         )
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
     base = residual(w, a, b, spec) if init.base == "residual" else (*own, w)[0]
-    return Factors(a, b, spec), base
+    factors = Factors(a, b, spec)
+    return factors if method.finish is None else method.finish(factors, base), base
 
 
 def _placed_as(w: Any, base: jax.Array) -> jax.Array:
@@ -293,17 +299,20 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
 def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
         return [f"{path!r} is no floating-point array, so it takes no factors"]
-    axes, rank = factors.spec.axes, factors.rank
-    if sorted(axes.order) != list(range(w.ndim)):
-        return [f"{path!r} has {w.ndim} axes, its factors are for {len(axes.order)}"]
+    spec = factors.spec
+    if sorted(spec.axes.order) != list(range(w.ndim)):
+        n = len(spec.axes.order)
+        return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
+    if spec.shape and spec.shape != tuple(w.shape):
+        return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
+    wanted = leaf_shapes(spec, w.shape)
+    found = {name: getattr(factors, name) for name in ("a", "b", "magnitude")}
+    shapes = {k: tuple(x.shape) for k, x in found.items() if x is not None}
     return [
-        f"{name} of {path!r} has shape {x.shape}, a weight of shape {w.shape} at rank "
-        f"{rank} needs {shape}"
-        for name, x, shape in (
-            ("a", factors.a, axes.a_shape(w.shape, rank)),
-            ("b", factors.b, axes.b_shape(w.shape, rank)),
-        )
-        if tuple(x.shape) != shape
+        f"{name} of {path!r} has shape {shapes.get(name)}, a weight of shape {w.shape} "
+        f"at rank {spec.rank} needs {wanted.get(name)}"
+        for name in found
+        if shapes.get(name) != wanted.get(name)
     ]
 
 

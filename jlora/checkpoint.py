@@ -194,9 +194,8 @@ def _arrays(trainable: Trainable) -> dict[str, Any]:
     """Returns the arrays under numbers: paths may hold any character, names may not."""
     arrays = {}
     for i, f in enumerate(trainable.lora.values()):
-        arrays |= {f"{i:06d}-a": f.a, f"{i:06d}-b": f.b}
-        if f.magnitude is not None:
-            arrays[f"{i:06d}-magnitude"] = f.magnitude
+        leaves = {"a": f.a, "b": f.b, "magnitude": f.magnitude}
+        arrays |= {f"{i:06d}-{k}": x for k, x in leaves.items() if x is not None}
     for i, x in enumerate(trainable.full.values()):
         arrays[f"{i:06d}-full"] = x
     return arrays

@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from .errors import ConfigError
-from .factors import Axes
+from .factors import Axes, Parts, tuples
 from .methods import INITS, METHODS, find_init, init_name
 
 Init = str | Callable[..., Any]
@@ -29,6 +31,8 @@ class Rule:
       dropout: see `LoraConfig`.
       axes: roles of the weight's axes, in place of what the trace found, as
         `Axes(batch=(0,), fan_in=(1,), fan_out=(2,))` for experts.
+      parts: LoRA on some slices of a fused weight, each with its rank, see `Parts`. The
+        scale of a part is `alpha / its rank`; without `alpha` the highest rank counts.
 
     Examples:
       >>> Rule("**/mlp/**", rank=4).rank
@@ -42,16 +46,55 @@ class Rule:
     init: Init | None = None
     dropout: float | None = None
     axes: Axes | None = None
+    parts: Parts | None = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
             raise ConfigError(f"Rule.pattern must be a glob, got {self.pattern!r}.")
+        if isinstance(self.parts, dict):  # from JSON
+            object.__setattr__(self, "parts", Parts(**tuples(self.parts)))
+        if not isinstance(self.parts, Parts | None):
+            raise ConfigError(f"Rule.parts must be jlora.Parts, got {self.parts!r}.")
+        if self.parts is not None and self.rank is not None:
+            raise ConfigError(
+                f"Rule({self.pattern!r}): parts have a rank each, so leave rank out."
+            )
         if isinstance(self.axes, dict):  # from JSON
-            axes = Axes(**{k: tuple(v) for k, v in self.axes.items()})
-            object.__setattr__(self, "axes", axes)
+            object.__setattr__(self, "axes", Axes(**tuples(self.axes)))
         if not isinstance(self.axes, Axes | None):
             raise ConfigError(f"Rule.axes must be jlora.Axes, got {self.axes!r}.")
         _check(f"Rule({self.pattern!r})", self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding table to train, in `LoraConfig.train`; the others stay.
+
+    Only these rows, as differences to the base's, exist in `trainable`.
+
+    Attributes:
+      pattern: glob over the whole path of the table.
+      ids: which rows, each once; token ids as a rule.
+
+    Examples:
+      >>> Rows("**/embedding", ids=(30522, 30523)).ids
+      (30522, 30523)
+    """
+
+    pattern: str
+    ids: tuple[int, ...]
+
+    def __post_init__(self):
+        ids = self.ids if isinstance(self.ids, str) else tuple(self.ids)
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"Rows.pattern must be a glob, got {self.pattern!r}.")
+        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in ids)
+        if not ids or not whole or len(set(ids)) < len(ids):
+            raise ConfigError(
+                f"Rows({self.pattern!r}): ids must be row numbers from 0, each once, "
+                f"got {self.ids!r}."
+            )
+        object.__setattr__(self, "ids", tuple(int(i) for i in ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +111,11 @@ class LoraConfig:
         either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.
       exclude: globs of leaves that never get factors.
       rules: per-leaf settings; the last match wins.
-      train: globs of leaves trained in full (heads, biases, norms).
-      method: `"lora"`.
+      train: globs of leaves trained in full (heads, biases, norms); `Rows` for single
+        rows of an embedding table.
+      method: `"lora"`; `"dora"` trains the lengths of columns too; `"vera"` trains two
+        vectors beside shared random factors; `"adalora"` has singular values that can
+        be pruned.
       init: how A and B start: `"kaiming"`, `"gaussian"`, `"orthogonal"`; `"pissa"`,
         `"pissa_niter_<n>"`, `"olora"`, which take a part of the weight out of the
         frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise it; `"eva"`,
@@ -98,7 +144,7 @@ class LoraConfig:
     targets: Targets = "all-linear"
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
-    train: tuple[str, ...] = ()
+    train: tuple[str | Rows, ...] = ()
     method: str = "lora"
     init: Init = "kaiming"
     rslora: bool = False
@@ -106,8 +152,13 @@ class LoraConfig:
     dtype: str | None = None
 
     def __post_init__(self):
-        for name in ("exclude", "train"):
-            object.__setattr__(self, name, _globs(name, getattr(self, name)))
+        object.__setattr__(self, "exclude", _globs("exclude", self.exclude))
+        train = (self.train,) if isinstance(self.train, Rows) else self.train
+        of_rows: tuple[Rows, ...] = ()
+        if isinstance(train, tuple | list):
+            of_rows = tuple(t for t in train if isinstance(t, Rows))
+            train = tuple(t for t in train if not isinstance(t, Rows))
+        object.__setattr__(self, "train", (*_globs("train", train), *of_rows))
         if not (callable(self.targets) or self.targets == "all-linear"):
             object.__setattr__(self, "targets", _globs("targets", self.targets))
         rules = (self.rules,) if isinstance(self.rules, Rule) else self.rules
@@ -123,6 +174,16 @@ class LoraConfig:
             if getattr(self, name) is None:
                 raise ConfigError(f"LoraConfig.{name} must not be None.")
         _check("LoraConfig", self)
+
+    @property
+    def train_whole(self) -> tuple[str, ...]:
+        """The globs in `train`."""
+        return tuple(t for t in self.train if isinstance(t, str))
+
+    @property
+    def train_rows(self) -> tuple[Rows, ...]:
+        """The `Rows` in `train`."""
+        return tuple(t for t in self.train if isinstance(t, Rows))
 
     def to_json(self) -> str:
         """Returns the config as JSON text that `from_json` reads back exactly.
@@ -154,7 +215,10 @@ class LoraConfig:
         try:
             fields = json.loads(text)
             rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
-            return cls(**fields, rules=rules)
+            train = tuple(
+                Rows(**t) if isinstance(t, dict) else t for t in fields.pop("train", ())
+            )
+            return cls(**fields, rules=rules, train=train)
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise ConfigError(f"This is no LoraConfig in JSON: {error}") from error
 
@@ -172,8 +236,6 @@ def _globs(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _float_name(dtype: Any) -> str:
-    import numpy as np
-
     try:
         name = np.dtype(dtype).name
     except TypeError:
@@ -197,7 +259,7 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
     ):
         wrong.append(f"dropout must be in [0, 1), got {dropout!r}")
     if fields.method is not None and fields.method not in METHODS:
-        wrong.append(f"method must be one of {METHODS}, got {fields.method!r}")
+        wrong.append(f"method must be one of {tuple(METHODS)}, got {fields.method!r}")
     if fields.init is not None and find_init(fields.init) is None:
         wrong.append(
             f"init must be one of {tuple(INITS)}, pissa_niter_<n>, loftq_niter_<n> or "

@@ -47,6 +47,38 @@ class Axes:
         return (*batch, rank, *(shape[i] for i in self.fan_out))
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Slices of a fused weight along one axis, each with a rank of its own.
+
+    Attributes:
+      axis: the fan-out axis of the weight that the parts lie along; from the end if
+        negative.
+      sizes: length of each part; together the length of the axis.
+      ranks: rank of each part; 0 leaves it as it is.
+
+    Examples:
+      LoRA on q and v of a kernel `[64, 192]` that holds q, k and v:
+
+      >>> Parts(axis=-1, sizes=(64, 64, 64), ranks=(8, 0, 8)).rank
+      16
+    """
+
+    axis: int
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def adapted(self) -> tuple[int, ...]:
+        """The parts that have factors, by number."""
+        return tuple(i for i, rank in enumerate(self.ranks) if rank)
+
+    @property
+    def rank(self) -> int:
+        """The sum of all ranks."""
+        return sum(self.ranks)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """How one weight is adapted; static, hashable, the same words as `LoraConfig`.
@@ -58,8 +90,12 @@ class Spec:
       alpha: the scale's numerator.
       rslora: divide by the square root of the rank instead of the rank.
       dropout: drop rate on the input of A, active when a `lora_key` is given.
-      method: `"lora"`.
+      method: a name in `jlora.methods.METHODS`.
       init: how A and B start.
+      shape: the weight's shape, where the leaves do not tell it (VeRA, trained rows).
+      seed: of VeRA's shared matrices.
+      rows: which rows are trained, where only rows are.
+      parts: slices of a fused weight with a rank each; then `rank` is their sum.
     """
 
     op: str = "linear"
@@ -70,11 +106,23 @@ class Spec:
     dropout: float = 0.0
     method: str = "lora"
     init: str = "kaiming"
+    shape: tuple[int, ...] = ()
+    seed: int = 0
+    rows: tuple[int, ...] = ()
+    parts: Parts | None = None
 
     @property
     def scale(self) -> float:
-        """The multiplier of `A B`: `alpha / rank`, rsLoRA `alpha / sqrt(rank)`."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        """The multiplier of `A B`: `alpha / rank`, rsLoRA `alpha / sqrt(rank)`.
+
+        With parts, that of the part of the highest rank.
+        """
+        rank = self.rank if self.parts is None else max(self.parts.ranks)
+        return self.part_scale(rank)
+
+    def part_scale(self, rank: int) -> float:
+        """Returns the multiplier of a part of rank `rank`."""
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
@@ -87,8 +135,16 @@ class Spec:
         Raises:
           TypeError: for unknown or missing fields.
         """
-        axes = {role: tuple(indices) for role, indices in fields["axes"].items()}
-        return cls(**{**fields, "axes": Axes(**axes)})
+        fields = dict(fields)
+        fields["axes"] = Axes(**tuples(fields["axes"]))
+        if fields.get("parts") is not None:
+            fields["parts"] = Parts(**tuples(fields["parts"]))
+        return cls(**tuples(fields))
+
+
+def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `fields` with tuples for lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -100,10 +156,11 @@ class Factors:
     static, so an adapter describes itself.
 
     Attributes:
-      a: `[*batch, *fan_in, rank]`.
-      b: `[*batch, rank, *fan_out]`.
+      a: `[*batch, *fan_in, rank]`; for VeRA `[*batch, rank]`; None for trained rows.
+      b: `[*batch, rank, *fan_out]`; for VeRA `[*batch, *fan_out]`.
       spec: static; axes, rank, alpha and the like.
-      magnitude: None, or an array for methods that rescale.
+      magnitude: None; for DoRA the lengths of the columns, `[*batch, *fan_out]`; for
+        AdaLoRA the singular values, `[*batch, rank]`.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -48,9 +48,10 @@ def labels(tree: Any) -> Any:
 
 
 def _prune(named: Factors, factors: Factors) -> Factors:
-    """Returns `named` without a magnitude where `factors` has none."""
+    """Returns `named` without the leaves that `factors` does not have."""
+    a = None if factors.a is None else named.a
     magnitude = None if factors.magnitude is None else named.magnitude
-    return Factors(named.a, named.b, named.spec, magnitude)
+    return Factors(a, named.b, named.spec, magnitude)
 
 
 def mask(tree: Any) -> Any:

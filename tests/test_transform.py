@@ -596,7 +596,7 @@ CASES = [
 ]
 
 
-def build(case: Case, *, rule: bool = False):
+def build(case: Case, *, rule: bool = False, method: str = "lora"):
     """Returns `(fn, params, x, plan, frozen, trainable)` with all factors random."""
     keys = jax.random.split(jax.random.key(sum(map(ord, case.name))), 4)
     params = {"w": jax.random.normal(keys[0], case.shape)}
@@ -604,7 +604,9 @@ def build(case: Case, *, rule: bool = False):
         params[name] = jax.random.normal(keys[3], shape)
     x = jax.random.normal(keys[1], case.x)
     rules = (jlora.Rule("w", axes=jlora.Axes(*case.axes)),) if rule else ()
-    config = jlora.LoraConfig(rank=case.rank, alpha=3, targets="w", rules=rules)
+    config = jlora.LoraConfig(
+        rank=case.rank, alpha=3, targets="w", rules=rules, method=method
+    )
     plan = jlora.plan(case.fn, params, x, config=config)
     frozen, trainable = jlora.split(keys[2], params, plan)
     trainable = jax.tree.map(
@@ -623,11 +625,16 @@ def close(actual, expected, tolerance=2e-5):
 ADAPTABLE = [case for case in CASES if case.route != "elementwise" and case.axes[2]]
 
 
+# A sum of a rescaled weight and something else is not one rescaled weight.
+MERGED_ALONE = [("dora", "sum of two")]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
-def test_adapted_equals_merged_in_value_and_gradient(case):
-    fn, _, x, _, frozen, trainable = build(case)
-    mode = "error" if case.route == FACTORED else "allow"
-    lora_fn = jlora.apply_lora(fn, on_merge=mode)
+def test_adapted_equals_merged_in_value_and_gradient(case, method):
+    fn, _, x, _, frozen, trainable = build(case, method=method)
+    factored = case.route == FACTORED and (method, case.name) not in MERGED_ALONE
+    lora_fn = jlora.apply_lora(fn, on_merge="error" if factored else "allow")
 
     def value_and_gradient(function):
         def loss(trainable, x):

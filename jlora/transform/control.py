@@ -235,7 +235,7 @@ def _specs(weight: Weight, spec: Any) -> Weight:
     def place(_: Any, labels: Labels) -> tuple[Any, Labels]:
         return jax.P(*(of.get(s) for s in labels)), labels
 
-    return weight.replace(w=spec, terms=weight.map_terms(place))
+    return weight.map(place, w=spec)
 
 
 def _local(weight: Weight, shape: Sequence[int]) -> Weight:
@@ -250,7 +250,7 @@ def _local(weight: Weight, shape: Sequence[int]) -> Weight:
         return x, tuple(sizes.get(s, s) for s in labels)
 
     dims = tuple(tuple(sizes[a] for a in group) for group in weight.dims)
-    return weight.replace(terms=weight.map_terms(relabel), dims=dims)
+    return weight.map(relabel, dims=dims)
 
 
 def _cut(values: Sequence[Any], *counts: int) -> list[list[Any]]:
@@ -300,30 +300,29 @@ def source(jaxpr: Any, j: int) -> int | None:
 
 
 def _unstack(weight: Weight) -> tuple[Any, Any]:
-    """Returns `w`, and of each factor with its axis 0 the factor, that axis first."""
+    """Returns `w`, and each factor and gain with its axis 0, that axis first.
 
-    def front(x: Any, labels: Labels) -> Any:
+    None stands for one without that axis.
+    """
+    slices = []
+
+    def front(x: Any, labels: Labels) -> tuple[Any, Labels]:
         held = [i for i, s in enumerate(labels) if s in weight.dims[0]]
-        return jnp.moveaxis(x, held[0], 0) if held else None
+        slices.append(jnp.moveaxis(x, held[0], 0) if held else None)
+        return x, labels
 
-    return weight.w, [
-        (front(t.a, t.a_labels), front(t.b, t.b_labels)) for t in weight.terms
-    ]
+    weight.map(front)
+    return weight.w, slices
 
 
 def _layer(stack: Weight, part: Any) -> Weight:
     """Returns one layer of `stack` from a slice of what `_unstack` gave."""
     w, slices = part
+    remaining = iter(slices)
 
-    def factor(sliced: Any, whole: Any, labels: Labels) -> tuple[Any, Labels]:
+    def cut(whole: Any, labels: Labels) -> tuple[Any, Labels]:
+        sliced = next(remaining)
         rest = tuple(s for s in labels if s not in stack.dims[0])
         return (whole if sliced is None else sliced), rest
 
-    terms = []
-    for (a, b), term in zip(slices, stack.terms, strict=True):
-        a, a_labels = factor(a, term.a, term.a_labels)
-        b, b_labels = factor(b, term.b, term.b_labels)
-        terms.append(
-            dataclasses.replace(term, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
-        )
-    return stack.replace(w=w, terms=tuple(terms), dims=stack.dims[1:])
+    return stack.map(cut, w=w, dims=stack.dims[1:])

@@ -28,6 +28,7 @@ from .values import (
     Weight,
     at_least_float32,
     regroup,
+    rescaled,
     size,
 )
 
@@ -92,18 +93,35 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         eqn=eqn,
         forms=cost.forms(site.tokens, site.fan_in, x.dtype, weight.w.dtype),
     )
-    operands[side] = weight.w
     if not weight.terms:
+        operands[side] = weight.w
         return bind(eqn, *operands)
+    if not set(weight.gain_labels) <= set(site.want):
+        if not set(weight.gain_labels) <= set(site.x_labels):
+            return NotImplemented
+        flat = lax.reshape(x, [atom.size for atom in site.x_labels])
+        x = lax.reshape(rescaled(flat, weight, site.x_labels), x.shape)
+        operands[1 - side] = x
+        weight = weight.replace(gain=None, gain_labels=())
+    operands[side] = weight.w
     (first, *more) = weight.terms
     if not more and not ctx.drops(first.dropout) and pays(x, weight, site, ctx.form):
-        numbers = eqn.params["dimension_numbers"]
-        return [adapted_dot(x, weight, site, numbers, ctx.form)]
-    (y,) = bind(eqn, *operands)
-    product = functools.partial(low_rank_product, site=site)
-    for term in weight.terms:
-        y = y + placed_like(y, product, ctx.drop(x, term.dropout), term)
-    return [y]
+        y = adapted_dot(x, weight, site, eqn.params["dimension_numbers"], ctx.form)
+    else:
+        (y,) = bind(eqn, *operands)
+        product = functools.partial(low_rank_product, site=site)
+        for term in weight.terms:
+            y = y + placed_like(y, product, ctx.drop(x, term.dropout), term)
+    return [_rescaled_groups(y, weight, want)]
+
+
+def _rescaled_groups(y: Any, weight: Weight, groups: Sequence[Group]) -> Any:
+    """Returns `y`, whose axes are `groups`, times the gain of `weight`."""
+    if weight.gain is None:
+        return y
+    atoms = [atom for group in groups for atom in group]
+    flat = lax.reshape(y, [atom.size for atom in atoms])
+    return lax.reshape(rescaled(flat, weight, atoms), y.shape)
 
 
 def _is_repeated(weight: Weight) -> bool:
@@ -126,6 +144,8 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
     outs = weight.dims[out_dim]
     ins = tuple(weight.dims[i] for i in in_dims)
     groups = params["feature_group_count"]
+    if not set(weight.gain_labels) <= set(outs):
+        return NotImplemented
     factors = []
     for term in weight.terms:
         pair = _conv_factors(term, outs, ins, groups)
@@ -145,7 +165,12 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
             _conv_product, scale=term.scale, dtype=base.dtype, params=params
         )
         base = base + placed_like(base, product, ctx.drop(x, term.dropout), a, b)
-    return [base]
+    channels = params["dimension_numbers"].out_spec[1]
+    shown = [
+        outs if i == channels else (Atom((OTHER, i), n),)
+        for i, n in enumerate(base.shape)
+    ]
+    return [_rescaled_groups(base, weight, shown)]
 
 
 def _stacked_kernels(outs: Group, groups: int) -> Group:
@@ -188,6 +213,12 @@ def ragged_dot_general(
         a = regroup(a, a_labels, [(group,), (ins,), (RANK,)])
         b = regroup(b, b_labels, [(group,), (RANK,), (outs,)])
         factors.append((term, a, b))
+    gain = joined.gain
+    if gain is not None:
+        is_offset = offset or eqn.params["group_offset"] is not None
+        if is_offset or set(joined.gain_labels) != {group, outs}:
+            return NotImplemented
+        gain = regroup(gain, joined.gain_labels, [(group,), (outs,)])
     ctx.used(
         weight,
         eqn.primitive.name,
@@ -213,6 +244,9 @@ def ragged_dot_general(
         base = base + lax.ragged_dot(
             t, b.astype(x.dtype), sizes, preferred_element_type=base.dtype, **settings
         )
+    if gain is not None:
+        rows = jnp.repeat(gain, sizes, axis=0, total_repeat_length=base.shape[0])
+        base = (base.astype(rows.dtype) * rows).astype(base.dtype)
     return [base]
 
 

@@ -140,11 +140,8 @@ def join_groups(weight: Weight) -> Weight:
     """
 
     def holders(atom: Atom) -> tuple[bool, ...]:
-        return tuple(
-            atom in labels
-            for term in weight.terms
-            for labels in (term.a_labels, term.b_labels)
-        )
+        factors = [s for term in weight.terms for s in (term.a_labels, term.b_labels)]
+        return tuple(atom in labels for labels in (*factors, weight.gain_labels))
 
     joint: dict[Group, Atom] = {
         group: Atom((*group[0].name, -1), size(group))
@@ -165,4 +162,4 @@ def join_groups(weight: Weight) -> Weight:
         return x, tuple(joint[g] if g in joint else g[0] for g in groups)
 
     dims = tuple((joint[g],) if g in joint else g for g in weight.dims)
-    return weight.replace(terms=weight.map_terms(join), dims=dims)
+    return weight.map(join, dims=dims)

@@ -9,7 +9,17 @@ from jax import lax
 
 from .compat import bind
 from .interpret import Context
-from .values import BROADCAST, Atom, Group, Labels, Part, Term, Weight, new_atom
+from .values import (
+    BROADCAST,
+    Atom,
+    Group,
+    Labels,
+    Part,
+    Term,
+    Weight,
+    new_atom,
+    regroup,
+)
 
 
 def concatenate(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
@@ -43,6 +53,9 @@ def _side_by_side(
     total = sum(shape[axis] for shape in shapes)
     old = first.dims[axis]
     atom = old[0]._replace(size=total) if old else new_atom(first, BROADCAST, total)
+    joint_gain = _joint_gain(weights, shapes, axis, atom)
+    if joint_gain is NotImplemented:
+        return joint_gain
     terms: list[Term] = []
     start = 0
     for weight, shape in zip(weights, shapes, strict=True):
@@ -54,7 +67,43 @@ def _side_by_side(
     (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
     parts_of = tuple(p for weight in weights if weight for p in weight.parts)
-    return [first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)]
+    joint = first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)
+    if joint_gain is not None:
+        gain, gain_labels = joint_gain
+        joint = joint.replace(gain=gain, gain_labels=gain_labels)
+    return [joint]
+
+
+def _joint_gain(
+    weights: Sequence[Weight | None],
+    shapes: Sequence[tuple[int, ...]],
+    axis: int,
+    atom: Atom,
+) -> Any:
+    """Returns the gains side by side along `atom`, and their labels.
+
+    One is where there is none; None if there is none at all. Gains that differ in their
+    other axes, or lack the axis that is joined, give NotImplemented.
+    """
+    held = [weight for weight in weights if weight and weight.gain is not None]
+    if not held:
+        return None
+    own, labels = held[0].dims[axis], held[0].gain_labels
+    rest = tuple(s for s in labels if s not in own)
+    if any(set(weight.gain_labels) != {*weight.dims[axis], *rest} for weight in held):
+        return NotImplemented
+    others = tuple(s.size for s in rest)
+    dtype = held[0].gain.dtype
+    pieces = []
+    for weight, shape in zip(weights, shapes, strict=True):
+        length = (shape[axis], *others)
+        if weight is None or weight.gain is None:
+            pieces.append(jnp.ones(length, dtype))
+        else:
+            groups = [weight.dims[axis], *((s,) for s in rest)]
+            gain = regroup(weight.gain, weight.gain_labels, groups)
+            pieces.append(gain.astype(dtype))
+    return jnp.concatenate(pieces), (atom, *rest)
 
 
 def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term:
@@ -95,6 +144,8 @@ def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
         return NotImplemented
     first, (left, right) = aligned
     (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in (x, y)))
+    if any(weight and weight.gain is not None for weight in (left, right)):
+        return NotImplemented
     if w.shape != first.w.shape:
         return NotImplemented
     terms = left.terms if left else ()
@@ -144,7 +195,7 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
         for part in weight.parts
     )
     dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
-    return weight.replace(terms=weight.map_terms(rename), dims=dims, parts=parts)
+    return weight.map(rename, dims=dims, parts=parts)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

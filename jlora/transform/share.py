@@ -122,6 +122,8 @@ def _prepared(
     pairs = sorted(zip(contracted[side], contracted[1 - side], strict=True))
     groups: list[Group] = [weight.dims[k] for _, k in pairs]
     summed = {RANK, *(atom for group in groups for atom in group)}
+    if summed & set(weight.gain_labels):
+        return None  # the activation is scaled first
     (term,) = weight.terms
     if set(term.a_labels) != summed:
         if set(term.b_labels) != summed:

@@ -36,8 +36,7 @@ def keep(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
 def stop_gradient(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
     """No derivative reaches the factors either."""
     (w,) = bind(eqn, weight.w)
-    terms = weight.map_terms(lambda x, labels: (lax.stop_gradient(x), labels))
-    return [weight.replace(w=w, terms=terms)]
+    return [weight.map(lambda x, labels: (lax.stop_gradient(x), labels), w=w)]
 
 
 def optimization_barrier(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
@@ -88,8 +87,8 @@ def _split_to(
                     Atom((*atom.name, 0), missing),
                     Atom((*atom.name, 1), atom.size // missing),
                 )
-                weight = weight.replace(
-                    terms=weight.map_terms(_splitter(atom, parts)),
+                weight = weight.map(
+                    _splitter(atom, parts),
                     dims=tuple(
                         tuple(p for a in g for p in (parts if a == atom else (a,)))
                         for g in weight.dims
@@ -126,7 +125,7 @@ def _squeeze_atoms(weight: Weight, atoms: Sequence[Atom]) -> Weight:
         return lax.squeeze(x, gone), rest
 
     dims = tuple(tuple(a for a in g if a not in atoms) for g in weight.dims)
-    return weight.replace(terms=weight.map_terms(squeeze_factor), dims=dims)
+    return weight.map(squeeze_factor, dims=dims)
 
 
 def squeeze(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
@@ -167,7 +166,7 @@ def rev(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
         return lax.rev(x, [i for i, s in enumerate(labels) if s in atoms]), labels
 
     (w,) = bind(eqn, weight.w)
-    return [weight.replace(w=w, terms=weight.map_terms(reverse))]
+    return [weight.map(reverse, w=w)]
 
 
 def slice_(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
@@ -240,7 +239,7 @@ def _cut(weight: Weight, w: Any, cut: Callable[[Any, int, int], Any]) -> list[An
     dims = tuple(
         tuple(changed[a][1] if a in changed else a for a in g) for g in weight.dims
     )
-    return [weight.replace(w=w, terms=weight.map_terms(cut_factor), dims=dims)]
+    return [weight.map(cut_factor, w=w, dims=dims)]
 
 
 def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
@@ -320,11 +319,7 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     kept = [i for i in range(weight.w.ndim) if i not in gone]
     for i, j in zip(kept, numbers.offset_dims, strict=True):
         dims[j] = () if i in columns else weight.dims[i]
-    return [
-        weight.replace(
-            w=w, terms=weight.map_terms(pick), dims=tuple(dims), looked_up=True
-        )
-    ]
+    return [weight.map(pick, w=w, dims=tuple(dims), looked_up=True)]
 
 
 def mul(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:

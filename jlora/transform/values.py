@@ -1,9 +1,10 @@
 """A weight on its way through the interpreter: the array, its factors, labelled axes.
 
-An adapted weight stands for `w + sum of scale * einsum(a, b)`. Every axis of a factor
-is one `Atom`; every axis of `w` is a group of atoms (one, as a rule; several after a
-reshape joined axes; none for an axis of size one). Operations on the weight permute,
-split, join or slice the groups, and act on the factor that holds the atoms concerned.
+An adapted weight stands for `gain * (w + sum of scale * einsum(a, b))`, as a rule
+without a gain. Every axis of a factor is one `Atom`; every axis of `w` is a group of
+atoms (one, as a rule; several after a reshape joined axes; none for an axis of size
+one). Operations on the weight permute, split, join or slice the groups, and act on the
+factor that holds the atoms concerned.
 """
 
 import dataclasses
@@ -97,6 +98,8 @@ class Weight:
       dims: the group of atoms of each axis of `w`.
       parts: the leaves it comes from; more than one after a concatenation or a sum.
       looked_up: rows were picked by computed indices, as in an embedding.
+      gain: multiplies the sum along the axes that it has; None for 1.
+      gain_labels: labels of its axes.
     """
 
     w: Any
@@ -104,14 +107,25 @@ class Weight:
     dims: tuple[Group, ...] = dataclasses.field(metadata={"static": True})
     parts: tuple[Part, ...] = dataclasses.field(metadata={"static": True})
     looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
+    gain: Any = None
+    gain_labels: Labels = dataclasses.field(default=(), metadata={"static": True})
 
     def replace(self, **changes: Any) -> "Weight":
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def map_terms(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> Any:
-        """Returns the terms with `fun(array, labels)` done to every factor."""
-        return tuple(term.map(fun) for term in self.terms)
+    def map(
+        self, fun: Callable[[Any, Labels], tuple[Any, Labels]], **changes: Any
+    ) -> "Weight":
+        """Returns a copy with `fun(array, labels)` done to every factor and the gain.
+
+        `changes` are those of other fields.
+        """
+        if self.gain is not None:
+            gain, gain_labels = fun(self.gain, self.gain_labels)
+            changes |= {"gain": gain, "gain_labels": gain_labels}
+        terms = tuple(term.map(fun) for term in self.terms)
+        return self.replace(terms=terms, **changes)
 
     @property
     def is_rows(self) -> bool:
@@ -171,7 +185,7 @@ def regroup(x: Any, labels: Labels, groups: Sequence[Group]) -> Any:
 
 
 def dense(weight: Weight) -> jax.Array:
-    """Returns `w + sum of terms` as an array: summed in float32, rounded once."""
+    """Returns `gain * (w + sum of terms)`: computed in float32, rounded once."""
     if not weight.terms:
         return weight.w
     w = weight.w
@@ -189,7 +203,20 @@ def dense(weight: Weight) -> jax.Array:
     total = w.astype(wide)
     for term in weight.terms:
         total = total + placed_like(w, delta, term)
-    return total.astype(w.dtype)
+    return rescaled(total, weight, atoms).astype(w.dtype)
+
+
+def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
+    """Returns `x`, whose axes are `want`, times the gain of `weight` if it has one."""
+    if weight.gain is None:
+        return x
+
+    def scale(gain: Any) -> jax.Array:
+        gain = gain.astype(at_least_float32(x.dtype, gain.dtype))
+        return lay_out(gain, weight.gain_labels, want, x.shape)
+
+    gain = placed_like(x, scale, weight.gain)
+    return (x.astype(gain.dtype) * gain).astype(x.dtype)
 
 
 def lay_out(

@@ -1,0 +1,47 @@
+"""AdaLoRA: the update as a singular value decomposition whose rank can shrink."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Factors, Spec
+from .method import Method, Shape, Shapes, lora_shapes
+
+DEVIATION = 0.02  # of the singular vectors at the start, as in the authors' code
+
+
+def _plain(factors: Factors) -> tuple[Any, Any]:
+    """The singular values, `magnitude`, scale the columns of A."""
+    axes = factors.spec.axes
+    n_batch = len(axes.batch)
+    values = jnp.expand_dims(
+        factors.magnitude, [n_batch + i for i in range(len(axes.fan_in))]
+    )
+    a = factors.a
+    return a * jnp.broadcast_to(values.astype(a.dtype), a.shape), factors.b
+
+
+def _shapes(spec: Spec, shape: Shape) -> Shapes:
+    batch = tuple(shape[i] for i in spec.axes.batch)
+    return {**lora_shapes(spec, shape), "magnitude": (*batch, spec.rank)}
+
+
+def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+    """Singular vectors normal with deviation 0.02, singular values zero."""
+    shapes = _shapes(spec, shape)
+    of_a, of_b = jax.random.split(key)
+    return Factors(
+        DEVIATION * jax.random.normal(of_a, shapes["a"], dtype),
+        DEVIATION * jax.random.normal(of_b, shapes["b"], dtype),
+        spec,
+        jnp.zeros(shapes["magnitude"], dtype),
+    )
+
+
+adalora = Method(
+    shapes=_shapes,
+    plain=_plain,
+    start=_start,
+    reference="Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512",
+)

@@ -1,0 +1,86 @@
+"""DoRA: the length of each column of a weight is trained apart from its direction."""
+
+import dataclasses
+import string
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..factors import Axes, Factors, Spec
+from .method import Method, Shape, Shapes, lora_shapes
+
+TINY = 1e-30  # a column of zeros has no direction: it stays zero
+
+
+def norm(factors: Factors, w: Any) -> jax.Array:
+    """Returns `‖w + s a b‖` over the fan-in axes, `[*batch, *fan_out]`, float32.
+
+    From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed.
+    """
+    wide = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
+    axes, scale = factors.spec.axes, factors.scale
+    letter = dict(zip(range(w.ndim), string.ascii_letters, strict=False))
+    batch, fan_in, fan_out = (
+        "".join(letter[i] for i in role)
+        for role in (axes.batch, axes.fan_in, axes.fan_out)
+    )
+    own = "".join(letter.values())
+    column = batch + fan_out
+    exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
+    a, b = factors.a.astype(wide), factors.b.astype(wide)
+    squares = jnp.einsum(f"{own}->{column}", jnp.square(w.astype(wide)))
+    down = jnp.einsum(
+        f"{batch}{fan_in}Y,{own}->{batch}Y{fan_out}", a, w.astype(wide), **exact
+    )
+    gram = jnp.einsum(f"{batch}{fan_in}Y,{batch}{fan_in}Z->{batch}YZ", a, a, **exact)
+    up = jnp.einsum(f"{batch}YZ,{batch}Z{fan_out}->{batch}Y{fan_out}", gram, b, **exact)
+    crossed = b * (2 * scale * down + scale**2 * up)
+    total = squares + jnp.sum(crossed, axis=len(axes.batch))
+    return jnp.sqrt(jnp.maximum(total, TINY))
+
+
+def gain(factors: Factors, w: Any) -> jax.Array:
+    """Returns `m / ‖w + s a b‖`, `[*batch, *fan_out]`.
+
+    Only `m` is differentiated: section 4.3 of the paper takes the norm as a constant.
+    """
+    length = lax.stop_gradient(norm(factors, w))
+    return factors.magnitude.astype(length.dtype) / length
+
+
+def column_norms(w: Any, axes: Axes) -> jax.Array:
+    """Returns the lengths of `w` over its fan-in axes, `[*batch, *fan_out]`."""
+    squares = jnp.sum(jnp.square(w), axis=axes.fan_in)
+    kept = [i for i in range(w.ndim) if i not in axes.fan_in]
+    order = [kept.index(i) for i in (*axes.batch, *axes.fan_out)]
+    return jnp.sqrt(jnp.maximum(jnp.transpose(squares, order), TINY))
+
+
+def dense_gain(factors: Factors, total: Any) -> jax.Array:
+    """Returns `m / ‖total‖`, to multiply `total = w + s a b` itself, as `gain`."""
+    axes = factors.spec.axes
+    own = (*axes.batch, *axes.fan_out)
+    length = lax.stop_gradient(column_norms(total, axes))
+    gain = factors.magnitude.astype(total.dtype) / length
+    gain = jnp.transpose(gain, [own.index(i) for i in sorted(own)])
+    return jnp.broadcast_to(jnp.expand_dims(gain, axes.fan_in), total.shape)
+
+
+def _shapes(spec: Spec, shape: Shape) -> Shapes:
+    axes = spec.axes
+    column = tuple(shape[i] for i in (*axes.batch, *axes.fan_out))
+    return {**lora_shapes(spec, shape), "magnitude": column}
+
+
+def _finish(factors: Factors, w: Any) -> Factors:
+    return dataclasses.replace(factors, magnitude=norm(factors, w))
+
+
+dora = Method(
+    shapes=_shapes,
+    finish=_finish,
+    gain=gain,
+    reference="Liu et al., 2024, DoRA, https://arxiv.org/abs/2402.09353",
+)

@@ -1,0 +1,60 @@
+"""LoRA on some slices of a fused weight, as q and v of one q-k-v kernel."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..factors import Factors, Parts, Spec
+from .kaiming import kaiming
+from .method import Method, Shape, Shapes, lora_shapes
+
+
+def _cut(spec: Spec, shape: Shape) -> Shape:
+    """Returns `shape` with one part's axis, as long as the largest adapted part.
+
+    What is beyond a part's own size is never read.
+    """
+    own = _parts(spec)
+    longest = max(own.sizes[i] for i in own.adapted)
+    return tuple(longest if i == own.axis else n for i, n in enumerate(shape))
+
+
+def _parts(spec: Spec) -> Parts:
+    assert spec.parts is not None
+    return spec.parts
+
+
+def _shapes(spec: Spec, shape: Shape) -> Shapes:
+    """A of all parts side by side; in B each part has its own rows."""
+    return lora_shapes(spec, _cut(spec, shape))
+
+
+def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+    return Factors(*kaiming(key, _cut(spec, shape), spec, dtype), spec)
+
+
+def _plain(factors: Factors) -> tuple[Any, Any]:
+    """Returns A, and B with each part's rows at that part's place, zeros elsewhere."""
+    spec = factors.spec
+    own = _parts(spec)
+    axes, b = spec.axes, factors.b
+    of_rank = len(axes.batch)
+    of_out = of_rank + 1 + axes.fan_out.index(own.axis)
+    total = sum(own.sizes)
+    rows = []
+    first = 0
+    for i in own.adapted:
+        rank, size, before = own.ranks[i], own.sizes[i], sum(own.sizes[:i])
+        block = lax.slice_in_dim(b, first, first + rank, axis=of_rank)
+        block = lax.slice_in_dim(block, 0, size, axis=of_out)
+        widths = [(0, 0, 0)] * b.ndim
+        widths[of_out] = (before, total - before - size, 0)
+        share = spec.part_scale(rank) / spec.scale
+        rows.append(lax.pad(block * share, jnp.zeros((), b.dtype), widths))
+        first += rank
+    return factors.a, jnp.concatenate(rows, axis=of_rank)
+
+
+parts = Method(shapes=_shapes, plain=_plain, start=_start)

@@ -1,0 +1,28 @@
+"""Trained rows: single rows of an embedding table, as for new tokens."""
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Factors, Spec
+from .method import Method, Shape, Shapes
+
+
+def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
+    """A picks the rows, one-hot, and B is what is added to them."""
+    spec = factors.spec
+    (axis,) = spec.axes.fan_in
+    ids = jnp.asarray(spec.rows)
+    a = jax.nn.one_hot(ids, spec.shape[axis], axis=0, dtype=factors.b.dtype)
+    return a, factors.b
+
+
+def _shapes(spec: Spec, shape: Shape) -> Shapes:
+    return {"b": spec.axes.b_shape(shape, spec.rank)}
+
+
+def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+    del key
+    return Factors(None, jnp.zeros(_shapes(spec, shape)["b"], dtype), spec)
+
+
+rows = Method(shapes=_shapes, plain=_plain, start=_start)

@@ -1,0 +1,74 @@
+"""VeRA: one pair of random matrices for all weights of a shape, two trained vectors."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Factors, Spec
+from .method import Method, Shape, Shapes
+
+START = 0.1  # of the vector along the rank; the one along the fan-out starts at zero
+
+
+def shared(spec: Spec, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Returns the frozen A `[*fan_in, rank]` and B `[rank, *fan_out]`.
+
+    Uniform with He's bound, drawn from `spec.seed`: weights of one shape share them, no
+    file holds them, and under `jit` they are drawn once.
+    """
+    axes, rank = spec.axes, spec.rank
+    fan_in = tuple(spec.shape[i] for i in axes.fan_in)
+    fan_out = tuple(spec.shape[i] for i in axes.fan_out)
+    of_a, of_b = jax.random.split(jax.random.key(spec.seed))
+
+    def draw(key: jax.Array, shape: Shape, fan: int) -> jax.Array:
+        bound = math.sqrt(6 / fan)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    a = draw(of_a, (*fan_in, rank), math.prod(fan_in))
+    return a, draw(of_b, (rank, *fan_out), rank)
+
+
+def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
+    axes = factors.spec.axes
+    a, b = shared(factors.spec, factors.a.dtype)
+    along_rank = jnp.expand_dims(
+        factors.a, [len(axes.batch) + i for i in range(len(axes.fan_in))]
+    )
+    along_out = jnp.expand_dims(factors.b, len(axes.batch))
+    n_batch = len(axes.batch)
+    a = jnp.expand_dims(a, range(n_batch)) if n_batch else a
+    b = jnp.expand_dims(b, range(n_batch)) if n_batch else b
+    full = factors.a.shape[:n_batch]
+    return (
+        jnp.broadcast_to(a, (*full, *a.shape[n_batch:]))
+        * jnp.broadcast_to(along_rank, (*full, *a.shape[n_batch:])),
+        jnp.broadcast_to(b, (*full, *b.shape[n_batch:]))
+        * jnp.broadcast_to(along_out, (*full, *b.shape[n_batch:])),
+    )
+
+
+def _shapes(spec: Spec, shape: Shape) -> Shapes:
+    axes = spec.axes
+    batch = tuple(shape[i] for i in axes.batch)
+    return {
+        "a": (*batch, spec.rank),
+        "b": (*batch, *(shape[i] for i in axes.fan_out)),
+    }
+
+
+def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+    del key
+    shapes = _shapes(spec, shape)
+    return Factors(
+        jnp.full(shapes["a"], START, dtype), jnp.zeros(shapes["b"], dtype), spec
+    )
+
+
+vera = Method(
+    shapes=_shapes,
+    plain=_plain,
+    start=_start,
+    reference="Kopiczko et al., 2023, VeRA, https://arxiv.org/abs/2310.11454",
+)
