@@ -15,6 +15,7 @@ from ._apply import apply_lora as apply_lora
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plain import to_plain as to_plain
 from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
 from ._split import MISSING as MISSING, combine as combine, split as split
@@ -22,6 +23,7 @@ from ._statistics import (
     activation_statistics as activation_statistics,
     gradient_statistics as gradient_statistics,
 )
+from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
     CheckpointError as CheckpointError,
@@ -40,10 +42,15 @@ from .factors import (
 )
 from .moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
+    decay_mask as decay_mask,
     labels as labels,
     lora_plus as lora_plus,
     mask as mask,
     masked as masked,
+)
+from .rank_budget import (
+    adalora as adalora,
+    orthogonality_penalty as orthogonality_penalty,
 )
 
 __all__ = [
@@ -68,19 +75,25 @@ __all__ = [
     "Trainable",
     "TreeError",
     "activation_statistics",
+    "adalora",
     "apply_lora",
     "checkpoint",
+    "cite",
     "combine",
+    "decay_mask",
     "extract",
     "gradient_statistics",
     "labels",
+    "lora_fa",
     "lora_plus",
     "mask",
     "masked",
     "merge",
+    "orthogonality_penalty",
     "plan",
     "redistribute_ranks",
     "report",
+    "riemannian",
     "split",
     "to_plain",
     "unmerge",
