@@ -65,6 +65,54 @@ def mask(tree: Any) -> Any:
     return jax.tree.map(lambda label: label != "frozen", labels(tree))
 
 
+NO_DECAY = ("b", "beta", "bias", "gain", "gamma", "offset", "scale")
+
+
+def decay_mask(tree: Any) -> Any:
+    """Returns `tree` with True at the leaves that weight decay may shrink.
+
+    Those are the factors, and matrices trained in full. Not decayed are magnitudes,
+    factors that are vectors (VeRA), leaves trained in full that have fewer than two
+    axes, and biases and norms by name, since stacked layers and attention heads give
+    them more axes: the last component of the path ends in `bias`, or is `b`, `beta`,
+    `gain`, `gamma`, `offset` or `scale`, or a component contains `norm`. Frozen leaves
+    are False too.
+
+    Args:
+      tree: a `Trainable`, or any pytree that holds some.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jlora
+      >>> heads = {"head/kernel": jnp.ones((2, 2)), "q/bias": jnp.ones((2, 2))}
+      >>> decay_mask(jlora.Trainable(full=heads)).full
+      {'head/kernel': True, 'q/bias': False}
+      >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=jlora.decay_mask)
+    """
+
+    def of_factors(factors: Factors) -> Factors:
+        decays = factors.spec.method != "vera"
+        answers = jax.tree.map(lambda _: decays, factors)
+        if factors.magnitude is None:
+            return answers
+        return dataclasses.replace(answers, magnitude=False)
+
+    def of_full(path: str, leaf: Any) -> Any:
+        *outer, last = path.lower().split("/")
+        named = last in NO_DECAY or last.endswith("bias")
+        named = named or any("norm" in part for part in (*outer, last))
+        return jax.tree.map(lambda x: not named and x.ndim >= 2, leaf)
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return False
+        return Trainable(
+            {path: of_factors(factors) for path, factors in node.lora.items()},
+            {path: of_full(path, leaf) for path, leaf in node.full.items()},
+        )
+
+    return jax.tree.map(of, tree, is_leaf=_is_trainable)
+
+
 def lora_plus(
     tx: "optax.GradientTransformation",
     *,

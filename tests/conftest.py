@@ -37,6 +37,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci")
 
+collect_ignore = ["golden/make_peft_golden.py"]  # needs torch and PEFT
+
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_promotion() -> Iterator[None]:

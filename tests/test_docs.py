@@ -1,16 +1,19 @@
-"""docs/api.md and `jlora.__all__` name the same things."""
+"""docs/api.md and `jlora.__all__` name the same things; examples in pages run."""
 
+import doctest
 import importlib
 import importlib.util
 import inspect
 import pathlib
 import re
 
+import jax
 import pytest
 
 import jlora
 
 API = pathlib.Path(__file__).parents[1] / "docs" / "api.md"
+METHODS = sorted((API.parent / "methods").glob("*.md"))
 ENTRIES = re.findall(r"^::: (\S+)$", API.read_text(), flags=re.MULTILINE)
 
 
@@ -47,3 +50,19 @@ def test_entry_names_something(entry):
 
 def test_no_entry_twice():
     assert len(ENTRIES) == len(set(ENTRIES))
+
+
+WITH_EXAMPLES = [page for page in METHODS if ">>>" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
+def test_examples_of_method_pages_run(page):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried
+    assert not failed
+
+
+def test_every_method_has_a_page():
+    pages = {page.stem for page in METHODS}
+    assert {*jlora.methods.METHODS, "rslora", "rows", "parts", "optimizers"} <= pages

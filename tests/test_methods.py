@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jlora
@@ -322,7 +323,7 @@ def test_methods_are_chosen_leaf_by_leaf():
 
 @pytest.mark.parametrize("method", ["vera", "adalora"])
 def test_a_method_that_starts_in_its_own_way_takes_no_init(method):
-    with pytest.raises(jlora.TargetError, match="starts in its own way"):
+    with pytest.raises(jlora.TargetError, match="has a start of its own"):
         adapt(method=method, init="gaussian")
 
 
@@ -340,3 +341,56 @@ def test_dora_in_low_precision_stays_near_the_merged_weights():
     out = lora_fn(frozen, trainable, IDS).astype(jnp.float32)
     expected = model(jlora.merge(frozen, trainable), IDS).astype(jnp.float32)
     np.testing.assert_allclose(out, expected, rtol=0.1, atol=0.15)
+
+
+def test_adalora_prunes_to_its_budget_and_trains(standard_dtypes):
+    params, plan, frozen, _ = adapt(method="adalora", targets="{layers,heads}")
+    _, trainable = jlora.split(jax.random.key(0), params, plan)
+    goal = model(params, IDS) + 1.0
+    steps = 12
+    tx = jlora.adalora(optax.adam(3e-2), target_rank=1, steps=steps, warmup=2, final=4)
+    lora_fn = jlora.apply_lora(model, on_merge="error")
+
+    def loss(trainable):
+        error = jnp.mean((lora_fn(frozen, trainable, IDS) - goal) ** 2)
+        return error + 0.1 * jlora.orthogonality_penalty(trainable)
+
+    @jax.jit
+    def step(trainable, state):
+        value, gradient = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(gradient, state, trainable)
+        return optax.apply_updates(trainable, updates), state, value
+
+    state, kept, values = tx.init(trainable), [], []
+    for _ in range(steps):
+        trainable, state, value = step(trainable, state)
+        values.append(float(value))
+        every = [f.magnitude for f in trainable.lora.values()]
+        kept.append(sum(int((m != 0).sum()) for m in every))
+    assert kept[:2] == [6, 6]
+    assert kept[-1] == 3  # two layers and the heads, one singular value each
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-4:] == [3] * 4
+    assert values[-1] < values[0]
+
+
+def test_adalora_wants_its_method():
+    _, _, _, trainable = adapt()
+    tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2)
+    with pytest.raises(jlora.TreeError, match="method='adalora'"):
+        tx.init(trainable)
+    with pytest.raises(jlora.ConfigError, match="must fit in 2 steps"):
+        jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2, warmup=3)
+
+
+def test_the_orthogonality_penalty_is_the_mean_of_norms():
+    _, _, _, trainable = adapt(method="adalora", targets="{layers,out}")
+    expected = []
+    for f in trainable.lora.values():
+        layers = zip(f.a, f.b, strict=True) if f.spec.axes.batch else [(f.a, f.b)]
+        for a, b in layers:
+            a, b = np.asarray(a).reshape(-1, 2), np.asarray(b).reshape(2, -1)
+            expected += [np.linalg.norm(a.T @ a - np.eye(2))]
+            expected += [np.linalg.norm(b @ b.T - np.eye(2))]
+    actual = jlora.orthogonality_penalty(trainable)
+    np.testing.assert_allclose(actual, np.mean(expected), rtol=1e-5)

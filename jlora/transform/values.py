@@ -210,13 +210,16 @@ def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
     """Returns `x`, whose axes are `want`, times the gain of `weight` if it has one."""
     if weight.gain is None:
         return x
+    own = [atom for atom in want if atom in weight.gain_labels]
+    gain = regroup(weight.gain, weight.gain_labels, [(atom,) for atom in own])
+    gain = gain.astype(at_least_float32(x.dtype, gain.dtype))
+    along = [i for i, atom in enumerate(want) if atom in own]
 
-    def scale(gain: Any) -> jax.Array:
-        gain = gain.astype(at_least_float32(x.dtype, gain.dtype))
-        return lay_out(gain, weight.gain_labels, want, x.shape)
+    def times(x: Any, gain: Any) -> jax.Array:
+        spread = lax.broadcast_in_dim(gain, x.shape, along)
+        return (x.astype(gain.dtype) * spread).astype(x.dtype)
 
-    gain = placed_like(x, scale, weight.gain)
-    return (x.astype(gain.dtype) * gain).astype(x.dtype)
+    return placed_like(x, times, x, gain)
 
 
 def lay_out(

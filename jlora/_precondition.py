@@ -1,0 +1,251 @@
+"""Gradients of A and B corrected by the other factor, around any optax optimizer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .factors import Factors, Spec, Trainable
+from .methods import plain
+
+if TYPE_CHECKING:
+    import optax
+
+PAIRED = ("lora", "dora")  # methods whose leaves a and b are the two factors
+
+
+def lora_fa(
+    tx: "optax.GradientTransformation",
+) -> "optax.GradientTransformationExtraArgs":
+    """Returns `tx` for LoRA-FA: A stays as it is, the gradient of B is corrected.
+
+    With A fixed, the step of B that brings the update nearest to the gradient of the
+    dense weight is `(Aᵀ A)⁻¹ g_B / scale²`, in float32; `tx` sees that gradient. No
+    state is kept for A, and one `jax.jit` around gradient and step leaves its gradient
+    out. In an embedding table B is the random factor and A starts at zero, so there the
+    roles change: B stays, `g_A (B Bᵀ)⁻¹ / scale²` trains A. Where the fixed factor has
+    linearly dependent directions (an orthogonal start) the inverse is the
+    pseudo-inverse.
+
+    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
+    weight each by itself; magnitudes, trained rows, leaves trained in full and the
+    leaves of other methods go to `tx` as they are. The optimizers of PEFT and the paper
+    are this around AdamW.
+
+    Args:
+      tx: any optax transformation, schedules and chains included.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, jlora
+      >>> from jlora.factors import Factors, Spec
+      >>> own = Factors(2 * jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
+      >>> t = jlora.Trainable({"w": own})
+      >>> tx = jlora.lora_fa(optax.sgd(1.0))
+      >>> updates, _ = tx.update(t, tx.init(t), t)
+      >>> updates.lora["w"].a.sum(), updates.lora["w"].b[0, 0]  # 1 / (2² + 2² + 2²)
+      (Array(0., dtype=float32), Array(-0.08333334, dtype=float32))
+      >>> [x.shape for x in jax.tree.leaves(jlora.lora_fa(optax.trace(0.9)).init(t))]
+      [(1, 2)]
+
+    References:
+      Zhang et al., 2023, LoRA-FA, https://arxiv.org/abs/2308.03303
+    """
+
+    def correct(gradient: Factors, own: Factors) -> Factors:
+        scales = _scales(own.spec)
+        if own.spec.op == "embedding":
+            inverse = _divided(_inverse(_gram_b(own), 0.0), scales)
+            return dataclasses.replace(
+                gradient, a=_right(gradient.a, inverse, own), b=None
+            )
+        inverse = _divided(_inverse(_gram_a(own), 0.0), scales)
+        b = _left(inverse, gradient.b, own)
+        return dataclasses.replace(gradient, a=None, b=b)
+
+    def without_fixed(own: Factors) -> Factors:
+        return dataclasses.replace(own, **{_fixed(own): None})
+
+    def with_zero(update: Factors, own: Factors) -> Factors:
+        fixed = _fixed(own)
+        zero = jnp.zeros_like(getattr(own, fixed))
+        return dataclasses.replace(update, **{fixed: zero})
+
+    def init(params: Any) -> Any:
+        return inner.init(_on_pairs(without_fixed, params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        _check_params(params, "lora_fa")
+        corrected = _on_pairs(correct, updates, params)
+        trained = _on_pairs(without_fixed, params)
+        updates, state = inner.update(corrected, state, trained, **extra)
+        return _on_pairs(with_zero, updates, params), state
+
+    optax, inner = _extra_args(tx)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def riemannian(
+    tx: "optax.GradientTransformation", *, damping: float = 1e-2
+) -> "optax.GradientTransformationExtraArgs":
+    """Returns `tx` on gradients preconditioned by the other factor's Gram matrix.
+
+    `g_A (B Bᵀ + damping I)⁻¹` and `(Aᵀ A + damping I)⁻¹ g_B`, in float32. The inverses
+    are rank × rank, so a step costs little more, and the step no longer depends on how
+    a product is shared between A and B: high ranks and large learning rates are more
+    forgiving. With AdamW inside this is the paper's scaled AdamW.
+
+    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
+    weight each by itself; magnitudes, trained rows, leaves trained in full and the
+    leaves of other methods go to `tx` as they are.
+
+    Args:
+      tx: any optax transformation, schedules and chains included.
+      damping: added to the diagonal of each Gram matrix.
+
+    Returns:
+      A transformation whose `update` needs `params`.
+
+    Raises:
+      ValueError: if `damping` is not a positive number.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jlora
+      >>> from jlora.factors import Factors, Spec
+      >>> own = Factors(2 * jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
+      >>> t = jlora.Trainable({"w": own})
+      >>> tx = jlora.riemannian(optax.sgd(1.0), damping=1.0)
+      >>> updates, _ = tx.update(t, tx.init(t), t)
+      >>> step = updates.lora["w"]  # -2 / (1² + 1² + 1) and -1 / (2² + 2² + 2² + 1)
+      >>> round(float(step.a[0, 0]), 4), round(float(step.b[0, 0]), 4)
+      (-0.6667, -0.0769)
+
+    References:
+      Zhang and Pilanci, 2024, Riemannian Preconditioned LoRA for Fine-Tuning
+      Foundation Models, https://arxiv.org/abs/2402.02347
+    """
+    if not damping > 0:
+        raise ValueError(f"damping must be a positive number, got {damping!r}.")
+
+    def precondition(gradient: Factors, own: Factors) -> Factors:
+        a = _right(gradient.a, _inverse(_gram_b(own), damping), own)
+        b = _left(_inverse(_gram_a(own), damping), gradient.b, own)
+        return dataclasses.replace(gradient, a=a, b=b)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        _check_params(params, "riemannian")
+        updates = _on_pairs(precondition, updates, params)
+        return inner.update(updates, state, params, **extra)
+
+    optax, inner = _extra_args(tx)
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _extra_args(tx: Any) -> tuple[Any, Any]:
+    """Returns optax, imported here alone, and `tx` with support for extra arguments."""
+    import optax
+
+    return optax, optax.with_extra_args_support(tx)
+
+
+def _check_params(params: Any, name: str) -> None:
+    if params is None:
+        raise ValueError(
+            f"{name} needs the factors themselves: write "
+            "tx.update(gradients, state, trainable)."
+        )
+
+
+def _fixed(own: Factors) -> str:
+    """Returns which factor starts random, and so can stay as it is."""
+    return "b" if own.spec.op == "embedding" else "a"
+
+
+def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
+    """Returns `tree` with `change(factors, *rest)` at each pair of factors."""
+
+    def of(node: Any, *others: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return node
+        lora = {
+            path: change(own, *(other.lora[path] for other in others))
+            if own.spec.method in PAIRED and not own.spec.rows
+            else own
+            for path, own in node.lora.items()
+        }
+        return Trainable(lora, node.full)
+
+    return jax.tree.map(
+        of, tree, *rest, is_leaf=lambda node: isinstance(node, Trainable)
+    )
+
+
+def _scales(spec: Spec) -> np.ndarray:
+    """Returns the scale of each rank, `[rank]`: parts of a weight have their own."""
+    if spec.parts is None:
+        return np.full(spec.rank, spec.scale, np.float32)
+    own = [spec.part_scale(rank) for rank in spec.parts.ranks if rank]
+    return np.repeat(np.array(own, np.float32), [r for r in spec.parts.ranks if r])
+
+
+def _divided(x: jax.Array, scales: np.ndarray) -> jax.Array:
+    """Returns `x`, `[*batch, rank, rank]`, over the scales of row and column."""
+    return x / jnp.broadcast_to(np.outer(scales, scales).astype(x.dtype), x.shape)
+
+
+def _gram_a(own: Factors) -> jax.Array:
+    """Returns `Aᵀ A`, `[*batch, rank, rank]`, in float32; zero between parts."""
+    batch, parts = len(own.spec.axes.batch), own.spec.parts
+    gram = _gram(own.a, batch, range(batch, own.a.ndim - 1))
+    if parts is None:
+        return gram
+    part = np.repeat(np.arange(len(parts.ranks)), parts.ranks)
+    return jnp.where(np.equal.outer(part, part), gram, jnp.zeros_like(gram))
+
+
+def _gram_b(own: Factors) -> jax.Array:
+    """Returns `B Bᵀ`, `[*batch, rank, rank]`, in float32; zero between parts."""
+    batch = len(own.spec.axes.batch)
+    _, b = plain(own)  # parts of a weight lie side by side in it, times a share
+    gram = _gram(b, batch, range(batch + 1, b.ndim))
+    return _divided(gram, _scales(own.spec) / np.float32(own.scale))
+
+
+def _gram(x: jax.Array, batch: int, summed: range) -> jax.Array:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _product(x, x, (tuple(summed), tuple(summed)), batch)
+
+
+def _inverse(gram: jax.Array, damping: float) -> jax.Array:
+    """Returns the pseudo-inverse of `gram + damping I`."""
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    damped = gram + damping * jnp.broadcast_to(eye, gram.shape)
+    return jnp.linalg.pinv(damped, hermitian=True)
+
+
+def _right(g_a: jax.Array, inverse: jax.Array, own: Factors) -> jax.Array:
+    """Returns `g_A inverse`, `[*batch, *fan_in, rank]`, dtype of `g_a`."""
+    batch = len(own.spec.axes.batch)
+    wide = g_a.astype(inverse.dtype)
+    axes = ((g_a.ndim - 1,), (batch,))
+    return _product(wide, inverse, axes, batch).astype(g_a.dtype)
+
+
+def _left(inverse: jax.Array, g_b: jax.Array, own: Factors) -> jax.Array:
+    """Returns `inverse g_B`, `[*batch, rank, *fan_out]`, dtype of `g_b`."""
+    batch = len(own.spec.axes.batch)
+    wide = g_b.astype(inverse.dtype)
+    axes = ((batch + 1,), (batch,))
+    return _product(inverse, wide, axes, batch).astype(g_b.dtype)
+
+
+def _product(x: jax.Array, y: jax.Array, summed: Any, batch: int) -> jax.Array:
+    leading = tuple(range(batch))
+    return jax.lax.dot_general(
+        x, y, (summed, (leading, leading)), precision=jax.lax.Precision.HIGHEST
+    )

@@ -1,0 +1,214 @@
+"""The papers behind what a config uses, as BibTeX."""
+
+from typing import NamedTuple
+
+from ._plan import Plan
+from .config import LoraConfig
+from .errors import ConfigError
+
+
+class Paper(NamedTuple):
+    """One entry: BibTeX key, title, authors, year and number on arXiv."""
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+
+PAPERS = {
+    "lora": Paper(
+        "hu2021lora",
+        "{LoRA}: Low-Rank Adaptation of Large Language Models",
+        "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and "
+        "Li, Yuanzhi and Wang, Shean and Wang, Lu and Chen, Weizhu",
+        2021,
+        "2106.09685",
+    ),
+    "rslora": Paper(
+        "kalajdzievski2023rslora",
+        "A Rank Stabilization Scaling Factor for Fine-Tuning with {LoRA}",
+        "Kalajdzievski, Damjan",
+        2023,
+        "2312.03732",
+    ),
+    "dora": Paper(
+        "liu2024dora",
+        "{DoRA}: Weight-Decomposed Low-Rank Adaptation",
+        "Liu, Shih-Yang and Wang, Chien-Yi and Yin, Hongxu and Molchanov, Pavlo and "
+        "Wang, Yu-Chiang Frank and Cheng, Kwang-Ting and Chen, Min-Hung",
+        2024,
+        "2402.09353",
+    ),
+    "vera": Paper(
+        "kopiczko2023vera",
+        "{VeRA}: Vector-based Random Matrix Adaptation",
+        "Kopiczko, Dawid J. and Blankevoort, Tijmen and Asano, Yuki M.",
+        2023,
+        "2310.11454",
+    ),
+    "adalora": Paper(
+        "zhang2023adalora",
+        "{AdaLoRA}: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning",
+        "Zhang, Qingru and Chen, Minshuo and Bukharin, Alexander and "
+        "Karampatziakis, Nikos and He, Pengcheng and Cheng, Yu and Chen, Weizhu and "
+        "Zhao, Tuo",
+        2023,
+        "2303.10512",
+    ),
+    "pissa": Paper(
+        "meng2024pissa",
+        "{PiSSA}: Principal Singular Values and Singular Vectors Adaptation of Large "
+        "Language Models",
+        "Meng, Fanxu and Wang, Zhaohui and Zhang, Muhan",
+        2024,
+        "2404.02948",
+    ),
+    "olora": Paper(
+        "buyukakyuz2024olora",
+        "{OLoRA}: Orthonormal Low-Rank Adaptation of Large Language Models",
+        'B{\\"u}y{\\"u}kaky{\\"u}z, Kerim',
+        2024,
+        "2406.01775",
+    ),
+    "eva": Paper(
+        "paischer2024eva",
+        "Parameter Efficient Fine-tuning via Explained Variance Adaptation",
+        "Paischer, Fabian and Hauzenberger, Lukas and Schmied, Thomas and "
+        "Alkin, Benedikt and Deisenroth, Marc Peter and Hochreiter, Sepp",
+        2024,
+        "2410.07170",
+    ),
+    "lora_ga": Paper(
+        "wang2024loraga",
+        "{LoRA-GA}: Low-Rank Adaptation with Gradient Approximation",
+        "Wang, Shaowen and Yu, Linxi and Li, Jian",
+        2024,
+        "2407.05000",
+    ),
+    "corda": Paper(
+        "yang2024corda",
+        "{CorDA}: Context-Oriented Decomposition Adaptation of Large Language Models "
+        "for Task-Aware Parameter-Efficient Fine-tuning",
+        "Yang, Yibo and Li, Xiaojie and Zhou, Zhongzhu and Song, Shuaiwen Leon and "
+        "Wu, Jianlong and Nie, Liqiang and Ghanem, Bernard",
+        2024,
+        "2406.05223",
+    ),
+    "loftq": Paper(
+        "li2023loftq",
+        "{LoftQ}: {LoRA}-Fine-Tuning-Aware Quantization for Large Language Models",
+        "Li, Yixiao and Yu, Yifan and Liang, Chen and He, Pengcheng and "
+        "Karampatziakis, Nikos and Chen, Weizhu and Zhao, Tuo",
+        2023,
+        "2310.08659",
+    ),
+    "lora_plus": Paper(
+        "hayou2024loraplus",
+        "{LoRA+}: Efficient Low Rank Adaptation of Large Models",
+        "Hayou, Soufiane and Ghosh, Nikhil and Yu, Bin",
+        2024,
+        "2402.12354",
+    ),
+    "lora_fa": Paper(
+        "zhang2023lorafa",
+        "{LoRA-FA}: Memory-efficient Low-rank Adaptation for Large Language Models "
+        "Fine-tuning",
+        "Zhang, Longteng and Zhang, Lin and Shi, Shaohuai and Chu, Xiaowen and Li, Bo",
+        2023,
+        "2308.03303",
+    ),
+    "riemannian": Paper(
+        "zhang2024riemannian",
+        "Riemannian Preconditioned {LoRA} for Fine-Tuning Foundation Models",
+        "Zhang, Fangzhao and Pilanci, Mert",
+        2024,
+        "2402.02347",
+    ),
+}
+
+# Methods and inits that no paper of their own introduced.
+WITHOUT_PAPER = ("kaiming", "gaussian", "orthogonal", "rows")
+
+
+def cite(used: LoraConfig | Plan, *also: str) -> str:
+    """Returns the BibTeX entries of the papers behind a config or a plan.
+
+    LoRA comes first, then methods, scale and inits in use, each once. A config names
+    all that its rules may use, a plan what its weights do use.
+
+    Args:
+      used: a config, or the plan made from it.
+      *also: what a config does not name, as the optimizers `"lora_plus"`, `"lora_fa"`
+        and `"riemannian"`.
+
+    Raises:
+      ConfigError: if a name of `also` is unknown; lists the known ones.
+
+    Examples:
+      >>> import jlora
+      >>> print(jlora.cite(jlora.LoraConfig(rslora=True)))
+      @misc{hu2021lora,
+        title = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+        author = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and ...},
+        year = {2021},
+        eprint = {2106.09685},
+        archivePrefix = {arXiv},
+        url = {https://arxiv.org/abs/2106.09685}
+      }
+      <BLANKLINE>
+      @misc{kalajdzievski2023rslora,
+        title = {A Rank Stabilization Scaling Factor for Fine-Tuning with {LoRA}},
+        author = {Kalajdzievski, Damjan},
+        year = {2023},
+        eprint = {2312.03732},
+        archivePrefix = {arXiv},
+        url = {https://arxiv.org/abs/2312.03732}
+      }
+    """
+    unknown = [name for name in also if name not in PAPERS]
+    if unknown:
+        raise ConfigError(
+            f"No paper is known for {', '.join(map(repr, unknown))}. Known names: "
+            f"{', '.join(PAPERS)}."
+        )
+    names = dict.fromkeys(("lora", *_names(used), *also))
+    return "\n\n".join(_bibtex(PAPERS[name]) for name in names if name in PAPERS)
+
+
+def _names(used: LoraConfig | Plan) -> list[str]:
+    """Returns the methods, the scale and the inits in use."""
+    if isinstance(used, Plan):
+        parts = [row.spec for row in used.rows() if row.spec is not None]
+        is_rank_stabilised = any(spec.rslora for spec in parts)
+    else:
+        parts = [used, *used.rules]
+        is_rank_stabilised = used.rslora
+    names = [part.method for part in parts]
+    names += ["rslora"] if is_rank_stabilised else []
+    inits = [part.init for part in parts]
+    return names + [entry_of(init) for init in inits if isinstance(init, str)]
+
+
+def entry_of(name: str) -> str:
+    """Returns under which name of `PAPERS` a method or init stands.
+
+    Examples:
+      >>> entry_of("lora_ga"), entry_of("pissa_niter_4")
+      ('lora_ga', 'pissa')
+    """
+    return name if name in PAPERS else name.split("_")[0]
+
+
+def _bibtex(paper: Paper) -> str:
+    fields = {
+        "title": paper.title,
+        "author": paper.authors,
+        "year": paper.year,
+        "eprint": paper.arxiv,
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{paper.arxiv}",
+    }
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@misc{{{paper.key},\n{lines}\n}}"

@@ -1,0 +1,552 @@
+"""`load`: the adapter in a Hugging Face PEFT directory."""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import paths
+from .._plan import Plan, _axes
+from ..errors import PeftError
+from ..factors import Axes, Factors, Spec, Trainable
+from . import layers
+from .config import (
+    CONFIG,
+    PREFIX,
+    SIGNED,
+    STEM,
+    PeftConfig,
+    endings,
+    names_module,
+    parse_config,
+    pattern_lookup,
+    signature,
+)
+from .layers import RAW, Layer, nested
+from .names import GENERIC, NameMap, Place, unnamed
+from .report import Report
+from .tensors import FLOATS, Slot, open_tensors, read_json
+
+_ADAPTER_LEAVES = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaf:
+    """A leaf of the model that an adapter may be for."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    value: Any
+    op: str
+    axes: Axes | None
+    tied: bool | None
+    planned: str  # "", "adapted", "full" or "frozen"
+    spec: Spec | None = None
+
+
+@overload
+def load(
+    directory: str | os.PathLike,
+    params_or_plan: Any,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: Any = None,
+    strict: Literal[True] = True,
+) -> Trainable: ...
+@overload
+def load(
+    directory: str | os.PathLike,
+    params_or_plan: Any,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: Any = None,
+    strict: Literal[False],
+) -> tuple[Trainable, Report]: ...
+def load(
+    directory: str | os.PathLike,
+    params_or_plan: Any,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: Any = None,
+    strict: bool = True,
+) -> Trainable | tuple[Trainable, Report]:
+    """Returns the adapter that Hugging Face PEFT wrote into `directory`.
+
+    Works on whatever PEFT's LoRA writes for layers that the model has, see
+    `docs/peft.md`. Nothing is unpickled, and no file outside `directory` is opened.
+
+    Args:
+      directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards.
+      params_or_plan: the model's parameters (arrays or shapes), or a `jlora.Plan`. A
+        plan also says what has to be in the file: what it adapts and trains in full, at
+        the ranks it gives.
+      names: what the leaves are called in torch, see `save`.
+      tied: whether the embedding table is the output head too; a plan tells itself.
+      dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
+      strict: False returns what does fit, and a report of what does not.
+
+    Returns:
+      The adapter, with `strict=False` `(adapter, report)`.
+
+    Raises:
+      PeftError: if a file is missing, damaged or no LoRA adapter; with `strict`, lists
+        all that is missing, extra, misshapen or of a wrong type, every field of the
+        config that jlora lacks, and every contradiction between config and tensors.
+    """
+    directory = pathlib.Path(directory)
+    names = names or GENERIC
+    if not directory.is_dir():
+        raise PeftError(f"There is no directory {str(directory)!r} to load from.")
+    fields = read_json(directory / CONFIG)
+    config, odd = parse_config(fields)
+    slots, metadata = open_tensors(directory, STEM)
+    if SIGNED in metadata and metadata[SIGNED] != signature(fields):
+        odd.append(
+            "rank, alpha or their patterns are not those that the tensors were written "
+            f"with ({metadata[SIGNED]:.200}): the config was changed later"
+        )
+    reading = _Reading(config, slots, names, tied, dtype)
+    reading.config += odd
+    reading.read(_leaves(params_or_plan))
+    trainable, report = reading.result()
+    if not strict:
+        return trainable, report
+    if report:
+        raise PeftError(
+            f"The adapter in {str(directory)!r} does not fit, {len(report)} findings:\n"
+            f"{report}\nstrict=False takes what fits."
+        )
+    return trainable
+
+
+def _leaves(params_or_plan: Any) -> list[_Leaf]:
+    if isinstance(params_or_plan, Plan):
+        return [_planned(row) for row in params_or_plan.rows() if row.shape]
+    found, _ = paths.flatten(params_or_plan)
+    return [
+        _Leaf(path, tuple(x.shape), x.dtype, x, "", None, None, "")
+        for path, x in found.items()
+        if hasattr(x, "shape") and hasattr(x, "dtype")
+    ]
+
+
+def _planned(row: Any) -> _Leaf:
+    ops = [use for use in row.uses if use.route == "factored"]
+    both = row.op == "embedding" and any(use.op != "gather" for use in ops)
+    spec = row.spec
+    axes = spec.axes if spec else _axes(row) if ops else None
+    return _Leaf(
+        row.path,
+        row.shape,
+        jnp.dtype(row.dtype),
+        None,
+        row.op,
+        axes,
+        both if row.op == "embedding" else None,
+        row.status if row.status in ("adapted", "full") else "frozen",
+        spec,
+    )
+
+
+@dataclasses.dataclass
+class _Reading:
+    """One load: what is left of the file, and what was found to be wrong."""
+
+    file: PeftConfig
+    slots: dict[str, Slot]
+    names: NameMap
+    tied: bool | None
+    dtype: Any
+    left: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    stems: dict[Place, str] = dataclasses.field(default_factory=dict)
+    used: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    lora: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+    modules: list[str] = dataclasses.field(default_factory=list)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    config: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        outside = [name for name in self.slots if not name.startswith(PREFIX)]
+        if outside:
+            self.wrong += [
+                f"{name!r:.200} does not begin with {PREFIX!r}" for name in outside
+            ]
+        self.left = {
+            name.removeprefix(PREFIX): slot
+            for name, slot in self.slots.items()
+            if name.startswith(PREFIX)
+        }
+        self.rank_of = pattern_lookup(self.file.rank_pattern)
+        self.alpha_of = pattern_lookup(self.file.alpha_pattern)
+
+    def read(self, leaves: Sequence[_Leaf]) -> None:
+        """Reads what the leaves take."""
+        placed: list[tuple[_Leaf, tuple[Place, ...]]] = []
+        for leaf in leaves:
+            try:
+                found = self.names.places(
+                    leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
+                )
+            except PeftError as error:
+                if leaf.planned in ("adapted", "full"):
+                    self.missing.append(str(error).rstrip("."))
+                continue
+            if found:
+                placed.append((leaf, found))
+            elif leaf.planned in ("adapted", "full"):
+                self.missing.append(unnamed(leaf.path, self.names))
+        placed = self._with_prefix(placed)
+        raw = [
+            place
+            for _, found in placed
+            for place in found
+            if place.kind in RAW
+            and any(names_module(t, place.name) for t in self.file.parameters)
+        ]
+        self.stems = nested(raw)
+        for leaf, found in placed:
+            self._read_leaf(leaf, found)
+        self._check_config()
+
+    def _with_prefix(
+        self, placed: list[tuple[_Leaf, tuple[Place, ...]]]
+    ) -> list[tuple[_Leaf, tuple[Place, ...]]]:
+        """Returns the places under the names with or without prefix that fit more."""
+        if not self.names.prefix:
+            return placed
+
+        def turned(place: Place) -> Place:
+            return dataclasses.replace(place, name=self.names.other_prefix(place.name))
+
+        modules = {end for name in self.left for end in _beginnings(name)}
+        plain = sum(p.module in modules for _, found in placed for p in found)
+        other = sum(turned(p).module in modules for _, found in placed for p in found)
+        if other <= plain:
+            return placed
+        return [(leaf, tuple(map(turned, found))) for leaf, found in placed]
+
+    def _read_leaf(self, leaf: _Leaf, places: tuple[Place, ...]) -> None:
+        found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
+        if found:
+            self._factors(leaf, places, found)
+            self.modules += [p.module for p in places if p.name in found]
+        whole = {p.name: s for p in places if (s := self._whole(leaf, p, bool(found)))}
+        if whole and not found:
+            self._full(leaf, places, whole)
+        elif not found and leaf.planned in ("adapted", "full"):
+            what = "factors for" if leaf.planned == "adapted" else "the whole of"
+            self.missing.append(
+                f"{what} {leaf.path!r}, in torch {places[0].name}"
+                + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+            )
+        if found and leaf.planned in ("full", "frozen"):
+            self.wrong.append(
+                f"{leaf.path!r} has factors, the plan has it {leaf.planned}"
+            )
+        if whole and not found and leaf.planned in ("adapted", "frozen"):
+            self.wrong.append(f"{leaf.path!r} is whole, the plan has it {leaf.planned}")
+
+    def _take(self, name: str, floats: bool = True) -> np.ndarray | None:
+        slot = self.left.pop(name, None)
+        if slot is None:
+            return None
+        if floats and slot.dtype not in FLOATS:
+            self.wrong.append(f"{name} is {slot.dtype}, no floating-point type")
+            return None
+        array = slot.read()
+        if slot.dtype in FLOATS and not np.isfinite(array).all():
+            self.wrong.append(f"{name} holds NaN or infinity")
+            return None
+        return array
+
+    def _layer(self, leaf: _Leaf, place: Place) -> Layer | None:
+        """Returns the adapter of one module, if the file has it whole."""
+        stem, kind = place.module, ("lora_A.weight", "lora_B.weight")
+        if place.kind == "other":
+            return None
+        if place.kind == "embedding":
+            kind = ("lora_embedding_A", "lora_embedding_B")
+        if place.kind in RAW:
+            if place not in self.stems:
+                return None
+            stem = self.stems[place]
+        keys = [f"{stem}.{k}" for k in kind]
+        magnitude = [
+            key
+            for key in (
+                f"{stem}.lora_magnitude_vector",
+                f"{stem}.lora_magnitude_vector.weight",
+            )
+            if key in self.left
+        ]
+        if not any(key in self.left for key in (*keys, *magnitude)):
+            return None
+        absent = [key for key in keys if key not in self.left]
+        if self.file.dora and not magnitude:
+            absent.append(f"{stem}.lora_magnitude_vector")
+        if magnitude and not self.file.dora:
+            self.config.append(f"use_dora is false, the file has {magnitude[0]}")
+        a, b = (self._take(key) for key in keys)
+        m = self._take(magnitude[0]) if magnitude else None
+        self.missing += absent
+        rank, scale = self._rank_and_scale(place.module)
+        self._take_tied(leaf, place, a, b)
+        if a is None or b is None or absent or bool(magnitude) != (m is not None):
+            return None
+        wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+        layer = Layer(a.astype(wide), b.astype(wide), scale, m)
+        reason = layers.check_layer(place, leaf.shape, layer, rank)
+        if reason:
+            self.wrong.append(f"{place.module}: {reason}")
+            return None
+        return layer
+
+    def _take_tied(
+        self, leaf: _Leaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
+    ) -> None:
+        """Reads the head's side of a tied embedding, which must be the same numbers."""
+        if place.tied is None or place.kind != "embedding":
+            return
+        head = place.tied.removesuffix(".weight")
+        keys = f"{head}.lora_A.weight", f"{head}.lora_B.weight"
+        tied = leaf.tied if leaf.tied is not None else self.tied
+        there = [key in self.left for key in keys]
+        if tied is None and not any(there):
+            self.config.append(
+                f"{leaf.path!r} may be the output head too ({place.tied}), the file "
+                "adapts the embedding alone. Give the plan, or say tied=False if the "
+                "model does not use it as both"
+            )
+        elif tied and not all(there):
+            self.config.append(
+                f"{leaf.path!r} is the output head too, but the file does not adapt "
+                f"{head}: PEFT leaves that use of the weight as it was, jlora has one "
+                "adapter for both"
+            )
+        if tied is not False and all(there):
+            head_a, head_b = (self._take(key) for key in keys)
+            self.modules.append(head)
+            same = (
+                a is not None and b is not None and head_a is not None
+                and head_b is not None and np.array_equal(head_a, b.T)
+                and np.array_equal(head_b, a.T)
+            )  # fmt: skip
+            if not same:
+                self.wrong.append(
+                    f"{head} and {place.module} are tied, their factors not"
+                )
+        self.left.pop(f"{head}.base_layer.weight", None)
+
+    def _rank_and_scale(self, module: str) -> tuple[int, float]:
+        rank, alpha = self.file.r, self.file.alpha
+        hit = self.rank_of(module)
+        if hit:
+            rank = hit[1]
+            self.used.add(("rank_pattern", hit[0]))
+        hit = self.alpha_of(module)
+        if hit:
+            alpha = hit[1]
+            self.used.add(("alpha_pattern", hit[0]))
+        return rank, alpha / (math.sqrt(rank) if self.file.rslora else rank)
+
+    def _factors(
+        self, leaf: _Leaf, places: tuple[Place, ...], found: dict[str, Layer]
+    ) -> None:
+        axes = leaf.axes or places[0].axes()
+        for place in places:
+            reason = layers.misfit(place, axes)
+            if reason:
+                self.wrong.append(f"{leaf.path!r}: {reason}")
+                return
+        if self.file.dora and len(found) < len(places):
+            absent = [p.module for p in places if p.name not in found]
+            self.missing.append(f"DoRA of {', '.join(absent)}, parts of {leaf.path!r}")
+            return
+        try:
+            a, b, m, scale = layers.assemble(places, axes, leaf.shape, found)
+        except PeftError as error:
+            self.wrong.append(str(error))
+            return
+        rank = a.shape[-1]
+        only = next(p for p in places if p.name in found)
+        own_rank, _ = self._rank_and_scale(only.module)
+        hit = self.alpha_of(only.module)
+        if rank == own_rank:
+            rslora, alpha = self.file.rslora, hit[1] if hit else self.file.alpha
+        else:
+            rslora, alpha = False, scale * rank
+        dtype = self.dtype or a.dtype
+        spec = Spec(
+            op=leaf.op
+            if leaf.op in ("linear", "embedding", "conv")
+            else {"embedding": "embedding", "conv": "conv"}.get(only.kind, "linear"),
+            axes=axes,
+            rank=rank,
+            alpha=float(alpha),
+            rslora=rslora,
+            dropout=self.file.dropout,
+            method="dora" if m is not None else "lora",
+        )
+        if leaf.spec and (leaf.spec.rank, leaf.spec.scale) != (rank, spec.scale):
+            self.config.append(
+                f"{leaf.path!r} has rank {rank} and scale {spec.scale:g}, the plan "
+                f"{leaf.spec.rank} and {leaf.spec.scale:g}"
+            )
+        magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
+        self.lora[leaf.path] = Factors(
+            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
+        )
+
+    def _whole(self, leaf: _Leaf, place: Place, adapted: bool) -> Slot | None:
+        """Returns where the file has the tensor itself, if it is trained."""
+        module, _, last = place.name.rpartition(".")
+        inner = f"{module}.base_layer.{last}"
+        if adapted:
+            self._check_base(leaf, place, inner)
+            return None
+        for key in (place.name, inner) if last == "bias" else (place.name,):
+            if key in self.left:
+                self._check_saved(place.name)
+                return self.left.pop(key)
+        return None
+
+    def _check_base(self, leaf: _Leaf, place: Place, key: str) -> None:
+        """Takes the copy of an adapted table that PEFT saves: the model's own."""
+        slot = self.left.pop(key, None)
+        if slot is None:
+            return
+        wanted = place.shape(leaf.shape)
+        if slot.shape != wanted:
+            self.wrong.append(
+                f"{key} is {slot.shape}, the model's is {wanted}: resize the model's "
+                "vocabulary to the adapter's first"
+            )
+        elif leaf.value is not None and not isinstance(
+            leaf.value, jax.ShapeDtypeStruct
+        ):
+            tensor, value = slot.read(), np.asarray(leaf.value)
+            own = layers.weight_out(place, value).astype(tensor.dtype)
+            if not np.array_equal(own, tensor):
+                self.wrong.append(
+                    f"{key}, the table that the adapter was trained on, is not the "
+                    "model's. Put it into the parameters first, with load_base"
+                )
+
+    def _check_saved(self, name: str) -> None:
+        module, _, leaf = name.rpartition(".")
+        if any(module.endswith(entry) or f".{entry}." in f".{module}."
+               for entry in self.file.saved):  # fmt: skip
+            return
+        if leaf == "bias" and self.file.bias != "none":
+            return
+        self.config.append(
+            f"the file has {name} whole, but modules_to_save is "
+            f"{list(self.file.saved)!r:.200} and bias {self.file.bias!r}"
+        )
+
+    def _full(
+        self, leaf: _Leaf, places: tuple[Place, ...], whole: dict[str, Slot]
+    ) -> None:
+        absent = [p.name for p in places if p.name not in whole]
+        if absent:
+            self.missing.append(f"{', '.join(absent)}, parts of {leaf.path!r}")
+            return
+        arrays = {}
+        for place in places:
+            slot = whole[place.name]
+            wanted = place.shape(leaf.shape)
+            if slot.shape != wanted:
+                self.wrong.append(f"{place.name} is {slot.shape}, wanted {wanted}")
+                return
+            arrays[place.name] = slot.read()
+            if slot.dtype in FLOATS and not np.isfinite(arrays[place.name]).all():
+                self.wrong.append(f"{place.name} holds NaN or infinity")
+                return
+        floats = [slot.dtype in FLOATS for slot in whole.values()]
+        if not all(floats) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            self.wrong.append(f"{places[0].name} is no floating-point array")
+            return
+        dtype = np.result_type(*(x.dtype for x in arrays.values()))
+        if all(floats):
+            dtype = jnp.promote_types(dtype, leaf.dtype)
+        out = np.zeros(leaf.shape, dtype)
+        for place in places:
+            layers.weight_in(place, arrays[place.name].astype(dtype), out)
+        self.full[leaf.path] = jnp.asarray(out)
+
+    def _check_config(self) -> None:
+        """Notes what the config names and the tensors do not have, and the reverse."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            self.config += [
+                f"{field} has {key!r:.100}, which names no adapted module"
+                for key, _ in getattr(self.file, field)
+                if (field, key) not in self.used
+            ]
+        if self.file.targets is not None:
+            ends = {end for module in self.modules for end in endings(module)}
+            self.config += [
+                f"target_modules names {t!r:.100}, for which there are no tensors"
+                for t in self.file.targets
+                if t not in ends
+            ]
+            raw = {place.module for place in self.stems}
+            named = set(self.file.targets)
+            self.config += [
+                f"{module} has an adapter, target_modules does not name it"
+                for module in self.modules
+                if module not in raw and not any(e in named for e in endings(module))
+            ]
+        ends = {end for place in self.stems for end in endings(place.name)}
+        self.config += [
+            f"target_parameters names {t!r:.100}, which the model does not have"
+            for t in self.file.parameters
+            if t not in ends
+        ]
+        if self.file.tokens:
+            self.config.append("trainable_token_indices: jlora reads no trained rows")
+        if self.file.tying and not any(
+            p.endswith("lora_embedding_A") for p in map(str, self.slots)
+        ):
+            self.config.append("ensure_weight_tying is set, no embedding is adapted")
+
+    def result(self) -> tuple[Trainable, Report]:
+        """Returns the adapter and the report."""
+        extra = [
+            f"{PREFIX}{name!s:.200}"
+            + ("" if name.endswith(_ADAPTER_LEAVES) else " (no tensor of an adapter)")
+            for name in self.left
+        ]
+        report = Report(
+            tuple(dict.fromkeys(self.missing)),
+            tuple(extra),
+            tuple(dict.fromkeys(self.wrong)),
+            tuple(dict.fromkeys(self.config)),
+        )
+        return Trainable(self.lora, self.full), report
+
+
+def _beginnings(name: str) -> Iterable[str]:
+    """Yields what is left of the name before each of its dots."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -1,0 +1,354 @@
+"""`adapter_config.json`: every field understood, harmless, or refused by name."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from ..errors import PeftError
+
+CONFIG = "adapter_config.json"
+STEM = "adapter_model"  # the tensors' file without its suffix
+PREFIX = "base_model.model."  # before the name of each tensor
+SIGNED = "jlora_config"  # key of the signature in the tensors' metadata
+
+# Fields that say nothing about the adapter's numbers.
+_NOTES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# Fields that jlora does not implement, and the values that switch them off.
+_LACKING = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "corda_config": (None,),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "loftq_config": (None, {}),
+    "lora_bias": (False, None),
+    "lora_ga_config": (None,),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+# Names of inits that leave the base weights as they are.
+_INITS = ("gaussian", "eva", "orthogonal", "mica")
+BASE_CHANGING = ("corda", "loftq", "lora_ga", "milora", "olora", "pissa", "qpissa")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The fields of a PEFT `LoraConfig` that decide what an adapter computes.
+
+    Attributes:
+      r: the rank of modules without a pattern of their own.
+      alpha: the numerator of their scale.
+      rank_pattern: `(pattern, rank)`, the first that matches a module's name.
+      alpha_pattern: `(pattern, alpha)`, likewise.
+      rslora: divide by the rank's square root.
+      dora: whether modules have magnitudes.
+      dropout: drop rate on the input of A.
+      bias: `"none"`, `"all"` or `"lora_only"`.
+      targets: names of adapted modules, or None for what is not a list of names.
+      parameters: names of adapted bare parameters.
+      saved: modules that are in the file whole.
+      tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
+      tying: the output head takes part in the embedding's adapter.
+    """
+
+    r: int
+    alpha: float
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    bias: str = "none"
+    targets: tuple[str, ...] | None = None
+    parameters: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tying: bool = False
+
+
+def pattern_lookup(
+    pattern: Iterable[tuple[str, Any]],
+) -> Callable[[str], tuple[str, Any] | None]:
+    r"""Returns a function from a module to the first `(key, value)` that matches it.
+
+    PEFT matches `(.*\.)?(key)$` with each key in turn. A key without special signs is
+    looked up instead, for adapters with thousands of them; a dot in it is a dot.
+    """
+    plain: dict[str, tuple[int, str, Any]] = {}
+    others: list[tuple[int, re.Pattern[str], str, Any]] = []
+    for order, (key, value) in enumerate(pattern):
+        if re.fullmatch(r"[\w.]+", key):
+            plain.setdefault(key, (order, key, value))
+        else:
+            others.append((order, re.compile(rf"(.*\.)?({key})$"), key, value))
+
+    def find(module: str) -> tuple[str, Any] | None:
+        found = [plain[end] for end in endings(module) if end in plain]
+        found += [(n, key, value) for n, r, key, value in others if r.match(module)]
+        return min(found, key=lambda hit: hit[0])[1:] if found else None
+
+    return find
+
+
+def endings(module: str) -> Iterator[str]:
+    """Yields the name and what is left of it after each of its dots.
+
+    Examples:
+      >>> list(endings("a.b.c"))
+      ['a.b.c', 'b.c', 'c']
+    """
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module
+
+
+def names_module(entry: str, module: str) -> bool:
+    """Returns whether an entry of a list of targets names `module`."""
+    return module == entry or module.endswith("." + entry)
+
+
+def parse_config(fields: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
+    """Returns the config in `fields`, and in words what is wrong with it.
+
+    Raises:
+      PeftError: if it is no LoRA adapter's, or lacks rank or alpha.
+    """
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise PeftError(
+            f"peft_type is {kind!r:.50}. jlora reads 'LORA' alone: convert the adapter "
+            "with PEFT's `save_as_lora` first."
+        )
+    wrong: list[str] = []
+    known = _FIELDS.keys() | _NOTES | _LACKING.keys() | {"peft_type"}
+    wrong += [f"unknown field {name!r:.100}" for name in fields if name not in known]
+    wrong += [
+        f"{name} is {fields[name]!r:.100}, which jlora does not have"
+        for name, off in _LACKING.items()
+        if name in fields and not any(_equal(fields[name], value) for value in off)
+    ]
+    values = {}
+    for name, (field, read, default) in _FIELDS.items():
+        value = fields.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise PeftError(
+                    f"The config has no {name}. PEFT would take 8 without a word. "
+                    f"Write the {name} that the adapter was trained with into it."
+                )
+            continue
+        try:
+            values[field] = read(value)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            if default is _REQUIRED:
+                raise PeftError(f"{name} is {value!r:.100}: {error}.") from error
+            wrong.append(f"{name} is {value!r:.100}: {error}")
+    values.pop("", None)
+    return PeftConfig(**values), wrong
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+_REQUIRED = object()
+
+
+def _rank(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= 1_000_000:
+        raise ValueError("a rank is a positive whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("it must be a positive number")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("it must be true or false")
+    return value
+
+
+def _rate(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < 1:
+        raise ValueError("a drop rate is in [0, 1)")
+    return float(value)
+
+
+def _bias(value: Any) -> str:
+    if value not in ("none", "all", "lora_only"):
+        raise ValueError("it must be none, all or lora_only")
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError("it must be a list of names")
+    return tuple(value)
+
+
+def _targets(value: Any) -> tuple[str, ...] | None:
+    return None if isinstance(value, str) else _names(value)
+
+
+def _pattern(read: Any) -> Any:
+    def parse(value: Any) -> tuple[tuple[str, Any], ...]:
+        if not isinstance(value, dict):
+            raise ValueError("it must be an object")
+        for key in value:
+            _check_regex(key)
+        return tuple((key, read(number)) for key, number in value.items())
+
+    return parse
+
+
+def _check_regex(key: str) -> None:
+    """Refuses what is no regular expression, or could take for ever to match."""
+    loops = re.sub(r"\\.|\[[^\]]*\]", "x", key)
+    if re.search(r"\)[*+{?]", loops) or len(re.findall(r"[*+{]", loops)) > 6:
+        raise ValueError(f"the pattern {key!r:.60} repeats too much")
+    if "(?" in loops.replace("(?:", "(") or len(key) > 1000:
+        raise ValueError(f"the pattern {key!r:.60} is no plain pattern")
+    try:
+        re.compile(rf"(.*\.)?({key})$")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern {key!r:.60} is broken, {error}") from error
+
+
+def _tokens(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    entries = {"": value} if isinstance(value, list) else value
+    if not isinstance(entries, dict):
+        raise ValueError("it must be a list or an object of lists")
+    for ids in entries.values():
+        whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+        if not whole or len(set(ids)) != len(ids):
+            raise ValueError("token ids are different whole numbers")
+    return tuple((name, tuple(ids)) for name, ids in entries.items())
+
+
+def _init(value: Any) -> None:
+    if type(value) is not bool and value not in _INITS:
+        raise ValueError(
+            "such an init changes the base weights, which are not in the file. Save it "
+            "in PEFT with path_initial_model_for_weight_conversion"
+        )
+
+
+# PEFT's name: our name, how it is read, and what its absence means.
+_FIELDS: dict[str, tuple[str, Any, Any]] = {
+    "r": ("r", _rank, _REQUIRED),
+    "lora_alpha": ("alpha", _number, _REQUIRED),
+    "rank_pattern": ("rank_pattern", _pattern(_rank), None),
+    "alpha_pattern": ("alpha_pattern", _pattern(_number), None),
+    "use_rslora": ("rslora", _flag, None),
+    "use_dora": ("dora", _flag, None),
+    "lora_dropout": ("dropout", _rate, None),
+    "bias": ("bias", _bias, None),
+    "target_modules": ("targets", _targets, None),
+    "target_parameters": ("parameters", _names, None),
+    "modules_to_save": ("saved", _names, None),
+    "trainable_token_indices": ("tokens", _tokens, None),
+    "ensure_weight_tying": ("tying", _flag, None),
+    "init_lora_weights": ("", _init, None),
+}
+
+
+def config_fields(
+    config: PeftConfig, *, base_model: str | None, task_type: str | None, conv1d: bool
+) -> dict[str, Any]:
+    """Returns the JSON object that PEFT reads as `config`, its fields sorted."""
+    fields = {
+        "alpha_pattern": {k: _plain(v) for k, v in config.alpha_pattern},
+        "base_model_name_or_path": base_model,
+        "bias": config.bias,
+        "fan_in_fan_out": conv1d,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _plain(config.alpha),
+        "lora_dropout": config.dropout,
+        "modules_to_save": list(config.saved) or None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "target_modules": list(config.targets or ()),
+        "task_type": task_type,
+        "use_dora": config.dora,
+        "use_rslora": config.rslora,
+    }
+    # Fields that older readers do not know are written where they say something.
+    if config.parameters:
+        fields["target_parameters"] = list(config.parameters)
+    if config.tokens:
+        fields["trainable_token_indices"] = {k: list(v) for k, v in config.tokens}
+    if config.tying:
+        fields["ensure_weight_tying"] = True
+    return dict(sorted(fields.items()))
+
+
+def _plain(number: float) -> int | float:
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def patterns(values: Mapping[str, Any], default: Any) -> tuple[tuple[str, Any], ...]:
+    """Returns the pattern that gives each module its value, few entries first.
+
+    A name is written as it is, as PEFT writes it, unless it would match another module
+    too; then it is anchored and escaped.
+    """
+    inner = {end for name in values for end in list(endings(name))[1:]}
+    return tuple(
+        (
+            name
+            if re.fullmatch(r"[\w.]+", name) and name not in inner
+            else "^" + re.escape(name),
+            value,
+        )
+        for name, value in values.items()
+        if value != default
+    )
+
+
+def signature(fields: Mapping[str, Any]) -> str:
+    """Returns the fields that decide what the tensors mean, as text."""
+    kept = (
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+    )
+    return json.dumps([fields.get(k) or None for k in kept])
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    """Returns the value that occurs most, of several the first."""
+    counts: dict[Any, int] = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return max(counts, key=lambda value: counts[value])

@@ -1,0 +1,437 @@
+"""What the leaves of common models are called in torch; each map is data.
+
+The maps for `transformers` are for its Flax classes, with `params/` before the paths or
+without. Add or replace rules by putting others in front:
+`NameMap((Entry(...), *LLAMA.entries), prefix=LLAMA.prefix)`.
+"""
+
+from .names import Entry, NameMap
+
+
+def _norm(flax: str, torch: str) -> tuple[Entry, ...]:
+    """Returns the rules of a layer norm."""
+    return (
+        Entry(f"{flax}/scale", f"{torch}.weight"),
+        Entry(f"{flax}/bias", f"{torch}.bias"),
+    )
+
+
+def _dense(flax: str, torch: str) -> tuple[Entry, ...]:
+    """Returns the rules of a dense layer."""
+    return (
+        Entry(f"{flax}/kernel", f"{torch}.weight"),
+        Entry(f"{flax}/bias", f"{torch}.bias"),
+    )
+
+
+def _same(*modules: str) -> tuple[Entry, ...]:
+    """Returns the rules of dense layers with the same path on both sides."""
+    return tuple(
+        entry for flax in modules for entry in _dense(flax, flax.replace("/", "."))
+    )
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def _decoder(layer: str, axes: str | None, vector: str | None) -> tuple[Entry, ...]:
+    """Returns the rules of a Llama-style decoder; `layer` is the path of its layers."""
+    torch = "[model.]layers.{i}"
+    modules = [
+        *(f"self_attn/{name}" for name in _ATTENTION),
+        *(f"mlp/{name}" for name in _MLP),
+    ]
+    norms = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "self_attn/q_norm",
+        "self_attn/k_norm",
+    )
+    return (
+        Entry(
+            "[model/]embed_tokens/embedding",
+            "[model.]embed_tokens.weight",
+            tied="lm_head.weight",
+        ),
+        *(
+            entry
+            for name in modules
+            for entry in (
+                Entry(
+                    f"{layer}/{name}/kernel",
+                    f"{torch}.{name.replace('/', '.')}.weight",
+                    axes,
+                    "linear",
+                ),
+                Entry(
+                    f"{layer}/{name}/bias",
+                    f"{torch}.{name.replace('/', '.')}.bias",
+                    vector,
+                    "other",
+                ),
+            )
+        ),
+        *(
+            Entry(
+                f"{layer}/{name}/{leaf}",
+                f"{torch}.{name.replace('/', '.')}.weight",
+                vector,
+                "other",
+            )
+            for name in norms
+            for leaf in ("weight", "scale")
+        ),
+        Entry("[model/]norm/weight", "[model.]norm.weight", kind="other"),
+        Entry("[model/]norm/scale", "[model.]norm.weight", kind="other"),
+        Entry("lm_head/kernel", "lm_head.weight"),
+        Entry("score/kernel", "score.weight"),
+    )
+
+
+_ROTARY = ("[model.]layers.{i}.self_attn.rotary_emb.inv_freq",)
+
+#: Llama, Mistral, Qwen2, Gemma: decoders with q_proj, k_proj, v_proj, o_proj.
+LLAMA = NameMap(
+    _decoder("[model/]layers/{i}", None, None), prefix="model.", ignore=_ROTARY
+)
+MISTRAL = QWEN2 = GEMMA = LLAMA
+
+#: The same with one leaf for all layers (`nn.scan`), its first axis the layer.
+LLAMA_STACKED = NameMap(
+    _decoder("[model/]layers", "i in out -> out in", "i d -> d"),
+    prefix="model.",
+    ignore=_ROTARY,
+)
+
+#: DeepMind's `gemma` package: einsum weights with head axes, stacked gates.
+GEMMA_EINSUM = NameMap(
+    (
+        Entry(
+            "[transformer/]embedder/input_embedding",
+            "[model.]embed_tokens.weight",
+            "v d -> v d",
+            "embedding",
+            tied="lm_head.weight",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/attn/q_einsum/w",
+            "[model.]layers.{i}.self_attn.q_proj.weight",
+            "n d h -> (n h) d",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/attn/kv_einsum/w",
+            "[model.]layers.{i}.self_attn.{part:k_proj,v_proj}.weight",
+            "part n d h -> (n h) d",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/attn/qkv_einsum/w",
+            "[model.]layers.{i}.self_attn.{part:q_proj,k_proj,v_proj}.weight",
+            "part n d h -> (n h) d",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/attn/attn_vec_einsum/w",
+            "[model.]layers.{i}.self_attn.o_proj.weight",
+            "n h d -> d (n h)",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/mlp/gating_einsum[/w]",
+            "[model.]layers.{i}.mlp.{part:gate_proj,up_proj}.weight",
+            "part f d -> f d",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/mlp/linear[/w]",
+            "[model.]layers.{i}.mlp.down_proj.weight",
+            "f d -> d f",
+            "linear",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/pre_attention_norm/scale",
+            "[model.]layers.{i}.input_layernorm.weight",
+        ),
+        Entry(
+            "[transformer/]layer_{i}/pre_ffw_norm/scale",
+            "[model.]layers.{i}.post_attention_layernorm.weight",
+        ),
+        Entry("[transformer/]final_norm/scale", "[model.]norm.weight"),
+    ),
+    prefix="model.",
+    ignore=_ROTARY,
+)
+
+_H = "[transformer/]h/{i}", "[transformer.]h.{i}"
+
+#: GPT-2; its Flax kernels are `[out, in]`, torch's Conv1D is `[in, out]`.
+GPT2 = NameMap(
+    (
+        Entry(
+            "[transformer/]wte/embedding",
+            "[transformer.]wte.weight",
+            tied="lm_head.weight",
+        ),
+        Entry("[transformer/]wpe/embedding", "[transformer.]wpe.weight"),
+        *(
+            entry
+            for name in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")
+            for module in (name.replace("/", "."),)
+            for entry in (
+                Entry(
+                    f"{_H[0]}/{name}/kernel",
+                    f"{_H[1]}.{module}.weight",
+                    "out in -> in out",
+                    "conv1d",
+                ),
+                Entry(f"{_H[0]}/{name}/bias", f"{_H[1]}.{module}.bias"),
+            )
+        ),
+        *_norm(f"{_H[0]}/ln_1", f"{_H[1]}.ln_1"),
+        *_norm(f"{_H[0]}/ln_2", f"{_H[1]}.ln_2"),
+        *_norm("[transformer/]ln_f", "[transformer.]ln_f"),
+        Entry("lm_head/kernel", "lm_head.weight"),
+        Entry("score/kernel", "score.weight"),
+    ),
+    prefix="transformer.",
+    ignore=("[transformer.]h.{i}.attn.bias", "[transformer.]h.{i}.attn.masked_bias"),
+)
+
+
+def _encoder(flax: str, torch: str) -> tuple[Entry, ...]:
+    """Returns the rules of a BERT encoder, for the prefix on each side."""
+    layer, layer_t = f"{flax}encoder/layer/{{i}}", f"{torch}encoder.layer.{{i}}"
+    return (
+        *(
+            Entry(
+                f"{flax}embeddings/{name}/embedding", f"{torch}embeddings.{name}.weight"
+            )
+            for name in (
+                "word_embeddings",
+                "position_embeddings",
+                "token_type_embeddings",
+            )
+        ),
+        *_norm(f"{flax}embeddings/LayerNorm", f"{torch}embeddings.LayerNorm"),
+        *(
+            entry
+            for name in (
+                "attention/self/query",
+                "attention/self/key",
+                "attention/self/value",
+                "attention/output/dense",
+                "intermediate/dense",
+                "output/dense",
+            )
+            for entry in _dense(
+                f"{layer}/{name}", f"{layer_t}.{name.replace('/', '.')}"
+            )
+        ),
+        *_norm(
+            f"{layer}/attention/output/LayerNorm",
+            f"{layer_t}.attention.output.LayerNorm",
+        ),
+        *_norm(f"{layer}/output/LayerNorm", f"{layer_t}.output.LayerNorm"),
+        *_dense(f"{flax}pooler/dense", f"{torch}pooler.dense"),
+    )
+
+
+#: BERT and what is built like it (MiniLM, sentence encoders).
+BERT = NameMap(
+    (
+        *_encoder("[bert/]", "[bert.]"),
+        *_same("classifier", "qa_outputs", "cls/predictions/transform/dense"),
+        *_norm(
+            "cls/predictions/transform/LayerNorm", "cls.predictions.transform.LayerNorm"
+        ),
+        Entry("cls/predictions/bias", "cls.predictions.bias"),
+        *_same("cls/seq_relationship"),
+    ),
+    prefix="bert.",
+    ignore=(
+        "[bert.]embeddings.position_ids",
+        "cls.predictions.decoder.{leaf:weight,bias}",
+    ),
+)
+
+#: RoBERTa, XLM-RoBERTa.
+ROBERTA = NameMap(
+    (
+        *_encoder("[roberta/]", "[roberta.]"),
+        *_same(
+            "classifier",
+            "classifier/dense",
+            "classifier/out_proj",
+            "qa_outputs",
+            "lm_head/dense",
+        ),
+        *_norm("lm_head/layer_norm", "lm_head.layer_norm"),
+        Entry("lm_head/bias", "lm_head.bias"),
+    ),
+    prefix="roberta.",
+    ignore=(
+        "[roberta.]embeddings.position_ids",
+        "lm_head.decoder.{leaf:weight,bias}",
+    ),
+)
+
+
+def _t5(side: str, parts: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[Entry, ...]:
+    """Returns the rules of T5's encoder or decoder."""
+    block = f"{side}/block/{{i}}/layer"
+    torch = block.replace("/", ".")
+    return (
+        *(
+            Entry(
+                f"{block}/{n}/{name}/kernel",
+                f"{torch}.{n}.{name.replace('/', '.')}.weight",
+            )
+            for n, names in parts
+            for name in names
+        ),
+        *(
+            Entry(
+                f"{block}/{n}/SelfAttention/relative_attention_bias/embedding",
+                f"{torch}.{n}.SelfAttention.relative_attention_bias.weight",
+            )
+            for n in (0,)
+        ),
+        *(
+            Entry(
+                f"{block}/{n}/layer_norm/weight",
+                f"{torch}.{n}.layer_norm.weight",
+                kind="other",
+            )
+            for n, _ in parts
+        ),
+        Entry(
+            f"{side}/final_layer_norm/weight",
+            f"{side}.final_layer_norm.weight",
+            kind="other",
+        ),
+    )
+
+
+_SELF = tuple(f"SelfAttention/{name}" for name in "qkvo")
+_CROSS = tuple(f"EncDecAttention/{name}" for name in "qkvo")
+_FEED = tuple(f"DenseReluDense/{name}" for name in ("wi", "wi_0", "wi_1", "wo"))
+
+#: T5 and its variants with gated units.
+T5 = NameMap(
+    (
+        Entry("shared/embedding", "shared.weight", tied="lm_head.weight"),
+        *_t5("encoder", ((0, _SELF), (1, _FEED))),
+        *_t5("decoder", ((0, _SELF), (1, _CROSS), (2, _FEED))),
+        Entry("lm_head/kernel", "lm_head.weight"),
+    ),
+    ignore=(
+        "{side:encoder,decoder}.embed_tokens.weight",
+        "decoder.block.{i}.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ),
+)
+
+
+def _vit(layers: str, modules: dict[str, str]) -> NameMap:
+    """Returns the rules of a vision transformer whose layers torch calls `layers`."""
+    layer, torch = "[vit/]encoder/layer/{i}", f"[vit.]{layers}.{{i}}"
+    patches = "embeddings.patch_embeddings.projection"
+    return NameMap(
+        (
+            Entry("[vit/]embeddings/cls_token", "[vit.]embeddings.cls_token"),
+            Entry(
+                "[vit/]embeddings/position_embeddings",
+                "[vit.]embeddings.position_embeddings",
+            ),
+            *_dense(f"[vit/]{patches.replace('.', '/')}", f"[vit.]{patches}"),
+            *(
+                entry
+                for flax, name in modules.items()
+                for entry in _dense(f"{layer}/{flax}", f"{torch}.{name}")
+            ),
+            *_norm(f"{layer}/layernorm_before", f"{torch}.layernorm_before"),
+            *_norm(f"{layer}/layernorm_after", f"{torch}.layernorm_after"),
+            *_norm("[vit/]layernorm", "[vit.]layernorm"),
+            *_dense("[vit/]pooler/dense", "[vit.]pooler.dense"),
+            *_same("classifier"),
+        ),
+        prefix="vit.",
+    )
+
+
+#: Vision transformers, as transformers 4 names them, and files of whole models.
+VIT = _vit(
+    "encoder.layer",
+    {
+        name: name.replace("/", ".")
+        for name in (
+            "attention/attention/query",
+            "attention/attention/key",
+            "attention/attention/value",
+            "attention/output/dense",
+            "intermediate/dense",
+            "output/dense",
+        )
+    },
+)
+
+#: The same as modules of transformers 5 are called, and so the adapters made for them.
+VIT_V5 = _vit(
+    "layers",
+    {
+        "attention/attention/query": "attention.q_proj",
+        "attention/attention/key": "attention.k_proj",
+        "attention/attention/value": "attention.v_proj",
+        "attention/output/dense": "attention.o_proj",
+        "intermediate/dense": "mlp.fc1",
+        "output/dense": "mlp.fc2",
+    },
+)
+
+_SENTIMENT_LAYER = "encoder/layer_{i}", "[bert.]encoder.layer.{i}"
+
+#: The BERT encoder of `examples/sentiment`, Linen.
+SENTIMENT = NameMap(
+    (
+        *(
+            Entry(f"embeddings/{flax}/embedding", f"[bert.]embeddings.{torch}.weight")
+            for flax, torch in (
+                ("word", "word_embeddings"),
+                ("position", "position_embeddings"),
+                ("token_type", "token_type_embeddings"),
+            )
+        ),
+        *_norm("embeddings/norm", "[bert.]embeddings.LayerNorm"),
+        *(
+            entry
+            for flax, torch in (
+                ("attention/query", "attention.self.query"),
+                ("attention/key", "attention.self.key"),
+                ("attention/value", "attention.self.value"),
+                ("attention/output", "attention.output.dense"),
+                ("up", "intermediate.dense"),
+                ("down", "output.dense"),
+            )
+            for entry in _dense(
+                f"{_SENTIMENT_LAYER[0]}/{flax}", f"{_SENTIMENT_LAYER[1]}.{torch}"
+            )
+        ),
+        *_norm(
+            f"{_SENTIMENT_LAYER[0]}/attention_norm",
+            f"{_SENTIMENT_LAYER[1]}.attention.output.LayerNorm",
+        ),
+        *_norm(
+            f"{_SENTIMENT_LAYER[0]}/output_norm",
+            f"{_SENTIMENT_LAYER[1]}.output.LayerNorm",
+        ),
+        *_dense("head", "classifier"),
+    ),
+    prefix="bert.",
+    ignore=(
+        "[bert.]embeddings.position_ids",
+        "[bert.]pooler.dense.{leaf:weight,bias}",
+    ),
+)

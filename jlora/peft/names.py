@@ -1,0 +1,462 @@
+"""Names: which torch tensors a Flax leaf is, as data read in both directions."""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from .. import paths
+from ..errors import PeftError
+from ..factors import Axes
+
+# Roles of the tensor's own axes: e experts, o out, i in.
+KINDS = {
+    "linear": "oi",
+    "conv1d": "io",
+    "embedding": "io",
+    "conv": "oi",
+    "experts": "eoi",
+    "experts_t": "eio",
+    "parameter": "oi",
+    "other": "",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One rule between a Flax leaf and torch tensors.
+
+    In both names `{i}` stands for a number and `[...]` for something that is in both
+    or in neither, so `"[bert/]pooler/dense/kernel"` and `"[bert.]pooler.dense.weight"`
+    cover models with and without their prefix. `{part:q_proj,k_proj,v_proj}` stands for
+    one of the words. What stands in the tensor's name alone is an axis of the leaf:
+    its first axis for stacked layers, or the parts of a fused weight.
+
+    `axes` gives the leaf's axes and, after the arrow, which of them each axis of the
+    tensor is made of: `"d h k -> (h k) d"` for a query of `[features, heads, width]`.
+    Axes named like a placeholder pick the tensor: `"i d o -> o d"` for stacked layers,
+    `"d part h k -> (h k) d"` for parts with an axis of their own, `"d (part o) -> o d"`
+    for parts side by side, as long as `sizes` says in proportion.
+
+    Attributes:
+      flax: the leaf's path; `params/` before it is optional.
+      torch: the tensor's name.
+      axes: None means: a kernel turned as torch keeps it, everything else as it is.
+      kind: what torch calls the layer: `"linear"`, `"conv1d"` (GPT-2's, `[in, out]`),
+        `"embedding"`, `"conv"`, `"experts"` (a parameter `[E, out, in]`), `"experts_t"`
+        (`[E, in, out]`), `"parameter"` (a bare `[out, in]`) or `"other"`, which takes
+        no adapter. None means: by the leaf's last name and number of axes. Rules for
+        several parameters of one torch module stand in the order in which the module
+        registers them.
+      sizes: proportions of the parts side by side, equal if empty.
+      tied: a second tensor that is the same weight in models that tie it.
+      groups: feature groups of a convolution.
+
+    Examples:
+      >>> entry = Entry("layer_{i}/q/kernel", "h.{i}.q.weight", "d h k -> (h k) d")
+      >>> entry.flax
+      'layer_{i}/q/kernel'
+    """
+
+    flax: str
+    torch: str
+    axes: str | None = None
+    kind: str | None = None
+    sizes: tuple[int, ...] = ()
+    tied: str | None = None
+    groups: int = 1
+
+    def __post_init__(self):
+        if self.kind is not None and self.kind not in KINDS:
+            raise PeftError(
+                f"{self}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}."
+            )
+        for template in (self.flax, self.torch, self.tied or ""):
+            _variants(template)
+        if self.axes is not None:
+            _parse_axes(self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One torch tensor that is a leaf, or a part of it.
+
+    Attributes:
+      name: the tensor.
+      kind: see `Entry`.
+      index: for each axis of the leaf, which part of it the tensor holds: a number, or
+        `(start, stop)`, or None for all.
+      groups: for each axis of the tensor, the leaf's axes it is made of.
+      tied: a second name of the tensor in models that tie it.
+      feature_groups: feature groups of a convolution.
+      parts: the leaf's axes that pick a part of a fused weight.
+      order: number of its rule.
+    """
+
+    name: str
+    kind: str
+    index: tuple[int | tuple[int, int] | None, ...]
+    groups: tuple[tuple[int, ...], ...]
+    tied: str | None = None
+    feature_groups: int = 1
+    parts: tuple[int, ...] = ()
+    order: int = 0
+
+    @property
+    def module(self) -> str:
+        """The tensor's name without `.weight`; a bare parameter's own name."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def roles(self) -> str:
+        """A letter for each axis of the tensor: o out, i in, e expert."""
+        roles = KINDS[self.kind]
+        return roles + "i" * (len(self.groups) - len(roles)) if roles else ""
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the leaf's sizes within this tensor; 1 where it takes one entry."""
+        return tuple(
+            n if at is None else 1 if isinstance(at, int) else at[1] - at[0]
+            for n, at in zip(shape, self.index, strict=True)
+        )
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the tensor's shape, for a leaf of `shape`."""
+        sizes = self.sizes(shape)
+        return tuple(math.prod(sizes[i] for i in group) for group in self.groups)
+
+    def axes(self) -> Axes:
+        """Returns the roles of the leaf's axes, as the layer uses them."""
+        roles = {i: r for r, group in zip(self.roles, self.groups, strict=True)
+                 for i in group}  # fmt: skip
+        stacked = [i for i, at in enumerate(self.index) if isinstance(at, int)]
+        batch = [i for i in stacked if i not in self.parts]
+        return Axes(
+            tuple(
+                i for i in range(len(self.index)) if i in batch or roles.get(i) == "e"
+            ),
+            tuple(i for i in range(len(self.index)) if roles.get(i) == "i"),
+            tuple(
+                i
+                for i in range(len(self.index))
+                if roles.get(i) == "o" or i in self.parts
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    """Ordered rules between the leaves of a model and torch tensors; the first fits.
+
+    Attributes:
+      entries: the rules.
+      prefix: what torch's names have before them in models with a head and lack in the
+        bare one, `"bert."`; files of either are read.
+      ignore: tensors of whole models that are no parameters (masks, buffers).
+      generic: where no rule fits, use the leaf's own path, joined by dots.
+
+    Examples:
+      >>> names = NameMap((Entry("up/kernel", "mlp.up.weight"),))
+      >>> [place.name for place in names.places("params/up/kernel", (4, 8))]
+      ['mlp.up.weight']
+    """
+
+    entries: tuple[Entry, ...] = ()
+    prefix: str = ""
+    ignore: tuple[str, ...] = ()
+    generic: bool = False
+
+    def places(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        *,
+        op: str = "",
+        axes: Axes | None = None,
+    ) -> tuple[Place, ...]:
+        """Returns the torch tensors that the leaf is, `()` if no rule has it.
+
+        Args:
+          path: the leaf.
+          shape: its shape.
+          op: the operation that uses it, if known; only the generic rule looks at it.
+          axes: the roles of its axes, if known; only the generic rule looks at them.
+
+        Raises:
+          PeftError: if a rule fits the name, but not the shape.
+        """
+        for order, entry in enumerate(self.entries):
+            found = _match(entry, path)
+            if found is not None:
+                template, tied, values = found
+                places = _places(entry, path, template, tied, values, shape)
+                return tuple(dataclasses.replace(p, order=order) for p in places)
+        return _generic(path, shape, op, axes) if self.generic else ()
+
+    def ignores(self, name: str) -> bool:
+        """Returns whether the tensor `name` of a whole model is no parameter."""
+        return any(
+            _regex(variant).fullmatch(name)
+            for template in self.ignore
+            for variant in _variants(template)
+        )
+
+    def other_prefix(self, name: str) -> str:
+        """Returns `name` with the prefix taken off, or put before it."""
+        if self.prefix and name.startswith(self.prefix):
+            return name.removeprefix(self.prefix)
+        return self.prefix + name
+
+
+GENERIC = NameMap(generic=True)
+
+_HOLE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+
+
+def _words(template: str) -> dict[str, tuple[str, ...]]:
+    """Returns the placeholders with their words; those for numbers have none."""
+    return {
+        name: tuple(words.split(",")) if words else ()
+        for name, words in _HOLE.findall(template)
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _variants(template: str) -> tuple[str, ...]:
+    """Returns the template with its optional parts, and without them."""
+    if template.count("[") != template.count("]"):
+        raise PeftError(f"{template!r} has a '[' without its ']'.")
+    full = template.replace("[", "").replace("]", "")
+    bare = re.sub(r"\[[^\]]*\]", "", template)
+    return (full,) if full == bare else (full, bare)
+
+
+@functools.lru_cache(maxsize=4096)
+def _regex(template: str) -> re.Pattern[str]:
+    out, end, seen = "", 0, set()
+    for hole in _HOLE.finditer(template):
+        out += re.escape(template[end : hole.start()])
+        name, words = hole.groups()
+        if name in seen:
+            out += f"(?P={name})"
+        else:
+            choice = "|".join(map(re.escape, words.split(","))) if words else r"\d+"
+            out += f"(?P<{name}>{choice})"
+        seen.add(name)
+        end = hole.end()
+    return re.compile(out + re.escape(template[end:]))
+
+
+def _match(entry: Entry, path: str) -> tuple[str, str | None, dict[str, str]] | None:
+    """Returns the tensor's template, that of its tied name, and the path's values."""
+    path = path.removeprefix("params/")
+    flax, torch = _variants(entry.flax), _variants(entry.torch)
+    tied = _variants(entry.tied) if entry.tied else (None,)
+    for n, variant in enumerate(flax):
+        found = _regex(variant).fullmatch(path)
+        if found:
+            at = min(n, len(torch) - 1), min(n, len(tied) - 1)
+            return torch[at[0]], tied[at[1]], found.groupdict()
+    return None
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return _HOLE.sub(lambda hole: str(values[hole.group(1)]), template)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_axes(
+    text: str,
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """Returns both sides of `"d h k -> (h k) d"` as groups of names."""
+    sides = text.split("->")
+    if len(sides) != 2:
+        raise PeftError(f"axes {text!r} need one arrow, as in 'd h k -> (h k) d'.")
+    left, right = (
+        tuple(
+            tuple((inner or single).split())
+            for inner, single in re.findall(r"\(([^)]*)\)|(\S+)", side)
+        )
+        for side in sides
+    )
+    names = [name for group in left for name in group]
+    used = [name for group in right for name in group]
+    wrong = [n for n in used if n not in names]
+    if wrong or len(set(names)) != len(names) or len(set(used)) != len(used):
+        raise PeftError(
+            f"axes {text!r}: each axis has one name, and the right side has no others."
+        )
+    return left, right
+
+
+def _places(
+    entry: Entry,
+    path: str,
+    template: str,
+    tied: str | None,
+    values: dict[str, str],
+    shape: tuple[int, ...],
+) -> tuple[Place, ...]:
+    words = _words(template)
+    own = [name for name in words if name not in values]
+    left, right = _axes_of(entry, path, own, shape)
+    if len(left) != len(shape):
+        raise PeftError(
+            f"{path!r} has shape {shape}, the rule {entry.axes or entry.flax!r} is for "
+            f"{len(left)} axes."
+        )
+    picks = {name: i for i, group in enumerate(left) for name in group if name in own}
+    absent = [name for name in own if name not in picks]
+    if absent:
+        raise PeftError(
+            f"{path!r}: nothing says which axis {{{absent[0]}}} of {template!r} is. "
+            f"Name an axis of the leaf {absent[0]!r} in axes=, or the placeholder in flax=."
+        )
+    at = {name: i for i, group in enumerate(left) for name in group if name not in own}
+    groups = tuple(tuple(at[name] for name in group) for group in right)
+    kind = entry.kind or _kind(path, len(right))
+    out = []
+    for chosen in _choices(own, words, picks, left, shape, entry, path):
+        names = values | {name: word for name, (word, _) in chosen.items()}
+        index: list[int | tuple[int, int] | None] = [None] * len(shape)
+        for name, (_, where) in chosen.items():
+            index[picks[name]] = where
+        out.append(
+            Place(
+                _fill(template, names),
+                kind,
+                tuple(index),
+                groups,
+                None if tied is None else _fill(tied, names),
+                entry.groups,
+                tuple(
+                    axis
+                    for name, axis in picks.items()
+                    if words[name] and len(left[axis]) == 1
+                ),
+            )
+        )
+    return tuple(out)
+
+
+def _choices(
+    own: list[str],
+    words: dict[str, tuple[str, ...]],
+    picks: dict[str, int],
+    left: tuple[tuple[str, ...], ...],
+    shape: tuple[int, ...],
+    entry: Entry,
+    path: str,
+) -> Iterator[dict[str, tuple[str, int | tuple[int, int]]]]:
+    """Yields for each tensor the words of its own placeholders and where they lie."""
+    if not own:
+        yield {}
+        return
+    name, rest = own[0], own[1:]
+    size = shape[picks[name]]
+    if len(left[picks[name]]) > 1:  # parts side by side
+        ratio = entry.sizes or (1,) * len(words[name])
+        unit, odd = divmod(size, sum(ratio))
+        if odd or len(ratio) != len(words[name]):
+            raise PeftError(
+                f"{path!r}: its axis of {size} does not divide into {words[name]} as "
+                f"{ratio}. Give their proportions in sizes=."
+            )
+        ends = [unit * sum(ratio[: i + 1]) for i in range(len(ratio))]
+        spans = zip([0, *ends[:-1]], ends, strict=True)
+        picked = list(zip(words[name], spans, strict=True))
+    elif words[name] and len(words[name]) != size:
+        raise PeftError(
+            f"{path!r}: its axis {name!r} has {size} entries, the rule names "
+            f"{len(words[name])} parts: {', '.join(words[name])}."
+        )
+    else:
+        labels = words[name] or tuple(map(str, range(size)))
+        picked = [(label, i) for i, label in enumerate(labels)]
+    for pick in picked:
+        for more in _choices(rest, words, picks, left, shape, entry, path):
+            yield {name: pick, **more}
+
+
+def _axes_of(
+    entry: Entry, path: str, own: list[str], shape: tuple[int, ...]
+) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """Returns the rule's axes, or those that a leaf of its name has."""
+    if entry.axes is not None:
+        return _parse_axes(entry.axes)
+    inner = [f"_{i}" for i in range(len(shape) - len(own))]
+    kind = entry.kind or _kind(path, len(inner))
+    right = inner
+    if kind in ("linear", "experts") and len(inner) > 1:
+        right = [*inner[:-2], inner[-1], inner[-2]]
+    elif kind == "conv":
+        right = [*inner[:-3:-1], *inner[:-2]]
+    return tuple((n,) for n in [*own, *inner]), tuple((n,) for n in right)
+
+
+def _kind(path: str, ndim: int) -> str:
+    """Returns what a leaf of that name and number of axes is in torch."""
+    name = path.rpartition("/")[2]
+    if name == "embedding" and ndim == 2:
+        return "embedding"
+    if name in ("kernel", "w", "weight") and ndim >= 2:
+        return "linear" if ndim == 2 else "conv"
+    return "other"
+
+
+_LEAVES = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "embeddings": "weight",
+    "w": "weight",
+    "scale": "weight",
+    "b": "bias",
+}
+
+
+def _generic(
+    path: str, shape: tuple[int, ...], op: str, axes: Axes | None
+) -> tuple[Place, ...]:
+    """Returns the tensor that has the leaf's own path, with dots."""
+    *parents, leaf = path.removeprefix("params/").split("/")
+    name = ".".join([*parents, _LEAVES.get(leaf, leaf)])
+    ndim = len(shape)
+    kind = _kind(path, ndim)
+    everything = tuple((i,) for i in range(ndim))
+    if axes is not None and op == "linear" and ndim >= 2:
+        if axes.batch:
+            raise PeftError(
+                f"{path!r} is a stack of {len(axes.batch)} batch axes. Give names= "
+                "with an Entry that says which torch tensors they are."
+            )
+        groups = (axes.fan_out, axes.fan_in)
+        return (Place(name, "linear", (None,) * ndim, groups),)
+    if op == "embedding" and ndim == 2:
+        kind = "embedding"
+    if op == "conv" and axes is not None:
+        *window, features = axes.fan_in
+        groups = (axes.fan_out, (features,), *((i,) for i in window))
+        return (Place(name, "conv", (None,) * ndim, groups),)
+    if kind == "linear":
+        groups = everything[::-1]
+    elif kind == "conv":
+        if ndim == 3 and not op:
+            raise PeftError(
+                f"{path!r} of shape {shape} is a one-dimensional convolution or has "
+                "heads; a name alone does not say which. Give the plan instead of the "
+                "parameters, or names= with an Entry for it."
+            )
+        groups = (everything[-1], everything[-2], *everything[:-2])
+    else:
+        groups = everything
+    return (Place(name, kind, (None,) * ndim, groups),)
+
+
+def unnamed(path: str, names: NameMap) -> str:
+    """Returns in words that no rule has the leaf, and the nearest one."""
+    known = [entry.flax for entry in names.entries]
+    near = paths.nearest(path, known, n=1)
+    return f"{path!r} has no name in torch" + (
+        f" (nearest rule: {near[0]!r})" if near else ""
+    )

@@ -1,0 +1,32 @@
+"""What does not fit between a file and a model, in words."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a directory had that does not fit; see `load` with `strict=False`.
+
+    Attributes:
+      missing: what was wanted and is not in the file.
+      extra: tensors in the file that no leaf of the model takes.
+      wrong: tensors of another shape or type, and values that are no numbers.
+      config: fields of the config that jlora lacks, or that contradict the tensors.
+    """
+
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+    config: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return sum(len(getattr(self, f.name)) for f in dataclasses.fields(self))
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {field.name}: {text}"
+            for field in dataclasses.fields(self)
+            for text in getattr(self, field.name)
+        ]
+        more = len(lines) - 200
+        return "\n".join(lines[:200] + ([f"  and {more} more"] if more > 0 else []))

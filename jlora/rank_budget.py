@@ -1,0 +1,233 @@
+"""AdaLoRA's training: singular values pruned by importance under a budget."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .errors import ConfigError, TreeError
+from .factors import Factors
+
+if TYPE_CHECKING:
+    import optax
+
+
+class RankBudgetState(NamedTuple):
+    """State of `adalora`.
+
+    Attributes:
+      inner: state of the wrapped optimizer.
+      count: how many updates were made.
+      sensitivity: running mean of `|parameter * gradient|`, like each `Factors`.
+      uncertainty: running mean of how far a step's sensitivity is from that mean.
+      kept: for each `Factors` which singular values are kept, `[*batch, rank]`.
+    """
+
+    inner: Any
+    count: jax.Array
+    sensitivity: list[Factors]
+    uncertainty: list[Factors]
+    kept: list[jax.Array]
+
+
+def adalora(
+    tx: "optax.GradientTransformation",
+    *,
+    target_rank: float,
+    steps: int,
+    warmup: int = 0,
+    final: int = 0,
+    every: int = 1,
+    sensitivity_decay: float = 0.85,
+    uncertainty_decay: float = 0.85,
+) -> "optax.GradientTransformation":
+    """Returns `tx` that also prunes singular values of `method="adalora"` adapters.
+
+    After each update the singular values with the least importance, over all adapted
+    weights together, are set to zero, so that a budget of them is left. The budget
+    falls as a cubic from all of them to `target_rank` a weight; those pruned on the way
+    may come back, until the last `final` steps, in which the choice stands. Importance
+    is that of the singular value and the means over its two singular vectors, each a
+    product of sensitivity and its uncertainty, as in the paper and in PEFT.
+
+    Args:
+      tx: any optax optimizer.
+      target_rank: how many singular values a weight keeps on average; a stacked weight
+        counts as many weights as it has layers.
+      steps: how many steps the training takes.
+      warmup: steps before the budget begins to fall.
+      final: steps at the end with the budget at its target.
+      every: prune at every so many steps.
+      sensitivity_decay: of the running mean of sensitivity, β1.
+      uncertainty_decay: of the running mean of uncertainty, β2.
+
+    Raises:
+      ConfigError: for numbers that cannot work.
+      TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax, jlora
+      >>> params = {"w": jnp.ones((8, 8))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> config = jlora.LoraConfig(rank=4, method="adalora")
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 8)), config=config)
+      >>> _, trainable = jlora.split(jax.random.key(0), params, plan)
+      >>> tx = jlora.adalora(optax.adam(1e-2), target_rank=2, steps=2, final=1)
+      >>> state = tx.init(trainable)
+      >>> for _ in range(2):
+      ...     gradient = jax.tree.map(jnp.ones_like, trainable)
+      ...     updates, state = tx.update(gradient, state, trainable)
+      ...     trainable = optax.apply_updates(trainable, updates)
+      >>> int((trainable.lora["w"].magnitude != 0).sum())
+      2
+
+    References:
+      Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512
+    """
+    import optax
+
+    if not (warmup >= 0 and final >= 0 and warmup + final <= steps and every > 0):
+        raise ConfigError(
+            f"adalora: warmup {warmup} and final {final} must fit in {steps} steps, "
+            f"and every must be positive, got {every}."
+        )
+    if target_rank <= 0:
+        raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
+
+    def init(params: Any) -> RankBudgetState:
+        factors = _adaptive(params)
+        if not factors:
+            raise TreeError(
+                "adalora found no factors of its method. Give LoraConfig "
+                "method='adalora', and this optimizer the trainable side."
+            )
+        zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
+        kept = [jnp.ones(f.magnitude.shape, bool) for f in factors]
+        count = jnp.zeros((), jnp.int32)
+        return RankBudgetState(tx.init(params), count, zeros, zeros, kept)
+
+    def update(
+        updates: Any, state: RankBudgetState, params: Any = None
+    ) -> tuple[Any, RankBudgetState]:
+        if params is None:
+            raise ValueError("adalora needs params: tx.update(gradient, state, params)")
+        gradient = _adaptive(updates)
+        updates, inner = tx.update(updates, state.inner, params)
+        moved = [
+            jax.tree.map(lambda p, u: p + u.astype(p.dtype), *pair)
+            for pair in zip(_adaptive(params), _adaptive(updates), strict=True)
+        ]
+        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), moved, gradient)
+        mean = jax.tree.map(
+            lambda m, x: sensitivity_decay * m + (1 - sensitivity_decay) * x,
+            state.sensitivity,
+            now,
+        )
+        spread = jax.tree.map(
+            lambda u, x, m: (
+                uncertainty_decay * u + (1 - uncertainty_decay) * jnp.abs(x - m)
+            ),
+            state.uncertainty,
+            now,
+            mean,
+        )
+        count = state.count + 1
+        scores = [
+            _importance(jax.tree.map(lambda m, u: m * u, *pair))
+            for pair in zip(mean, spread, strict=True)
+        ]
+        chosen = _keep(scores, budget(count, scores))
+        falling = (count > warmup) & (count <= steps - final) & (count % every == 0)
+        settling = (count == steps - final + 1) | ((final == 0) & (count == steps))
+        kept = [
+            jnp.where(falling | settling, new, old)
+            for new, old in zip(chosen, state.kept, strict=True)
+        ]
+        pruning = falling | (count > steps - final) | settling
+        masks = iter(kept)
+
+        def prune(params: Any, updates: Any) -> Any:
+            if not _is_adaptive(params):
+                return updates
+            mask = next(masks) | ~pruning
+            own = jnp.where(mask, updates.magnitude, -params.magnitude)
+            return _replace_magnitude(updates, own)
+
+        updates = jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)
+        return updates, RankBudgetState(inner, count, mean, spread, kept)
+
+    def budget(count: jax.Array, scores: list[jax.Array]) -> jax.Array:
+        total = sum(s.size for s in scores)
+        target = min(target_rank * sum(s.size / s.shape[-1] for s in scores), total)
+        length = max(steps - final - warmup, 1)
+        left = jnp.clip(1 - (count - warmup) / length, 0, 1)
+        return jnp.floor((total - target) * left**3 + target).astype(jnp.int32)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonality_penalty(trainable: Any) -> jax.Array:
+    """Returns how far singular vectors are from orthonormal: the mean of `‖AᵀA − I‖`.
+
+    Add it to the loss of `method="adalora"`, times 0.5 as in PEFT: pruning singular
+    values makes sense as long as A and B hold singular vectors. The mean goes over the
+    A and B of all adapted weights, of the Frobenius norms of `AᵀA − I` and `BBᵀ − I`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec
+      >>> spec = Spec(rank=2, alpha=2, method="adalora")
+      >>> f = Factors(jnp.eye(3, 2), jnp.eye(2, 4), spec, jnp.ones(2))
+      >>> orthogonality_penalty([f])
+      Array(0., dtype=float32)
+
+    References:
+      Zhang et al., 2023, AdaLoRA, equation 4, https://arxiv.org/abs/2303.10512
+    """
+    distances = []
+    for f in _adaptive(trainable):
+        n_batch = len(f.spec.axes.batch)
+        batch, rank = f.a.shape[:n_batch], f.rank
+        a = jnp.swapaxes(f.a.reshape(*batch, -1, rank), -1, -2)
+        for x in (a, f.b.reshape(*batch, rank, -1)):
+            gram = jnp.matmul(x, jnp.swapaxes(x, -1, -2))
+            identity = jnp.broadcast_to(jnp.eye(rank, dtype=x.dtype), gram.shape)
+            squares = jnp.sum(jnp.square(gram - identity), axis=(-1, -2))
+            is_zero = squares == 0  # where the norm has no derivative
+            norm = jnp.sqrt(jnp.where(is_zero, jnp.ones_like(squares), squares))
+            distances.append(jnp.where(is_zero, jnp.zeros_like(norm), norm).ravel())
+    return jnp.mean(jnp.concatenate(distances)) if distances else jnp.zeros(())
+
+
+def _is_adaptive(x: Any) -> bool:
+    return isinstance(x, Factors) and x.spec.method == "adalora"
+
+
+def _adaptive(tree: Any) -> list[Factors]:
+    """Returns the factors of the method in `tree`, in its order."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=_is_adaptive) if _is_adaptive(x)]
+
+
+def _replace_magnitude(factors: Factors, magnitude: Any) -> Factors:
+    return Factors(factors.a, factors.b, factors.spec, magnitude)
+
+
+def _importance(score: Factors) -> jax.Array:
+    """Returns the importance of each singular value, `[*batch, rank]`."""
+    n_batch = len(score.spec.axes.batch)
+    of_a = jnp.mean(score.a, axis=tuple(range(n_batch, score.a.ndim - 1)))
+    of_b = jnp.mean(score.b, axis=tuple(range(n_batch + 1, score.b.ndim)))
+    return score.magnitude + of_a + of_b
+
+
+def _keep(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
+    """Returns for each score whether it is among the `budget` highest of all."""
+    flat = jnp.concatenate([s.ravel() for s in scores])
+    order = jnp.argsort(-flat)
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
+    kept = rank < budget.astype(order.dtype)
+    ends = [0]
+    for s in scores:
+        ends.append(ends[-1] + s.size)
+    pairs = zip(ends, ends[1:], scores, strict=False)
+    return [kept[i:j].reshape(s.shape) for i, j, s in pairs]

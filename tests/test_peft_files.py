@@ -1,0 +1,258 @@
+"""Files that Hugging Face PEFT wrote, read here: the same outputs as PEFT's own."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.peft import Entry, NameMap, maps
+from jlora.peft.tensors import read_header
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model with its weights, and what the golden files say it gives."""
+
+    fn: Callable[..., Any]
+    params: Any
+    names: NameMap
+    inputs: dict[str, jax.Array]
+    outputs: dict[str, np.ndarray]
+    folder: pathlib.Path
+
+
+def tensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+    return {name: slot.read() for name, slot in read_header(file)[0].items()}
+
+
+def flax_model(
+    folder: pathlib.Path, name: str, config: str, input_names: dict
+) -> tuple:
+    """Returns `(fn, shapes)` of a Flax class of transformers for a golden model."""
+    library = pytest.importorskip("transformers", exc_type=ImportError)
+    if not hasattr(library, "FlaxBertModel"):
+        pytest.skip("transformers 5 has no Flax models")
+    settings = getattr(library, config).from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(library, f"Flax{name}")(settings, _do_init=False)
+    shape = (1, 8, 8, 3) if "ViT" in name else (1, 4)
+    shapes = jax.eval_shape(lambda: model.init_weights(jax.random.key(0), shape))
+
+    def fn(params, **inputs):
+        inputs = {input_names.get(k, k): x for k, x in inputs.items()}
+        return model(params=params, **inputs).logits
+
+    return fn, shapes
+
+
+def moe(params, *, x):
+    """The torch module `Moe` of the script that made the files."""
+    gates = jax.nn.softmax(x @ params["router"]["kernel"])
+    y = jnp.einsum("ti,eio->teo", x, params["experts"]["up"])
+    y = jnp.einsum("tei,eio->teo", jnp.tanh(y), params["experts"]["down"])
+    return jnp.einsum("teo,te->to", y, gates)
+
+
+MOE_SHAPES = {
+    "router": {"kernel": jax.ShapeDtypeStruct((8, 3), jnp.float32)},
+    "experts": {
+        "up": jax.ShapeDtypeStruct((3, 8, 12), jnp.float32),
+        "down": jax.ShapeDtypeStruct((3, 12, 8), jnp.float32),
+    },
+}
+
+
+def moe_names(kind: str, axes: str) -> NameMap:
+    entries = [
+        Entry(f"experts/{name}", f"experts.{name}", axes, kind)
+        for name in ("up", "down")
+    ]
+    return NameMap((*entries, Entry("router/kernel", "router.weight")))
+
+
+def convs(params, *, x):
+    """The torch module `Convs`, channels last."""
+
+    def conv(name, x, strides=None, padding=None, groups=1):
+        kernel, n = params[name]["kernel"], x.ndim - 2
+        dims = (
+            ("NWC", "WIO", "NWC"),
+            ("NHWC", "HWIO", "NHWC"),
+            ("NDHWC", "DHWIO", "NDHWC"),
+        )
+        y = jax.lax.conv_general_dilated(
+            jnp.moveaxis(x, 1, -1), kernel, strides or (1,) * n,
+            padding or [(0, 0)] * n, dimension_numbers=dims[n - 1],
+            feature_group_count=groups,
+        )  # fmt: skip
+        y = y + jnp.broadcast_to(params[name]["bias"], y.shape)
+        return jnp.moveaxis(y, -1, 1).reshape(x.shape[0], -1)
+
+    one = conv("one", x[:, :, 0, 0])
+    two = conv("two", x[:, :, 0], (2, 1), [(1, 1), (0, 0)])
+    four = conv("groups", jnp.concatenate([x[:, :, 0], x[:, :1, 1]], 1), groups=2)
+    return jnp.concatenate([one, two, conv("three", x), four], 1)
+
+
+def conv_shapes() -> dict:
+    kernels = {
+        "one": (3, 3, 4),
+        "two": (3, 2, 3, 4),
+        "three": (2, 2, 2, 3, 4),
+        "groups": (3, 3, 2, 6),
+    }
+    return {
+        name: {
+            "kernel": jax.ShapeDtypeStruct(shape, jnp.float32),
+            "bias": jax.ShapeDtypeStruct(shape[-1:], jnp.float32),
+        }
+        for name, shape in kernels.items()
+    }
+
+
+ONE = NameMap(
+    (Entry("one/kernel", "one.weight", "k i o -> o i k", "conv"),), generic=True
+)
+FLAX = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", maps.LLAMA),
+    "tied": ("LlamaForCausalLM", "LlamaConfig", maps.LLAMA),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", maps.GPT2),
+    "bert": ("BertForSequenceClassification", "BertConfig", maps.BERT),
+    "vit": ("ViTForImageClassification", "ViTConfig", maps.VIT_V5),
+    "t5": ("T5ForConditionalGeneration", "T5Config", maps.T5),
+}
+OWN = {
+    "moe": (moe, MOE_SHAPES, moe_names("experts", "e i o -> e o i")),
+    "moe_t": (moe, MOE_SHAPES, moe_names("experts_t", "e i o -> e i o")),
+    "convs": (convs, conv_shapes(), ONE),
+}
+CASES = [
+    pytest.param(
+        folder.parent.name, folder.name, id=f"{folder.parent.name}-{folder.name}"
+    )
+    for folder in sorted(GOLDEN.glob("*/*/"))
+]
+
+
+@functools.lru_cache(maxsize=2)
+def model(name: str) -> Model:
+    folder = GOLDEN / name
+    if name in OWN:
+        fn, shapes, names = OWN[name]
+    else:
+        cls, config, names = FLAX[name]
+        fn, shapes = flax_model(folder, cls, config, {})
+    params = jlora.peft.load_base(folder, shapes, names=BASE_NAMES.get(name, names))
+    io = tensors(folder / "io.safetensors")
+    inputs = {
+        k.removeprefix("input_")
+        if k != "input_input_ids"
+        else "input_ids": jnp.asarray(x)
+        for k, x in io.items()
+        if k.startswith("input_")
+    }
+    outputs = {k: x for k, x in io.items() if not k.startswith("input_")}
+    return Model(fn, params, names, inputs, outputs, folder)
+
+
+BASE_NAMES: dict[str, NameMap] = {}
+
+
+def call(m: Model, params: Any) -> np.ndarray:
+    """Calls the model as transformers does, which promotes types."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return np.asarray(m.fn(params, **m.inputs))
+
+
+def merged(params: Any, trainable: jlora.Trainable) -> Any:
+    """`jlora.merge`, and DoRA by its formula."""
+    dora = {p: f for p, f in trainable.lora.items() if f.spec.method == "dora"}
+    lora = {
+        p: dataclasses.replace(
+            f, spec=dataclasses.replace(f.spec, method="lora"), magnitude=None
+        )
+        for p, f in trainable.lora.items()
+    }
+    whole = jlora.merge(params, jlora.Trainable(lora, trainable.full))
+    leaves, treedef = jlora.paths.flatten(whole)
+    for path, f in dora.items():
+        axes, w = f.spec.axes, leaves[path]
+        norm = jnp.sqrt(jnp.sum(w**2, axis=axes.fan_in, keepdims=True))
+        m = jnp.expand_dims(f.magnitude, axes.fan_in)
+        leaves[path] = w * (m / norm)
+    return treedef.unflatten(leaves.values())
+
+
+def test_there_are_golden_files():
+    assert len(CASES) > 30
+
+
+@pytest.mark.parametrize("name", [*FLAX, *OWN])
+def test_base_model_gives_the_outputs_of_torch(name):
+    m = model(name)
+    np.testing.assert_allclose(call(m, m.params), m.outputs["base"], atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_adapter_gives_the_outputs_of_peft(name, kind):
+    m = model(name)
+    adapter = jlora.peft.load(m.folder / kind, m.params, names=m.names, **TIED(name))
+    out = call(m, merged(m.params, adapter))
+    np.testing.assert_allclose(out, m.outputs[kind], atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_second_round_trip_is_bit_stable(name, kind, tmp_path):
+    m = model(name)
+    options = {"names": m.names, **TIED(name)}
+    first = jlora.peft.load(m.folder / kind, m.params, **options)
+    jlora.peft.save(tmp_path / "1", first, **options)
+    second = jlora.peft.load(tmp_path / "1", m.params, **options)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    jlora.peft.save(tmp_path / "2", second, **options)
+    for file in (tmp_path / "1").iterdir():
+        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_tensors_are_those_that_peft_wrote(name, kind, tmp_path):
+    m = model(name)
+    options = {"names": m.names, **TIED(name)}
+    adapter = jlora.peft.load(m.folder / kind, m.params, **options)
+    jlora.peft.save(tmp_path, adapter, **options)
+    ours = tensors(tmp_path / "adapter_model.safetensors")
+    theirs = tensors(m.folder / kind / "adapter_model.safetensors")
+    copies = {
+        k
+        for k in theirs
+        if k.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight"))
+    }
+    assert ours.keys() == theirs.keys() - copies
+    for key, x in ours.items():
+        np.testing.assert_array_equal(x, theirs[key].astype(x.dtype), err_msg=key)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    theirs = json.loads((m.folder / kind / "adapter_config.json").read_text())
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "lora_dropout"):
+        if kind != "patterns":
+            assert config[key] == theirs[key], key
+
+
+def TIED(name: str) -> dict[str, bool]:
+    return (
+        {"tied": True} if name == "tied" else {"tied": False} if name == "llama" else {}
+    )
