@@ -335,7 +335,6 @@ T5 = NameMap(
 )
 
 
-
 def _vit(layers: str, modules: dict[str, str]) -> NameMap:
     """Returns the rules of a vision transformer whose layers torch calls `layers`."""
     layer, torch = "[vit/]encoder/layer/{i}", f"[vit.]{layers}.{{i}}"
