@@ -182,6 +182,7 @@ class _Reading:
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
     tables: list[str] = dataclasses.field(default_factory=list)
+    heads: set[str] = dataclasses.field(default_factory=set)
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
     config: list[str] = dataclasses.field(default_factory=list)
@@ -217,6 +218,10 @@ class _Reading:
             elif leaf.planned in ("adapted", "full"):
                 self.missing.append(unnamed(leaf.path, self.names))
         leaves = [leaf for leaf, _ in placed]
+        if self.file.tying:  # PEFT adapts a tied head without naming it
+            self.heads = {
+                p.tied.removesuffix(".weight") for _, t in placed for p in t if p.tied
+            }
         placed = list(zip(leaves, untied(found for _, found in placed), strict=True))
         placed = self._with_prefix(placed)
         raw = [
@@ -370,9 +375,8 @@ class _Reading:
         rows = self._take(key)
         module = places[0].module
         self.tables.append(module)
-        ids = next(
-            (i for n, i in self.file.tokens if not n or names_module(n, module)), None
-        )
+        tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
+        ids = next(tokens, None)
         if rows is None:
             return True
         reason = ""
@@ -564,7 +568,8 @@ class _Reading:
             self.config += [
                 f"{module} has an adapter, target_modules does not name it"
                 for module in self.modules
-                if module not in raw and not any(e in named for e in endings(module))
+                if module not in raw | self.heads
+                and not any(e in named for e in endings(module))
             ]
         ends = {end for place in self.stems for end in endings(place.name)}
         self.config += [

@@ -279,7 +279,7 @@ def _write_rows(
     base: Mapping[str, Any],
     cast: Callable[[str, Any], np.ndarray],
 ) -> None:
-    """Adds the trained rows of a table, which PEFT keeps as they are, not as changes."""
+    """Adds the trained rows of a table, which PEFT keeps whole, not as changes."""
     spec = factors.spec
     places = names.places(path, spec.shape, op="embedding", axes=spec.axes)
     if len(places) != 1 or layers.misfit(places[0], spec.axes):
@@ -291,9 +291,8 @@ def _write_rows(
         )
     else:
         table = layers.weight_out(places[0], np.asarray(base[path]))
-        rows = table[list(spec.rows)].astype(np.float32) + np.asarray(
-            factors.b, np.float32
-        )
+        rows = table[list(spec.rows)].astype(np.float32)
+        rows = rows + np.asarray(factors.b, np.float32)
         module = places[0].module
         name = f"{module}.token_adapter.trainable_tokens_delta"
         out.tensors[name] = cast(path, rows)

@@ -311,7 +311,7 @@ def _places(
     if absent:
         raise PeftError(
             f"{path!r}: nothing says which axis {{{absent[0]}}} of {template!r} is. "
-            f"Name an axis of the leaf {absent[0]!r} in axes=, or the placeholder in flax=."
+            f"Name an axis of the leaf {absent[0]!r} in axes=, or use it in flax=."
         )
     at = {name: i for i, group in enumerate(left) for name in group if name not in own}
     groups = tuple(tuple(at[name] for name in group) for group in right)
