@@ -23,8 +23,9 @@ def activation_statistics(
 
     For the leaves whose `init` needs them, `"eva"` and `"corda"`. Weights stacked for
     `scan` or `vmap`, and experts, have moments for each layer or expert. The moments
-    come as a derivative of `fn`, which must be differentiable where these weights are;
-    they cost about one more forward pass, and `n²` numbers for a weight of fan-in `n`.
+    come as a derivative of `fn`, which must be differentiable where these weights are.
+    A weight of fan-in `n` costs `n²` numbers of memory, and a batch `2 tokens n²`
+    multiply-adds beside the forward pass: a few forward passes in all.
 
     Args:
       fn: the function that `plan` was made for.
