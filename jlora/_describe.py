@@ -12,7 +12,7 @@ import numpy as np
 from ._plan import Plan, Row
 from .config import LoraConfig
 from .errors import CheckpointError
-from .factors import Factors, Spec, Trainable
+from .factors import Factors, Spec, Trainable, tuples
 from .methods import METHODS, leaf_shapes, plain
 from .transform.discover import Use
 
@@ -211,10 +211,7 @@ def plan_from_dict(fields: Mapping[str, Any]) -> Plan:
 
 
 def _row(fields: Mapping[str, Any]) -> Row:
-    uses = tuple(
-        Use(**{k: tuple(v) if isinstance(v, list) else v for k, v in use.items()})
-        for use in fields["uses"]
-    )
+    uses = tuple(Use(**tuples(use)) for use in fields["uses"])
     spec = None if fields["spec"] is None else Spec.from_dict(fields["spec"])
     shape = tuple(fields["shape"])
     return Row(**{**fields, "uses": uses, "spec": spec, "shape": shape})

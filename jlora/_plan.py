@@ -12,7 +12,7 @@ from . import paths
 from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Parts, Spec
-from .methods import init_clashes, init_name, leaf_shapes
+from .methods import METHODS, init_clashes, init_name, leaf_shapes
 from .tables import count, html, nbytes, table
 from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
@@ -381,7 +381,7 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
         shape=row.shape if method == "vera" else (),
         parts=parts,
     )
-    wrong += init_clashes(row.path, row.shape, spec, init, row.route)
+    wrong += init_clashes(row.path, row.shape, spec, init, METHODS[method], row.route)
     return spec
 
 
@@ -430,7 +430,7 @@ def _checked_parts(
     if (method, init) != ("lora", "kaiming"):
         wrong.append(
             f"{name}: they take method 'lora' with init 'kaiming', not {method!r} with "
-            f"{init!r}"
+            f"{init_name(init)!r}"
         )
     return dataclasses.replace(parts, axis=axis)
 

@@ -95,9 +95,7 @@ def split(
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
             w = leaves[row.path]
-            lora[row.path], base = _start(
-                own, w, row, plan, dtype, extra.get(row.path, ())
-            )
+            lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])
             if base is not w:
                 changed[row.path] = _placed_as(w, base)
         elif row.status == "full":
@@ -127,10 +125,12 @@ def _extras(
     extra: dict[str, tuple[Any, ...]] = {}
     wrong = []
     for row in plan.rows():
-        found = find_init(init_of(plan.config, row.path))
-        if row.spec is None or found is None or method_of(row.spec).start is not None:
+        if row.spec is None:
             continue
         extra[row.path] = ()
+        found = find_init(init_of(plan.config, row.path))
+        if found is None or method_of(row.spec).start is not None:
+            continue
         if found.needs in sources:
             known, remedy = sources[found.needs]
             if row.path not in known:
@@ -166,12 +166,12 @@ def _start(
     extra: tuple[Any, ...],
 ) -> tuple[Factors, Any]:
     """Returns the factors of `row` and the weight to freeze."""
-    spec, init = row.spec, find_init(init_of(plan.config, row.path))
+    spec = row.spec
     assert spec is not None
-    assert init is not None
-    method = method_of(spec)
+    method, init = method_of(spec), find_init(init_of(plan.config, row.path))
     if method.start is not None:
         return method.start(key, row.shape, spec, dtype), w
+    assert init is not None
     subject = row.shape if init.needs == "shape" else w
     made = init.fun(key, subject, spec, dtype, *extra)
     if not isinstance(made, tuple) or len(made) != 2 + (init.base == "own"):
@@ -188,7 +188,7 @@ def _start(
     a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
     base = residual(w, a, b, spec) if init.base == "residual" else (*own, w)[0]
     factors = Factors(a, b, spec)
-    return (factors if method.finish is None else method.finish(factors, base)), base
+    return factors if method.finish is None else method.finish(factors, base), base
 
 
 def _placed_as(w: Any, base: jax.Array) -> jax.Array:

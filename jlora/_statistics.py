@@ -10,7 +10,7 @@ from . import paths
 from ._plan import Plan, Row, init_of
 from ._split import check_plan
 from .errors import ConfigError, JloraError
-from .methods import find_init
+from .methods import find_init, method_of
 from .moments import InputMoments, Statistics
 from .transform.inputs import Trace, input_moments
 from .transform.stage import is_array, stage
@@ -139,8 +139,10 @@ def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Any]:
     check_plan(paths.flatten(params)[0], plan)
 
     def wants(row: Row) -> bool:
+        if row.spec is None or method_of(row.spec).start is not None:
+            return False
         found = find_init(init_of(plan.config, row.path))
-        return row.spec is not None and found is not None and found.needs == needs
+        return found is not None and found.needs == needs
 
     rows = [row for row in plan.rows() if wants(row)]
     if not rows:

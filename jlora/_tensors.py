@@ -101,14 +101,14 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read(file: BinaryIO, entry: Entry) -> np.ndarray:
-    """Returns one tensor, in memory of its own."""
+    """Returns one tensor, in memory of its own that is not to be written to."""
     file.seek(entry.start)
-    raw = np.empty(entry.stop - entry.start, np.uint8)
-    if file.readinto(raw.data) != raw.size:
+    data = file.read(entry.stop - entry.start)
+    if len(data) != entry.stop - entry.start:
         raise _damaged("it became shorter while it was read")
-    if entry.dtype == np.bool_ and raw.size and raw.max() > 1:
+    if entry.dtype == np.bool_ and data and max(data) > 1:
         raise _damaged("a truth value is neither 0 nor 1")
-    return raw.view(entry.dtype).reshape(entry.shape)
+    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
 
 
 def chunks(file: BinaryIO, entry: Entry) -> Iterator[bytes]:

@@ -349,7 +349,7 @@ def _manager(
     worst = -math.inf if mode == "max" else math.inf
 
     def metric(metrics: Mapping[str, float]) -> float:
-        value = metrics.get(best, worst)
+        value = metrics.get(str(best), worst)
         return worst if math.isnan(value) else value
 
     preserved: list[Any] = [policies.LatestN(keep)]

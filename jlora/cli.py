@@ -227,7 +227,7 @@ def merge(
 def convert(
     source: str,
     out: str,
-    to: str | None,
+    to: files.Format | None,
     step: int | None,
     base: str | None,
     names: str | None,

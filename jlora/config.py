@@ -123,7 +123,8 @@ class LoraConfig:
         `(key, w, spec, dtype) -> (a, b)`.
       rslora: scale by `alpha / sqrt(rank)`, which keeps high ranks learning.
       dropout: drop rate on the input of A, in [0, 1); active when `apply_lora`'s
-        function is given a `lora_key`.
+        function is given a `lora_key`. An embedding drops the update of whole
+        positions, since the input of its A is one-hot.
       dtype: dtype name of A and B; None means float32.
 
     Raises:

@@ -244,10 +244,10 @@ def extract_files(
     lora, full, left = {}, {}, []
     for name in progress(sorted(rows)):
         own = Plan(plan.config, (rows[name],))
-        pair = ({name: model.read(name)} for model in models)
+        after, before = ({name: model.read(name)} for model in models)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = _merge.extract(*pair, own)
+            found = _merge.extract(after, before, own)
         left += [name] * len(caught)
         lora |= found.lora
         full |= found.full
@@ -283,7 +283,7 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     shapes = open_model(base).shapes
     if callable(config.targets):
         raise ConfigError("Without a traced function, targets= takes globs alone.")
-    if config.method != "lora" or any(not isinstance(t, str) for t in config.train):
+    if config.method != "lora" or not all(isinstance(t, str) for t in config.train):
         raise ConfigError("Without a traced function there is method='lora' alone.")
     wide = [
         name
@@ -295,7 +295,8 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     else:
         chosen = _matched("targets", config.targets, shapes)
     excluded = _matched("exclude", config.exclude, shapes)
-    full = _matched("train", config.train, shapes)
+    trained = [glob for glob in config.train if isinstance(glob, str)]
+    full = _matched("train", trained, shapes)
     own = [n for n in chosen if n not in excluded and n not in full]
     if not own:
         raise ConfigError("targets leaves nothing to adapt in this model.")

@@ -9,8 +9,7 @@ import pytest
 from flax import linen as nn
 
 import jlora
-from jlora.factors import Spec
-from jlora.methods import INITS, find_init, init_clashes
+from jlora.methods import INITS, find_init
 from jlora.moments import InputMoments, Statistics
 
 N_IN, N_OUT, RANK = 12, 10, 4
@@ -746,15 +745,31 @@ def test_plan_refuses_inputs_of_an_embedding():
             )
 
 
-@pytest.mark.parametrize("method", ["vera", "adalora", "rows"])
-def test_methods_with_a_start_of_their_own_take_no_init(method):
-    spec = Spec(rank=2, alpha=2, method=method, init="pissa")
-    (message,) = init_clashes("w", (4, 4), spec, "pissa")
-    assert method in message
-    assert "Rule('w', init='kaiming')" in message
-    assert init_clashes("w", (4, 4), spec, "kaiming") == []
-    dora = dataclasses.replace(spec, method="dora")
-    assert init_clashes("w", (4, 4), dora, "pissa") == []
+@pytest.mark.parametrize("method", ["vera", "adalora"])
+def test_methods_with_a_start_of_their_own_take_no_init(method, key):
+    message = rf"{method!r} starts in its own way.*Rule\('w', init='kaiming'\)"
+    for init in ("pissa", ones):
+        with pytest.raises(jlora.TargetError, match=message):
+            plan_of("matrix", method=method, init=init)
+    rule = jlora.Rule("w", init="kaiming")
+    _, params, plan, _ = plan_of("matrix", method=method, init="eva", rules=rule)
+    jlora.split(key, params, plan)  # no statistics are asked for
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva", "loftq"])
+def test_dora_starts_as_the_base_does(init, key):
+    fn, params, plan, x = plan_of("matrix", method="dora", init=init)
+    frozen, trainable = split(key, fn, params, plan, x, quantize=coarse)
+    length = jnp.linalg.norm(frozen["w"] + product(trainable.lora["w"])[0], axis=0)
+    np.testing.assert_allclose(trainable.lora["w"].magnitude, length, rtol=1e-4)
+    if init != "pissa":
+        return
+    merged = jlora.merge(frozen, trainable)["w"]
+    np.testing.assert_allclose(merged, params["w"], atol=1e-4)
+    trained = jax.tree.map(lambda x: 1.2 * x, trainable)
+    plain = jlora.to_plain(trained, trainable)
+    want = jlora.merge(frozen, trained)["w"]
+    np.testing.assert_allclose(jlora.merge(params, plain)["w"], want, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The initialisations by name, and what keeps one from starting a weight."""
+"""The initialisations by name, and what each of them asks of a leaf."""
 
 import functools
 import re
@@ -12,11 +12,10 @@ from .init import Init
 from .kaiming import kaiming
 from .loftq import loftq
 from .lora_ga import lora_ga
+from .method import Method
 from .olora import olora
 from .orthogonal import orthogonal
 from .pissa import pissa
-
-OWN_START = ("vera", "adalora", "rows")  # methods that `init` does not start
 
 _LINEAR = ("linear",)
 _PISSA = Init(
@@ -100,7 +99,12 @@ def init_name(init: Any) -> str:
 
 
 def init_clashes(
-    path: str, shape: tuple[int, ...], spec: Spec, init: Any, route: str = "factored"
+    path: str,
+    shape: tuple[int, ...],
+    spec: Spec,
+    init: Any,
+    method: Method,
+    route: str = "factored",
 ) -> list[str]:
     """Returns what keeps `init` from starting the leaf `path`, each with a remedy.
 
@@ -109,6 +113,7 @@ def init_clashes(
       shape: its shape.
       spec: how it is adapted.
       init: name or function.
+      method: what `spec` names.
       route: how the plan found the leaf used.
     """
     found, name = find_init(init), init_name(init)
@@ -119,11 +124,13 @@ def init_clashes(
     def instead(init: str = "kaiming") -> str:
         return f"give it Rule({path!r}, init={init!r})"
 
-    if spec.method in OWN_START and init != "kaiming":
-        wrong.append(
-            f"method {spec.method!r} of {path!r} has a start of its own, so init "
-            f"{name!r} has no effect: {instead()}"
-        )
+    if method.start is not None:
+        if init == "kaiming":
+            return []
+        return [
+            f"init {name!r} of {path!r}: method {spec.method!r} starts in its own way, "
+            f"leave init out or {instead()}"
+        ]
     if found.even and spec.rank % 2:
         wrong.append(
             f"init {name!r} needs an even rank, {path!r} has {spec.rank}: give it "

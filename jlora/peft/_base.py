@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from .. import paths
 from ..errors import PeftError
 from . import layers
-from .names import GENERIC, NameMap, Place
+from .names import GENERIC, NameMap, Place, unnamed, untied
 from .report import Report
 from .tensors import (
     FLOATS,
@@ -79,9 +79,17 @@ def load_base(
             wrong.append(str(error).rstrip("."))
             continue
         if not found:
-            missing.append(f"{name!r} has no name in torch")
+            missing.append(unnamed(name, names))
         placed[name] = found
-    resolve = _resolver(slots, names)
+    aliases = {
+        twin: place.name
+        for places in placed.values()
+        for place in places
+        for twin in (place.tied,)
+        if twin is not None
+    }
+    placed = dict(zip(placed, untied(placed.values()), strict=True))
+    resolve = _resolver(slots, names, aliases)
     used: set[str] = set()
     out = dict(leaves)
     for name, found in placed.items():
@@ -114,12 +122,16 @@ def load_base(
     return tree
 
 
-def _resolver(slots: Mapping[str, Slot], names: NameMap) -> Any:
+def _resolver(
+    slots: Mapping[str, Slot], names: NameMap, aliases: Mapping[str, str]
+) -> Callable[[Place], str | None]:
     def resolve(place: Place) -> str | None:
         """Returns the tensor's name in the file, which may lack the model's prefix."""
         tried = [place.name, names.other_prefix(place.name)]
-        if place.tied is not None:
-            tried += [place.tied]
+        # A tied model has one tensor, whichever of its two names that bears.
+        other = place.tied or aliases.get(place.name)
+        if other is not None:
+            tried += [other, names.other_prefix(other)]
         return next((name for name in tried if name in slots), None)
 
     return resolve
@@ -197,17 +209,20 @@ def save_base(
     leaves, _ = paths.flatten(params)
     tensors: dict[str, Pending] = {}
     wrong: list[str] = []
+    placed: dict[str, tuple[Place, ...]] = {}
     for path, leaf in leaves.items():
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             wrong.append(f"{path!r} is no array")
             continue
         try:
-            found = names.places(path, tuple(leaf.shape))
+            placed[path] = names.places(path, tuple(leaf.shape))
         except PeftError as error:
             wrong.append(str(error).rstrip("."))
             continue
-        if not found:
-            wrong.append(f"{path!r} has no name in torch")
+        if not placed[path]:
+            wrong.append(unnamed(path, names))
+    for path, found in zip(placed, untied(placed.values()), strict=True):
+        leaf = leaves[path]
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         own = np.dtype(dtype if dtype is not None and floating else leaf.dtype)
         if own not in NAMES:

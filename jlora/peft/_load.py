@@ -29,7 +29,7 @@ from .config import (
     signature,
 )
 from .layers import RAW, Layer, nested
-from .names import GENERIC, NameMap, Place, unnamed
+from .names import GENERIC, NameMap, Place, unnamed, untied
 from .report import Report
 from .tensors import FLOATS, Slot, open_tensors, read_json
 
@@ -181,6 +181,8 @@ class _Reading:
     lora: dict[str, Factors] = dataclasses.field(default_factory=dict)
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
+    tables: list[str] = dataclasses.field(default_factory=list)
+    heads: set[str] = dataclasses.field(default_factory=set)
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
     config: list[str] = dataclasses.field(default_factory=list)
@@ -215,6 +217,12 @@ class _Reading:
                 placed.append((leaf, found))
             elif leaf.planned in ("adapted", "full"):
                 self.missing.append(unnamed(leaf.path, self.names))
+        leaves = [leaf for leaf, _ in placed]
+        if self.file.tying:  # PEFT adapts a tied head without naming it
+            self.heads = {
+                p.tied.removesuffix(".weight") for _, t in placed for p in t if p.tied
+            }
+        placed = list(zip(leaves, untied(found for _, found in placed), strict=True))
         placed = self._with_prefix(placed)
         raw = [
             place
@@ -246,6 +254,8 @@ class _Reading:
         return [(leaf, tuple(map(turned, found))) for leaf, found in placed]
 
     def _read_leaf(self, leaf: _Leaf, places: tuple[Place, ...]) -> None:
+        if self._rows(leaf, places):
+            return
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
         if found:
             self._factors(leaf, places, found)
@@ -356,6 +366,50 @@ class _Reading:
                     f"{head} and {place.module} are tied, their factors not"
                 )
         self.left.pop(f"{head}.base_layer.weight", None)
+
+    def _rows(self, leaf: _Leaf, places: tuple[Place, ...]) -> bool:
+        """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
+        key = f"{places[0].module}.token_adapter.trainable_tokens_delta"
+        if key not in self.left:
+            return False
+        rows = self._take(key)
+        module = places[0].module
+        self.tables.append(module)
+        tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
+        ids = next(tokens, None)
+        if rows is None:
+            return True
+        reason = ""
+        if ids is None:
+            reason = "trainable_token_indices does not say which rows they are"
+        elif len(places) > 1 or places[0].kind != "embedding":
+            reason = "the leaf is no embedding table"
+        elif rows.shape != (len(ids), leaf.shape[places[0].groups[1][0]]):
+            reason = f"{list(rows.shape)} for {len(ids)} token ids"
+        elif max(ids, default=0) >= leaf.shape[places[0].groups[0][0]]:
+            reason = f"row {max(ids)} of a table of {list(leaf.shape)}"
+        elif isinstance(leaf.value, jax.ShapeDtypeStruct | None):
+            reason = "the file has rows, not differences: give the parameters' arrays"
+        elif leaf.planned and leaf.planned != "adapted":
+            reason = f"in the plan {leaf.path!r} is {leaf.planned}"
+        if reason or ids is None:
+            self.wrong.append(f"{key}: {reason}")
+            return True
+        axes = leaf.axes or places[0].axes()
+        base = layers.weight_out(places[0], np.asarray(leaf.value))[list(ids)]
+        b = rows.astype(np.float32) - base.astype(np.float32)
+        spec = Spec(
+            op="embedding",
+            axes=axes,
+            rank=len(ids),
+            alpha=float(len(ids)),
+            method="rows",
+            shape=leaf.shape,
+            rows=ids,
+        )
+        b = jnp.asarray(b.astype(self.dtype or b.dtype))
+        self.lora[leaf.path] = Factors(None, b, spec)
+        return True
 
     def _rank_and_scale(self, module: str) -> tuple[int, float]:
         rank, alpha = self.file.r, self.file.alpha
@@ -514,7 +568,8 @@ class _Reading:
             self.config += [
                 f"{module} has an adapter, target_modules does not name it"
                 for module in self.modules
-                if module not in raw and not any(e in named for e in endings(module))
+                if module not in raw | self.heads
+                and not any(e in named for e in endings(module))
             ]
         ends = {end for place in self.stems for end in endings(place.name)}
         self.config += [
@@ -522,8 +577,11 @@ class _Reading:
             for t in self.file.parameters
             if t not in ends
         ]
-        if self.file.tokens:
-            self.config.append("trainable_token_indices: jlora reads no trained rows")
+        self.config += [
+            f"trainable_token_indices names {name!r:.100}, the file has no rows for it"
+            for name, _ in self.file.tokens
+            if not any(not name or names_module(name, table) for table in self.tables)
+        ]
         if self.file.tying and not any(
             p.endswith("lora_embedding_A") for p in map(str, self.slots)
         ):

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .. import paths
 from ..errors import PeftError
 from ..factors import Axes, Factors, Trainable
 from ..methods import plain
@@ -40,6 +41,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     tied: bool | None = None,
+    base: Any = None,
     portable: bool = False,
     dtype: Any = None,
     max_shard_bytes: int | None = None,
@@ -60,6 +62,8 @@ def save(
       task_type: what to write as the task, `"CAUSAL_LM"` or the like.
       tied: whether an adapted embedding table is the output head too. Needed where
         `names` says that it may be, as the adapter alone does not tell.
+      base: the frozen parameters; needed where single rows of a table are trained, as
+        PEFT keeps the rows and jlora what is added to them.
       portable: write only what vLLM loads, and refuse the rest by name.
       dtype: float type to write in; None keeps that of each array.
       max_shard_bytes: split the tensors into files of at most so many bytes.
@@ -83,7 +87,9 @@ def save(
     References:
       https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
-    tensors, config, conv1d = _tensors(trainable, names or GENERIC, tied, dtype)
+    tensors, config, conv1d = _tensors(
+        trainable, names or GENERIC, tied, paths.flatten(base)[0], dtype
+    )
     if portable:
         _check_portable(tensors, config)
     fields = config_fields(
@@ -114,12 +120,17 @@ class _Writing:
     raw: list[Place] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
     layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     tying: bool = False
     conv1d: bool = False
 
 
 def _tensors(
-    trainable: Trainable, names: NameMap, tied: bool | None, dtype: Any
+    trainable: Trainable,
+    names: NameMap,
+    tied: bool | None,
+    base: Mapping[str, Any],
+    dtype: Any,
 ) -> tuple[dict[str, np.ndarray], PeftConfig, bool]:
     """Returns PEFT's tensors by name, the config, and whether layers are Conv1D."""
     if not isinstance(trainable, Trainable):
@@ -130,22 +141,21 @@ def _tensors(
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
     out = _Writing()
     cast = _caster(dtype, out.wrong)
-    specs = {path: factors.spec for path, factors in trainable.lora.items()}
-    rslora = bool(specs) and all(
-        s.rslora and s.method in _AS_IS for s in specs.values()
-    )
+    specs = [f.spec for f in trainable.lora.values() if not f.spec.rows]
+    rslora = bool(specs) and all(s.rslora and s.method in _AS_IS for s in specs)
     for path, factors in trainable.lora.items():
-        _write_factors(out, path, factors, names, tied, rslora, cast)
+        _write_factors(out, path, factors, names, tied, base, rslora, cast)
     _write_raw(out)
     saved, bias = _write_full(out, trainable.full, names, cast)
-    drops = {f.spec.dropout for f in trainable.lora.values()}
+    factors = {p: f for p, f in trainable.lora.items() if not f.spec.rows}
+    drops = {f.spec.dropout for f in factors.values()}
     if len(drops) > 1:
         out.wrong.append(
             f"dropout differs between leaves ({sorted(drops)}), PEFT has one for all"
         )
-    dora = {path for path, f in trainable.lora.items() if f.spec.method == "dora"}
-    if dora and len(dora) < len(trainable.lora):
-        rest = sorted(set(trainable.lora) - dora)
+    dora = {path for path, f in factors.items() if f.spec.method == "dora"}
+    if dora and len(dora) < len(factors):
+        rest = sorted(set(factors) - dora)
         out.wrong.append(
             "PEFT has DoRA for all adapted modules or none, these are without: "
             + ", ".join(rest[:5])
@@ -168,6 +178,7 @@ def _tensors(
         targets=tuple(out.targets),
         parameters=tuple(place.name for place in out.raw),
         saved=tuple(saved),
+        tokens=tuple(out.tokens.items()),
         tying=out.tying,
     )
     return out.tensors, config, out.conv1d
@@ -200,6 +211,7 @@ def _write_factors(
     factors: Factors,
     names: NameMap,
     tied: bool | None,
+    base: Mapping[str, Any],
     rslora: bool,
     cast: Callable[[str, Any], np.ndarray],
 ) -> None:
@@ -210,8 +222,8 @@ def _write_factors(
             "jlora.to_plain first, it gives an adapter to the original ones"
         )
         return
-    if spec.method == "rows":
-        out.wrong.append(f"{path!r} has trained rows, merge them or train LoRA")
+    if spec.rows:
+        _write_rows(out, path, factors, names, base, cast)
         return
     a, b = (cast(path, x) for x in plain(factors))
     shape = _weight_shape(spec.axes, a.shape, b.shape)
@@ -257,6 +269,34 @@ def _write_factors(
         out.ranks[place.module], out.alphas[place.module] = own_rank, alpha
     if not some:
         out.wrong.append(f"{path!r} is zero in A and B throughout, so it is no adapter")
+
+
+def _write_rows(
+    out: _Writing,
+    path: str,
+    factors: Factors,
+    names: NameMap,
+    base: Mapping[str, Any],
+    cast: Callable[[str, Any], np.ndarray],
+) -> None:
+    """Adds the trained rows of a table, which PEFT keeps whole, not as changes."""
+    spec = factors.spec
+    places = names.places(path, spec.shape, op="embedding", axes=spec.axes)
+    if len(places) != 1 or layers.misfit(places[0], spec.axes):
+        out.wrong.append(f"{path!r} has trained rows, but is no embedding in torch")
+    elif path not in base:
+        out.wrong.append(
+            f"{path!r} has trained rows: give the frozen parameters as base=, PEFT "
+            "keeps rows, not differences"
+        )
+    else:
+        table = layers.weight_out(places[0], np.asarray(base[path]))
+        rows = table[list(spec.rows)].astype(np.float32)
+        rows = rows + np.asarray(factors.b, np.float32)
+        module = places[0].module
+        name = f"{module}.token_adapter.trainable_tokens_delta"
+        out.tensors[name] = cast(path, rows)
+        out.tokens[module] = spec.rows
 
 
 def _write_layer(

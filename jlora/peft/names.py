@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .. import paths
 from ..errors import PeftError
@@ -311,7 +311,7 @@ def _places(
     if absent:
         raise PeftError(
             f"{path!r}: nothing says which axis {{{absent[0]}}} of {template!r} is. "
-            f"Name an axis of the leaf {absent[0]!r} in axes=, or the placeholder in flax=."
+            f"Name an axis of the leaf {absent[0]!r} in axes=, or use it in flax=."
         )
     at = {name: i for i, group in enumerate(left) for name in group if name not in own}
     groups = tuple(tuple(at[name] for name in group) for group in right)
@@ -451,6 +451,19 @@ def _generic(
     else:
         groups = everything
     return (Place(name, kind, (None,) * ndim, groups),)
+
+
+def untied(placed: Iterable[tuple[Place, ...]]) -> list[tuple[Place, ...]]:
+    """Returns the places of a model, tied only to names that no other leaf has."""
+    placed = list(placed)
+    own = {place.name for places in placed for place in places}
+    return [
+        tuple(
+            dataclasses.replace(place, tied=None) if place.tied in own else place
+            for place in places
+        )
+        for places in placed
+    ]
 
 
 def unnamed(path: str, names: NameMap) -> str:

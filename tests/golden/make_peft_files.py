@@ -149,6 +149,7 @@ def main(folder: pathlib.Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     ids = {"input_ids": tokens(0)}
     every = "all-linear"
+    seen = tokens(0)[:, 2].tolist()
     r = {"r": 3, "lora_alpha": 5}
     write(
         folder,
@@ -178,6 +179,11 @@ def main(folder: pathlib.Path) -> None:
                 **r,
                 "target_modules": ["k_proj", "down_proj"],
                 "layers_to_transform": [1],
+            },
+            "tokens": {
+                **r,
+                "target_modules": ["v_proj"],
+                "trainable_token_indices": {"embed_tokens": seen},
             },
             "bfloat16": {**r, "target_modules": ["v_proj"], "dtype": torch.bfloat16},
             "float16": {**r, "target_modules": ["v_proj"], "dtype": torch.float16},
@@ -220,6 +226,18 @@ def main(folder: pathlib.Path) -> None:
                 "target_modules": ["c_attn"],
                 "fan_in_fan_out": True,
                 "use_dora": True,
+            },
+            "untied": {
+                **r,
+                "target_modules": ["wte", "c_proj"],
+                "fan_in_fan_out": True,
+                "ensure_weight_tying": True,
+            },
+            "tokens": {
+                **r,
+                "target_modules": ["c_attn"],
+                "fan_in_fan_out": True,
+                "trainable_token_indices": seen,
             },
             "position": {**r, "target_modules": ["wpe"]},
         },
@@ -293,7 +311,6 @@ def main(folder: pathlib.Path) -> None:
                 decoder_start_token_id=0,
                 relative_attention_num_buckets=8,
                 feed_forward_proj="gated-gelu",
-                tie_word_embeddings=False,
             )
         ),
         {**ids, "decoder_input_ids": tokens(1)},
