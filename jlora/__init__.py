@@ -26,6 +26,7 @@ from ._precondition import lora_fa as lora_fa, riemannian as riemannian
 from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
 from ._rows import per_row as per_row
+from ._sharding import shardings as shardings
 from ._split import MISSING as MISSING, combine as combine, split as split
 from ._statistics import (
     activation_statistics as activation_statistics,
@@ -113,6 +114,7 @@ __all__ = [
     "report",
     "riemannian",
     "save",
+    "shardings",
     "split",
     "to_plain",
     "unmerge",
