@@ -58,6 +58,12 @@ def params(tokenizer):
     return jax.tree.map(jnp.asarray, weights.from_gguf(tensors, SIZES, LAYERS))
 
 
+@pytest.fixture(autouse=True)
+def promotion_as_users_have_it(standard_dtypes):
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def pairs(count=12):
     texts = [f"story {i} of {'sport' if i % 2 else 'music'}" for i in range(count)]
     return {task: [data.Pair(text, task) for text in texts] for task in data.TASKS}
@@ -115,11 +121,10 @@ def test_data_are_prompts_and_answers(tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_the_whole_example(params, tokenizer, tmp_path, capsys, standard_dtypes):
+def test_the_whole_example(params, tokenizer, tmp_path, capsys):
     flags = "--steps 30 --batch-size 2 --test 2 --rows 4 --tokens 3 --lr 0.02"
     options = dataclasses.replace(parse(flags.split()), out=tmp_path)
-    with jax.numpy_rank_promotion("allow"):
-        train.run(options, params, SIZES, tokenizer, pairs())
+    train.run(options, params, SIZES, tokenizer, pairs())
     figures = json.loads((tmp_path / "results.json").read_text())
     before, after = (np.array(figures[k])[:, 0] for k in ("before", "after"))
     assert (after < before).all()
