@@ -20,6 +20,7 @@ from jlora.tables import nbytes
 
 from . import common, models
 
+TARGETS = ("all-linear", "**/{q,v}/kernel")
 PARTS = ("sweep", "serving", "products", "pool")
 
 
@@ -88,12 +89,17 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
 
 
 def serving(
-    size: models.Size, rank: int, rows: int, distinct: Iterable[int], rounds: int
+    size: models.Size,
+    rank: int,
+    rows: int,
+    distinct: Iterable[int],
+    rounds: int,
+    targets: str = "all-linear",
 ) -> common.Figures:
     """Returns times of a batch whose rows use so many different adapters."""
     model = models.linen(dataclasses.replace(size, batch=rows))
     params, (x, _) = common.example(model)
-    like = common.adapter(model, params, x, rank)
+    like = common.adapter(model, params, x, rank, targets)
     stacked = stacked_like(like, max(distinct))
     one = one_of(stacked, 0)
     apply = jax.jit(jlora.apply_lora(model.apply, on_merge="error"))
@@ -118,6 +124,8 @@ def serving(
         "tokens": size.length,
         "width": size.width,
         "rows": rows,
+        "targets": targets,
+        "factors_over_base": common.nbytes(like) / common.nbytes(params),
         "seconds": common.interleaved(runs, rounds),
     }
 
@@ -243,7 +251,14 @@ def sweep_columns(cases: list[common.Figures]) -> common.Columns:
 def serving_columns(cases: list[common.Figures]) -> common.Columns:
     """Returns the mixed batches for a table, beside one shared adapter."""
     names = list(cases[0]["seconds"])
-    head = ("batch", *(f"{c['rows']} × {c['tokens']}, d {c['width']}" for c in cases))
+    head = (
+        "batch",
+        *(
+            f"{c['rows']} × {c['tokens']}, d {c['width']}, "
+            + ("all" if c["targets"] == "all-linear" else "q, v")
+            for c in cases
+        ),
+    )
     return head, [
         (
             name,
@@ -315,7 +330,9 @@ def main() -> None:
                 options.rows,
                 distinct,
                 options.rounds,
+                targets,
             )
+            for targets in TARGETS
             for width in options.width
             for tokens in options.row_tokens
         ]
