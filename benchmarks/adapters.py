@@ -117,9 +117,7 @@ def serving(
         ids = jnp.arange(rows) % n
         runs[f"{n} in rows"] = functools.partial(row_fn, params, stacked, ids, x)
         chosen = jax.jit(jlora.adapters.select)(stacked, ids)
-        runs[f"{n} in rows, selected before"] = functools.partial(
-            ready, params, chosen, x
-        )
+        runs[f"{n}, selected before"] = functools.partial(ready, params, chosen, x)
     return {
         "tokens": size.length,
         "width": size.width,
@@ -250,21 +248,16 @@ def sweep_columns(cases: list[common.Figures]) -> common.Columns:
 
 def serving_columns(cases: list[common.Figures]) -> common.Columns:
     """Returns the mixed batches for a table, beside one shared adapter."""
-    names = list(cases[0]["seconds"])
-    head = (
-        "batch",
-        *(
-            f"{c['rows']} × {c['tokens']}, d {c['width']}, "
-            + ("all" if c["targets"] == "all-linear" else "q, v")
-            for c in cases
-        ),
-    )
+    names = [n for n in cases[0]["seconds"] if n != "one shared"]
+    head = ("width", "adapted", "rows × tokens", *names)
     return head, [
         (
-            name,
-            *(f"{c['seconds'][name] / c['seconds']['one shared']:.2f}" for c in cases),
+            str(c["width"]),
+            "all linear" if c["targets"] == "all-linear" else "q, v",
+            f"{c['rows']} × {c['tokens']}",
+            *(f"{c['seconds'][n] / c['seconds']['one shared']:.2f}" for n in names),
         )
-        for name in names
+        for c in cases
     ]
 
 
@@ -336,7 +329,7 @@ def main() -> None:
             for width in options.width
             for tokens in options.row_tokens
         ]
-        print(common.show(serving_columns(figures["serving"])))
+        print(common.show(serving_columns(figures["serving"]), 0))
     if "products" in options.part:
         figures["products"] = [
             products(options.width[-1], options.rank, rows, count, options.rounds)

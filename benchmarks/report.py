@@ -281,7 +281,7 @@ def adapters_section(found: common.Figures) -> str:
             "A batch (rows × tokens of each) whose rows use different adapters, as a "
             "multiple of one adapter that all rows share; factors gathered in the same "
             "call, and before it as in a loop over tokens.\n",
-            markdown(adapters.serving_columns(found["serving"])),
+            markdown(adapters.serving_columns(found["serving"]), 0),
             "At one token a row the factors of 32 adapters are read for it alone: on "
             "all linear weights they are as large as a good part of this small base.\n",
         ]

@@ -109,7 +109,7 @@ def test_adapters(monkeypatch, tmp_path):
     report.write(tmp_path, tmp_path)
     text = (tmp_path / "performance.md").read_text()
     assert "A pool of 3 adapters" in text
-    assert "one shared | 1.00 |" in text
+    assert "| 32 | all linear | 4 × 2 |" in text
 
 
 def test_tpu_without_libtpu(monkeypatch, tmp_path, capsys):
