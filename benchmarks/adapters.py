@@ -20,6 +20,7 @@ from jlora.tables import nbytes
 
 from . import common, models
 
+TARGETS = ("all-linear", "**/{q,v}/kernel")
 PARTS = ("sweep", "serving", "products", "pool")
 
 
@@ -88,12 +89,17 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
 
 
 def serving(
-    size: models.Size, rank: int, rows: int, distinct: Iterable[int], rounds: int
+    size: models.Size,
+    rank: int,
+    rows: int,
+    distinct: Iterable[int],
+    rounds: int,
+    targets: str = "all-linear",
 ) -> common.Figures:
     """Returns times of a batch whose rows use so many different adapters."""
     model = models.linen(dataclasses.replace(size, batch=rows))
     params, (x, _) = common.example(model)
-    like = common.adapter(model, params, x, rank)
+    like = common.adapter(model, params, x, rank, targets)
     stacked = stacked_like(like, max(distinct))
     one = one_of(stacked, 0)
     apply = jax.jit(jlora.apply_lora(model.apply, on_merge="error"))
@@ -111,13 +117,13 @@ def serving(
         ids = jnp.arange(rows) % n
         runs[f"{n} in rows"] = functools.partial(row_fn, params, stacked, ids, x)
         chosen = jax.jit(jlora.adapters.select)(stacked, ids)
-        runs[f"{n} in rows, selected before"] = functools.partial(
-            ready, params, chosen, x
-        )
+        runs[f"{n}, selected before"] = functools.partial(ready, params, chosen, x)
     return {
         "tokens": size.length,
         "width": size.width,
         "rows": rows,
+        "targets": targets,
+        "factors_over_base": common.nbytes(like) / common.nbytes(params),
         "seconds": common.interleaved(runs, rounds),
     }
 
@@ -242,14 +248,16 @@ def sweep_columns(cases: list[common.Figures]) -> common.Columns:
 
 def serving_columns(cases: list[common.Figures]) -> common.Columns:
     """Returns the mixed batches for a table, beside one shared adapter."""
-    names = list(cases[0]["seconds"])
-    head = ("batch", *(f"{c['rows']} × {c['tokens']}, d {c['width']}" for c in cases))
+    names = [n for n in cases[0]["seconds"] if n != "one shared"]
+    head = ("width", "adapted", "rows × tokens", *names)
     return head, [
         (
-            name,
-            *(f"{c['seconds'][name] / c['seconds']['one shared']:.2f}" for c in cases),
+            str(c["width"]),
+            "all linear" if c["targets"] == "all-linear" else "q, v",
+            f"{c['rows']} × {c['tokens']}",
+            *(f"{c['seconds'][n] / c['seconds']['one shared']:.2f}" for n in names),
         )
-        for name in names
+        for c in cases
     ]
 
 
@@ -315,11 +323,13 @@ def main() -> None:
                 options.rows,
                 distinct,
                 options.rounds,
+                targets,
             )
+            for targets in TARGETS
             for width in options.width
             for tokens in options.row_tokens
         ]
-        print(common.show(serving_columns(figures["serving"])))
+        print(common.show(serving_columns(figures["serving"]), 0))
     if "products" in options.part:
         figures["products"] = [
             products(options.width[-1], options.rank, rows, count, options.rounds)

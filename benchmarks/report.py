@@ -10,7 +10,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import common, floor, growth, methods, overheads, quality, tpu
+from jlora.tables import nbytes
+
+from . import adapters, common, floor, growth, methods, overheads, quality, tpu
 from .peers import runner
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -264,6 +266,44 @@ def quality_section(found: common.Figures) -> str:
     )
 
 
+def adapters_section(found: common.Figures) -> str:
+    """Returns the text on `adapters`."""
+    parts = ["## Many adapters\n", source(found["environment"])]
+    if "sweep" in found:
+        parts += [
+            "Adapters of all linear weights trained in one program on one base, beside "
+            "as many steps one after another; tokens are those of each adapter. Memory "
+            "is the compiler's, of one step and of the program for all.\n",
+            markdown(adapters.sweep_columns(found["sweep"]), 0),
+        ]
+    if "serving" in found:
+        parts += [
+            "A batch (rows × tokens of each) whose rows use different adapters, as a "
+            "multiple of one adapter that all rows share; factors gathered in the same "
+            "call, and before it as in a loop over tokens.\n",
+            markdown(adapters.serving_columns(found["serving"]), 0),
+            "At one token a row the factors of 32 adapters are read for it alone: on "
+            "all linear weights they are as large as a good part of this small base.\n",
+        ]
+    if "products" in found:
+        parts += [
+            "The low-rank product of rows of one token, sorted by adapter, as a "
+            "multiple of the frozen product. `ragged_dot` is no faster than a masked "
+            "product with all adapters on a CPU, so `per_row` gathers.\n",
+            markdown(adapters.product_columns(found["products"]), 0),
+        ]
+    if "pool" in found:
+        pool = found["pool"]
+        parts += [
+            f"A pool of {pool['capacity']:,} adapters of {nbytes(pool['slot_bytes'])} "
+            f"takes {nbytes(pool['pool_bytes'])}, the base "
+            f"{nbytes(pool['base_bytes'])}. A reload reads the base and merges; swaps "
+            f"compiled {pool['compiled']} programs.\n",
+            markdown(adapters.pool_columns(pool)),
+        ]
+    return "\n".join(parts)
+
+
 def multiples(axes: Axes, cases: Sequence[common.Figures]) -> None:
     """Draws step times as multiples of the floor, a group of bars for each model."""
     names = [n for n in common.STEPS if n not in (common.FLOOR, common.STRICT)]
@@ -394,6 +434,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "peers": peers_section,
     "growth": growth_section,
     "overheads": overheads_section,
+    "adapters": adapters_section,
     "methods": methods_section,
     "quality": quality_section,
 }

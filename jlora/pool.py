@@ -19,7 +19,7 @@ import numpy as np
 
 from .adapters import to_lora
 from .adapters._algebra import plain_spec
-from .adapters._several import is_plain, rescales
+from .adapters._several import changed_base, is_plain, rescales
 from .adapters._stack import pick
 from .errors import PoolError
 from .factors import Factors, Trainable
@@ -119,6 +119,11 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
         f"{p!r} is no weight of the pool" for p in trainable.lora if p not in slots
     ]
     wrong += [f"{p!r} is DoRA" for p, f in trainable.lora.items() if rescales(f.spec)]
+    wrong += [
+        f"{p!r} is for a base changed by init={f.spec.init!r}"
+        for p, f in trainable.lora.items()
+        if changed_base(f)
+    ]
     if not wrong:
         trainable = to_lora(trainable)
         for path, f in trainable.lora.items():

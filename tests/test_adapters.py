@@ -536,3 +536,19 @@ def test_adapters_of_other_models_are_named():
         adapters.average([])
     with pytest.raises(jlora.TreeError, match="2 adapters and 1 weights"):
         adapters.linear([X, Y], [1])
+
+
+def test_merged_adapters_are_switched_in_place_from_the_kept_base():
+    """What docs/many_adapters.md advises: the base comes back bit for bit."""
+    rng = np.random.default_rng(0)
+    shape, _ = SHAPES["linear"]
+    frozen = {"linear": jnp.asarray(rng.normal(size=shape), jnp.bfloat16)}
+    x, y = (Trainable({"linear": t.lora["linear"]}) for t in (X, Y))
+    kept = jax.tree.map(np.array, frozen)  # copies: a view would keep its memory
+    switch = jax.jit(jlora.merge, donate_argnums=0)
+    own = frozen["linear"]
+    switch(frozen, x)
+    assert own.is_deleted()
+    again = switch(jax.device_put(kept), y)
+    expected = jlora.merge(jax.device_put(kept), y)
+    np.testing.assert_array_equal(again["linear"], expected["linear"])

@@ -147,3 +147,17 @@ def test_rslora_alone_is_itself_and_exact_in_sums():
     assert_changes(adapters.add(x, LORA), (1, x), (1, LORA))
     (back,) = adapters.unstack(adapters.stack([x]))
     assert_changes(back, (1, x))
+
+
+def test_adapters_of_a_changed_base_are_named():
+    spec = dataclasses.replace(LORA.lora["heads"].spec, init="pissa")
+    x = Trainable({"heads": dataclasses.replace(LORA.lora["heads"], spec=spec)})
+    assert adapters.linear([x], [1]).lora["heads"] is x.lora["heads"]
+    assert adapters.stack([x, x]).lora["heads"].spec.init == "pissa"
+    match = r"'heads' of adapter 0 started with 'pissa'.*jlora.to_plain"
+    for combine in (adapters.linear, adapters.stack):
+        with pytest.raises(jlora.TreeError, match=match):
+            combine([x, LORA])
+    made = jlora.pool.create(LORA, 1)
+    with pytest.raises(jlora.PoolError, match="changed by init='pissa'"):
+        jlora.pool.fit(made, x)

@@ -105,18 +105,22 @@ def test_generation_with_a_cache_is_that_of_each_adapter():
 
 
 def test_multi_task_batch_trains_each_adapter_from_its_rows(standard_dtypes):
+    @jax.jit
+    @jax.value_and_grad
     def loss(stacked, ids):
         return jnp.sum(jnp.square(jlora.per_row(model)(PARAMS, stacked, ids, TOKENS)))
 
-    grads = jax.jit(jax.grad(loss))(STACKED, IDS)
+    before, grads = loss(STACKED, IDS)
     padded = adapters.unstack(STACKED, trim=False)
 
+    @jax.jit
+    @jax.grad
     def alone(trainable, tokens):
         out = jlora.apply_lora(model)(PARAMS, trainable, tokens)
         return jnp.sum(jnp.square(out))
 
-    for i in range(3):
-        expected = jax.grad(alone)(padded[i], TOKENS[np.asarray(IDS) == i])
+    for i in range(2):  # one row each
+        expected = alone(padded[i], TOKENS[np.asarray(IDS) == i])
         for g, e in zip(
             jax.tree.leaves(jax.tree.map(lambda x: x[i], grads)),  # noqa: B023
             jax.tree.leaves(expected),
@@ -126,7 +130,7 @@ def test_multi_task_batch_trains_each_adapter_from_its_rows(standard_dtypes):
     tx = optax.adam(1e-2)
     updates, _ = tx.update(grads, tx.init(STACKED), STACKED)
     better = optax.apply_updates(STACKED, updates)
-    assert loss(better, IDS) < loss(STACKED, IDS)
+    assert loss(better, IDS)[0] < before
 
 
 def test_a_bad_id_or_adapter_harms_its_own_rows_only():

@@ -28,7 +28,7 @@ PROMPTS = {
     "topic": "What is this story about? {}",
     "mood": "Is this review good or bad? {}",
 }
-PROMPT, ANSWER = 80, 16  # tokens
+PROMPT, ANSWER = 64, 16  # tokens
 
 
 class Pair(NamedTuple):

@@ -113,7 +113,7 @@ def run(
     }
     report.write(options.out, losses, "\n\n".join(tables), figures)
     for task, trained in zip(data.TASKS, jlora.adapters.unstack(stacked), strict=True):
-        jlora.checkpoint.save(options.out / "adapters" / task, trained)
+        jlora.checkpoint.save(options.out / "adapters" / task, trained, overwrite=True)
     print(f"   results, curves and adapters are in {options.out}")
 
 

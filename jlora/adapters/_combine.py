@@ -17,6 +17,7 @@ from ._several import (
     base_weight,
     check_base,
     check_fit,
+    check_one_base,
     leaves_of,
     rescales,
     sequence,
@@ -337,6 +338,8 @@ def combine(
       keep_single: whether a leaf of a single adapter with weight 1 is that leaf.
     """
     check_fit(name, trainables)
+    if len(trainables) > 1:
+        check_one_base(name, trainables)
     base = leaves_of(params)
     paths = union([t.lora for t in trainables])
     full_paths = union([t.full for t in trainables])

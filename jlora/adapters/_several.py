@@ -11,7 +11,7 @@ from .._merge import merge
 from .._split import Missing
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import method_of, plain
+from ..methods import find_init, method_of, plain
 from ..transform.values import at_least_float32
 from ._algebra import plain_spec
 
@@ -102,6 +102,27 @@ def _plain_shapes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of the plain factors of any method."""
     a, b = jax.eval_shape(plain, factors)
     return tuple(a.shape), tuple(b.shape)
+
+
+def changed_base(factors: Factors) -> bool:
+    """Returns whether the start of these factors took something out of the weight."""
+    init = find_init(factors.spec.init)
+    return init is not None and init.changes_base
+
+
+def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
+    """Raises a TreeError that lists the leaves that belong to a base of their own."""
+    wrong = [
+        f"{path!r} of adapter {i} started with {f.spec.init!r}"
+        for i, t in enumerate(trainables)
+        for path, f in t.lora.items()
+        if changed_base(f)
+    ]
+    if wrong:
+        raise TreeError(
+            f"{name} needs adapters of the original base, but these are for a changed "
+            f"one: {'; '.join(wrong)}. Take jlora.to_plain(adapter, initial) of each."
+        )
 
 
 Base = Mapping[str, Any] | None

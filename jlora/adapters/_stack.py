@@ -22,8 +22,10 @@ from ._several import (
     FULL,
     Base,
     base_weight,
+    changed_base,
     check_base,
     check_fit,
+    check_one_base,
     is_plain,
     leaves_of,
     rescales,
@@ -51,7 +53,8 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
       A `Trainable` of leaves `[len(trainables), ...]`.
 
     Raises:
-      TreeError: if the adapters are not of one model, or lists the leaves that need
+      TreeError: if the adapters are not of one model, or started with inits that
+        change the base (PiSSA) each in its own way; or lists the leaves that need
         `params`, or that some train in full and others by factors.
 
     Examples:
@@ -67,6 +70,8 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
     """
     found = sequence("stack", trainables)
     check_fit("stack", found)
+    if len({frozenset(_starts(t)) for t in found}) > 1:  # else one frozen side fits all
+        check_one_base("stack", found)
     base = leaves_of(params)
     paths = union([t.lora for t in found])
     full = union([t.full for t in found])
@@ -86,6 +91,12 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
         {path: _stack_factors(path, found, base) for path in paths},
         {path: _stack_full(path, found, base) for path in full},
     )
+
+
+def _starts(trainable: Trainable) -> set[tuple[str, str]]:
+    """Returns the leaves whose start changed the base, and how."""
+    lora = trainable.lora.items()
+    return {(path, f.spec.init) for path, f in lora if changed_base(f)}
 
 
 def _stack_full(path: str, found: Sequence[Trainable], base: Base) -> jax.Array:
@@ -110,6 +121,8 @@ def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors
     spec = plain_spec(present[0].spec, rank, common_dropout(present))
     if magnitude is not None:
         spec = dataclasses.replace(spec, method="dora")
+    if changed_base(present[0]):
+        spec = dataclasses.replace(spec, init=present[0].spec.init)
     return Factors(
         jnp.stack([f.a for f in rows]),
         jnp.stack([f.b for f in rows]),
