@@ -1,7 +1,10 @@
 """The command: what people and scripts see, exit codes, one line for bad input."""
 
+import importlib
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -428,6 +431,27 @@ def test_peft_that_is_not_understood_is_refused(folder, call):
     fails(call("inspect", "wrong"), 1, "has rank 2, its config says 3")
     write_peft("other", use_qalora=True)
     fails(call("inspect", "other"), 1, "use_qalora")
+
+
+# The page of the command.
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+
+
+def test_the_page_shows_what_the_command_prints(tmp_path, monkeypatch, call):
+    pytest.importorskip("jlora.peft")
+    monkeypatch.chdir(tmp_path)
+    name = "my_model"
+    code = re.search(rf'```python title="{name}.py"\n(.*?)```', PAGE, re.DOTALL)
+    (tmp_path / f"{name}.py").write_text(code[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module(name).write()
+    blocks = re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)
+    for command, shown in re.findall(r"\$ jlora (.*)\n([^$]*)", "".join(blocks)):
+        _, out, err = call(*command.split())
+        rounding = re.compile(r"\d\.\d\de-\d\d")
+        assert rounding.sub("#", out + err) == rounding.sub("#", shown), command
+    sys.modules.pop(name)
 
 
 # The program.
