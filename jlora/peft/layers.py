@@ -68,8 +68,9 @@ def misfit(place: Place, axes: Axes) -> str | None:
     for role in ("batch", "fan_in", "fan_out"):
         if sorted(getattr(own, role)) != sorted(getattr(axes, role)):
             return (
-                f"its factors have {role} axes {getattr(axes, role)}, the rule "
-                f"({place.kind}) has {getattr(own, role)}"
+                f"its factors have {role} axes {getattr(axes, role)}, torch's layer "
+                f"({place.kind}) has {getattr(own, role)}: plan it with Rule(..., "
+                f"axes={own}), or mend the Entry"
             )
     return None
 
