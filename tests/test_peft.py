@@ -201,7 +201,7 @@ def test_grouped_convolution_is_written_in_blocks(tmp_path):
     adapter = Trainable({"c/kernel": factors((3, 3, 2, 4), CONV, op="conv")})
     jlora.peft.save(tmp_path, adapter, names=names)
     found = read(tmp_path)
-    a, b = found[P + "c.lora_A.weight"], found[P + "c.lora_B.weight"]
+    a, b = found[P + "c.lora_A.weight"].copy(), found[P + "c.lora_B.weight"]
     assert (a.shape, b.shape) == ((4, 4, 3, 3), (4, 2, 1, 1))
     assert config_of(tmp_path)["r"] == 4
     like = shapes(c__kernel=(3, 3, 2, 4))
@@ -293,7 +293,7 @@ def test_shards(tmp_path):
     leaves = {f"l{i}/kernel": factors((4, 6), seed=i) for i in range(5)}
     jlora.peft.save(tmp_path, Trainable(leaves), max_shard_bytes=200)
     names = sorted(p.name for p in tmp_path.glob("*.safetensors*"))
-    assert len(names) == 6
+    assert len(names) == 4
     assert names[-1] == "adapter_model.safetensors.index.json"
     like = {path: jax.ShapeDtypeStruct((4, 6), "float32") for path in leaves}
     same(jlora.peft.load(tmp_path, like), Trainable(leaves))
@@ -352,7 +352,9 @@ def test_plan_says_what_has_to_be_there(tmp_path):
         "config: 'up/kernel' has rank 3 and scale 1, the plan 2 and 1",
     ):
         assert text in str(error.value)
-    with pytest.raises(PeftError, match="'up/kernel' is adapted, in the plan frozen"):
+    with pytest.raises(
+        PeftError, match="'up/kernel' has factors, the plan has it frozen"
+    ):
         jlora.peft.load(tmp_path, dense_plan(targets="down/kernel", train=()))
 
 
@@ -365,7 +367,9 @@ def test_methods_that_peft_lacks_are_written_as_lora(tmp_path):
         back = jlora.peft.load(tmp_path / method, DENSE)
         assert back.lora["up/kernel"].spec.method == "lora"
         w, w_back = jlora.merge(frozen, adapter), jlora.merge(DENSE, back)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), w, w_back)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), w, w_back
+        )
 
 
 # What cannot be written.
@@ -637,14 +641,18 @@ def test_missing_files_and_directories_in_their_place(tmp_path):
         jlora.peft.load(tmp_path, UP)
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(PeftError, match=r"adapter_model.bin would have to be unpickled"):
+    with pytest.raises(
+        PeftError, match=r"adapter_model.bin would have to be unpickled"
+    ):
         jlora.peft.load(tmp_path, UP)
     (tmp_path / TENSORS).mkdir()
     with pytest.raises(PeftError, match="is a directory, not a safetensors file"):
         jlora.peft.load(tmp_path, UP)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "x"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "x"]
+)
 def test_shards_stay_in_their_directory(name, tmp_path):
     jlora.peft.save(tmp_path / "a", up(), max_shard_bytes=40)
     (tmp_path / "x.safetensors").write_bytes(b"")
@@ -656,7 +664,7 @@ def test_shards_stay_in_their_directory(name, tmp_path):
 
 
 @hypothesis.settings(max_examples=2000, database=None)
-@hypothesis.given(st.data())
+@hypothesis.given(data=st.data())
 def test_mutated_files_raise_nothing_but_peft_errors(data, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "mutated"
     if not folder.exists():
@@ -667,7 +675,9 @@ def test_mutated_files_raise_nothing_but_peft_errors(data, tmp_path_factory):
         content = bytearray((folder / "good" / name).read_bytes())
         for _ in range(data.draw(st.integers(0, 4))):
             at = data.draw(st.integers(0, len(content) - 1))
-            new = data.draw(st.sampled_from([b"", b"\0", b"9", b"[", b'"', b"\xff", b"-"]))
+            new = data.draw(
+                st.sampled_from([b"", b"\0", b"9", b"[", b'"', b"\xff", b"-"])
+            )
             content[at : at + data.draw(st.integers(0, 3))] = new
         (folder / "bad" / name).write_bytes(content)
     try:
@@ -721,7 +731,9 @@ for n in itertools.count():
 """
     rng = np.random.default_rng(0)
     for _ in range(5):
-        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE
+        )
         child.stdout.readline()
         for _ in range(20):
             time.sleep(rng.uniform(0.01, 0.1))
@@ -792,7 +804,9 @@ def test_gemma_einsum_weights_and_stacked_layers(tmp_path):
     stacked = {"model": {"layers": {"mlp": {"up_proj": {"kernel": normal((3, 4, 8))}},
                                     "input_layernorm": {"scale": normal((3, 4))}}}}  # fmt: skip
     jlora.peft.save_base(tmp_path / "s", stacked, names=maps.LLAMA_STACKED)
-    same(jlora.peft.load_base(tmp_path / "s", stacked, names=maps.LLAMA_STACKED), stacked)
+    same(
+        jlora.peft.load_base(tmp_path / "s", stacked, names=maps.LLAMA_STACKED), stacked
+    )
     assert len(read_header(tmp_path / "s" / "model.safetensors")[0]) == 6
 
 

@@ -110,7 +110,8 @@ def convs(params, *, x):
         axes = "DHW"[3 - n :]
         y = jax.lax.conv_general_dilated(
             jnp.moveaxis(x, 1, -1), kernel, strides or (1,) * n,
-            padding or [(0, 0)] * n, dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            padding or [(0, 0)] * n,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=groups,
         )  # fmt: skip
         y = y + jnp.broadcast_to(params[name]["bias"], y.shape)

@@ -31,7 +31,7 @@ from .config import (
 from .layers import RAW, Layer, nested
 from .names import GENERIC, NameMap, Place, unnamed, untied
 from .report import Report
-from .tensors import FLOATS, Slot, open_tensors, read_json
+from .tensors import FLOATS, Slot, open_tensors, read_json, reading
 
 _ADAPTER_LEAVES = (
     "lora_A.weight",
@@ -113,8 +113,9 @@ def load(
     """
     directory = pathlib.Path(directory)
     names = names or GENERIC
-    if not directory.is_dir():
-        raise PeftError(f"There is no directory {str(directory)!r} to load from.")
+    with reading(directory):
+        if not directory.is_dir():
+            raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields = read_json(directory / CONFIG)
     config, odd = parse_config(fields)
     slots, metadata = open_tensors(directory, STEM)
@@ -123,10 +124,10 @@ def load(
             "rank, alpha or their patterns are not those that the tensors were written "
             f"with ({metadata[SIGNED]:.200}): the config was changed later"
         )
-    reading = _Reading(config, slots, names, tied, dtype)
-    reading.config += odd
-    reading.read(_leaves(params_or_plan))
-    trainable, report = reading.result()
+    found = _Reading(config, slots, names, tied, dtype)
+    found.config += odd
+    found.read(_leaves(params_or_plan))
+    trainable, report = found.result()
     if not strict:
         return trainable, report
     if report:
@@ -259,7 +260,6 @@ class _Reading:
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
         if found:
             self._factors(leaf, places, found)
-            self.modules += [p.module for p in places if p.name in found]
         whole = {p.name: s for p in places if (s := self._whole(leaf, p, bool(found)))}
         if whole and not found:
             self._full(leaf, places, whole)
@@ -319,6 +319,8 @@ class _Reading:
         a, b = (self._take(key) for key in keys)
         m = self._take(magnitude[0]) if magnitude else None
         self.missing += absent
+        self.modules.append(place.module)
+        self._check_base(leaf, place)
         rank, scale = self._rank_and_scale(place.module)
         self._take_tied(leaf, place, a, b)
         if a is None or b is None or absent or bool(magnitude) != (m is not None):
@@ -476,7 +478,6 @@ class _Reading:
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
         if adapted:
-            self._check_base(leaf, place, inner)
             return None
         for key in (place.name, inner) if last == "bias" else (place.name,):
             if key in self.left:
@@ -484,9 +485,10 @@ class _Reading:
                 return self.left.pop(key)
         return None
 
-    def _check_base(self, leaf: _Leaf, place: Place, key: str) -> None:
+    def _check_base(self, leaf: _Leaf, place: Place) -> None:
         """Takes the copy of an adapted table that PEFT saves: the model's own."""
-        slot = self.left.pop(key, None)
+        key = f"{place.module}.base_layer.weight"
+        slot = self.left.pop(key, None) if place.kind not in RAW else None
         if slot is None:
             return
         wanted = place.shape(leaf.shape)

@@ -197,7 +197,8 @@ def _caster(dtype: Any, wrong: list[str]) -> Callable[[str, Any], np.ndarray]:
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if floating and not np.isfinite(array).all():
             wrong.append(f"{path!r} holds NaN or infinity")
-        out = array if dtype is None or not floating else array.astype(dtype)
+        with np.errstate(over="ignore"):
+            out = array if dtype is None or not floating else array.astype(dtype)
         if floating and not np.isfinite(out).all() and np.isfinite(array).all():
             wrong.append(f"{path!r} holds numbers too large for {np.dtype(dtype)}")
         return out
@@ -239,16 +240,20 @@ def _write_factors(
         out.wrong.append(unnamed(path, names))
         return
     rank, scale = a.shape[-1], factors.scale
-    some = False
+    found: dict[Place, Layer] = {}
     for place in places:
         reason = layers.misfit(place, spec.axes)
         if reason:
             out.wrong.append(f"{path!r}: {reason}")
             return
-        layer = layers.layer_out(place, spec.axes, shape, a, b, magnitude, scale)
-        if len(places) > 1 and layers.is_empty(layer) and magnitude is None:
-            continue
-        some = True
+        layer = layers.layer_out(
+            place, spec.axes, shape, a, b, magnitude, scale, spec.parts
+        )
+        if len(places) == 1 or magnitude is not None or not layers.is_empty(layer):
+            found[place] = layer
+    if not found:
+        out.wrong.append(f"{path!r} is zero in A and B throughout, so it is no adapter")
+    for place, layer in layers.in_use(found).items():
         out.conv1d |= place.kind == "conv1d"
         count = math.prod(
             n for r, n in zip(place.roles, place.shape(shape), strict=True) if r == "e"
@@ -267,8 +272,6 @@ def _write_factors(
             _write_layer(out, place, layer, tied, path)
         out.layers[place.module] = layer
         out.ranks[place.module], out.alphas[place.module] = own_rank, alpha
-    if not some:
-        out.wrong.append(f"{path!r} is zero in A and B throughout, so it is no adapter")
 
 
 def _write_rows(

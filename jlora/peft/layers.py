@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PeftError
-from ..factors import Axes
+from ..factors import Axes, Parts
 from .names import Place
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
@@ -119,13 +119,20 @@ def layer_out(
     b: np.ndarray,
     magnitude: np.ndarray | None,
     scale: float,
+    parts: Parts | None = None,
 ) -> Layer:
-    """Returns the layer at `place`, from the factors of a leaf of `shape`."""
+    """Returns the layer at `place`, from the factors of a leaf of `shape`.
+
+    With `parts`, it has the ranks of the parts that lie in it, none if there are none.
+    """
     labels_a, labels_b = _labels(axes)
     cut = dict(enumerate(_cut(place.index))) | {"r": slice(None)}
     a = a[tuple(cut[label] for label in labels_a)]
     b = b[tuple(cut[label] for label in labels_b)]
-    if any(at is not None for at in place.index):
+    if parts is not None:
+        own = _columns(place, parts)
+        a, b = a[..., own], np.compress(own, b, axis=len(axes.batch))
+    elif any(at is not None for at in place.index):
         a, b = _trimmed(a, b, place, len(axes.batch))
     sizes = place.sizes(shape)
     experts, fan_in, fan_out = _split(place, axes)
@@ -152,6 +159,18 @@ def layer_out(
     return Layer(layer_a, layer_b, scale, magnitude)
 
 
+def _columns(place: Place, parts: Parts) -> np.ndarray:
+    """Returns for each rank of a fused weight whether its part lies in `place`."""
+    at = place.index[parts.axis]
+    first, last = (at, at + 1) if isinstance(at, int) else at or (0, sum(parts.sizes))
+    out = []
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        inside = begin < last and first < begin + parts.sizes[i]
+        out += [inside] * parts.ranks[i]
+    return np.array(out)
+
+
 def _trimmed(
     a: np.ndarray, b: np.ndarray, place: Place, rank_axis: int
 ) -> tuple[np.ndarray, ...]:
@@ -174,6 +193,22 @@ def _trimmed(
 def is_empty(layer: Layer) -> bool:
     """Returns whether the layer adds nothing and never will: no rank is left."""
     return not (layer.a != 0).any() and not (layer.b != 0).any()
+
+
+def in_use(found: Mapping[Place, Layer]) -> dict[Place, Layer]:
+    """Returns the layers without parts of a fused weight that others leave zero.
+
+    In a fresh adapter B is zero in all parts, and all stay.
+    """
+    fused = any(p.parts or any(isinstance(at, tuple) for at in p.index) for p in found)
+    trained = any((layer.b != 0).any() for layer in found.values())
+    if not fused or not trained:
+        return dict(found)
+    return {
+        place: layer
+        for place, layer in found.items()
+        if (layer.b != 0).any() or layer.magnitude is not None
+    }
 
 
 def _grouped(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, ...]:

@@ -96,9 +96,8 @@ def write(folder: pathlib.Path) -> None:
             )
             again = call(m, jlora.merge(m.params, back))
             assert np.abs(again - out).max() < 1e-4, (name, kind)
-            write_tensors(
-                here, "io", {"out": pending(out)}, metadata={}, max_bytes=None
-            )
+            tensors = {"out": pending(out)}
+            write_tensors(here, "io", tensors, metadata={}, max_bytes=None)
             print(f"{name:6} {kind:8} {np.abs(out - m.outputs['base']).max():.3f}")
 
 
