@@ -124,30 +124,35 @@ def mutate(config: bytes, tensors: bytes, rng: random.Random) -> tuple[bytes, by
     return config, len(text).to_bytes(8, "little") + text + tensors[8 + length :]
 
 
-def main(count: int, seed: int) -> None:
+def fuzz(folder: pathlib.Path, count: int, seed: int) -> dict[str, int]:
+    """Loads `count` damaged adapters; returns how often each end came."""
     rng = random.Random(seed)
     ends: collections.Counter[str] = collections.Counter()
-    slowest = 0.0
+    jlora.peft.save(folder, adapter())
+    config = (folder / CONFIG).read_bytes()
+    tensors = (folder / TENSORS).read_bytes()
+    for _ in range(count):
+        new_config, new_tensors = mutate(config, tensors, rng)
+        (folder / CONFIG).write_bytes(new_config)
+        (folder / TENSORS).write_bytes(new_tensors)
+        try:
+            _, report = jlora.peft.load(folder, LIKE, strict=False)
+            ends["report" if report else "loaded"] += 1
+        except jlora.PeftError:
+            ends["PeftError"] += 1
+    return dict(ends)
+
+
+def main(count: int, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         folder = pathlib.Path(name)
-        jlora.peft.save(folder, adapter())
-        config = (folder / CONFIG).read_bytes()
-        tensors = (folder / TENSORS).read_bytes()
-        jlora.peft.load(folder, LIKE)
+        fuzz(folder, 100, seed)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for _ in range(count):
-            new_config, new_tensors = mutate(config, tensors, rng)
-            (folder / CONFIG).write_bytes(new_config)
-            (folder / TENSORS).write_bytes(new_tensors)
-            start = time.perf_counter()
-            try:
-                _, report = jlora.peft.load(folder, LIKE, strict=False)
-                ends["report" if report else "loaded"] += 1
-            except jlora.PeftError:
-                ends["PeftError"] += 1
-            slowest = max(slowest, time.perf_counter() - start)
+        start = time.perf_counter()
+        ends = fuzz(folder, count, seed)
+        seconds = time.perf_counter() - start
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(dict(ends), f"memory +{(after - before) / 1024:.0f} MiB, {slowest:.2f} s")
+    print(ends, f"memory +{(after - before) / 1024:.0f} MiB, {seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import subprocess
 import sys
 import time
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,6 +21,7 @@ from jlora import Axes, Factors, PeftError, Trainable
 from jlora.factors import Spec
 from jlora.peft import Entry, NameMap, maps
 from jlora.peft.tensors import pending, read_header, write_tensors
+from tests import fuzz_peft
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -58,8 +57,10 @@ def write(folder, tensors, **fields):
 
 
 def shapes(**leaves):
-    return {k.replace("__", "/"): jax.ShapeDtypeStruct(s, "float32") for k, s in
-            leaves.items()}  # fmt: skip
+    return {
+        k.replace("__", "/"): jax.ShapeDtypeStruct(s, "float32")
+        for k, s in leaves.items()
+    }
 
 
 def same(actual, expected):
@@ -84,15 +85,51 @@ CONV = Axes((), (0, 1, 2), (3,))
 STACK = Axes((0,), (1,), (2,))
 LAYOUTS = {
     "query": ((6, 2, 3), HEADS, "d h k -> (h k) d", "q.weight", {}),
-    "query, heads first": ((2, 6, 3), Axes((), (1,), (0, 2)), "h d k -> (h k) d", "q.weight", {}),
+    "query, heads first": (
+        (2, 6, 3),
+        Axes((), (1,), (0, 2)),
+        "h d k -> (h k) d",
+        "q.weight",
+        {},
+    ),
     "output": ((2, 3, 6), OUT, "h k d -> d (h k)", "o.weight", {}),
-    "conv1d of GPT-2": ((6, 4), Axes((), (1,), (0,)), "o i -> i o", "c.weight", {"kind": "conv1d"}),
+    "conv1d of GPT-2": (
+        (6, 4),
+        Axes((), (1,), (0,)),
+        "o i -> i o",
+        "c.weight",
+        {"kind": "conv1d"},
+    ),
     "stack": ((3, 4, 5), STACK, "i d o -> o d", "layers.{i}.up.weight", {}),
-    "stack of heads": ((3, 4, 2, 5), Axes((0,), (1,), (2, 3)), "i d h k -> (h k) d", "l.{i}.q.weight", {}),
-    "stack of experts": ((2, 3, 4, 5), Axes((0, 1), (2,), (3,)), "i e d o -> e d o", "l.{i}.up", {"kind": "experts_t"}),
-    "parts with an axis": ((4, 2, 5), HEADS, "d part o -> o d", "{part:k,v}.weight", {}),
-    "parts side by side": ((4, 10), Axes(), "d (part o) -> o d", "{part:q,k,v}.weight", {"sizes": (3, 1, 1)}),
-}  # fmt: skip
+    "stack of heads": (
+        (3, 4, 2, 5),
+        Axes((0,), (1,), (2, 3)),
+        "i d h k -> (h k) d",
+        "l.{i}.q.weight",
+        {},
+    ),
+    "stack of experts": (
+        (2, 3, 4, 5),
+        Axes((0, 1), (2,), (3,)),
+        "i e d o -> e d o",
+        "l.{i}.up",
+        {"kind": "experts_t"},
+    ),
+    "parts with an axis": (
+        (4, 2, 5),
+        HEADS,
+        "d part o -> o d",
+        "{part:k,v}.weight",
+        {},
+    ),
+    "parts side by side": (
+        (4, 10),
+        Axes(),
+        "d (part o) -> o d",
+        "{part:q,k,v}.weight",
+        {"sizes": (3, 1, 1)},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -261,8 +298,12 @@ def test_a_config_with_a_generic_map_and_every_kind_of_leaf(tmp_path):
         "params/conv/kernel": factors((3, 3, 2, 4), CONV, op="conv"),
         "params/embed/embedding": factors((9, 4), op="embedding"),
     }
-    full = {"params/head/kernel": normal((4, 2)), "params/head/bias": normal((2,)),
-            "params/layers_0/up/bias": normal((6,)), "params/norm/scale": normal((4,))}  # fmt: skip
+    full = {
+        "params/head/kernel": normal((4, 2)),
+        "params/head/bias": normal((2,)),
+        "params/layers_0/up/bias": normal((6,)),
+        "params/norm/scale": normal((4,)),
+    }
     adapter = Trainable(leaves, full)
     jlora.peft.save(tmp_path, adapter, base_model="me/mine", task_type="SEQ_CLS")
     config = config_of(tmp_path)
@@ -309,9 +350,12 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
         "i": np.array(True),
     }
     write_tensors(
-        tmp_path, "x", {k: pending(v) for k, v in arrays.items()},
-        metadata={"format": "pt"}, max_bytes=None,
-    )  # fmt: skip
+        tmp_path,
+        "x",
+        {k: pending(v) for k, v in arrays.items()},
+        metadata={"format": "pt"},
+        max_bytes=None,
+    )
     theirs = safetensors.numpy.load_file(tmp_path / "x.safetensors")
     safetensors.numpy.save_file(arrays, tmp_path / "y.safetensors")
     ours = {k: s.read() for k, s in read_header(tmp_path / "y.safetensors")[0].items()}
@@ -328,8 +372,11 @@ def dense(p, x):
     return jnp.tanh(x @ p["up"]["kernel"]) @ p["down"]["kernel"] @ p["head"]["kernel"]
 
 
-DENSE = {"up": {"kernel": normal((4, 6))}, "down": {"kernel": normal((6, 4))},
-         "head": {"kernel": normal((4, 2))}}  # fmt: skip
+DENSE = {
+    "up": {"kernel": normal((4, 6))},
+    "down": {"kernel": normal((6, 4))},
+    "head": {"kernel": normal((4, 2))},
+}
 
 
 def dense_plan(**fields):
@@ -352,9 +399,7 @@ def test_plan_says_what_has_to_be_there(tmp_path):
         "config: 'up/kernel' has rank 3 and scale 1, the plan 2 and 1",
     ):
         assert text in str(error.value)
-    with pytest.raises(
-        PeftError, match="'up/kernel' has factors, the plan has it frozen"
-    ):
+    with pytest.raises(PeftError, match="has factors, the plan has it frozen"):
         jlora.peft.load(tmp_path, dense_plan(targets="down/kernel", train=()))
 
 
@@ -382,30 +427,62 @@ def wrong_adapters():
     stack = factors((3, 4, 6), STACK)
     return {
         "jlora.to_plain first": (up(init="pissa"), {}),
-        "all adapted modules or none": (Trainable({"a/kernel": lora, "b/kernel": dora}), {}),
+        "all adapted modules or none": (
+            Trainable({"a/kernel": lora, "b/kernel": dora}),
+            {},
+        ),
         "dropout differs between leaves": (
-            Trainable({"a/kernel": lora, "b/kernel": factors((4, 6), dropout=0.5)}), {}),
+            Trainable({"a/kernel": lora, "b/kernel": factors((4, 6), dropout=0.5)}),
+            {},
+        ),
         "holds NaN": (Trainable({"a/kernel": nan}), {}),
-        "too large for float16": (Trainable({}, {"a/kernel": jnp.full((2, 2), 1e6)}),
-                                  {"dtype": "float16"}),
+        "too large for float16": (
+            Trainable({}, {"a/kernel": jnp.full((2, 2), 1e6)}),
+            {"dtype": "float16"},
+        ),
         "has no name in torch .nearest rule: 'wte/embedding'.": (
             Trainable({}, {"wt/embedding": jnp.ones((2, 2))}),
-            {"names": NameMap((Entry("wte/embedding", "wte.weight"),))}),
+            {"names": NameMap((Entry("wte/embedding", "wte.weight"),))},
+        ),
         "is a stack of 1 batch axes": (Trainable({"a/kernel": stack}), {}),
         "torch's layer .linear. has": (
             Trainable({"a/kernel": stack}),
-            {"names": NameMap((Entry("a/kernel", "a.weight", "b i o -> (b o) i", "linear"),))}),
+            {
+                "names": NameMap(
+                    (Entry("a/kernel", "a.weight", "b i o -> (b o) i", "linear"),)
+                )
+            },
+        ),
         "its weight trained in full": (
-            Trainable({"a/kernel": lora}, {"a/scale": jnp.ones(4)}), {}),
+            Trainable({"a/kernel": lora}, {"a/scale": jnp.ones(4)}),
+            {},
+        ),
         "a jlora.Trainable, got dict": ({}, {}),
         "must be a float type": (up(), {"dtype": "int8"}),
         "give the frozen parameters as base=": (
-            Trainable({"e/embedding": Factors(None, jnp.ones((1, 4)), Spec(
-                op="embedding", rank=1, alpha=1.0, method="rows", rows=(2,),
-                shape=(9, 4)))}), {}),
+            Trainable(
+                {
+                    "e/embedding": Factors(
+                        None,
+                        jnp.ones((1, 4)),
+                        Spec(
+                            op="embedding",
+                            rank=1,
+                            alpha=1.0,
+                            method="rows",
+                            rows=(2,),
+                            shape=(9, 4),
+                        ),
+                    )
+                }
+            ),
+            {},
+        ),
         "kind 'other', which takes no adapter": (
-            up(), {"names": NameMap((Entry("up/kernel", "up.weight", kind="other"),))}),
-    }  # fmt: skip
+            up(),
+            {"names": NameMap((Entry("up/kernel", "up.weight", kind="other"),))},
+        ),
+    }
 
 
 @pytest.mark.parametrize("text", wrong_adapters())
@@ -418,15 +495,25 @@ def test_save_refuses(text, tmp_path):
 
 PORTABLE = {
     "DoRA magnitudes": lambda f: Trainable(
-        {"up/kernel": dataclasses.replace(f, magnitude=jnp.ones(6), spec=dataclasses.replace(f.spec, method="dora"))}),
+        {
+            "up/kernel": dataclasses.replace(
+                f,
+                magnitude=jnp.ones(6),
+                spec=dataclasses.replace(f.spec, method="dora"),
+            )
+        }
+    ),
     "trained biases": lambda f: Trainable({"up/kernel": f}, {"up/bias": jnp.ones(6)}),
     "only one, `classifier` or `score`": lambda f: Trainable(
-        {"up/kernel": f}, {"lm_head/kernel": jnp.ones((4, 2))}),
+        {"up/kernel": f}, {"lm_head/kernel": jnp.ones((4, 2))}
+    ),
     "inside another module": lambda f: Trainable(
-        {"up/kernel": f}, {"x/score/kernel": jnp.ones((4, 2))}),
+        {"up/kernel": f}, {"x/score/kernel": jnp.ones((4, 2))}
+    ),
     "a convolution of 2 dimensions": lambda _: Trainable(
-        {"c/kernel": factors((3, 3, 2, 4), CONV, op="conv")}),
-}  # fmt: skip
+        {"c/kernel": factors((3, 3, 2, 4), CONV, op="conv")}
+    ),
+}
 
 
 @pytest.mark.parametrize("text", PORTABLE)
@@ -516,10 +603,18 @@ def test_config_is_refused(text, tmp_path):
 
 def test_harmless_fields_of_a_config_are_read(tmp_path):
     jlora.peft.save(tmp_path, up())
-    fields = {"revision": "main", "peft_version": "0.21.2", "exclude_modules": ["x"],
-              "init_lora_weights": "gaussian", "megatron_core": "megatron.core",
-              "loftq_config": {}, "use_qalora": False, "layers_to_transform": [0],
-              "target_modules": ".*", "alora_invocation_tokens": None}  # fmt: skip
+    fields = {
+        "revision": "main",
+        "peft_version": "0.21.2",
+        "exclude_modules": ["x"],
+        "init_lora_weights": "gaussian",
+        "megatron_core": "megatron.core",
+        "loftq_config": {},
+        "use_qalora": False,
+        "layers_to_transform": [0],
+        "target_modules": ".*",
+        "alora_invocation_tokens": None,
+    }
     changed_config(fields)(tmp_path)
     same(jlora.peft.load(tmp_path, UP), up())
 
@@ -539,9 +634,12 @@ def test_every_misfit_is_listed(tmp_path):
     }
     write(tmp_path, tensors)
     like = shapes(
-        up__kernel=(4, 6), down__kernel=(6, 4), half__kernel=(4, 6),
-        whole__kernel=(4, 3), count__kernel=(4, 6),
-    )  # fmt: skip
+        up__kernel=(4, 6),
+        down__kernel=(6, 4),
+        half__kernel=(4, 6),
+        whole__kernel=(4, 3),
+        count__kernel=(4, 6),
+    )
     with pytest.raises(PeftError) as error:
         jlora.peft.load(tmp_path, like)
     for text in (
@@ -611,10 +709,10 @@ def damaged(data):
         "shape is text": swap(b"[2,4]", b'"no"'),
         "overlap": swap(b"[32,80]", b"[0,48]"),
         "gap": swap(b"[0,32]", b"[1,33]"),
-        "twice": swap(b'"base_model.model.up.lora_B.weight"', b'"base_model.model.up.lora_A.weight"'),
+        "twice": swap(b"lora_B", b"lora_A"),
         "metadata": swap(b'"format":"pt"', b'"format":1'),
         "pickle": b"\x80\x04\x95" + b"\0" * 200,
-    }  # fmt: skip
+    }
 
 
 def test_damaged_tensors_are_refused(tmp_path):
@@ -641,9 +739,7 @@ def test_missing_files_and_directories_in_their_place(tmp_path):
         jlora.peft.load(tmp_path, UP)
     (tmp_path / CONFIG).write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
     (tmp_path / "adapter_model.bin").write_bytes(b"")
-    with pytest.raises(
-        PeftError, match=r"adapter_model.bin would have to be unpickled"
-    ):
+    with pytest.raises(PeftError, match=r"model.bin would have to be unpickled"):
         jlora.peft.load(tmp_path, UP)
     (tmp_path / TENSORS).mkdir()
     with pytest.raises(PeftError, match="is a directory, not a safetensors file"):
@@ -659,33 +755,14 @@ def test_shards_stay_in_their_directory(name, tmp_path):
     index = tmp_path / "a" / f"{TENSORS}.index.json"
     weights = dict.fromkeys(json.loads(index.read_text())["weight_map"], name)
     index.write_text(json.dumps({"weight_map": weights}))
-    with pytest.raises(PeftError, match="A shard is a .safetensors file beside"):
+    with pytest.raises(PeftError, match=r"A shard is a .safetensors file beside"):
         jlora.peft.load(tmp_path / "a", UP)
 
 
-@hypothesis.settings(max_examples=2000, database=None)
-@hypothesis.given(data=st.data())
-def test_mutated_files_raise_nothing_but_peft_errors(data, tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "mutated"
-    if not folder.exists():
-        folder.mkdir()
-        jlora.peft.save(folder / "good", up())
-        (folder / "bad").mkdir()
-    for name in (CONFIG, TENSORS):
-        content = bytearray((folder / "good" / name).read_bytes())
-        for _ in range(data.draw(st.integers(0, 4))):
-            at = data.draw(st.integers(0, len(content) - 1))
-            new = data.draw(
-                st.sampled_from([b"", b"\0", b"9", b"[", b'"', b"\xff", b"-"])
-            )
-            content[at : at + data.draw(st.integers(0, 3))] = new
-        (folder / "bad" / name).write_bytes(content)
-    try:
-        adapter, _ = jlora.peft.load(folder / "bad", UP, strict=False)
-    except PeftError:
-        return
-    for f in adapter.lora.values():
-        assert f.a.shape[0] == 4
+def test_mutated_files_raise_nothing_but_peft_errors(tmp_path):
+    """A sample of what `tests/fuzz_peft.py` does by the hundred thousand."""
+    ends = fuzz_peft.fuzz(tmp_path, 2000, seed=0)
+    assert set(ends) == {"PeftError", "report", "loaded"}
 
 
 # Writing is whole or not at all.
@@ -801,8 +878,14 @@ def test_gemma_einsum_weights_and_stacked_layers(tmp_path):
     by_head = jnp.einsum("d,ndh->nh", x, w["layer_0"]["attn"]["q_einsum"]["w"])
     np.testing.assert_allclose(q, by_head.reshape(-1), atol=1e-5)
     same(jlora.peft.load_base(tmp_path, w, names=maps.GEMMA_EINSUM), w)
-    stacked = {"model": {"layers": {"mlp": {"up_proj": {"kernel": normal((3, 4, 8))}},
-                                    "input_layernorm": {"scale": normal((3, 4))}}}}  # fmt: skip
+    stacked = {
+        "model": {
+            "layers": {
+                "mlp": {"up_proj": {"kernel": normal((3, 4, 8))}},
+                "input_layernorm": {"scale": normal((3, 4))},
+            }
+        }
+    }
     jlora.peft.save_base(tmp_path / "s", stacked, names=maps.LLAMA_STACKED)
     same(
         jlora.peft.load_base(tmp_path / "s", stacked, names=maps.LLAMA_STACKED), stacked
@@ -813,8 +896,11 @@ def test_gemma_einsum_weights_and_stacked_layers(tmp_path):
 def test_base_model_misfits_are_listed(tmp_path):
     jlora.peft.save_base(tmp_path, DENSE, config={"model_type": "mine"})
     assert json.loads((tmp_path / "config.json").read_text()) == {"model_type": "mine"}
-    like = {"up": {"kernel": jnp.ones((4, 7))}, "more": {"bias": jnp.ones(2)},
-            "down": {"kernel": jnp.ones((6, 4))}}  # fmt: skip
+    like = {
+        "up": {"kernel": jnp.ones((4, 7))},
+        "more": {"bias": jnp.ones(2)},
+        "down": {"kernel": jnp.ones((6, 4))},
+    }
     with pytest.raises(PeftError) as error:
         jlora.peft.load_base(tmp_path, like)
     for text in (
@@ -863,15 +949,24 @@ def test_tied_base_model_has_one_tensor_or_two(tmp_path):
         (lambda: Entry("a[b", "b"), "without its ']'"),
         (lambda: Entry("a", "b", "i o"), "need one arrow"),
         (lambda: Entry("a", "b", "i o -> o x"), "the right side has no others"),
-        (lambda: NameMap((Entry("a", "b.{i}", "x y -> y x"),)).places("a", (2, 2)),
-         "nothing says which axis"),
-        (lambda: NameMap((Entry("a", "b", "x y -> y x"),)).places("a", (2,)), "is for 2 axes"),
-        (lambda: NameMap((Entry("a", "{p:q,k}", "(p o) -> o"),)).places("a", (3,)),
-         "does not divide"),
-        (lambda: NameMap((Entry("a", "{p:q,k}", "p o -> o"),)).places("a", (3, 2)),
-         "the rule names 2 parts"),
+        (
+            lambda: NameMap((Entry("a", "b.{i}", "x y -> y x"),)).places("a", (2, 2)),
+            "nothing says which axis",
+        ),
+        (
+            lambda: NameMap((Entry("a", "b", "x y -> y x"),)).places("a", (2,)),
+            "is for 2 axes",
+        ),
+        (
+            lambda: NameMap((Entry("a", "{p:q,k}", "(p o) -> o"),)).places("a", (3,)),
+            "does not divide",
+        ),
+        (
+            lambda: NameMap((Entry("a", "{p:q,k}", "p o -> o"),)).places("a", (3, 2)),
+            "the rule names 2 parts",
+        ),
     ],
-)  # fmt: skip
+)
 def test_broken_rules_are_refused(make, text):
     with pytest.raises(PeftError, match=text):
         make()
