@@ -210,6 +210,7 @@ def test_parts_are_written_to_the_modules_they_are(tmp_path):
     }
     adapter = jax.tree.map(lambda x: normal(x.shape, 5), adapter)
     jlora.peft.save(tmp_path / "trained", adapter, names=names)
+    same(jlora.peft.load(tmp_path / "trained", plan, names=names), adapter)
     back = jlora.peft.load(tmp_path / "trained", params, names=names)
     w, w_back = jlora.merge(frozen, adapter), jlora.merge(params, back)
     np.testing.assert_allclose(w["qkv"]["kernel"], w_back["qkv"]["kernel"], atol=1e-5)
@@ -396,7 +397,7 @@ def test_plan_says_what_has_to_be_there(tmp_path):
     for text in (
         "missing: factors for 'down/kernel', in torch down.weight",
         "missing: the whole of 'head/kernel', in torch head.weight",
-        "config: 'up/kernel' has rank 3 and scale 1, the plan 2 and 1",
+        "config: 'up/kernel' is lora of rank 3 and scale 1, in the plan lora of 2 and",
     ):
         assert text in str(error.value)
     with pytest.raises(PeftError, match="has factors, the plan has it frozen"):

@@ -17,6 +17,7 @@ from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from . import layers
 from .config import (
+    BASE_CHANGING,
     CONFIG,
     PREFIX,
     SIGNED,
@@ -371,11 +372,12 @@ class _Reading:
 
     def _rows(self, leaf: _Leaf, places: tuple[Place, ...]) -> bool:
         """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
-        key = f"{places[0].module}.token_adapter.trainable_tokens_delta"
+        place, several = places[0], len(places) > 1
+        key = f"{place.module}.token_adapter.trainable_tokens_delta"
         if key not in self.left:
             return False
         rows = self._take(key)
-        module = places[0].module
+        module = place.module
         self.tables.append(module)
         tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
         ids = next(tokens, None)
@@ -384,11 +386,11 @@ class _Reading:
         reason = ""
         if ids is None:
             reason = "trainable_token_indices does not say which rows they are"
-        elif len(places) > 1 or places[0].kind != "embedding":
+        elif several or place.kind != "embedding":
             reason = "the leaf is no embedding table"
-        elif rows.shape != (len(ids), leaf.shape[places[0].groups[1][0]]):
+        elif rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
             reason = f"{list(rows.shape)} for {len(ids)} token ids"
-        elif max(ids, default=0) >= leaf.shape[places[0].groups[0][0]]:
+        elif max(ids, default=0) >= leaf.shape[place.groups[0][0]]:
             reason = f"row {max(ids)} of a table of {list(leaf.shape)}"
         elif isinstance(leaf.value, jax.ShapeDtypeStruct | None):
             reason = "the file has rows, not differences: give the parameters' arrays"
@@ -397,8 +399,8 @@ class _Reading:
         if reason or ids is None:
             self.wrong.append(f"{key}: {reason}")
             return True
-        axes = leaf.axes or places[0].axes()
-        base = layers.weight_out(places[0], np.asarray(leaf.value))[list(ids)]
+        axes = leaf.axes or place.axes()
+        base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
         b = rows.astype(np.float32) - base.astype(np.float32)
         spec = Spec(
             op="embedding",
@@ -406,6 +408,7 @@ class _Reading:
             rank=len(ids),
             alpha=float(len(ids)),
             method="rows",
+            init="zeros",
             shape=leaf.shape,
             rows=ids,
         )
@@ -438,6 +441,12 @@ class _Reading:
             absent = [p.module for p in places if p.name not in found]
             self.missing.append(f"DoRA of {', '.join(absent)}, parts of {leaf.path!r}")
             return
+        if (
+            leaf.spec
+            and leaf.spec.parts
+            and self._parts(leaf, leaf.spec, places, found)
+        ):
+            return
         try:
             a, b, m, scale = layers.assemble(places, axes, leaf.shape, found)
         except PeftError as error:
@@ -463,15 +472,47 @@ class _Reading:
             dropout=self.file.dropout,
             method="dora" if m is not None else "lora",
         )
-        if leaf.spec and (leaf.spec.rank, leaf.spec.scale) != (rank, spec.scale):
-            self.config.append(
-                f"{leaf.path!r} has rank {rank} and scale {spec.scale:g}, the plan "
-                f"{leaf.spec.rank} and {leaf.spec.scale:g}"
-            )
+        spec = self._planned_spec(leaf, spec)
         magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
         self.lora[leaf.path] = Factors(
             jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
         )
+
+    def _planned_spec(self, leaf: _Leaf, spec: Spec) -> Spec:
+        """Returns the plan's own spec if the file's is the same adapter."""
+        plan = leaf.spec
+        if plan is None:
+            return spec
+        if (plan.method, plan.rank, plan.scale) != (spec.method, spec.rank, spec.scale):
+            self.config.append(
+                f"{leaf.path!r} is {spec.method} of rank {spec.rank} and scale "
+                f"{spec.scale:g}, in the plan {plan.method} of {plan.rank} and "
+                f"{plan.scale:g}"
+            )
+            return spec
+        init = "kaiming" if plan.init.startswith(BASE_CHANGING) else plan.init
+        return dataclasses.replace(plan, init=init)
+
+    def _parts(
+        self,
+        leaf: _Leaf,
+        spec: Spec,
+        places: tuple[Place, ...],
+        found: dict[str, Layer],
+    ) -> bool:
+        """Reads a fused leaf part by part as the plan has it; returns if it fits."""
+        pairs = layers.by_part(spec, places, found)
+        if pairs is None or not all(
+            layer.a.shape[0] == rank and layer.scale == spec.part_scale(rank)
+            for rank, _, layer in pairs
+        ):
+            return False
+        a, b = layers.compact(spec, leaf.shape, pairs)
+        dtype = self.dtype or a.dtype
+        self.lora[leaf.path] = Factors(
+            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec
+        )
+        return True
 
     def _whole(self, leaf: _Leaf, place: Place, adapted: bool) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""

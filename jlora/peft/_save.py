@@ -240,6 +240,9 @@ def _write_factors(
         out.wrong.append(unnamed(path, names))
         return
     rank, scale = a.shape[-1], factors.scale
+    own_parts = layers.apart(spec.parts, places)
+    if own_parts:  # the part's own numbers and scale, not those of the whole
+        b = layers.spread(spec, shape, cast(path, factors.b))
     found: dict[Place, Layer] = {}
     for place in places:
         reason = layers.misfit(place, spec.axes)
@@ -259,9 +262,11 @@ def _write_factors(
             n for r, n in zip(place.roles, place.shape(shape), strict=True) if r == "e"
         )
         own_rank = layer.a.shape[0] // (count if place.kind in RAW else 1)
-        plainly = spec.method in _AS_IS and spec.rslora == rslora and own_rank == rank
+        as_is = own_parts or own_rank == rank
+        as_is = as_is and spec.method in _AS_IS and spec.rslora == rslora
+        own_scale = spec.part_scale(own_rank) if own_parts else scale
         root = math.sqrt(own_rank) if rslora else own_rank
-        alpha = spec.alpha if plainly else scale * root
+        alpha = spec.alpha if as_is else own_scale * root
         if place.kind in RAW:
             out.raw.append(place)
             if spec.dropout:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PeftError
-from ..factors import Axes, Parts
+from ..factors import Axes, Parts, Spec
 from .names import Place
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
@@ -388,6 +388,76 @@ def _beside(
         wide[(*(slice(None) for _ in range(n)), span, *cuts)] = b
         start += own
     return a, wide
+
+
+def by_part(
+    spec: Spec, places: Sequence[Place], found: Mapping[str, Layer]
+) -> list[tuple[int, Place, Layer]] | None:
+    """Returns `(rank, place, layer)` of each adapted part, None if they differ."""
+    parts = spec.parts
+    assert parts is not None
+    out = []
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        span = begin, begin + parts.sizes[i]
+        own = [p for p in places if p.index[parts.axis] == span and p.name in found]
+        if len(own) != 1:
+            return None
+        out.append((parts.ranks[i], own[0], found[own[0].name]))
+    return out if len(out) == len(found) else None
+
+
+def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
+    """Returns the B of `Parts` with each part's rows at its place, zeros elsewhere."""
+    parts, axes = spec.parts, spec.axes
+    assert parts is not None
+    out = np.zeros(axes.b_shape(shape, spec.rank), b.dtype)
+    rank_axis = len(axes.batch)
+    out_axis = rank_axis + 1 + axes.fan_out.index(parts.axis)
+    first = 0
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        to, of = [slice(None)] * b.ndim, [slice(None)] * b.ndim
+        to[rank_axis] = of[rank_axis] = slice(first, first + parts.ranks[i])
+        to[out_axis] = slice(begin, begin + parts.sizes[i])
+        of[out_axis] = slice(0, parts.sizes[i])
+        out[tuple(to)] = b[tuple(of)]
+        first += parts.ranks[i]
+    return out
+
+
+def apart(parts: Parts | None, places: Sequence[Place]) -> bool:
+    """Returns whether each of the parts has a place of its own."""
+    if parts is None:
+        return False
+    spans = {place.index[parts.axis] for place in places}
+    begins = [sum(parts.sizes[:i]) for i in parts.adapted]
+    return {
+        (begin, begin + parts.sizes[i])
+        for i, begin in zip(parts.adapted, begins, strict=True)
+    } <= spans
+
+
+def compact(
+    spec: Spec, shape: tuple[int, ...], pairs: Sequence[tuple[int, Place, Layer]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of `Parts`: in B each part has its own rows, from 0 on."""
+    parts, axes = spec.parts, spec.axes
+    assert parts is not None
+    longest = max(parts.sizes[i] for i in parts.adapted)
+    sizes = tuple(longest if i == parts.axis else n for i, n in enumerate(shape))
+    a, b = axes.a_shape(sizes, spec.rank), axes.b_shape(sizes, spec.rank)
+    dtype = np.result_type(*(layer.a.dtype for _, _, layer in pairs))
+    wide_a, wide_b = np.zeros(a, dtype), np.zeros(b, dtype)
+    first, batch = 0, (slice(None),) * len(axes.batch)
+    for rank, place, layer in pairs:
+        own = slice(first, first + rank)
+        part_a, part_b, _ = layer_in(place, axes, shape, layer)
+        wide_a[..., own] = part_a
+        cut = tuple(slice(n) for n in part_b.shape[len(axes.batch) + 1 :])
+        wide_b[(*batch, own, *cut)] = part_b
+        first += rank
+    return wide_a, wide_b
 
 
 def nested(raw: Iterable[Place]) -> dict[Place, str]:
