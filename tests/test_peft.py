@@ -661,6 +661,27 @@ def test_every_misfit_is_listed(tmp_path):
     assert report.extra == ("base_model.model.gone.lora_A.weight",)
 
 
+def test_adapter_of_the_bare_model_fits_the_one_with_a_head_and_back(tmp_path):
+    stem = "encoder.layer.0.attention.self.query"
+    a, b = normal((2, 4)), normal((4, 2), 1)
+    for file, model in (("", "bert/"), ("bert.", "")):
+        folder = tmp_path / (file + "x")
+        tensors = {f"{file}{stem}.lora_A.weight": a, f"{file}{stem}.lora_B.weight": b}
+        write(folder, tensors, alpha_pattern={f"{file}{stem}": 8})
+        path = f"{model}encoder/layer/0/attention/self/query/kernel"
+        like = {path: jax.ShapeDtypeStruct((4, 4), "float32")}
+        f = jlora.peft.load(folder, like, names=maps.BERT).lora[path]
+        np.testing.assert_array_equal(f.a, a.T)
+        assert f.scale == 4.0
+
+
+def test_leaf_that_no_rule_can_name_is_told_beside_what_is_left_over(tmp_path):
+    tensors = {"q.lora_A.weight": normal((2, 4)), "q.lora_B.weight": normal((6, 2))}
+    write(tmp_path, tensors)
+    with pytest.raises(PeftError, match="Give the plan instead of the parameters"):
+        jlora.peft.load(tmp_path, shapes(q__kernel=(4, 2, 3)))
+
+
 def test_names_without_the_prefix_are_refused(tmp_path):
     jlora.peft.save(tmp_path, up())
     arrays = {k.removeprefix(P): x for k, x in read(tmp_path).items()}

@@ -184,6 +184,7 @@ class _Reading:
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
     tables: list[str] = dataclasses.field(default_factory=list)
+    unplaced: list[str] = dataclasses.field(default_factory=list)
     heads: set[str] = dataclasses.field(default_factory=set)
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -212,8 +213,11 @@ class _Reading:
                     leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
                 )
             except PeftError as error:
+                reason = str(error).rstrip(".")
                 if leaf.planned in ("adapted", "full"):
-                    self.missing.append(str(error).rstrip("."))
+                    self.missing.append(reason)
+                else:
+                    self.unplaced.append(reason)
                 continue
             if found:
                 placed.append((leaf, found))
@@ -637,6 +641,8 @@ class _Reading:
             + ("" if name.endswith(_ADAPTER_LEAVES) else " (no tensor of an adapter)")
             for name in self.left
         ]
+        if extra:  # what they belong to may be a leaf that could not be named
+            self.missing += self.unplaced
         report = Report(
             tuple(dict.fromkeys(self.missing)),
             tuple(extra),

@@ -69,7 +69,7 @@ def write(folder: pathlib.Path) -> None:
 
     import jlora
     from jlora.peft.tensors import pending, write_tensors
-    from tests.test_peft_files import OWN, as_users, call, model
+    from tests.test_peft_files import BASE_NAMES, OWN, as_users, call, model
 
     for name in (*CLASSES, *OWN):
         m = model(name)
@@ -96,6 +96,14 @@ def write(folder: pathlib.Path) -> None:
             )
             again = call(m, jlora.merge(m.params, back))
             assert np.abs(again - out).max() < 1e-4, (name, kind)
+            if kind == "linear" and name in CLASSES:
+                jlora.peft.save_base(
+                    here / "merged",
+                    jlora.merge(frozen, adapter),
+                    names=BASE_NAMES.get(name, m.names),
+                    config=m.folder / "config.json",
+                    max_shard_bytes=20_000,
+                )
             tensors = {"out": pending(out)}
             write_tensors(here, "io", tensors, metadata={}, max_bytes=None)
             print(f"{name:6} {kind:8} {np.abs(out - m.outputs['base']).max():.3f}")
@@ -128,6 +136,14 @@ def check(folder: pathlib.Path) -> int:
         out = out if isinstance(out, torch.Tensor) else out.logits
         wanted = load_file(here / "io.safetensors")["out"]
         error = (out - wanted).abs().max().item()
+        if (here / "merged").exists():
+            merged = getattr(transformers, CLASSES[name]).from_pretrained(
+                here / "merged"
+            )
+            with torch.no_grad():
+                off = (merged.eval()(**inputs).logits - wanted).abs().max().item()
+            worst = max(worst, off)
+            print(f"{name:6} merged   {'':15} error {off:.1e}")
         change = (wanted - io["base"]).abs().max().item()
         worst = max(worst, error)
         print(f"{name:6} {kind:8} changes {change:7.3f} error {error:.1e}")
