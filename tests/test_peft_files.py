@@ -107,14 +107,11 @@ def convs(params, *, x):
 
     def conv(name, x, strides=None, padding=None, groups=1):
         kernel, n = params[name]["kernel"], x.ndim - 2
-        dims = (
-            ("NWC", "WIO", "NWC"),
-            ("NHWC", "HWIO", "NHWC"),
-            ("NDHWC", "DHWIO", "NDHWC"),
-        )
+        axes = "DHW"[3 - n :]
         y = jax.lax.conv_general_dilated(
             jnp.moveaxis(x, 1, -1), kernel, strides or (1,) * n,
-            padding or [(0, 0)] * n, dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
+            padding or [(0, 0)] * n,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=groups,
         )  # fmt: skip
         y = y + jnp.broadcast_to(params[name]["bias"], y.shape)
@@ -143,6 +140,7 @@ def conv_shapes() -> dict:
 
 
 ONE = Entry("one/kernel", "one.weight", "k i o -> o i k", "conv")
+TWO_GROUPS = Entry("groups/kernel", "groups.weight", groups=2)
 FLAX = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", maps.LLAMA),
     "tied": ("LlamaForCausalLM", "LlamaConfig", maps.LLAMA),
@@ -154,7 +152,7 @@ FLAX = {
 OWN = {
     "moe": (moe, MOE_SHAPES, moe_names("experts", "e i o -> e o i")),
     "moe_t": (moe, MOE_SHAPES, moe_names("experts_t", "e i o -> e i o")),
-    "convs": (convs, conv_shapes(), NameMap((ONE,), generic=True)),
+    "convs": (convs, conv_shapes(), NameMap((ONE, TWO_GROUPS), generic=True)),
 }
 CASES = [
     (folder.parent.name, folder.name)

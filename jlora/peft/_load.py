@@ -17,6 +17,7 @@ from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from . import layers
 from .config import (
+    BASE_CHANGING,
     CONFIG,
     PREFIX,
     SIGNED,
@@ -31,7 +32,7 @@ from .config import (
 from .layers import RAW, Layer, nested
 from .names import GENERIC, NameMap, Place, unnamed, untied
 from .report import Report
-from .tensors import FLOATS, Slot, open_tensors, read_json
+from .tensors import FLOATS, Slot, open_tensors, read_json, reading
 
 _ADAPTER_LEAVES = (
     "lora_A.weight",
@@ -113,8 +114,9 @@ def load(
     """
     directory = pathlib.Path(directory)
     names = names or GENERIC
-    if not directory.is_dir():
-        raise PeftError(f"There is no directory {str(directory)!r} to load from.")
+    with reading(directory):
+        if not directory.is_dir():
+            raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields = read_json(directory / CONFIG)
     config, odd = parse_config(fields)
     slots, metadata = open_tensors(directory, STEM)
@@ -123,10 +125,10 @@ def load(
             "rank, alpha or their patterns are not those that the tensors were written "
             f"with ({metadata[SIGNED]:.200}): the config was changed later"
         )
-    reading = _Reading(config, slots, names, tied, dtype)
-    reading.config += odd
-    reading.read(_leaves(params_or_plan))
-    trainable, report = reading.result()
+    found = _Reading(config, slots, names, tied, dtype)
+    found.config += odd
+    found.read(_leaves(params_or_plan))
+    trainable, report = found.result()
     if not strict:
         return trainable, report
     if report:
@@ -182,6 +184,7 @@ class _Reading:
     full: dict[str, Any] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
     tables: list[str] = dataclasses.field(default_factory=list)
+    unplaced: list[str] = dataclasses.field(default_factory=list)
     heads: set[str] = dataclasses.field(default_factory=set)
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -210,8 +213,11 @@ class _Reading:
                     leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
                 )
             except PeftError as error:
+                reason = str(error).rstrip(".")
                 if leaf.planned in ("adapted", "full"):
-                    self.missing.append(str(error).rstrip("."))
+                    self.missing.append(reason)
+                else:
+                    self.unplaced.append(reason)
                 continue
             if found:
                 placed.append((leaf, found))
@@ -259,7 +265,6 @@ class _Reading:
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
         if found:
             self._factors(leaf, places, found)
-            self.modules += [p.module for p in places if p.name in found]
         whole = {p.name: s for p in places if (s := self._whole(leaf, p, bool(found)))}
         if whole and not found:
             self._full(leaf, places, whole)
@@ -319,6 +324,8 @@ class _Reading:
         a, b = (self._take(key) for key in keys)
         m = self._take(magnitude[0]) if magnitude else None
         self.missing += absent
+        self.modules.append(place.module)
+        self._check_base(leaf, place)
         rank, scale = self._rank_and_scale(place.module)
         self._take_tied(leaf, place, a, b)
         if a is None or b is None or absent or bool(magnitude) != (m is not None):
@@ -369,11 +376,12 @@ class _Reading:
 
     def _rows(self, leaf: _Leaf, places: tuple[Place, ...]) -> bool:
         """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
-        key = f"{places[0].module}.token_adapter.trainable_tokens_delta"
+        place, several = places[0], len(places) > 1
+        key = f"{place.module}.token_adapter.trainable_tokens_delta"
         if key not in self.left:
             return False
         rows = self._take(key)
-        module = places[0].module
+        module = place.module
         self.tables.append(module)
         tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
         ids = next(tokens, None)
@@ -382,11 +390,11 @@ class _Reading:
         reason = ""
         if ids is None:
             reason = "trainable_token_indices does not say which rows they are"
-        elif len(places) > 1 or places[0].kind != "embedding":
+        elif several or place.kind != "embedding":
             reason = "the leaf is no embedding table"
-        elif rows.shape != (len(ids), leaf.shape[places[0].groups[1][0]]):
+        elif rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
             reason = f"{list(rows.shape)} for {len(ids)} token ids"
-        elif max(ids, default=0) >= leaf.shape[places[0].groups[0][0]]:
+        elif max(ids, default=0) >= leaf.shape[place.groups[0][0]]:
             reason = f"row {max(ids)} of a table of {list(leaf.shape)}"
         elif isinstance(leaf.value, jax.ShapeDtypeStruct | None):
             reason = "the file has rows, not differences: give the parameters' arrays"
@@ -395,8 +403,8 @@ class _Reading:
         if reason or ids is None:
             self.wrong.append(f"{key}: {reason}")
             return True
-        axes = leaf.axes or places[0].axes()
-        base = layers.weight_out(places[0], np.asarray(leaf.value))[list(ids)]
+        axes = leaf.axes or place.axes()
+        base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
         b = rows.astype(np.float32) - base.astype(np.float32)
         spec = Spec(
             op="embedding",
@@ -404,6 +412,7 @@ class _Reading:
             rank=len(ids),
             alpha=float(len(ids)),
             method="rows",
+            init="zeros",
             shape=leaf.shape,
             rows=ids,
         )
@@ -436,6 +445,12 @@ class _Reading:
             absent = [p.module for p in places if p.name not in found]
             self.missing.append(f"DoRA of {', '.join(absent)}, parts of {leaf.path!r}")
             return
+        if (
+            leaf.spec
+            and leaf.spec.parts
+            and self._parts(leaf, leaf.spec, places, found)
+        ):
+            return
         try:
             a, b, m, scale = layers.assemble(places, axes, leaf.shape, found)
         except PeftError as error:
@@ -461,22 +476,53 @@ class _Reading:
             dropout=self.file.dropout,
             method="dora" if m is not None else "lora",
         )
-        if leaf.spec and (leaf.spec.rank, leaf.spec.scale) != (rank, spec.scale):
-            self.config.append(
-                f"{leaf.path!r} has rank {rank} and scale {spec.scale:g}, the plan "
-                f"{leaf.spec.rank} and {leaf.spec.scale:g}"
-            )
+        spec = self._planned_spec(leaf, spec)
         magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
         self.lora[leaf.path] = Factors(
             jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
         )
+
+    def _planned_spec(self, leaf: _Leaf, spec: Spec) -> Spec:
+        """Returns the plan's own spec if the file's is the same adapter."""
+        plan = leaf.spec
+        if plan is None:
+            return spec
+        if (plan.method, plan.rank, plan.scale) != (spec.method, spec.rank, spec.scale):
+            self.config.append(
+                f"{leaf.path!r} is {spec.method} of rank {spec.rank} and scale "
+                f"{spec.scale:g}, in the plan {plan.method} of {plan.rank} and "
+                f"{plan.scale:g}"
+            )
+            return spec
+        init = "kaiming" if plan.init.startswith(BASE_CHANGING) else plan.init
+        return dataclasses.replace(plan, init=init)
+
+    def _parts(
+        self,
+        leaf: _Leaf,
+        spec: Spec,
+        places: tuple[Place, ...],
+        found: dict[str, Layer],
+    ) -> bool:
+        """Reads a fused leaf part by part as the plan has it; returns if it fits."""
+        pairs = layers.by_part(spec, places, found)
+        if pairs is None or not all(
+            layer.a.shape[0] == rank and layer.scale == spec.part_scale(rank)
+            for rank, _, layer in pairs
+        ):
+            return False
+        a, b = layers.compact(spec, leaf.shape, pairs)
+        dtype = self.dtype or a.dtype
+        self.lora[leaf.path] = Factors(
+            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec
+        )
+        return True
 
     def _whole(self, leaf: _Leaf, place: Place, adapted: bool) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
         if adapted:
-            self._check_base(leaf, place, inner)
             return None
         for key in (place.name, inner) if last == "bias" else (place.name,):
             if key in self.left:
@@ -484,9 +530,10 @@ class _Reading:
                 return self.left.pop(key)
         return None
 
-    def _check_base(self, leaf: _Leaf, place: Place, key: str) -> None:
+    def _check_base(self, leaf: _Leaf, place: Place) -> None:
         """Takes the copy of an adapted table that PEFT saves: the model's own."""
-        slot = self.left.pop(key, None)
+        key = f"{place.module}.base_layer.weight"
+        slot = self.left.pop(key, None) if place.kind not in RAW else None
         if slot is None:
             return
         wanted = place.shape(leaf.shape)
@@ -594,6 +641,8 @@ class _Reading:
             + ("" if name.endswith(_ADAPTER_LEAVES) else " (no tensor of an adapter)")
             for name in self.left
         ]
+        if extra:  # what they belong to may be a leaf that could not be named
+            self.missing += self.unplaced
         report = Report(
             tuple(dict.fromkeys(self.missing)),
             tuple(extra),

@@ -197,7 +197,8 @@ def _caster(dtype: Any, wrong: list[str]) -> Callable[[str, Any], np.ndarray]:
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         if floating and not np.isfinite(array).all():
             wrong.append(f"{path!r} holds NaN or infinity")
-        out = array if dtype is None or not floating else array.astype(dtype)
+        with np.errstate(over="ignore"):
+            out = array if dtype is None or not floating else array.astype(dtype)
         if floating and not np.isfinite(out).all() and np.isfinite(array).all():
             wrong.append(f"{path!r} holds numbers too large for {np.dtype(dtype)}")
         return out
@@ -239,24 +240,33 @@ def _write_factors(
         out.wrong.append(unnamed(path, names))
         return
     rank, scale = a.shape[-1], factors.scale
-    some = False
+    own_parts = layers.apart(spec.parts, places)
+    if own_parts:  # the part's own numbers and scale, not those of the whole
+        b = layers.spread(spec, shape, cast(path, factors.b))
+    found: dict[Place, Layer] = {}
     for place in places:
         reason = layers.misfit(place, spec.axes)
         if reason:
             out.wrong.append(f"{path!r}: {reason}")
             return
-        layer = layers.layer_out(place, spec.axes, shape, a, b, magnitude, scale)
-        if len(places) > 1 and layers.is_empty(layer) and magnitude is None:
-            continue
-        some = True
+        layer = layers.layer_out(
+            place, spec.axes, shape, a, b, magnitude, scale, spec.parts
+        )
+        if len(places) == 1 or magnitude is not None or not layers.is_empty(layer):
+            found[place] = layer
+    if not found:
+        out.wrong.append(f"{path!r} is zero in A and B throughout, so it is no adapter")
+    for place, layer in layers.in_use(found).items():
         out.conv1d |= place.kind == "conv1d"
         count = math.prod(
             n for r, n in zip(place.roles, place.shape(shape), strict=True) if r == "e"
         )
         own_rank = layer.a.shape[0] // (count if place.kind in RAW else 1)
-        plainly = spec.method in _AS_IS and spec.rslora == rslora and own_rank == rank
+        as_is = own_parts or own_rank == rank
+        as_is = as_is and spec.method in _AS_IS and spec.rslora == rslora
+        own_scale = spec.part_scale(own_rank) if own_parts else scale
         root = math.sqrt(own_rank) if rslora else own_rank
-        alpha = spec.alpha if plainly else scale * root
+        alpha = spec.alpha if as_is else own_scale * root
         if place.kind in RAW:
             out.raw.append(place)
             if spec.dropout:
@@ -267,8 +277,6 @@ def _write_factors(
             _write_layer(out, place, layer, tied, path)
         out.layers[place.module] = layer
         out.ranks[place.module], out.alphas[place.module] = own_rank, alpha
-    if not some:
-        out.wrong.append(f"{path!r} is zero in A and B throughout, so it is no adapter")
 
 
 def _write_rows(

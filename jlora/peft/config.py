@@ -230,9 +230,11 @@ def _pattern(read: Any) -> Any:
 def _check_regex(key: str) -> None:
     """Refuses what is no regular expression, or could take for ever to match."""
     loops = re.sub(r"\\.|\[[^\]]*\]", "x", key)
-    if re.search(r"\)[*+{?]", loops) or len(re.findall(r"[*+{]", loops)) > 6:
+    repeats = re.findall(r"[*+{?]", loops.replace("(?:", "("))
+    if re.search(r"\)[*+{?]", loops) or len(repeats) > 4:
         raise ValueError(f"the pattern {key!r:.60} repeats too much")
-    if "(?" in loops.replace("(?:", "(") or len(key) > 1000:
+    sets = re.search(r"\[[^\]]*(\[|--|&&|~~|\|\|)", key)  # reserved by Python
+    if sets or "(?" in loops.replace("(?:", "(") or len(key) > 1000:
         raise ValueError(f"the pattern {key!r:.60} is no plain pattern")
     try:
         re.compile(rf"(.*\.)?({key})$")
@@ -246,7 +248,7 @@ def _tokens(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
         raise ValueError("it must be a list or an object of lists")
     for ids in entries.values():
         whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
-        if not whole or len(set(ids)) != len(ids):
+        if not whole or not ids or len(set(ids)) != len(ids):
             raise ValueError("token ids are different whole numbers")
     return tuple((name, tuple(ids)) for name, ids in entries.items())
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PeftError
-from ..factors import Axes
+from ..factors import Axes, Parts, Spec
 from .names import Place
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
@@ -68,8 +68,9 @@ def misfit(place: Place, axes: Axes) -> str | None:
     for role in ("batch", "fan_in", "fan_out"):
         if sorted(getattr(own, role)) != sorted(getattr(axes, role)):
             return (
-                f"its factors have {role} axes {getattr(axes, role)}, the rule "
-                f"({place.kind}) has {getattr(own, role)}"
+                f"its factors have {role} axes {getattr(axes, role)}, torch's layer "
+                f"({place.kind}) has {getattr(own, role)}: plan it with Rule(..., "
+                f"axes={own}), or mend the Entry"
             )
     return None
 
@@ -118,13 +119,20 @@ def layer_out(
     b: np.ndarray,
     magnitude: np.ndarray | None,
     scale: float,
+    parts: Parts | None = None,
 ) -> Layer:
-    """Returns the layer at `place`, from the factors of a leaf of `shape`."""
+    """Returns the layer at `place`, from the factors of a leaf of `shape`.
+
+    With `parts`, it has the ranks of the parts that lie in it, none if there are none.
+    """
     labels_a, labels_b = _labels(axes)
     cut = dict(enumerate(_cut(place.index))) | {"r": slice(None)}
     a = a[tuple(cut[label] for label in labels_a)]
     b = b[tuple(cut[label] for label in labels_b)]
-    if any(at is not None for at in place.index):
+    if parts is not None:
+        own = _columns(place, parts)
+        a, b = a[..., own], np.compress(own, b, axis=len(axes.batch))
+    elif any(at is not None for at in place.index):
         a, b = _trimmed(a, b, place, len(axes.batch))
     sizes = place.sizes(shape)
     experts, fan_in, fan_out = _split(place, axes)
@@ -151,6 +159,18 @@ def layer_out(
     return Layer(layer_a, layer_b, scale, magnitude)
 
 
+def _columns(place: Place, parts: Parts) -> np.ndarray:
+    """Returns for each rank of a fused weight whether its part lies in `place`."""
+    at = place.index[parts.axis]
+    first, last = (at, at + 1) if isinstance(at, int) else at or (0, sum(parts.sizes))
+    out = []
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        inside = begin < last and first < begin + parts.sizes[i]
+        out += [inside] * parts.ranks[i]
+    return np.array(out)
+
+
 def _trimmed(
     a: np.ndarray, b: np.ndarray, place: Place, rank_axis: int
 ) -> tuple[np.ndarray, ...]:
@@ -173,6 +193,22 @@ def _trimmed(
 def is_empty(layer: Layer) -> bool:
     """Returns whether the layer adds nothing and never will: no rank is left."""
     return not (layer.a != 0).any() and not (layer.b != 0).any()
+
+
+def in_use(found: Mapping[Place, Layer]) -> dict[Place, Layer]:
+    """Returns the layers without parts of a fused weight that others leave zero.
+
+    In a fresh adapter B is zero in all parts, and all stay.
+    """
+    fused = any(p.parts or any(isinstance(at, tuple) for at in p.index) for p in found)
+    trained = any((layer.b != 0).any() for layer in found.values())
+    if not fused or not trained:
+        return dict(found)
+    return {
+        place: layer
+        for place, layer in found.items()
+        if (layer.b != 0).any() or layer.magnitude is not None
+    }
 
 
 def _grouped(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, ...]:
@@ -352,6 +388,76 @@ def _beside(
         wide[(*(slice(None) for _ in range(n)), span, *cuts)] = b
         start += own
     return a, wide
+
+
+def by_part(
+    spec: Spec, places: Sequence[Place], found: Mapping[str, Layer]
+) -> list[tuple[int, Place, Layer]] | None:
+    """Returns `(rank, place, layer)` of each adapted part, None if they differ."""
+    parts = spec.parts
+    assert parts is not None
+    out = []
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        span = begin, begin + parts.sizes[i]
+        own = [p for p in places if p.index[parts.axis] == span and p.name in found]
+        if len(own) != 1:
+            return None
+        out.append((parts.ranks[i], own[0], found[own[0].name]))
+    return out if len(out) == len(found) else None
+
+
+def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
+    """Returns the B of `Parts` with each part's rows at its place, zeros elsewhere."""
+    parts, axes = spec.parts, spec.axes
+    assert parts is not None
+    out = np.zeros(axes.b_shape(shape, spec.rank), b.dtype)
+    rank_axis = len(axes.batch)
+    out_axis = rank_axis + 1 + axes.fan_out.index(parts.axis)
+    first = 0
+    for i in parts.adapted:
+        begin = sum(parts.sizes[:i])
+        to, of = [slice(None)] * b.ndim, [slice(None)] * b.ndim
+        to[rank_axis] = of[rank_axis] = slice(first, first + parts.ranks[i])
+        to[out_axis] = slice(begin, begin + parts.sizes[i])
+        of[out_axis] = slice(0, parts.sizes[i])
+        out[tuple(to)] = b[tuple(of)]
+        first += parts.ranks[i]
+    return out
+
+
+def apart(parts: Parts | None, places: Sequence[Place]) -> bool:
+    """Returns whether each of the parts has a place of its own."""
+    if parts is None:
+        return False
+    spans = {place.index[parts.axis] for place in places}
+    begins = [sum(parts.sizes[:i]) for i in parts.adapted]
+    return {
+        (begin, begin + parts.sizes[i])
+        for i, begin in zip(parts.adapted, begins, strict=True)
+    } <= spans
+
+
+def compact(
+    spec: Spec, shape: tuple[int, ...], pairs: Sequence[tuple[int, Place, Layer]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of `Parts`: in B each part has its own rows, from 0 on."""
+    parts, axes = spec.parts, spec.axes
+    assert parts is not None
+    longest = max(parts.sizes[i] for i in parts.adapted)
+    sizes = tuple(longest if i == parts.axis else n for i, n in enumerate(shape))
+    a, b = axes.a_shape(sizes, spec.rank), axes.b_shape(sizes, spec.rank)
+    dtype = np.result_type(*(layer.a.dtype for _, _, layer in pairs))
+    wide_a, wide_b = np.zeros(a, dtype), np.zeros(b, dtype)
+    first, batch = 0, (slice(None),) * len(axes.batch)
+    for rank, place, layer in pairs:
+        own = slice(first, first + rank)
+        part_a, part_b, _ = layer_in(place, axes, shape, layer)
+        wide_a[..., own] = part_a
+        cut = tuple(slice(n) for n in part_b.shape[len(axes.batch) + 1 :])
+        wide_b[(*batch, own, *cut)] = part_b
+        first += rank
+    return wide_a, wide_b
 
 
 def nested(raw: Iterable[Place]) -> dict[Place, str]:

@@ -7,6 +7,8 @@ import dataclasses
 class Report:
     """What a directory had that does not fit; see `load` with `strict=False`.
 
+    It is false if nothing was found.
+
     Attributes:
       missing: what was wanted and is not in the file.
       extra: tensors in the file that no leaf of the model takes.

@@ -382,7 +382,7 @@ def _write_file(
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            array = np.ascontiguousarray(tensor.make())
+            array = tensor.make()
             if array.dtype != tensor.dtype or array.shape != tensor.shape:
                 raise AssertionError(f"{name}: {array.dtype}{array.shape}")
             stream.write(array.tobytes())
