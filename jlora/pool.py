@@ -316,9 +316,9 @@ class Cache:
         """Starts to load adapters that are not in the pool, and does not wait."""
         with self._lock:
             for name in names:
-                known = name is None or name in self._slots or name in self._loading
-                if not known:
-                    self._loading[name] = self._workers.submit(self._fetch, name)
+                if name is None or name in self._slots or name in self._loading:
+                    continue
+                self._loading[name] = self._workers.submit(self._fetch, name)
 
     def ready(self, name: str | None) -> bool:
         """Returns whether `acquire` would not wait for `name`."""

@@ -1117,3 +1117,22 @@ def test_a_thread_may_trace_while_another_does(setting):
         ]
     for run in runs:
         close(run.result(), expected)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_iterating_over_a_stack_of_weights_is_factored(axis, key):
+    """`unstack` since JAX 0.11, slices before."""
+    params = {"w": jax.random.normal(key, (3, 4, 4) if axis == 0 else (4, 3, 4))}
+
+    def fn(p, x):
+        for w in jnp.moveaxis(p["w"], axis, 0):
+            x = jnp.tanh(x @ w)
+        return x
+
+    x = jnp.ones((2, 4))
+    plan = jlora.plan(fn, params, x, config=jlora.LoraConfig(rank=2))
+    frozen, trainable = jlora.split(key, params, plan)
+    trainable = jax.tree.map(lambda v: v + 0.1, trainable)
+    out = jax.jit(jlora.apply_lora(fn, on_merge="error"))(frozen, trainable, x)
+    expected = fn(jlora.merge(frozen, trainable), x)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)

@@ -188,3 +188,23 @@ def test_pool_in_low_precision_rounds_once():
     assert own.a.dtype == jnp.bfloat16
     expected = jnp.asarray(x.lora["w"].b * 3.5, jnp.bfloat16)
     np.testing.assert_array_equal(own.b[:2], expected)
+
+
+def test_directories_of_peft_are_served(tmp_path):
+    params = {"up": {"kernel": jnp.zeros((4, 3))}}
+
+    def trained(number):
+        return Trainable({"up/kernel": adapter(number, rank=2).lora["w"]})
+
+    for number in (1, 2):
+        jlora.peft.save(tmp_path / str(number), trained(number))
+
+    def load(name):
+        return jlora.peft.load(tmp_path / name, params)
+
+    row_fn = jlora.per_row(lambda p, x: x @ p["up"]["kernel"])
+    with pool.Cache(load, trained(0), capacity=2) as cache:
+        batch = cache.acquire(["2", "none", None, "1"])
+    out = row_fn(params, batch.adapters, batch.ids, jnp.ones((4, 4)))
+    np.testing.assert_allclose(out[:, 0], [8, np.nan, 0, 4], rtol=1e-5)
+    assert set(batch.errors) == {1}

@@ -136,7 +136,11 @@ def show(options: Options, step: int, values: np.ndarray) -> None:
     elif step % 20 and step != options.steps:
         return
     print(f"   step {step} of {options.steps}, mean loss of the last ten")
-    print("\n".join("   " + line for line in lines), flush=True)
+    print(_indent("\n".join(lines)), flush=True)
+
+
+def _indent(text: str) -> str:
+    return "   " + text.replace("\n", "\n   ")
 
 
 def cells(options: Options, values: np.ndarray) -> str:
@@ -176,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = load_task(*minilm, reviews, dtype="float32", seed=options.seed)
     print(f"{len(grid(options))} adapters in one program")
     losses, accuracies = run(task, options)
-    print(f"   test accuracy\n{cells(options, accuracies)}")
+    print(f"   test accuracy\n{_indent(cells(options, accuracies))}")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.md").write_text(cells(options, accuracies) + "\n")
     plot(options.out / "curves.png", options, losses)

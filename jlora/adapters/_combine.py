@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .._merge import delta
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
+from ..transform.compat import is_staging
 from ..transform.values import at_least_float32
 from ._algebra import cut, decompose, join, largest_rank, recompose, scaled
 from ._several import (
@@ -260,7 +261,7 @@ def truncate(
 def _keep_energy(factors: Factors, energy: Any) -> Factors:
     u, s, vt = decompose(factors)
     power = jnp.cumsum(jnp.square(s), axis=-1)
-    if isinstance(power, jax.core.Tracer):
+    if is_staging(power):
         raise ConfigError(
             "truncate(energy=...) chooses ranks from values, which are not known under "
             "jit or vmap. Call it outside, or give rank=."

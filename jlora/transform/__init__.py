@@ -35,6 +35,7 @@ STRUCTURE = {
     "stop_gradient": structure.stop_gradient,
     "sub": several.sub,
     "transpose": structure.transpose,
+    "unstack": structure.unstack,
 }
 CONTROL = {
     "checkpoint": control.remat,

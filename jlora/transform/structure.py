@@ -203,6 +203,23 @@ def split(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
     return results
 
 
+def unstack(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+    """Each entry along one axis, which goes: what iterating over an array is."""
+    axis, results = eqn.params["axis"], []
+    for i, w in enumerate(bind(eqn, weight.w)):
+        cut = _cut(
+            weight,
+            lax.expand_dims(w, [axis]),
+            lambda x, axis, _, i=i: lax.slice_in_dim(x, i, i + 1, axis=axis),
+        )
+        if cut is NotImplemented:
+            return cut
+        one = _squeeze_atoms(cut[0], cut[0].dims[axis])
+        dims = (*one.dims[:axis], *one.dims[axis + 1 :])
+        results.append(one.replace(w=w, dims=dims))
+    return results
+
+
 def dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
     """A slice at computed positions; one entry of an axis takes the axis away."""
     if any(isinstance(s, Weight) for s in starts):
