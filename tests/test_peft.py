@@ -210,6 +210,11 @@ def test_parts_are_written_to_the_modules_they_are(tmp_path):
     }
     adapter = jax.tree.map(lambda x: normal(x.shape, 5), adapter)
     jlora.peft.save(tmp_path / "trained", adapter, names=names)
+    fused = NameMap((Entry("qkv/kernel", "qkv.weight"),))
+    jlora.peft.save(tmp_path / "fused", adapter, names=fused)
+    back = jlora.peft.load(tmp_path / "fused", params, names=fused)
+    w, w_back = jlora.merge(frozen, adapter), jlora.merge(params, back)
+    np.testing.assert_allclose(w["qkv"]["kernel"], w_back["qkv"]["kernel"], atol=1e-5)
     planned = jlora.peft.load(tmp_path / "trained", plan, names=names)
     same(jlora.merge(frozen, planned), jlora.merge(frozen, adapter))
     assert jax.tree.structure(planned) == jax.tree.structure(adapter)
@@ -258,11 +263,13 @@ def test_grouped_convolution_is_written_in_blocks(tmp_path):
 def test_tied_table_is_one_adapter_and_two_modules(tmp_path):
     names = maps.LLAMA
     axes = Axes((), (0,), (1,))
-    table = {"model/embed_tokens/embedding": factors((7, 4), axes, op="embedding")}
+    fields = {"op": "embedding", "rslora": True}
+    table = {"model/embed_tokens/embedding": factors((7, 4), axes, **fields)}
     with pytest.raises(PeftError, match="Say tied=True if the model uses it as both"):
         jlora.peft.save(tmp_path, Trainable(table), names=names)
     jlora.peft.save(tmp_path, Trainable(table), names=names, tied=True)
     found = read(tmp_path)
+    assert config_of(tmp_path)["alpha_pattern"] == {}
     head, embed = P + "lm_head.lora_", P + "model.embed_tokens.lora_embedding_"
     np.testing.assert_array_equal(found[head + "A.weight"], found[embed + "B"].T)
     np.testing.assert_array_equal(found[head + "B.weight"], found[embed + "A"].T)

@@ -114,7 +114,6 @@ class _Writing:
 
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    scales: dict[str, float] = dataclasses.field(default_factory=dict)
     alphas: dict[str, float] = dataclasses.field(default_factory=dict)
     targets: list[str] = dataclasses.field(default_factory=list)
     raw: list[Place] = dataclasses.field(default_factory=list)
@@ -262,7 +261,7 @@ def _write_factors(
             n for r, n in zip(place.roles, place.shape(shape), strict=True) if r == "e"
         )
         own_rank = layer.a.shape[0] // (count if place.kind in RAW else 1)
-        as_is = own_parts or own_rank == rank
+        as_is = own_parts or (own_rank == rank and spec.parts is None)
         as_is = as_is and spec.method in _AS_IS and spec.rslora == rslora
         own_scale = spec.part_scale(own_rank) if own_parts else scale
         root = math.sqrt(own_rank) if rslora else own_rank
@@ -276,7 +275,11 @@ def _write_factors(
         else:
             _write_layer(out, place, layer, tied, path)
         out.layers[place.module] = layer
-        out.ranks[place.module], out.alphas[place.module] = own_rank, alpha
+        both = [place.module]
+        if tied and place.kind == "embedding" and place.tied is not None:
+            both.append(place.tied.removesuffix(".weight"))
+        out.ranks |= dict.fromkeys(both, own_rank)
+        out.alphas |= dict.fromkeys(both, alpha)
 
 
 def _write_rows(
@@ -323,8 +326,6 @@ def _write_layer(
             head = place.tied.removesuffix(".weight")
             out.tying = True
             out.targets.append(head)
-            out.ranks[head] = layer.a.shape[0]
-            out.alphas[head] = layer.scale * layer.a.shape[0]
             out.tensors[f"{head}.lora_A.weight"] = np.ascontiguousarray(layer.b.T)
             out.tensors[f"{head}.lora_B.weight"] = np.ascontiguousarray(layer.a.T)
             if layer.magnitude is not None:
