@@ -1,6 +1,7 @@
 """What does a training step of each method cost beside plain LoRA's?"""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,25 @@ def steps(model: models.Model, rank: int) -> dict[str, common.Step]:
 KEY = jax.random.key(1)
 
 
+def columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the rows for a table, with multiples of plain LoRA."""
+    base = common.row_of(rows, "lora")
+    head = ("method", "trained", "ms", "× lora", "GFLOP", "temp MiB", "temp × lora")
+    lines = [
+        (
+            row["step"],
+            f"{row['trained']:,}",
+            common.fixed(row.get("seconds"), 0, 1e-3),
+            common.ratio(row, base, "seconds"),
+            common.fixed(row["flops"], 2, 1e9),
+            common.fixed(row["temp_bytes"], 1, 2**20),
+            common.ratio(row, base, "temp_bytes"),
+        )
+        for row in rows
+    ]
+    return head, lines
+
+
 def main() -> None:
     """Compares the methods on one decoder."""
     parser = common.parser("methods", __doc__)
@@ -51,21 +71,7 @@ def main() -> None:
         }
         figures = common.measure(found, options.rounds)
     rows = [{"step": k, "trained": trained[k], **own} for k, own in figures.items()]
-    base = common.row_of(rows, "lora")
-    head = ("method", "trained", "ms", "× lora", "GFLOP", "temp MiB", "temp × lora")
-    lines = [
-        (
-            row["step"],
-            f"{row['trained']:,}",
-            common.fixed(row.get("seconds"), 0, 1e-3),
-            common.ratio(row, base, "seconds"),
-            common.fixed(row["flops"], 2, 1e9),
-            common.fixed(row["temp_bytes"], 1, 2**20),
-            common.ratio(row, base, "temp_bytes"),
-        )
-        for row in rows
-    ]
-    print(common.show((head, lines)))
+    print(common.show(columns(rows)))
     case = {"rank": options.rank, **dataclasses.asdict(size)}
     common.write(options.json, common.environment(), case=case, training=rows)
 

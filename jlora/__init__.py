@@ -10,13 +10,28 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
-from . import checkpoint as checkpoint, peft as peft
+from . import (
+    adapters as adapters,
+    checkpoint as checkpoint,
+    export as export,
+    peft as peft,
+    pool as pool,
+)
 from ._apply import apply_lora as apply_lora
+from ._file import load as load, save as save
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
+from ._plain import to_plain as to_plain
 from ._plan import Plan as Plan, Row as Row, plan as plan
 from ._precondition import lora_fa as lora_fa, riemannian as riemannian
+from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
+from ._rows import per_row as per_row
+from ._sharding import shardings as shardings
 from ._split import MISSING as MISSING, combine as combine, split as split
+from ._statistics import (
+    activation_statistics as activation_statistics,
+    gradient_statistics as gradient_statistics,
+)
 from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
@@ -26,6 +41,7 @@ from .errors import (
     MergeError as MergeError,
     MergeWarning as MergeWarning,
     PeftError as PeftError,
+    PoolError as PoolError,
     TargetError as TargetError,
     TreeError as TreeError,
 )
@@ -35,6 +51,7 @@ from .factors import (
     Parts as Parts,
     Trainable as Trainable,
 )
+from .moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
     decay_mask as decay_mask,
     labels as labels,
@@ -53,6 +70,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Factors",
+    "InputMoments",
     "JloraError",
     "LoraConfig",
     "MergeError",
@@ -60,21 +78,28 @@ __all__ = [
     "Parts",
     "PeftError",
     "Plan",
+    "PoolError",
     "Report",
     "Row",
     "Rows",
     "Rule",
+    "Statistics",
     "TargetError",
     "Trainable",
     "TreeError",
+    "activation_statistics",
     "adalora",
+    "adapters",
     "apply_lora",
     "checkpoint",
     "cite",
     "combine",
     "decay_mask",
+    "export",
     "extract",
+    "gradient_statistics",
     "labels",
+    "load",
     "lora_fa",
     "lora_plus",
     "mask",
@@ -82,9 +107,15 @@ __all__ = [
     "merge",
     "orthogonality_penalty",
     "peft",
+    "per_row",
     "plan",
+    "pool",
+    "redistribute_ranks",
     "report",
     "riemannian",
+    "save",
+    "shardings",
     "split",
+    "to_plain",
     "unmerge",
 ]

@@ -12,7 +12,7 @@ from . import paths
 from .config import LoraConfig, Rule
 from .errors import TargetError
 from .factors import Axes, Parts, Spec
-from .methods import METHODS, leaf_shapes
+from .methods import METHODS, init_clashes, init_name, leaf_shapes
 from .tables import count, html, nbytes, table
 from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
@@ -147,7 +147,8 @@ def plan(
     Raises:
       TargetError: lists every pattern that matches nothing (with the nearest path),
         every target that is no weight of a linear operation, every rank above
-        `min(fan-in, fan-out)`, and patterns that contradict each other.
+        `min(fan-in, fan-out)`, every leaf that its init cannot start, and patterns
+        that contradict each other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -344,10 +345,7 @@ def _hint(able: Sequence[Row]) -> str:
 
 def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
     """Returns how `row` is adapted: the config, its rules, and what the trace found."""
-    settings: dict[str, Any] = {}
-    for rule in config.rules:
-        if paths.matches(rule.pattern, row.path):
-            settings |= _set_fields(rule)
+    settings = _settings(config, row.path)
     parts: Parts | None = settings.get("parts")
     rank = parts.rank if parts else settings.get("rank", config.rank)
     alpha = settings.get("alpha", config.alpha)
@@ -355,7 +353,7 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
         alpha = max(parts.ranks) if parts else rank
     axes = settings.get("axes") or _axes(row)
     method = settings.get("method", config.method)
-    init = settings.get("init", config.init)
+    init = init_of(config, row.path)
     if sorted(axes.order) != list(range(len(row.shape))):
         wrong.append(
             f"axes: {axes} of {row.path!r} must name each of its {len(row.shape)} axes "
@@ -371,12 +369,7 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
                 f"{row.path!r}: exclude it or give it Rule({row.path!r}, "
                 f"rank={min(n_in, n_out)})"
             )
-    if METHODS[method].start is not None and init != LoraConfig.init:
-        wrong.append(
-            f"init {init!r} of {row.path!r}: method {method!r} starts in its own way, "
-            "leave init out"
-        )
-    return Spec(
+    spec = Spec(
         op="linear" if row.op == "merged" else row.op,
         axes=axes,
         rank=rank,
@@ -384,14 +377,35 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
         rslora=config.rslora,
         dropout=float(settings.get("dropout", config.dropout)),
         method=method,
-        init=init,
+        init=init_name(init),
         shape=row.shape if method == "vera" else (),
         parts=parts,
     )
+    wrong += init_clashes(row.path, row.shape, spec, init, METHODS[method], row.route)
+    return spec
+
+
+def init_of(config: LoraConfig, path: str) -> Any:
+    """Returns the init of a leaf as the config or its rules have it, name or function.
+
+    Examples:
+      >>> init_of(LoraConfig(rules=(Rule("mlp/**", init="pissa"),)), "mlp/up")
+      'pissa'
+    """
+    return _settings(config, path).get("init", config.init)
+
+
+def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
+    """Returns what the rules set for a leaf."""
+    settings: dict[str, Any] = {}
+    for rule in config.rules:
+        if paths.matches(rule.pattern, path):
+            settings |= _set_fields(rule)
+    return settings
 
 
 def _checked_parts(
-    parts: Parts, row: Row, axes: Axes, method: str, init: str, wrong: list[str]
+    parts: Parts, row: Row, axes: Axes, method: str, init: Any, wrong: list[str]
 ) -> Parts:
     """Returns `parts` with its axis counted from the front; notes what cannot be."""
     name = f"parts of {row.path!r}"
@@ -416,7 +430,7 @@ def _checked_parts(
     if (method, init) != ("lora", "kaiming"):
         wrong.append(
             f"{name}: they take method 'lora' with init 'kaiming', not {method!r} with "
-            f"{init!r}"
+            f"{init_name(init)!r}"
         )
     return dataclasses.replace(parts, axis=axis)
 

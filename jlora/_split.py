@@ -1,16 +1,18 @@
 """Taking parameters apart into (frozen, trainable), and putting them together again."""
 
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from . import paths
-from ._plan import Plan
-from .errors import TreeError
-from .factors import Factors, Spec, Trainable
-from .methods import INITS, leaf_shapes, method_of
+from ._plan import Plan, Row, init_of
+from .errors import ConfigError, TreeError
+from .factors import Factors, Trainable
+from .methods import find_init, leaf_shapes, method_of, residual
+from .moments import Statistics
 from .transform.compat import is_staging
 from .transform.stage import is_array
 
@@ -32,24 +34,40 @@ class Missing:
 MISSING = Missing()
 
 
-def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
+def split(
+    key: jax.Array,
+    params: Any,
+    plan: Plan,
+    *,
+    statistics: Statistics | None = None,
+    quantize: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with holes where `plan` trains leaves in full. Works under
-    `jax.jit` and `jax.eval_shape`. With B (or A) zero, every operation of the adapted
-    function gives the bits of the original one; one `jax.jit` may fuse, and so round,
-    the two differently. Leaves trained in full are those of `params` themselves: copy
-    `trainable` before donating it, if `params` is needed later.
+    `frozen` is `params` with holes where `plan` trains leaves in full, and without what
+    `init="pissa"` and the like put into A and B: that is `w - scale * a @ b`, rounded
+    once. Works under `jax.jit` and `jax.eval_shape`. With B (or A) zero, every
+    operation of the adapted function gives the bits of the original one; one `jax.jit`
+    may fuse, and so round, the two differently. Leaves trained in full are those of
+    `params` themselves: copy `trainable` before donating it, if `params` is needed
+    later.
 
     Args:
       key: PRNG key, consumed. A leaf's factors depend on the key and its path alone.
       params: the tree that `plan` was made for.
       plan: what to adapt, from `jlora.plan`.
+      statistics: for `init="eva"`, `"corda"` and `"lora_ga"`, from
+        `activation_statistics` and `gradient_statistics`.
+      quantize: for `init="loftq"`, `array -> array` of one shape: the values that a
+        quantised weight stands for.
 
     Returns:
-      `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again.
+      `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again, to the one
+      rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
+      ConfigError: if an init lacks its statistics or `quantize`, or a function given
+        as init returns other shapes; lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted
         weight holds NaN or infinity (not looked for under a transformation).
 
@@ -67,28 +85,117 @@ def split(key: jax.Array, params: Any, plan: Plan) -> tuple[Any, Trainable]:
     """
     leaves, treedef = paths.flatten(params)
     check_plan(leaves, plan)
+    extra = _extras(plan, statistics or Statistics(), quantize)
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
             _check_finite(row.path, leaves[row.path])
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
-            lora[row.path] = _start(own, leaves[row.path], row.spec, dtype)
+            w = leaves[row.path]
+            lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])
+            if base is not w:
+                changed[row.path] = _placed_as(w, base)
         elif row.status == "full":
             full[row.path] = leaves[row.path]
-    frozen = [MISSING if path in full else leaf for path, leaf in leaves.items()]
+    frozen = [
+        MISSING if path in full else changed.get(path, leaf)
+        for path, leaf in leaves.items()
+    ]
     return treedef.unflatten(frozen), Trainable(lora, full)
 
 
-def _start(key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype) -> Factors:
-    """Returns the factors that training starts with."""
-    method = method_of(spec)
+def _extras(
+    plan: Plan, statistics: Statistics, quantize: Callable | None
+) -> dict[str, tuple[Any, ...]]:
+    """Returns what each init takes besides the weight, or an error for what lacks."""
+    sources = {
+        "inputs": (statistics.inputs, "statistics=jlora.activation_statistics(...)"),
+        "gradients": (
+            statistics.gradients,
+            "statistics=jlora.gradient_statistics(...)",
+        ),
+        "quantize": (
+            {row.path: quantize for row in plan.rows() if quantize is not None},
+            "quantize=, a function from a weight to its quantised values,",
+        ),
+    }
+    extra: dict[str, tuple[Any, ...]] = {}
+    wrong = []
+    for row in plan.rows():
+        if row.spec is None:
+            continue
+        extra[row.path] = ()
+        found = find_init(init_of(plan.config, row.path))
+        if found is None or method_of(row.spec).start is not None:
+            continue
+        if found.needs in sources:
+            known, remedy = sources[found.needs]
+            if row.path not in known:
+                wrong.append(f"{row.path!r}: init {row.spec.init!r}, give {remedy}")
+                continue
+            extra[row.path] = (known[row.path],)
+            wrong += _statistic_misfits(row, found.needs, known[row.path])
+    if wrong:
+        raise ConfigError(f"split lacks what some inits need: {_some(wrong)}.")
+    return extra
+
+
+def _statistic_misfits(row: Row, needs: str, given: Any) -> list[str]:
+    """Returns in words where a statistic is not of the leaf's shape."""
+    if row.spec is None or needs == "quantize":
+        return []
+    _, n_in, _ = row.spec.axes.sizes(row.shape)
+    batch = tuple(row.shape[i] for i in row.spec.axes.batch)
+    want, got = row.shape, given
+    if needs == "inputs":
+        want, got = (*batch, n_in, n_in), given.second
+    if tuple(got.shape) == want:
+        return []
+    return [f"{row.path!r}: statistics of shape {tuple(got.shape)}, it needs {want}"]
+
+
+def _start(
+    key: jax.Array,
+    w: Any,
+    row: Row,
+    plan: Plan,
+    dtype: jnp.dtype,
+    extra: tuple[Any, ...],
+) -> tuple[Factors, Any]:
+    """Returns the factors of `row` and the weight to freeze."""
+    spec = row.spec
+    assert spec is not None
+    method, init = method_of(spec), find_init(init_of(plan.config, row.path))
     if method.start is not None:
-        return method.start(key, w.shape, spec, dtype)
-    a, b = INITS[spec.init](key, w.shape, spec, dtype)
+        return method.start(key, row.shape, spec, dtype), w
+    assert init is not None
+    subject = row.shape if init.needs == "shape" else w
+    made = init.fun(key, subject, spec, dtype, *extra)
+    if not isinstance(made, tuple) or len(made) != 2 + (init.base == "own"):
+        raise ConfigError(f"The init of {row.path!r} must return (a, b), got {made!r}.")
+    a, b, *own = made
+    a_shape = spec.axes.a_shape(row.shape, spec.rank)
+    b_shape = spec.axes.b_shape(row.shape, spec.rank)
+    if (jnp.shape(a), jnp.shape(b)) != (a_shape, b_shape):
+        raise ConfigError(
+            f"The init of {row.path!r} returned shapes {jnp.shape(a)} and "
+            f"{jnp.shape(b)}, a weight of shape {row.shape} at rank {spec.rank} needs "
+            f"{a_shape} and {b_shape}."
+        )
+    a, b = jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype)
+    base = residual(w, a, b, spec) if init.base == "residual" else (*own, w)[0]
     factors = Factors(a, b, spec)
-    return factors if method.finish is None else method.finish(factors, w)
+    return factors if method.finish is None else method.finish(factors, base), base
+
+
+def _placed_as(w: Any, base: jax.Array) -> jax.Array:
+    """Returns `base` where `w` is."""
+    if not isinstance(w, jax.Array) or is_staging(base) or base.sharding == w.sharding:
+        return base
+    return jax.device_put(base, w.sharding)
 
 
 def check_plan(leaves: dict[str, Any], plan: Plan) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from .errors import ConfigError
 from .factors import Axes, Parts, tuples
-from .methods import INITS, METHODS
+from .methods import INITS, METHODS, find_init, init_name
 
+Init = str | Callable[..., Any]
 Targets = str | tuple[str, ...] | Callable[[Any], bool]
 
 
@@ -42,7 +43,7 @@ class Rule:
     rank: int | None = None
     alpha: float | None = None
     method: str | None = None
-    init: str | None = None
+    init: Init | None = None
     dropout: float | None = None
     axes: Axes | None = None
     parts: Parts | None = None
@@ -115,10 +116,15 @@ class LoraConfig:
       method: `"lora"`; `"dora"` trains the lengths of columns too; `"vera"` trains two
         vectors beside shared random factors; `"adalora"` has singular values that can
         be pruned.
-      init: `"kaiming"` or `"gaussian"`.
+      init: how A and B start: `"kaiming"`, `"gaussian"`, `"orthogonal"`; `"pissa"`,
+        `"pissa_niter_<n>"`, `"olora"`, which take a part of the weight out of the
+        frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise it; `"eva"`,
+        `"corda"`, `"corda_kpm"`, `"lora_ga"`, which want `statistics`; or a function
+        `(key, w, spec, dtype) -> (a, b)`.
       rslora: scale by `alpha / sqrt(rank)`, which keeps high ranks learning.
       dropout: drop rate on the input of A, in [0, 1); active when `apply_lora`'s
-        function is given a `lora_key`.
+        function is given a `lora_key`. An embedding drops the update of whole
+        positions, since the input of its A is one-hot.
       dtype: dtype name of A and B; None means float32.
 
     Raises:
@@ -141,7 +147,7 @@ class LoraConfig:
     rules: tuple[Rule, ...] = ()
     train: tuple[str | Rows, ...] = ()
     method: str = "lora"
-    init: str = "kaiming"
+    init: Init = "kaiming"
     rslora: bool = False
     dropout: float = 0.0
     dtype: str | None = None
@@ -184,12 +190,19 @@ class LoraConfig:
         """Returns the config as JSON text that `from_json` reads back exactly.
 
         Raises:
-          ConfigError: if `targets` is a predicate, which has no JSON form.
+          ConfigError: if `targets` or an `init` is a function: it has no JSON form.
         """
         if callable(self.targets):
             raise ConfigError(
                 "A config whose `targets` is a function has no JSON form. Use the "
                 "paths it selected: targets=tuple(plan.adapted)."
+            )
+        functions = [x.init for x in (self, *self.rules) if callable(x.init)]
+        if functions:
+            raise ConfigError(
+                "A config whose `init` is a function "
+                f"({', '.join(map(init_name, functions))}) has no JSON form. Name an "
+                f"init of {', '.join(INITS)}."
             )
         return json.dumps(dataclasses.asdict(self), indent=2)
 
@@ -248,8 +261,16 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
         wrong.append(f"dropout must be in [0, 1), got {dropout!r}")
     if fields.method is not None and fields.method not in METHODS:
         wrong.append(f"method must be one of {tuple(METHODS)}, got {fields.method!r}")
-    if fields.init is not None and fields.init not in INITS:
-        wrong.append(f"init must be one of {tuple(INITS)}, got {fields.init!r}")
+    if fields.init is not None and find_init(fields.init) is None:
+        wrong.append(
+            f"init must be one of {tuple(INITS)}, pissa_niter_<n>, loftq_niter_<n> or "
+            f"a function, got {fields.init!r}"
+        )
+    if callable(fields.init) and find_init(init_name(fields.init)) is not None:
+        wrong.append(
+            f"init is a function called {init_name(fields.init)!r}, as one of jlora's "
+            "own: rename it, or give the name as a string"
+        )
     if wrong:
         raise ConfigError(f"{owner}: {'; '.join(wrong)}.")
 

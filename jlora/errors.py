@@ -25,6 +25,10 @@ class CheckpointError(JloraError):
     """A checkpoint that is missing, incomplete or not of this program's making."""
 
 
+class PoolError(JloraError):
+    """An adapter that a pool cannot hold or has no slot for."""
+
+
 class PeftError(JloraError):
     """A Hugging Face file, or an adapter for one, that does not fit or is damaged."""
 

@@ -17,14 +17,14 @@ class RankBudgetState(NamedTuple):
 
     Attributes:
       inner: state of the wrapped optimizer.
-      count: how many updates were made.
+      step: how many updates were made.
       sensitivity: running mean of `|parameter * gradient|`, like each `Factors`.
       uncertainty: running mean of how far a step's sensitivity is from that mean.
       kept: for each `Factors` which singular values are kept, `[*batch, rank]`.
     """
 
     inner: Any
-    count: jax.Array
+    step: jax.Array
     sensitivity: list[Factors]
     uncertainty: list[Factors]
     kept: list[jax.Array]
@@ -94,7 +94,7 @@ def adalora(
     if target_rank <= 0:
         raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
 
-    def init(params: Any) -> RankBudgetState:
+    def init(params: Any) -> Any:
         factors = _adaptive(params)
         if not factors:
             raise TreeError(
@@ -106,9 +106,7 @@ def adalora(
         count = jnp.zeros((), jnp.int32)
         return RankBudgetState(tx.init(params), count, zeros, zeros, kept)
 
-    def update(
-        updates: Any, state: RankBudgetState, params: Any = None
-    ) -> tuple[Any, RankBudgetState]:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         if params is None:
             raise ValueError("adalora needs params: tx.update(gradient, state, params)")
         gradient = _adaptive(updates)
@@ -131,19 +129,26 @@ def adalora(
             now,
             mean,
         )
-        count = state.count + 1
+        count = state.step + 1
+        # The last choice goes by the importance before its step, as in PEFT.
+        learning = count < steps - final
+        mean, spread = jax.tree.map(
+            lambda new, old: jnp.where(learning, new, old),
+            (mean, spread),
+            (state.sensitivity, state.uncertainty),
+        )
         scores = [
             _importance(jax.tree.map(lambda m, u: m * u, *pair))
             for pair in zip(mean, spread, strict=True)
         ]
         chosen = _keep(scores, budget(count, scores))
-        falling = (count > warmup) & (count <= steps - final) & (count % every == 0)
-        settling = (count == steps - final + 1) | ((final == 0) & (count == steps))
+        settling = count == steps - final
+        falling = (count > warmup) & (count < steps - final) & (count % every == 0)
         kept = [
             jnp.where(falling | settling, new, old)
             for new, old in zip(chosen, state.kept, strict=True)
         ]
-        pruning = falling | (count > steps - final) | settling
+        pruning = falling | (count >= steps - final)
         masks = iter(kept)
 
         def prune(params: Any, updates: Any) -> Any:

@@ -35,9 +35,13 @@ hypothesis.settings.register_profile(
     print_blob=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
+# For the second interpreter of .ci/run, where the examples of `ci` ran already.
+hypothesis.settings.register_profile(
+    "quick", hypothesis.settings.get_profile("ci"), max_examples=8
+)
 hypothesis.settings.load_profile("ci")
 
-collect_ignore = ["golden/make_peft_golden.py"]  # needs torch and PEFT
+collect_ignore_glob = ["golden/*.py"]  # these make golden files; they need torch
 
 
 @pytest.fixture(autouse=True, scope="module")

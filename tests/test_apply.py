@@ -966,6 +966,28 @@ def test_the_backward_pass_uses_the_mask_of_the_forward_pass(fn):
     np.testing.assert_array_equal(grad, seen.reshape(-1, 4, N).sum(0))
 
 
+def test_dropout_of_an_embedding_drops_whole_positions():
+    params = {"table": jax.random.normal(jax.random.key(0), (7, 5))}
+    ids = jnp.arange(400).reshape(20, 20) % 7
+
+    def fn(p, ids):
+        return p["table"][ids]
+
+    config = jlora.LoraConfig(rank=2, targets="table", dropout=0.25)
+    plan = jlora.plan(fn, params, ids, config=config)
+    frozen, trainable = jlora.split(jax.random.key(1), params, plan)
+    trainable = jax.tree.map(jnp.ones_like, trainable)
+    lora_fn = jlora.apply_lora(fn)
+    whole = lora_fn(frozen, trainable, ids) - fn(params, ids)
+    np.testing.assert_allclose(whole, 2 * jnp.ones((20, 20, 5)), rtol=1e-5)
+    key = jax.random.key(2)
+    ratio = (lora_fn(frozen, trainable, ids, lora_key=key) - fn(params, ids)) / whole
+    dropped = np.isclose(ratio, 0, atol=1e-5).all(-1)
+    scaled = np.isclose(ratio, 1 / 0.75, rtol=1e-4).all(-1)
+    assert (dropped | scaled).all()
+    assert 60 < dropped.sum() < 140
+
+
 def test_dropout_touches_the_low_rank_term_alone():
     run, frozen, trainable = see_through(use, 0.5)
     w = jnp.eye(N) * 7

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from benchmarks import common, floor, growth, models, overheads, report, tpu
+from benchmarks import adapters, common, floor, growth, models, overheads, report, tpu
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
 TINY = models.Size(width=16, layers=1, batch=1, length=64, vocab=32, head=8)
@@ -94,6 +94,22 @@ def test_overheads(results):
     found = read(results, "overheads")
     assert found["staging"].keys() >= {"plan", "gradient, adapted"}
     assert found["bytes"]["adapter"] > 0
+
+
+@pytest.mark.slow
+def test_adapters(monkeypatch, tmp_path):
+    small = "--width 32 --layers 1 --tokens 16 --row-tokens 2 --rows 4 --rounds 1"
+    argv = ["adapters", "--json", str(tmp_path / "adapters.json"), *small.split()]
+    monkeypatch.setattr(sys, "argv", [*argv, "--capacity", "3", "--adapters", "2"])
+    adapters.main()
+    found = read(tmp_path, "adapters")
+    (sweep,) = found["sweep"]
+    assert sweep["peak_bytes"]["all"] > sweep["peak_bytes"]["one"]
+    assert found["pool"]["compiled"] == 0
+    report.write(tmp_path, tmp_path)
+    text = (tmp_path / "performance.md").read_text()
+    assert "A pool of 3 adapters" in text
+    assert "| 32 | all linear | 4 × 2 |" in text
 
 
 def test_tpu_without_libtpu(monkeypatch, tmp_path, capsys):

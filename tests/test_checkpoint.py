@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def adapter(seed=0):
             "b é.%20 {x}": Factors(
                 normal((4, 1), seed, "bfloat16").at[0, 0].set(-0.0),
                 normal((1, 3), seed, "float16"),
-                Spec(rank=1, alpha=2.0),
+                Spec(rank=1, alpha=2.0, method="dora"),
                 normal((3,), seed),
             ),
         },
@@ -499,6 +500,370 @@ def test_a_killed_process_leaves_its_last_saved_step(folder):
     assert bool((read.trainable.full["head"] == read.step).all())
     checkpoint.save(folder, read.trainable, step=read.step + 1)
     assert checkpoint.restore(folder).step == read.step + 1
+
+
+# Everything that a run needs to go on.
+
+
+def small():
+    return jlora.Trainable(full={"head": jnp.arange(3.0)})
+
+
+def model(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["head"]
+
+
+PARAMS = {"w": normal((4, 6)), "head": normal((6, 2), 1)}
+
+
+def test_key_position_config_and_plan_come_back(folder):
+    config = jlora.LoraConfig(
+        rank=2, train="head", rules=(jlora.Rule("w", axes=Axes()),)
+    )
+    plan = jlora.plan(model, PARAMS, normal((3, 4)), config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), PARAMS, plan)
+    key = jax.random.split(jax.random.key(3, impl="rbg"), 2)
+    position = {"epoch": 1, "shards": [[0, 5], [1, 7]], "state": "é"}
+    checkpoint.save(
+        folder, trainable, key=key, position=position, plan=plan, base=frozen
+    )
+    read = checkpoint.restore(folder, base=PARAMS)
+    assert read.key.dtype == key.dtype
+    assert bool((read.key == key).all())
+    assert read.position == position
+    assert read.config == config
+    assert read.plan == plan
+    assert hash(read.plan) == hash(plan)
+    same(read.trainable, trainable)
+    assert read.metrics is None
+
+
+def test_a_key_of_the_old_kind(folder):
+    key = jax.random.PRNGKey(2**31 + 5)
+    checkpoint.save(folder, small(), key=key, config=jlora.LoraConfig(rank=3))
+    read = checkpoint.restore(folder)
+    same(read.key, key)
+    assert read.config == jlora.LoraConfig(rank=3)
+
+
+@pytest.mark.parametrize("field", ["metadata", "position"])
+def test_what_is_no_json_is_refused(folder, field):
+    with pytest.raises(jlora.CheckpointError, match=f"{field} is no JSON value"):
+        checkpoint.save(folder, small(), **{field: {"x": jnp.ones(2)}})
+    assert not folder.exists()
+
+
+def test_a_predicate_as_targets_is_refused_before_training(folder):
+    config = jlora.LoraConfig(targets=lambda row: True)
+    with pytest.raises(jlora.ConfigError, match="no JSON form"):
+        checkpoint.Checkpoints(folder, config=config)
+
+
+# The base.
+
+
+def test_another_base_is_refused_and_named(folder):
+    checkpoint.save(folder, small(), base=PARAMS, step=1)
+    w = PARAMS["w"]
+    for base, text in [
+        ({**PARAMS, "w": w.at[3, 5].add(1e-6)}, r"'w' has other numbers\. Load"),
+        ({**PARAMS, "w": w.astype("bfloat16")}, r"'w' is bfloat16\[4, 6\], was float"),
+        ({**PARAMS, "w": w.T}, r"'w' is float32\[6, 4\], was float32\[4, 6\]"),
+        ({**PARAMS, "b": w}, "'b' is new in it"),
+        ({"head": PARAMS["head"]}, "'w' is not in the base"),
+    ]:
+        with pytest.raises(jlora.CheckpointError, match=rf"another base: {text}"):
+            checkpoint.restore(folder, base=base)
+    # A leaf trained in full is the adapter's, whatever the base has there.
+    other = {**PARAMS, "head": normal((9,))}
+    print_ = checkpoint.fingerprint(other)
+    assert checkpoint.restore(folder, base=print_).step == 1
+    assert checkpoint.restore(folder).step == 1
+
+
+def test_a_base_that_was_not_saved_cannot_be_checked(folder):
+    checkpoint.save(folder, small())
+    with pytest.raises(jlora.CheckpointError, match=r"saved without base="):
+        checkpoint.restore(folder, base=PARAMS)
+
+
+def test_the_fingerprint_depends_on_the_numbers_alone():
+    mesh = jax.make_mesh(
+        (4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    w = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    places = [None, jax.NamedSharding(mesh, jax.P("x", "y"))]
+    trees = [{"w": w}, *({"w": jax.device_put(w, place)} for place in places)]
+    assert len({checkpoint.fingerprint(t).leaves["w"] for t in trees}) == 1
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float64", "bfloat16", "float16", "int8", "bool", "complex64", "int4"]
+)
+def test_the_fingerprint_tells_every_number(dtype):
+    with jax.enable_x64(True):
+        x = jnp.zeros((5,), dtype)
+        found = [checkpoint.fingerprint({"x": x})]
+        for i in range(5):
+            found.append(
+                checkpoint.fingerprint({"x": x.at[i].set(jnp.ones((), dtype))})
+            )
+        on_host = [checkpoint.fingerprint({"x": np.asarray(x)})]
+    assert len({p.leaves["x"] for p in found}) == 6
+    assert on_host[0] == found[0]
+
+
+def test_the_fingerprint_of_keys_and_of_what_is_no_array():
+    tree = {"key": jax.random.key(0), "name": "gelu", "raw": jax.random.key(1)}
+    leaves = checkpoint.fingerprint(tree).leaves
+    assert leaves["name"] == "'gelu'"
+    assert leaves["key"].partition(" ")[2] != leaves["raw"].partition(" ")[2]
+
+
+# Other devices.
+
+
+def test_a_checkpoint_is_read_onto_other_devices(folder):
+    def over(n, *names):
+        devices = np.array(jax.devices()[:n])
+        return jax.NamedSharding(jax.sharding.Mesh(devices, ("x",)), jax.P(*names))
+
+    spec = Spec(rank=2, alpha=1)
+    trainable = jlora.Trainable(
+        {"w": Factors(normal((8, 2)), normal((2, 8)), spec)}, {"head": normal((8,))}
+    )
+    state = optax.sgd(0.1, momentum=0.9).init(trainable)
+    placed, placed_state = jax.device_put((trainable, state), over(8))
+    placed = dataclasses.replace(
+        placed, full=jax.device_put(dict(placed.full), over(8, "x"))
+    )
+    checkpoint.save(folder, placed, opt_state=placed_state)
+    # All on one device, as nothing is said.
+    like = jax.eval_shape(optax.sgd(0.1, momentum=0.9).init, trainable)
+    read = checkpoint.restore(folder, opt_state=like)
+    same((read.trainable, read.opt_state), (trainable, state))
+    assert {x.sharding for x in jax.tree.leaves(read.trainable)} == {
+        jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    }
+    # A mesh of two.
+    read = checkpoint.restore(folder, shardings=over(2))
+    same(read.trainable, trainable)
+    assert {x.sharding for x in jax.tree.leaves(read.trainable)} == {over(2)}
+    # Each leaf where it is wanted, the optimizer's as the template's.
+    wanted = jlora.Trainable(
+        {"w": Factors(over(4, "x"), over(4, None, "x"), spec)}, {"head": over(4)}
+    )
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over(4)), like
+    )
+    read = checkpoint.restore(folder, opt_state=like, shardings=wanted)
+    same((read.trainable, read.opt_state), (trainable, state))
+    assert read.trainable.lora["w"].a.sharding == over(4, "x")
+    assert read.trainable.lora["w"].b.sharding == over(4, None, "x")
+    assert {x.sharding for x in jax.tree.leaves(read.opt_state)} == {over(4)}
+    with pytest.raises(jlora.CheckpointError, match="shardings must be one"):
+        checkpoint.restore(folder, shardings={"w": over(4)})
+
+
+# In a training loop.
+
+
+def test_the_newest_and_the_best_are_kept(folder):
+    accuracy = [0.1, 0.9, float("nan"), 0.3, 0.4, 0.2]
+    with checkpoint.Checkpoints(folder, keep=2, best="accuracy") as ckpts:
+        assert (ckpts.steps, ckpts.newest, ckpts.best) == ((), None, None)
+        for step, value in enumerate(accuracy):
+            full = {"head": jnp.full(3, float(step))}
+            metrics = {"accuracy": jnp.float32(value), "loss": 1}
+            assert ckpts.save(step, jlora.Trainable(full=full), metrics=metrics)
+    with checkpoint.Checkpoints(folder, keep=2, best="accuracy") as ckpts:
+        assert (ckpts.steps, ckpts.newest, ckpts.best) == ((1, 4, 5), 5, 1)
+        read = ckpts.restore(ckpts.best)
+        assert float(read.trainable.full["head"][0]) == 1
+        assert read.metrics == {"accuracy": pytest.approx(0.9), "loss": 1}
+        with pytest.raises(jlora.CheckpointError, match=r"Step 6 needs metrics=\{'acc"):
+            ckpts.save(6, small(), metrics={"loss": 1})
+    assert {p.name for p in folder.iterdir()} == {"1", "4", "5"}
+
+
+def test_the_smallest_may_be_best(folder):
+    with checkpoint.Checkpoints(folder, keep=1, best="loss", mode="min") as ckpts:
+        for step, loss in enumerate([3.0, 1.0, float("nan"), 2.0]):
+            ckpts.save(step, small(), metrics={"loss": loss})
+        ckpts.wait()
+        assert (ckpts.steps, ckpts.best) == ((1, 3), 1)
+
+
+def test_only_every_so_many_steps_are_written(folder):
+    with checkpoint.Checkpoints(folder, keep=None, every=3) as ckpts:
+        saved = [step for step in range(8) if ckpts.save(step, small())]
+        assert saved == [0, 3, 6]
+        assert ckpts.save(7, small(), force=True)
+        assert ckpts.steps == (0, 3, 6, 7)
+        with pytest.raises(jlora.CheckpointError, match="Step 6 is already in"):
+            ckpts.save(6, small())
+        assert ckpts.restore().step == 7
+
+
+def test_arrays_may_be_donated_while_they_are_written(folder):
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros((512, 512))
+    with checkpoint.Checkpoints(folder, keep=None) as ckpts:
+        for i in range(4):
+            ckpts.save(i, jlora.Trainable(full={"x": x}))
+            for _ in range(3):
+                x = step(x)
+        for i in range(4):
+            read = ckpts.restore(i).trainable.full["x"]
+            assert bool((read == 3 * i).all())
+
+
+def test_the_base_is_checked_in_a_loop(folder):
+    with checkpoint.Checkpoints(folder, base=PARAMS) as ckpts:
+        ckpts.save(0, small(), opt_state={"n": jnp.int32(3)})
+        same(
+            ckpts.restore(opt_state={"n": jnp.int32(0)}).opt_state, {"n": jnp.int32(3)}
+        )
+    other = {**PARAMS, "w": PARAMS["w"] + 1}
+    with (
+        checkpoint.Checkpoints(folder, base=other) as ckpts,
+        pytest.raises(jlora.CheckpointError, match="another base: 'w' has other"),
+    ):
+        ckpts.restore()
+
+
+def test_values_that_cannot_work_are_refused(folder):
+    for wrong in ({"keep": 0}, {"mode": "least"}, {"every": 0}, {"every": 1.5}):
+        with pytest.raises(jlora.CheckpointError, match=f"{next(iter(wrong))} must be"):
+            checkpoint.Checkpoints(folder, **wrong)
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file")
+    with pytest.raises(jlora.CheckpointError, match="cannot be opened for checkpoints"):
+        checkpoint.Checkpoints(folder)
+
+
+def test_an_error_of_the_loop_is_not_hidden(folder):
+    def loop():
+        with checkpoint.Checkpoints(folder) as ckpts:
+            ckpts.save(0, small())
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        loop()
+    assert checkpoint.restore(folder).step == 0
+
+
+@orbax_fails
+def test_a_full_disk_leaves_the_steps_that_were_there(folder):
+    large = jlora.Trainable(full={"x": normal((300, 300))})
+    with checkpoint.Checkpoints(folder) as ckpts:
+        ckpts.save(1, small())
+        ckpts.wait()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            ckpts.save(2, large)
+            with pytest.raises(jlora.CheckpointError, match="not saved in"):
+                ckpts.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    read = checkpoint.restore(folder)
+    assert read.step == 1
+    same(read.trainable, small())
+
+
+# Trains in processes that are killed at random moments, until one comes to the end.
+TRAIN = """
+import os, random, signal, sys, time, warnings
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp, optax, orbax.checkpoint
+import jlora
+warnings.simplefilter("ignore")
+directory, kills, seed, steps = sys.argv[1], *map(int, sys.argv[2:5])
+draw = random.Random(seed)
+
+def train():
+    params = {"w": jnp.ones((16, 16)) / 16, "head": jnp.ones((16, 4)) / 4}
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
+    config = jlora.LoraConfig(rank=2, dropout=0.2, train="head")
+    plan = jlora.plan(fn, params, jnp.ones((8, 16)), config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    tx = optax.adamw(optax.linear_schedule(0.1, 0.0, steps))
+    lora_fn = jlora.apply_lora(fn)
+
+    @jax.jit
+    def step(trainable, opt_state, key, at):
+        key, drop, data = jax.random.split(key, 3)
+        x = jax.random.normal(jax.random.fold_in(data, at), (8, 16))
+        def loss(trainable):
+            y = lora_fn(frozen, trainable, x, lora_key=drop)
+            return jnp.mean((y - x[:, :4]) ** 2)
+        grads = jax.grad(loss)(trainable)
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, key
+
+    state = trainable, tx.init(trainable), jax.random.key(1)
+    done = 0
+    with jlora.checkpoint.Checkpoints(
+        directory, keep=2, best="m", plan=plan, base=frozen
+    ) as ckpts:
+        if ckpts.newest is not None:
+            read = ckpts.restore(opt_state=jax.eval_shape(tx.init, trainable))
+            assert read.position == {"at": read.step}
+            state, done = (read.trainable, read.opt_state, read.key), read.step
+        while done < steps:
+            state = step(*state, done)
+            done += 1
+            ckpts.save(
+                done, state[0], opt_state=state[1], key=state[2],
+                position={"at": done}, metrics={"m": -abs(done - 7)},
+            )
+
+killed = 0
+while True:
+    child = os.fork()
+    if not child:
+        train()
+        os._exit(0)
+    if killed < kills:
+        time.sleep(draw.uniform(0.2, 3.0))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if status != signal.SIGKILL:
+        print(killed, status, flush=True)
+        sys.exit()
+    killed += 1
+"""
+
+
+def train_and_kill(folder, kills, seed, steps):
+    """Returns how many processes were killed before one came to the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, *map(str, (folder, kills, seed, steps))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    killed, status = map(int, done.stdout.split())
+    assert status == 0, done.stderr
+    return killed
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert train_and_kill(straight, 0, seed=0, steps=60) == 0
+    assert train_and_kill(broken, 3, seed=0, steps=60) >= 1
+    whole = checkpoint.restore(straight)
+    template = jax.eval_shape(optax.adamw(lambda step: step).init, whole.trainable)
+    whole = checkpoint.restore(straight, opt_state=template)
+    resumed = checkpoint.restore(broken, opt_state=template)
+    same((resumed.trainable, resumed.opt_state), (whole.trainable, whole.opt_state))
+    assert bool((resumed.key == whole.key).all())
+    assert (resumed.step, resumed.position) == (60, {"at": 60})
 
 
 def test_dtypes_by_name():

@@ -321,12 +321,6 @@ def test_methods_are_chosen_leaf_by_leaf():
     np.testing.assert_allclose(out, model(merged, IDS), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", ["vera", "adalora"])
-def test_a_method_that_starts_in_its_own_way_takes_no_init(method):
-    with pytest.raises(jlora.TargetError, match="starts in its own way"):
-        adapt(method=method, init="gaussian")
-
-
 def test_a_misshapen_magnitude_is_named():
     _, _, frozen, trainable = adapt(method="dora", targets="heads")
     factors = trainable.lora["heads"]

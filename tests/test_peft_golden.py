@@ -36,7 +36,7 @@ def near(got, want, tolerance=1e-5):
     """Relative to the largest number of the array, as float32 sums round."""
     got, want = np.asarray(got, "float64"), np.asarray(want, "float64")
     assert got.shape == want.shape
-    error = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    error = np.max(np.abs(got - want)) / max(np.max(np.abs(want)), 1e-30)
     assert error <= tolerance, f"relative error {error:.2e}"
 
 
@@ -344,7 +344,14 @@ def test_peft_ignores_the_dropout_of_an_embedding():
     frozen, trainable = split(case, fn, params, ids, dropout=0.9)
     trainable = with_golden(case, trainable)
     lora_fn = jlora.apply_lora(fn)
-    near(lora_fn(frozen, trainable, ids), golden(case, "y_eval"))
+    whole = lora_fn(frozen, trainable, ids)
+    near(whole, golden(case, "y_eval"))
+    some = lora_fn(frozen, trainable, ids, lora_key=jax.random.key(0))
+    base = np.asarray(frozen["w"])[np.asarray(ids)]
+    update, left = (np.asarray(y) - base for y in (whole, some))
+    is_kept = np.any(left, axis=-1, keepdims=True)  # by position, not by id
+    np.testing.assert_allclose(left, is_kept * update / 0.1, rtol=1e-4, atol=1e-5)
+    assert 0 < is_kept.mean() < 0.5
 
 
 def test_peft_forgets_packed_biases():
@@ -357,48 +364,114 @@ def test_peft_forgets_packed_biases():
     assert set(plan.full) == {"in_bias", "out_bias"}
 
 
-def two_adapters():
-    case = "differs-linear_combination"
-    spec = jlora.factors.Spec(rank=3, alpha=7)
-    return {
-        name: jlora.Factors(
-            jnp.asarray(golden(case, f"{name}.lora_A").T),
-            jnp.asarray(golden(case, f"{name}.lora_B").T),
-            spec,
-        )
-        for name in ("default", "other")
-    }
+def adapter(a, b, **fields):
+    """A `Trainable` of PEFT's A and B for one matrix."""
+    spec = jlora.factors.Spec(rank=len(a), **fields)
+    return jlora.Trainable(
+        {"w": jlora.Factors(jnp.asarray(a.T), jnp.asarray(b.T), spec)}
+    )
 
 
 def test_linear_combinations_of_peft_have_cross_terms():
     case = "differs-linear_combination"
-    own = two_adapters()
-    exact = 0.7 * delta(own["default"]) + 0.4 * delta(own["other"])
-    near(exact.T, golden(case, "cat.delta"))
-    near(exact.T, golden(case, "svd.delta"))
-    far(exact.T, golden(case, "linear.delta"), 0.5)
+    names = [[f"{name}.lora_{x}" for x in "AB"] for name in ("default", "other")]
+    two = [adapter(*(golden(case, n) for n in pair), alpha=7) for pair in names]
+    update = delta(jlora.adapters.linear(two, CASES[case]["weights"]).lora["w"]).T
+    near(update, golden(case, "cat.delta"))
+    near(update, golden(case, "svd.delta"))
+    far(update, golden(case, "linear.delta"), 0.5)
 
 
 def test_one_rslora_adapter_with_weight_one_is_another_in_peft():
     case = "differs-one_rslora_adapter"
-    a, b = pick(case, "w")
-    spec = jlora.factors.Spec(rank=4, alpha=8, rslora=True)
-    update = delta(jlora.Factors(jnp.asarray(a.T), jnp.asarray(b.T), spec)).T
-    near(update, golden(case, "delta"))
-    near(2 * update, golden(case, "same"))  # the square root of the rank too large
+    own = adapter(*pick(case, "w"), alpha=8, rslora=True)
+    same = jlora.adapters.linear([own], [1.0])
+    near(delta(same.lora["w"]).T, golden(case, "delta"))
+    near(2 * delta(same.lora["w"]).T, golden(case, "same"))  # sqrt(rank) too large
 
 
 def test_a_bfloat16_merge_rounds_once():
     case = "differs-bfloat16_merge"
     weight = jnp.asarray(golden(case, "weight"), "bfloat16")
     a, b = pick(case, "w")
-    own = jlora.Factors(
-        jnp.asarray(a.T), jnp.asarray(b.T), jlora.factors.Spec(rank=4, alpha=8)
-    )
-    merged = jlora.merge({"w": weight.T}, jlora.Trainable({"w": own}))["w"].T
+    merged = jlora.merge({"w": weight.T}, adapter(a, b, alpha=8))["w"].T
     merged = np.asarray(merged, "float32")
     exact = golden(case, "weight").astype("float64") + 2 * (b.astype("float64") @ a)
     safe = golden(case, "safe_merged")
     assert np.mean(merged != golden(case, "merged")) < 0.005  # ties of the product
     assert np.mean(safe != merged) > 0.02
     assert np.mean(np.abs(merged - exact)) < np.mean(np.abs(safe - exact))
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.startswith("init-") and "kind" in CASES[c]]
+)
+def test_inits_from_the_weight_are_those_of_peft(case):
+    fn = FUNCTIONS[CASES[case]["kind"]]
+    params = {n: jnp.asarray(golden(case, f"{n}")) for n in ("weight", "bias")}
+    params["w"] = params.pop("weight")
+    x = jnp.ones((1, 1, 12))
+    frozen, trainable = split(case, fn, params, x, init=CASES[case]["init"])
+    near(frozen["w"], golden(case, "residual"))
+    own = trainable.lora["w"]
+    for got, want in zip((own.a, own.b), pick(case, "w"), strict=True):
+        near(jnp.abs(got), np.abs(want.T))  # a pair of vectors may change its sign
+    near(jlora.merge(frozen, trainable)["w"], golden(case, "weight"))
+
+
+def test_orthogonal_init_has_the_spread_of_peft():
+    about = CASES["init-orthogonal"]
+    params = {"w": jnp.zeros((about["fan_in"], about["fan_out"]))}
+    config = jlora.LoraConfig(rank=about["r"], targets="w", init="orthogonal")
+    x = jnp.ones((1, about["fan_in"]))
+    plan = jlora.plan(lambda p, x: x @ p["w"], params, x, config=config)
+    _, trainable = jlora.split(jax.random.key(0), params, plan)
+    own = trainable.lora["w"]
+    for name, factor in (("lora_A", own.a), ("lora_B", own.b)):
+        rms = float(jnp.sqrt(jnp.mean(factor**2)))
+        assert rms == pytest.approx(about["rms"][name], rel=0.1)
+    assert float(jnp.abs(own.a @ own.b).max()) < 1e-6
+    assert about["largest_product"] < 1e-6
+
+
+def two_weights(prefix):
+    """The factors of the two layers of `adalora-schedule`, in jlora's layout."""
+    spec = jlora.factors.Spec(rank=4, alpha=4, method="adalora")
+
+    def own(layer):
+        a, b, e = (
+            golden("adalora-schedule", f"{prefix}{layer}.lora_{name}") for name in "ABE"
+        )
+        return jlora.Factors(*map(jnp.asarray, (a.T, b.T)), spec, jnp.asarray(e[:, 0]))
+
+    return jlora.Trainable({layer: own(layer) for layer in ("first", "second")})
+
+
+def test_adalora_prunes_what_peft_prunes():
+    about = CASES["adalora-schedule"]
+    tx = jlora.adalora(
+        optax.sgd(0.05),
+        target_rank=about["target_r"],
+        steps=about["total_step"],
+        warmup=about["tinit"],
+        final=about["tfinal"],
+        every=about["deltaT"],
+        sensitivity_decay=about["beta1"],
+        uncertainty_decay=about["beta2"],
+    )
+    trainable = two_weights("")
+    state = tx.init(trainable)
+    update = jax.jit(tx.update)
+    pruned = []
+    for step in range(1, about["total_step"]):
+        updates, state = update(two_weights(f"grad{step}."), state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        want = two_weights(f"after{step}.")
+        jax.tree.map(near, trainable, want)
+        pruned.append(sum(int((f.magnitude == 0).sum()) for f in want.lora.values()))
+    assert pruned == [0, 0, 0, 3, 0, 4, 0, 4, 4, 4, 4]  # until the end they come back
+
+
+def test_orthogonality_penalty_is_that_of_peft():
+    penalty = jlora.orthogonality_penalty(two_weights(""))
+    near(penalty, golden("adalora-schedule", "orthogonality"))

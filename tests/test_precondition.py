@@ -325,3 +325,30 @@ def test_decay_mask_in_adamw_decays_the_factors_alone():
     updates, _ = tx.update(nothing, tx.init(trainable), trainable)
     moved = jax.tree.map(lambda x: bool(x.any()), updates)
     assert moved == jlora.decay_mask(trainable)
+
+
+def test_lora_fa_learns_in_a_tied_embedding_from_a_fresh_start():
+    params = {"table": jnp.eye(6, 4), "w": jnp.eye(4)}
+
+    def fn(p, ids):
+        return jnp.tanh(p["table"][ids] @ p["w"]) @ p["table"].T
+
+    config = jlora.LoraConfig(rank=2, targets=("table", "w"))
+    ids = jnp.arange(6)
+    plan = jlora.plan(fn, params, ids, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    lora_fn = jlora.apply_lora(fn)
+
+    @jax.jit
+    def step(trainable):
+        gradient = jax.grad(lambda t: jnp.mean(lora_fn(frozen, t, ids) ** 2))(trainable)
+        tx = jlora.lora_fa(optax.sgd(0.1))
+        updates, _ = tx.update(gradient, tx.init(trainable), trainable)
+        return updates
+
+    updates = step(trainable)
+    moved = {
+        path: (bool(own.a.any()), bool(own.b.any()))
+        for path, own in updates.lora.items()
+    }
+    assert moved == {"table": (True, False), "w": (False, True)}

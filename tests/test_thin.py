@@ -1,6 +1,7 @@
 """`thin_dot` is `lax.dot_general` with other derivatives: the same numbers."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +187,24 @@ def test_the_wide_array_is_never_transposed():
     for eqn in turned:
         shape = eqn.invars[0].aval.shape
         assert rank in shape or math.prod(shape) == 1, text
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_the_compiler_does_not_turn_the_wide_array_either(vmapped):
+    """Nor does XLA fold the turning of the gradient back into its product."""
+
+    def gradient(x, b):
+        numbers = (((1,), (0,)), ((), ()))
+        return jax.grad(lambda b: jnp.sum(jnp.square(thin(x, b, numbers))))(b)
+
+    x, b = jnp.ones((64, 48)), jnp.ones((48, 2))
+    if vmapped:
+        gradient = jax.vmap(gradient)
+        x, b = jnp.stack([x] * 3), jnp.stack([b] * 3)
+    text = jax.jit(gradient).lower(x, b).compile().as_text()
+    products = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text)
+    assert len(products) == 2
+    assert not any(shape.endswith("48,2") for shape in products), products
 
 
 def test_lowers_to_dot_general_alone():

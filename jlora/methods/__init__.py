@@ -5,14 +5,18 @@ from typing import Any
 from ..factors import Factors, Spec
 from .adalora import adalora
 from .dora import dora
-from .gaussian import gaussian
-from .kaiming import kaiming
+from .init import Init as Init, residual as residual
+from .inits import (
+    INITS as INITS,
+    find_init as find_init,
+    init_clashes as init_clashes,
+    init_name as init_name,
+)
 from .method import Method as Method
 from .parts import parts
 from .rows import rows
 from .vera import vera
 
-INITS = {"kaiming": kaiming, "gaussian": gaussian}
 METHODS = {
     "lora": Method(reference="Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685"),
     "dora": dora,

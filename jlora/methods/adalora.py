@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Factors, Spec
-from .method import Method, Shape, Shapes, lora_shapes
+from .method import LeafAxes, Method, Shape, lora_axes
 
 DEVIATION = 0.02  # of the singular vectors at the start, as in the authors' code
 
@@ -22,14 +22,13 @@ def _plain(factors: Factors) -> tuple[Any, Any]:
     return a * jnp.broadcast_to(values.astype(a.dtype), a.shape), factors.b
 
 
-def _shapes(spec: Spec, shape: Shape) -> Shapes:
-    batch = tuple(shape[i] for i in spec.axes.batch)
-    return {**lora_shapes(spec, shape), "magnitude": (*batch, spec.rank)}
+def _axes(spec: Spec) -> LeafAxes:
+    return {**lora_axes(spec), "magnitude": (*spec.axes.batch, None)}
 
 
 def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     """Singular vectors normal with deviation 0.02, singular values zero."""
-    shapes = _shapes(spec, shape)
+    shapes = adalora.shapes(spec, shape)
     of_a, of_b = jax.random.split(key)
     return Factors(
         DEVIATION * jax.random.normal(of_a, shapes["a"], dtype),
@@ -40,7 +39,7 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
 
 
 adalora = Method(
-    shapes=_shapes,
+    axes=_axes,
     plain=_plain,
     start=_start,
     reference="Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512",

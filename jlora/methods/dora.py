@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..factors import Axes, Factors, Spec
-from .method import Method, Shape, Shapes, lora_shapes
+from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero
 
@@ -68,10 +68,9 @@ def dense_gain(factors: Factors, total: Any) -> jax.Array:
     return jnp.broadcast_to(jnp.expand_dims(gain, axes.fan_in), total.shape)
 
 
-def _shapes(spec: Spec, shape: Shape) -> Shapes:
+def _axes(spec: Spec) -> LeafAxes:
     axes = spec.axes
-    column = tuple(shape[i] for i in (*axes.batch, *axes.fan_out))
-    return {**lora_shapes(spec, shape), "magnitude": column}
+    return {**lora_axes(spec), "magnitude": (*axes.batch, *axes.fan_out)}
 
 
 def _finish(factors: Factors, w: Any) -> Factors:
@@ -79,7 +78,7 @@ def _finish(factors: Factors, w: Any) -> Factors:
 
 
 dora = Method(
-    shapes=_shapes,
+    axes=_axes,
     finish=_finish,
     gain=gain,
     reference="Liu et al., 2024, DoRA, https://arxiv.org/abs/2402.09353",

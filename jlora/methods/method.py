@@ -10,15 +10,20 @@ import jax.numpy as jnp
 from ..factors import Factors, Spec
 
 Shape = tuple[int, ...]
-Shapes = dict[str, Shape]
+# For each leaf which axis of the weight each of its axes is; None for the rank axis.
+LeafAxes = dict[str, tuple[int | None, ...]]
 
 
-def lora_shapes(spec: Spec, shape: Shape) -> Shapes:
-    """Returns the shapes of A and B for a weight of shape `shape`."""
-    return {
-        "a": spec.axes.a_shape(shape, spec.rank),
-        "b": spec.axes.b_shape(shape, spec.rank),
-    }
+def lora_axes(spec: Spec) -> LeafAxes:
+    """Returns the axes of A and B."""
+    batch, fan_in, fan_out = spec.axes.batch, spec.axes.fan_in, spec.axes.fan_out
+    return {"a": (*batch, *fan_in, None), "b": (*batch, None, *fan_out)}
+
+
+def same_shape(spec: Spec, shape: Shape) -> Shape:
+    """Returns the weight's own shape."""
+    del spec
+    return shape
 
 
 def lora_factors(factors: Factors) -> tuple[Any, Any]:
@@ -31,7 +36,9 @@ class Method:
     """How a method trains a weight.
 
     Attributes:
-      shapes: `(spec, weight shape) -> {leaf: shape}`, the leaves of its `Factors`.
+      axes: `spec -> {leaf: axes}`, the leaves of its `Factors`: for each of a leaf's
+        axes which axis of the weight it is, None for the rank axis.
+      covered: `(spec, weight shape) -> shape`, the sizes of those axes.
       plain: `factors -> (a, b)`, low-rank factors of shapes `[*batch, *fan_in, rank]`
         and `[*batch, rank, *fan_out]` with which the update is `scale * a @ b`.
       start: `(key, weight shape, spec, dtype) -> Factors` of a method that starts in
@@ -43,9 +50,18 @@ class Method:
       reference: the paper.
     """
 
-    shapes: Callable[[Spec, Shape], Shapes] = lora_shapes
+    axes: Callable[[Spec], LeafAxes] = lora_axes
+    covered: Callable[[Spec, Shape], Shape] = same_shape
     plain: Callable[[Factors], tuple[Any, Any]] = lora_factors
     start: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
     finish: Callable[[Factors, Any], Factors] | None = None
     gain: Callable[[Factors, Any], Any] | None = None
     reference: str = ""
+
+    def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:
+        """Returns `{leaf: shape}` for a weight of shape `shape`."""
+        sizes = self.covered(spec, shape)
+        return {
+            leaf: tuple(spec.rank if i is None else sizes[i] for i in axes)
+            for leaf, axes in self.axes(spec).items()
+        }

@@ -8,7 +8,7 @@ from jax import lax
 
 from ..factors import Factors, Parts, Spec
 from .kaiming import kaiming
-from .method import Method, Shape, Shapes, lora_shapes
+from .method import Method, Shape
 
 
 def _cut(spec: Spec, shape: Shape) -> Shape:
@@ -24,11 +24,6 @@ def _cut(spec: Spec, shape: Shape) -> Shape:
 def _parts(spec: Spec) -> Parts:
     assert spec.parts is not None
     return spec.parts
-
-
-def _shapes(spec: Spec, shape: Shape) -> Shapes:
-    """A of all parts side by side; in B each part has its own rows."""
-    return lora_shapes(spec, _cut(spec, shape))
 
 
 def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
@@ -57,4 +52,4 @@ def _plain(factors: Factors) -> tuple[Any, Any]:
     return factors.a, jnp.concatenate(rows, axis=of_rank)
 
 
-parts = Method(shapes=_shapes, plain=_plain, start=_start)
+parts = Method(covered=_cut, plain=_plain, start=_start)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Factors, Spec
-from .method import Method, Shape, Shapes
+from .method import LeafAxes, Method, Shape, lora_axes
 
 
 def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
@@ -16,13 +16,13 @@ def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
     return a, factors.b
 
 
-def _shapes(spec: Spec, shape: Shape) -> Shapes:
-    return {"b": spec.axes.b_shape(shape, spec.rank)}
+def _axes(spec: Spec) -> LeafAxes:
+    return {"b": lora_axes(spec)["b"]}
 
 
 def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
-    return Factors(None, jnp.zeros(_shapes(spec, shape)["b"], dtype), spec)
+    return Factors(None, jnp.zeros(rows.shapes(spec, shape)["b"], dtype), spec)
 
 
-rows = Method(shapes=_shapes, plain=_plain, start=_start)
+rows = Method(axes=_axes, plain=_plain, start=_start)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Factors, Spec
-from .method import Method, Shape, Shapes
+from .method import LeafAxes, Method, Shape
 
 START = 0.1  # of the vector along the rank; the one along the fan-out starts at zero
 
@@ -49,25 +49,21 @@ def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _shapes(spec: Spec, shape: Shape) -> Shapes:
+def _axes(spec: Spec) -> LeafAxes:
     axes = spec.axes
-    batch = tuple(shape[i] for i in axes.batch)
-    return {
-        "a": (*batch, spec.rank),
-        "b": (*batch, *(shape[i] for i in axes.fan_out)),
-    }
+    return {"a": (*axes.batch, None), "b": (*axes.batch, *axes.fan_out)}
 
 
 def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
-    shapes = _shapes(spec, shape)
+    shapes = vera.shapes(spec, shape)
     return Factors(
         jnp.full(shapes["a"], START, dtype), jnp.zeros(shapes["b"], dtype), spec
     )
 
 
 vera = Method(
-    shapes=_shapes,
+    axes=_axes,
     plain=_plain,
     start=_start,
     reference="Kopiczko et al., 2023, VeRA, https://arxiv.org/abs/2310.11454",

@@ -20,6 +20,7 @@ from .values import (
     Atom,
     Group,
     Labels,
+    Term,
     Weight,
     new_atom,
 )
@@ -319,7 +320,26 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     kept = [i for i in range(weight.w.ndim) if i not in gone]
     for i, j in zip(kept, numbers.offset_dims, strict=True):
         dims[j] = () if i in columns else weight.dims[i]
-    return [weight.map(pick, w=w, dims=tuple(dims), looked_up=True)]
+    out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
+    pairs = zip(weight.terms, out.terms, strict=True)
+    return [out.replace(terms=tuple(_drop_rows(ctx, *p, len(atoms)) for p in pairs))]
+
+
+def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:
+    """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
+
+    An index stands for a one-hot vector, the entry of which is dropped or kept: whole
+    rows of A, whose first `n` axes count the positions. Where both factors were picked
+    (experts), or B, the input comes later.
+    """
+    if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
+        return after
+    a = after.a
+    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout)
+    kept = jnp.expand_dims(kept, range(n, a.ndim))
+    return dataclasses.replace(
+        after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0
+    )
 
 
 def mul(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:

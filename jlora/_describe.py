@@ -1,0 +1,236 @@
+"""Adapters, plans and random keys as JSON values beside numbered or named arrays."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._plan import Plan, Row
+from .config import LoraConfig
+from .errors import CheckpointError
+from .factors import Factors, Spec, Trainable, tuples
+from .methods import METHODS, leaf_shapes, plain
+from .transform.discover import Use
+
+_PARTS = ("a", "b", "magnitude")
+
+
+def describe(trainable: Trainable) -> dict[str, Any]:
+    """Returns all of an adapter but its arrays, as JSON values.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> describe(Trainable(full={"head": jnp.ones(2)}))
+      {'lora': [], 'full': ['head']}
+    """
+    return {
+        "lora": [[path, f.spec.to_dict()] for path, f in trainable.lora.items()],
+        "full": list(trainable.full),
+    }
+
+
+def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Any]]:
+    """Yields `(number, path, part, array)` of an adapter's arrays, in its order.
+
+    The number counts the paths of factors, and those of full leaves, each from 0.
+    """
+    for i, (path, factors) in enumerate(trainable.lora.items()):
+        for part in _PARTS:
+            if getattr(factors, part) is not None:
+                yield i, path, part, getattr(factors, part)
+    for i, (path, x) in enumerate(trainable.full.items()):
+        yield i, path, "full", x
+
+
+def rebuild(about: Any, found: Mapping[tuple[str, str], Any]) -> Trainable:
+    """Returns the adapter that `describe` described, with arrays by path and part.
+
+    Raises:
+      CheckpointError: if the description is none, or it and the arrays do not fit;
+        lists every misfit.
+    """
+    match about:
+        case {"lora": [*lora], "full": [*full]}:
+            pass
+        case _:
+            raise CheckpointError("The description of the adapter is missing.")
+    wrong: list[str] = []
+    specs: dict[str, Spec] = {}
+    for item in lora:
+        match item:
+            case [str(path), dict(fields)] if path not in specs:
+                spec = _spec(path, fields, wrong)
+                if spec is not None:
+                    specs[path] = spec
+            case _:
+                wrong.append(f"{item!r:.100} is no path with its settings")
+    if not all(isinstance(path, str) for path in full) or len({*full}) != len(full):
+        wrong.append("the leaves trained in full are no list of distinct paths")
+    if wrong:
+        raise _unfit(wrong)
+    used = {(path, part) for path in specs for part in _PARTS} & found.keys()
+    wanted = {(path, "full") for path in full}
+    wrong += [
+        f"array {part!r} of {path!r} is missing"
+        for path, part in sorted(wanted - found.keys())
+    ]
+    wrong += [
+        f"array {part!r} of {path!r} belongs to nothing"
+        for path, part in sorted(found.keys() - used - wanted)
+    ]
+    factors = {}
+    for path, spec in specs.items():
+        a, b, magnitude = (found.get((path, part)) for part in _PARTS)
+        factors[path] = Factors(a, b, spec, magnitude)
+        wrong += _misfits(path, factors[path])
+    if wrong:
+        raise _unfit(wrong)
+    return Trainable(factors, {path: found[path, "full"] for path in full})
+
+
+def not_finite(named: Mapping[str, Any]) -> list[str]:
+    """Returns the names of those arrays that hold NaN or infinity."""
+    inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    # NumPy first: a file is written without starting a device.
+    if all(isinstance(x, np.ndarray) for x in inexact.values()):
+        return [k for k, x in inexact.items() if not _all_finite(x)]
+    finite = jax.device_get(_finite(list(inexact.values())))
+    return [k for k, good in zip(inexact, finite, strict=True) if not good]
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    if x.dtype.itemsize < 4:  # NumPy is slow on bfloat16 one by one
+        x = x.astype(np.float32)
+    return bool(np.isfinite(x).all())
+
+
+@jax.jit
+def _finite(xs: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in xs]
+
+
+def _spec(path: str, fields: dict[str, Any], wrong: list[str]) -> Spec | None:
+    """Returns the spec of `fields`, or None and a note of each wrong field."""
+    try:
+        spec = Spec.from_dict(fields)
+        axes, parts = spec.axes, spec.parts
+        checks = {
+            "method": spec.method == "rows" if spec.rows else spec.method in METHODS,
+            "rank": type(spec.rank) is int and spec.rank > 0,
+            "alpha": type(spec.alpha) in (int, float) and math.isfinite(spec.alpha),
+            "rslora": type(spec.rslora) is bool,
+            "dropout": type(spec.dropout) in (int, float) and 0 <= spec.dropout < 1,
+            "op": spec.op in ("linear", "embedding", "conv"),
+            "init": isinstance(spec.init, str),
+            "axes": _are_counts(axes.order)
+            and sorted(axes.order) == list(range(len(axes.order))),
+            "shape": _are_counts(spec.shape),
+            "seed": type(spec.seed) is int,
+            "rows": _are_counts(spec.rows),
+            "parts": parts is None
+            or (
+                type(parts.axis) is int
+                and _are_counts(parts.sizes)
+                and _are_counts(parts.ranks)
+                and len(parts.sizes) == len(parts.ranks) > 0
+            ),
+        }
+        hash(spec)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        wrong.append(f"the settings of {path!r} are not readable ({error!r:.200})")
+        return None
+    off = [name for name, good in checks.items() if not good]
+    wrong += [f"{name} of {path!r} is {fields.get(name)!r:.60}" for name in off]
+    return None if off else spec
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(
+        type(n) is int and 0 <= n < 2**31 for n in values
+    )
+
+
+def _misfits(path: str, factors: Factors) -> list[str]:
+    """Returns in words where the arrays are not shaped as the spec says."""
+    spec = factors.spec
+    leaves = {part: getattr(factors, part) for part in _PARTS}
+    found = {k: tuple(x.shape) for k, x in leaves.items() if x is not None}
+    try:
+        wanted = leaf_shapes(spec, spec.shape or _weight_shape(factors))
+    except Exception as error:
+        return [f"the arrays of {path!r} do not fit its settings ({error!r:.200})"]
+    return [
+        f"{part} of {path!r} has shape {found.get(part)}, at rank {spec.rank} it needs "
+        f"{wanted.get(part)}"
+        for part in _PARTS
+        if found.get(part) != wanted.get(part)
+    ]
+
+
+def _weight_shape(factors: Factors) -> tuple[int, ...]:
+    """Returns the shape of the weight that the factors are for."""
+    axes = factors.spec.axes
+    n, n_in, n_out = len(axes.batch), len(axes.fan_in), len(axes.fan_out)
+    a, b = jax.eval_shape(plain, factors) if factors.spec.parts else plain(factors)
+    if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
+        raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
+    sizes = (*a.shape[:-1], *b.shape[n + 1 :])
+    return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
+
+
+def _unfit(wrong: list[str], n: int = 10) -> CheckpointError:
+    more = f"; and {len(wrong) - n} more" if len(wrong) > n else ""
+    return CheckpointError(
+        f"The adapter is damaged, or of another version of jlora: "
+        f"{'; '.join(wrong[:n])}{more}."
+    )
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as JSON values.
+
+    Raises:
+      ConfigError: if the config's `targets` is a predicate, which has no JSON form.
+    """
+    rows = [dataclasses.asdict(row) for row in plan.leaves]
+    for row, fields in zip(plan.leaves, rows, strict=True):
+        fields["spec"] = None if row.spec is None else row.spec.to_dict()
+    return {"config": plan.config.to_json(), "leaves": rows}
+
+
+def plan_from_dict(fields: Mapping[str, Any]) -> Plan:
+    """Returns the plan that `plan_to_dict` described; equal to it, hash and all."""
+    return Plan(
+        LoraConfig.from_json(fields["config"]),
+        tuple(_row(row) for row in fields["leaves"]),
+    )
+
+
+def _row(fields: Mapping[str, Any]) -> Row:
+    uses = tuple(Use(**tuples(use)) for use in fields["uses"])
+    spec = None if fields["spec"] is None else Spec.from_dict(fields["spec"])
+    shape = tuple(fields["shape"])
+    return Row(**{**fields, "uses": uses, "spec": spec, "shape": shape})
+
+
+def key_to_dict(key: Any) -> dict[str, Any]:
+    """Returns a random key, of the new kind or the old, as JSON values."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    data = np.asarray(jax.random.key_data(key) if typed else key)
+    return {
+        "impl": str(jax.random.key_impl(key)) if typed else None,
+        "shape": list(data.shape),
+        "data": data.ravel().tolist(),
+    }
+
+
+def key_from_dict(fields: Mapping[str, Any]) -> jax.Array:
+    """Returns the random key that `key_to_dict` described."""
+    data = jnp.asarray(np.array(fields["data"], np.uint32).reshape(fields["shape"]))
+    if fields["impl"] is None:
+        return data
+    return jax.random.wrap_key_data(data, impl=fields["impl"])

@@ -1,0 +1,123 @@
+"""What tells one model's weights from another's, without keeping them."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import paths
+from .transform.stage import is_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Paths, shapes, dtypes and a hash of the numbers of a model's leaves.
+
+    Attributes:
+      leaves: what each leaf is and its hash, by path.
+    """
+
+    leaves: Mapping[str, str]
+
+
+def fingerprint(params: Any) -> Fingerprint:
+    """Returns the fingerprint of a model, the same on any number of devices.
+
+    The hash is computed where the weights are, sharded or not, in one pass over them:
+    64 bits a leaf, which tell every accidental change; it is no protection against
+    somebody who wants equal ones. Holes in `frozen` are left out, so that it and the
+    whole parameters agree on what both have.
+
+    Args:
+      params: any pytree of arrays, such as `frozen`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> fingerprint({"w": jnp.ones((2, 3))}).leaves
+      {'w': 'float32[2, 3] 6fdfe4575c17447a'}
+    """
+    leaves, _ = paths.flatten(params)
+    found = {path: x for path, x in leaves.items() if is_array(x)}
+    words = jax.device_get([_hash(_bits(x)) for x in found.values()])
+    hashes = dict(zip(found, words, strict=True))
+    return Fingerprint(
+        {
+            path: f"{x.dtype}{list(x.shape)} {hashes[path][0]:08x}{hashes[path][1]:08x}"
+            if path in hashes
+            else repr(x)
+            for path, x in leaves.items()
+        }
+    )
+
+
+def differences(
+    saved: Mapping[str, str], base: Fingerprint, without: Collection[str]
+) -> list[str]:
+    """Returns in words where `base` is not the model of the fingerprint `saved`.
+
+    Leaves in `without` (those trained in full) are not the base's.
+    """
+    told = []
+    for path in sorted({*saved, *base.leaves} - {*without}):
+        was, now = saved.get(path), base.leaves.get(path)
+        if was is None or now is None:
+            told.append(f"{path!r} is " + ("not in the base" if was else "new in it"))
+        elif was.rpartition(" ")[0] != now.rpartition(" ")[0]:
+            told.append(
+                f"{path!r} is {now.rpartition(' ')[0]}, was {was.rpartition(' ')[0]}"
+            )
+        elif was != now:
+            told.append(f"{path!r} has other numbers")
+    return told
+
+
+def _bits(x: Any) -> Any:
+    """Returns the bits of an array as unsigned integers of at most four bytes."""
+    if isinstance(x, np.ndarray | np.generic):
+        x = np.ascontiguousarray(x)[..., None]
+        return x.view(f"u{min(x.dtype.itemsize, 4)}")
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    return _as_unsigned(x)
+
+
+@jax.jit
+def _as_unsigned(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_ or jnp.iinfo(jnp.uint8).bits > _width(x.dtype):
+        return x.astype(jnp.uint8)[..., None]
+    words = {8: jnp.uint8, 16: jnp.uint16}.get(_width(x.dtype), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, words)
+    return bits if _width(x.dtype) > 32 else bits[..., None]
+
+
+def _width(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return jnp.finfo(dtype).bits if dtype != jnp.bool_ else 8
+
+
+@jax.jit
+def _hash(bits: jax.Array) -> jax.Array:
+    """Returns two words: sums over the mixed words, each mixed with its place."""
+    words = bits.astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        iota = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place += iota * jnp.uint32(stride)
+    mixed = _mix(words ^ _mix(place + jnp.uint32(1)))
+    again = _mix(mixed + jnp.uint32(0x9E3779B9))
+    return jnp.stack([jnp.sum(x, dtype=jnp.uint32) for x in (mixed, again)])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Returns MurmurHash3's finalizer of each word."""
+    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> jnp.uint32(16))

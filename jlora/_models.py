@@ -1,0 +1,174 @@
+"""Models on disk, whose arrays are read one at a time."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import _tensors as tensors, paths
+from ._disk import Path, naming, reading
+from .errors import CheckpointError
+
+_INDEX = ".safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model on disk: what its arrays are, and how to get one.
+
+    Attributes:
+      shapes: shape and dtype of each array, by name.
+      read: returns the array of a name.
+      pieces: yields the bytes of the array of a name, in buffers of bounded size.
+      metadata: strings from the files' headers.
+    """
+
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    read: Callable[[str], np.ndarray]
+    pieces: Callable[[str], Iterable[Any]]
+    metadata: Mapping[str, str]
+
+    def tree(self) -> dict[str, Any]:
+        """Returns the shapes as nested dicts, cut at each `/`.
+
+        Examples:
+          >>> shape = jax.ShapeDtypeStruct((2,), "float32")
+          >>> Model({"a/b": shape}, None, None, {}).tree()
+          {'a': {'b': ShapeDtypeStruct(shape=(2,), dtype=float32)}}
+        """
+        tree: dict[str, Any] = {}
+        for name, shape in self.shapes.items():
+            *parents, last = name.split("/")
+            node = tree
+            for part in parents:
+                node = node.setdefault(part, {})
+                if not isinstance(node, dict):
+                    raise CheckpointError(f"{name!r} lies below another array.")
+            if last in node:
+                raise CheckpointError(f"{name!r} lies above another array.")
+            node[last] = shape
+        return tree
+
+
+def open_model(path: Path) -> Model:
+    """Returns the model at `path`: safetensors, one file or sharded, or Orbax.
+
+    Of safetensors only the headers are read; an Orbax checkpoint is read into memory.
+
+    Raises:
+      CheckpointError: if there is no model, or it is damaged.
+    """
+    folder = pathlib.Path(path)
+    if not folder.is_dir():
+        return _of_files({path: None})
+    indices = sorted(folder.glob("*" + _INDEX))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indices) == 1:
+        return _of_files(_shards(indices[0]))
+    if len(files) == 1 and not indices:
+        return _of_files({files[0]: None})
+    if is_orbax_tree(folder):
+        return _of_orbax(folder)
+    raise CheckpointError(
+        f"{str(path)!r} is no model: neither one safetensors file, nor one index "
+        f"(*{_INDEX}), nor an Orbax checkpoint of parameters."
+    )
+
+
+def is_orbax_tree(folder: pathlib.Path) -> bool:
+    """Returns whether a directory is an Orbax checkpoint of one pytree."""
+    return (folder / "_METADATA").is_file() or (folder / "manifest.ocdbt").is_file()
+
+
+def _shards(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
+    """Returns the files that an index names, and what it says is in each."""
+    with reading(index) as file:
+        try:
+            weights = json.loads(file.read(100_000_000))["weight_map"]
+            pairs = [(str(name), str(place)) for name, place in weights.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise CheckpointError(
+                f"{str(index)!r} is no index of safetensors files ({e!r:.100})."
+            ) from e
+    outside = sorted(
+        {f for _, f in pairs if f != os.path.basename(f) or f in ("", "..")}
+    )
+    if outside:
+        raise CheckpointError(
+            f"{str(index)!r} names files outside its directory: {outside[:3]}."
+        )
+    files: dict[pathlib.Path, set[str]] = {}
+    for name, place in pairs:
+        files.setdefault(index.parent / place, set()).add(name)
+    return files
+
+
+def _of_files(files: Mapping[Any, set[str] | None]) -> Model:
+    places: dict[str, tuple[Any, tensors.Entry]] = {}
+    metadata: dict[str, str] = {}
+    for path, wanted in files.items():
+        with reading(path) as file, naming(path):
+            header = tensors.read_header(file)
+            if wanted is not None and wanted != set(header.entries):
+                off = sorted(wanted ^ set(header.entries))
+                raise CheckpointError(f"The index and the file differ in {off[:3]}.")
+        metadata |= header.metadata
+        places |= {name: (path, entry) for name, entry in header.entries.items()}
+
+    def read(name: str) -> np.ndarray:
+        path, entry = places[name]
+        with reading(path) as file:
+            return tensors.read(file, entry)
+
+    def pieces(name: str) -> Iterable[bytes]:
+        path, entry = places[name]
+        with reading(path) as file:
+            yield from tensors.chunks(file, entry)
+
+    shapes = {
+        name: jax.ShapeDtypeStruct(entry.shape, entry.dtype)
+        for name, (_, entry) in places.items()
+    }
+    return Model(shapes, read, pieces, metadata)
+
+
+def _of_orbax(folder: pathlib.Path) -> Model:
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            meta = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            to_host = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta
+            )
+            tree = checkpointer.restore(folder.absolute(), restore_args=to_host)
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(folder)!r} cannot be read ({type(error).__name__}: {error})."
+        ) from error
+    return of_tree(tree)
+
+
+def of_tree(params: Any) -> Model:
+    """Returns parameters in memory as a model; leaves come to the host one by one.
+
+    Raises:
+      CheckpointError: for leaves that are no arrays.
+    """
+    leaves, _ = paths.flatten(params)
+    odd = [p for p, x in leaves.items() if not hasattr(x, "dtype")]
+    if odd:
+        raise CheckpointError(
+            f"Only arrays can be saved; no array: {', '.join(map(repr, odd[:5]))}."
+        )
+    return Model(
+        {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()},
+        lambda name: np.asarray(jax.device_get(leaves[name])),
+        lambda name: [tensors.raw(jax.device_get(leaves[name]))],
+        {},
+    )

@@ -1,0 +1,144 @@
+"""`per_row`: a batch whose rows use different adapters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ._apply import OnMerge, apply_lora
+from .adapters._several import leaves_of
+from .adapters._stack import count, pick
+from .errors import TreeError
+from .factors import Trainable
+
+
+def per_row(
+    fn: Callable,
+    *,
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    on_merge: OnMerge = "warn",
+) -> Callable:
+    """Returns `row_fn(frozen, stacked, ids, *args, lora_key=None, **kwargs)`.
+
+    `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in row `i`, or the
+    base model where it is -1. The product with a frozen weight stays one for the whole
+    batch; the factors are gathered and multiplied in a batched product. Pure: it
+    composes with `jit` and `grad` (a batch of several tasks trains several adapters,
+    each from its own rows), and rows do not see each other.
+
+    Where a function runs many times on the same rows, as in generation, gather once:
+    `rows = jlora.adapters.select(stacked, ids)`, then `row_fn(frozen, rows, None, ...)`
+    in the loop. Where the same number of rows, known beforehand, uses each adapter,
+    `jax.vmap(jlora.apply_lora(fn), (None, 0, 0))(frozen, stacked, x)` with `x` reshaped
+    to `[adapters, rows, ...]` gathers nothing at all.
+
+    Args:
+      fn: `fn(params, *args, **kwargs)`; it sees a batch of one row at a time, traced
+        once for all.
+      in_axes: the batch axis of each of `args`, as in `jax.vmap`: an integer, None for
+        what all rows share, or a tuple with one, or a tree of them, for each argument.
+        Keyword arguments are shared.
+      out_axes: the batch axis of the results; a tree of them where they differ.
+      on_merge: see `apply_lora`.
+
+    Returns:
+      The function of a mixed batch. `stacked` is from `jlora.adapters.stack` (or a
+      pool), `ids` an integer array `[batch]`, or None if `stacked` has one adapter for
+      each row already. An id that the stack does not have makes its row NaN.
+
+    Raises:
+      TreeError: (when called) if the batch, `ids` and `stacked` do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> def adapter(value):
+      ...     own = Factors(jnp.full((3, 1), value), jnp.ones((1, 2)),
+      ...                   Spec(rank=1, alpha=1.0))
+      ...     return Trainable({"w": own})
+      >>> stacked = jlora.adapters.stack([adapter(1.0), adapter(2.0)])
+      >>> row_fn = jlora.per_row(fn)
+      >>> row_fn(params, stacked, jnp.array([1, -1, 0]), jnp.ones((3, 3)))[:, 0]
+      Array([9., 3., 6.], dtype=float32)
+    """
+
+    def row_fn(frozen, stacked, ids, /, *args, lora_key=None, **kwargs):
+        axes = _per_argument(in_axes, args)
+        batch = _batch_size(axes, args)
+        if ids is None:
+            shape, rows = (count(stacked),), stacked
+        else:
+            ids = jnp.asarray(ids)
+            shape, rows = ids.shape, pick(stacked, ids, leaves_of(frozen))
+        if shape != (batch,):
+            raise TreeError(
+                f"The batch has {batch} rows, "
+                + ("the adapters " if ids is None else "ids have shape ")
+                + f"{shape}. Give one id for each row, -1 for the base model."
+            )
+        keys = None if lora_key is None else jax.random.split(lora_key, batch)
+        apply = apply_lora(fn, on_merge=on_merge)
+
+        def one(row: Trainable, key: Any, *args: Any) -> Any:
+            args = tuple(_restore(a, x) for a, x in zip(axes, args, strict=True))
+            out = apply(frozen, row, *args, lora_key=key, **kwargs)
+            return _drop(out_axes, out)
+
+        run = jax.vmap(one, (0, None if keys is None else 0, *axes), out_axes)
+        return run(rows, keys, *args)
+
+    return row_fn
+
+
+def _per_argument(in_axes: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(in_axes, tuple | list):
+        return (in_axes,) * len(args)
+    if len(in_axes) != len(args):
+        raise TreeError(
+            f"in_axes has {len(in_axes)} entries for {len(args)} arguments. Give one "
+            "for each argument after the ids."
+        )
+    return tuple(in_axes)
+
+
+def _batch_size(axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
+    sizes = {
+        jnp.shape(x)[axis]
+        for a, arg in zip(axes, args, strict=True)
+        for axis, x in _pairs(a, arg)
+        if axis is not None
+    }
+    if len(sizes) != 1:
+        raise TreeError(
+            f"The arguments have batches of {sorted(sizes) or 'no size'}. Say with "
+            "in_axes= which axis of each is the batch, None for what rows share."
+        )
+    return sizes.pop()
+
+
+def _pairs(axes: Any, tree: Any) -> list[tuple[Any, Any]]:
+    """Returns `(axis, leaf)` for all leaves."""
+    whole = jax.tree.broadcast(axes, tree, is_leaf=lambda x: x is None)
+    found = jax.tree.leaves(whole, is_leaf=lambda x: x is None)
+    return list(zip(found, jax.tree.leaves(tree), strict=True))
+
+
+def _restore(axes: Any, tree: Any) -> Any:
+    """Returns `tree` with a batch axis of one where `vmap` took it away."""
+    new = [
+        x if axis is None else jnp.expand_dims(x, axis)
+        for axis, x in _pairs(axes, tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), new)
+
+
+def _drop(axes: Any, tree: Any) -> Any:
+    """Returns `tree` without the batch axis of one that `vmap` will add."""
+    new = [
+        x if axis is None else jnp.squeeze(x, axis) for axis, x in _pairs(axes, tree)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), new)

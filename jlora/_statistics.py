@@ -1,0 +1,179 @@
+"""Statistics of data for initialisations that want some: moments and gradients."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import paths
+from ._plan import Plan, Row, init_of
+from ._split import check_plan
+from .errors import ConfigError, JloraError
+from .methods import find_init, method_of
+from .moments import InputMoments, Statistics
+from .transform.inputs import Trace, input_moments
+from .transform.stage import is_array, stage
+
+
+def activation_statistics(
+    fn: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+) -> Statistics:
+    """Returns the moments of what the weights of `plan` are multiplied by.
+
+    For the leaves whose `init` needs them, `"eva"` and `"corda"`. Weights stacked for
+    `scan` or `vmap`, and experts, have moments for each layer or expert. The moments
+    come as a derivative of `fn`, which must be differentiable where these weights are.
+    A weight of fan-in `n` costs `n²` numbers of memory, and a batch `2 tokens n²`
+    multiply-adds beside the forward pass: a few forward passes in all.
+
+    Args:
+      fn: the function that `plan` was made for.
+      params: the parameters, before `split`.
+      plan: from `jlora.plan`.
+      batches: any iterable; of each item `fn(params, *item)` is looked at if it is a
+        tuple, else `fn(params, item)`. Batches of one shape are compiled once.
+
+    Raises:
+      ConfigError: if no leaf of `plan` needs moments, there is no batch, or some use
+        of a leaf is not a matrix product over its fan-in that results depend on
+        (ragged products, the inside of `shard_map` or `while_loop`); lists the leaves.
+      TreeError: if `params` is not the tree that `plan` was made for.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((3, 4))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> x = jnp.eye(3)
+      >>> config = jlora.LoraConfig(rank=2, init="eva")
+      >>> plan = jlora.plan(fn, params, x, config=config)
+      >>> statistics = jlora.activation_statistics(fn, params, plan, [x, 2 * x])
+      >>> statistics.inputs["w"].count, statistics.inputs["w"].first
+      (Array(6., dtype=float32), Array([3., 3., 3.], dtype=float32))
+    """
+    rows = _needing(plan, "inputs", params, "activation_statistics")
+
+    def step(leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+        staged = stage(fn, rebuild(leaves), args, {})
+        places = dict(zip(names, staged.param_slots, strict=True))
+        weights = {}
+        for row in rows:
+            slot = places[row.path]
+            assert slot is not None
+            weights[slot] = row.path, row.spec.axes
+        trace = Trace()
+        try:
+            found = input_moments(staged.code, staged.inputs, weights, trace)
+        except JloraError:
+            raise
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "The moments of activations come as a derivative, but this function "
+                f"has none: {error} Give a function of the same parameters that can "
+                "be differentiated."
+            ) from error
+        problems = trace.problems()
+        if problems:
+            raise ConfigError(
+                "Not every input of these weights can be seen: "
+                + "; ".join(f"{path!r}: {why}" for path, why in problems.items())
+                + ". Give them another start with Rule(path, init='kaiming')."
+            )
+        return found
+
+    names, rebuild, leaves = _arrays(params)
+    sums, _ = _summed(step, leaves, batches)
+    return Statistics(
+        inputs={
+            path: InputMoments(x[..., :-1, :-1], x[..., :-1, -1], x[..., -1, -1])
+            for path, x in sums.items()
+        }
+    )
+
+
+def gradient_statistics(
+    loss_fn: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+) -> Statistics:
+    """Returns the mean gradient of `loss_fn` over `batches`, for `init="lora_ga"`.
+
+    Only the leaves whose `init` needs it are differentiated; each takes as much memory
+    as the weight in float32.
+
+    Args:
+      loss_fn: `loss_fn(params, *batch) -> scalar`.
+      params: the parameters, before `split`.
+      plan: from `jlora.plan`.
+      batches: as in `activation_statistics`.
+
+    Raises:
+      ConfigError: if no leaf of `plan` needs gradients, or there is no batch.
+      TreeError: if `params` is not the tree that `plan` was made for.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 4))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> x = jnp.eye(4)
+      >>> config = jlora.LoraConfig(rank=2, init="lora_ga")
+      >>> plan = jlora.plan(fn, params, x, config=config)
+      >>> loss = lambda p, x: fn(p, x).sum()
+      >>> statistics = jlora.gradient_statistics(loss, params, plan, [x, x])
+      >>> float(statistics.gradients["w"][0, 0])
+      1.0
+    """
+    rows = _needing(plan, "gradients", params, "gradient_statistics")
+
+    def step(leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+        def loss(own: dict[str, Any]) -> Any:
+            return loss_fn(rebuild({**leaves, **own}), *args)
+
+        found = jax.grad(loss)({row.path: leaves[row.path] for row in rows})
+        return {path: x.astype(jnp.float32) for path, x in found.items()}
+
+    _, rebuild, leaves = _arrays(params)
+    sums, n = _summed(step, leaves, batches)
+    return Statistics(gradients={path: x / n for path, x in sums.items()})
+
+
+def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Any]:
+    """Returns the rows of `plan` whose start needs statistics of that kind."""
+    check_plan(paths.flatten(params)[0], plan)
+
+    def wants(row: Row) -> bool:
+        if row.spec is None or method_of(row.spec).start is not None:
+            return False
+        found = find_init(init_of(plan.config, row.path))
+        return found is not None and found.needs == needs
+
+    rows = [row for row in plan.rows() if wants(row)]
+    if not rows:
+        fits = {"inputs": "'eva' or 'corda'", "gradients": "'lora_ga'"}[needs]
+        raise ConfigError(
+            f"{name}: no adapted leaf has an init that needs this. Make the plan with "
+            f"LoraConfig(init={fits})."
+        )
+    return rows
+
+
+def _arrays(params: Any) -> tuple[list[str], Callable[[dict[str, Any]], Any], Any]:
+    """Returns all paths, `arrays by path -> params`, and the arrays by path."""
+    leaves, treedef = paths.flatten(params)
+
+    def rebuild(arrays: dict[str, Any]) -> Any:
+        return treedef.unflatten({**leaves, **arrays}.values())
+
+    return list(leaves), rebuild, {k: x for k, x in leaves.items() if is_array(x)}
+
+
+def _summed(step: Callable, leaves: Any, batches: Iterable[Any]) -> tuple[Any, int]:
+    """Returns the sum of `step(leaves, batch)` over `batches`, and their number."""
+    compiled = jax.jit(step)
+    total, n = None, 0
+    for batch in batches:
+        args = batch if isinstance(batch, tuple) else (batch,)
+        found = compiled(leaves, args)
+        total = found if n == 0 else jax.tree.map(jnp.add, total, found)
+        n += 1
+    if n == 0:
+        raise ConfigError("batches is empty: give at least one batch of inputs.")
+    return total, n

@@ -1,0 +1,232 @@
+"""The safetensors format, read strictly and written tensor by tensor.
+
+A file is eight bytes with the header's length, the header in JSON (dtype, shape and
+place of each tensor, and a table of strings under `__metadata__`), and the tensors'
+bytes without gaps. Everything is checked before a tensor is read, and no more than one
+tensor need be in memory.
+
+References:
+  https://huggingface.co/docs/safetensors
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from ._disk import Path, replacing
+from .errors import CheckpointError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(jnp.bfloat16),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_HEADER_LIMIT = 100_000_000  # as in the reference implementation
+_SIZE_LIMIT = 2**48
+_CHUNK = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a tensor is in its file, and what it is."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its tensors in the order of their bytes."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Returns the header of an open file, checked against the file's length.
+
+    Raises:
+      CheckpointError: if the file is no whole safetensors file: cut, too long, a header
+        that is no JSON, doubled names, unknown dtypes, tensors that overlap or leave
+        gaps.
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or length > min(size - 8, _HEADER_LIMIT):
+        raise _damaged(
+            f"it has {size} bytes, and its header would have {length}"
+            if len(first) == 8
+            else f"it has {size} bytes, fewer than a header"
+        )
+    fields = _parse(file.read(length))
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise _damaged("its metadata is no table of strings")
+    entries = {name: _entry(name, value, 8 + length) for name, value in fields.items()}
+    entries = dict(sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].stop)))
+    end = 8 + length
+    for name, entry in entries.items():
+        if entry.start != end:
+            raise _damaged(f"tensor {name!r} overlaps another one or leaves a gap")
+        end = entry.stop
+    if end != size:
+        raise _damaged(f"it has {size} bytes, its header describes {end}")
+    return Header(entries, metadata)
+
+
+def read(file: BinaryIO, entry: Entry) -> np.ndarray:
+    """Returns one tensor, in memory of its own that is not to be written to."""
+    file.seek(entry.start)
+    data = file.read(entry.stop - entry.start)
+    if len(data) != entry.stop - entry.start:
+        raise _damaged("it became shorter while it was read")
+    if entry.dtype == np.bool_ and data and max(data) > 1:
+        raise _damaged("a truth value is neither 0 nor 1")
+    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+
+
+def chunks(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
+    """Yields the bytes of one tensor in pieces of bounded size."""
+    file.seek(entry.start)
+    left = entry.stop - entry.start
+    while left:
+        piece = file.read(min(left, _CHUNK))
+        if not piece:
+            raise _damaged("it became shorter while it was read")
+        left -= len(piece)
+        yield piece
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Any],
+    pieces: Callable[[str], Iterable[Any]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a file whole or not at all, asking for one tensor at a time.
+
+    Args:
+      path: the file; one that is there is replaced in one step.
+      tensors: anything with a dtype and a shape, by name.
+      pieces: gives the bytes of the tensor of that name, in buffers.
+      metadata: strings for the header.
+
+    Raises:
+      CheckpointError: if a dtype has no place in the format, or the file cannot be
+        written.
+    """
+    unknown = [
+        f"{name!r} is {x.dtype}"
+        for name, x in tensors.items()
+        if _little(x.dtype) not in _NAMES
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"Not saved: safetensors has no such dtype: {'; '.join(unknown[:5])}. "
+            f"It has {', '.join(str(d) for d in _NAMES)}."
+        )
+    # Wide dtypes first, so that each tensor is aligned.
+    order = sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        dtype, shape = _little(tensors[name].dtype), tuple(tensors[name].shape)
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        fields[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            place = fields[name]["data_offsets"]
+            written = sum(file.write(piece) for piece in pieces(name))
+            assert written == place[1] - place[0], (name, written, place)
+
+
+def raw(x: Any) -> memoryview:
+    """Returns the bytes of an array, little-endian and in the order of its axes."""
+    x = np.asarray(x)
+    little = x.astype(_little(x.dtype), order="C", copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
+
+
+def _little(dtype: Any) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    # Each bracket becomes an object of a hundred bytes; a tensor has three in sixty.
+    if len(text) > 10**6 and text.count(b"[") + text.count(b"{") > len(text) // 10:
+        raise _damaged("its header has more brackets than tensors take")
+    try:
+        fields = json.loads(text.decode(), object_pairs_hook=_table)
+        if not isinstance(fields, dict):
+            raise ValueError("no table")
+        "".join(fields).encode()  # no half surrogates
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"its header is no JSON table ({error})") from error
+    return fields
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name twice")
+    return table
+
+
+def _entry(name: str, value: Any, data: int) -> Entry:
+    match value:
+        case {
+            "dtype": str(dtype),
+            "shape": [*shape],
+            "data_offsets": [start, stop],
+            **rest,
+        } if not rest and all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            pass
+        case _:
+            raise _damaged(f"tensor {name!r} is described by {value!r:.100}")
+    if dtype not in DTYPES:
+        raise _damaged(f"tensor {name!r} has the unknown dtype {dtype!r:.40}")
+    room = math.prod(max(n, 1) for n in shape) * DTYPES[dtype].itemsize
+    size = room if all(shape) else 0
+    if len(shape) > 32 or room > _SIZE_LIMIT or stop - start != size:
+        raise _damaged(
+            f"tensor {name!r} of {dtype}{shape!r:.100} does not take {stop - start} "
+            "bytes"
+        )
+    return Entry(DTYPES[dtype], tuple(shape), data + start, data + stop)
+
+
+def _damaged(why: str) -> CheckpointError:
+    return CheckpointError(f"This is no whole safetensors file: {why}.")

@@ -1,0 +1,159 @@
+"""Low-rank algebra on plain factors: matrices, joins, truncation, inner products.
+
+The update of a leaf is `scale * a @ b`. Nothing here forms it: a sum of updates is a
+longer rank axis, and its singular values are those of a small core between two
+orthogonal factors (QR of A, QR of B, then an SVD of rank x rank entries).
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Factors, Spec
+from ..transform.values import at_least_float32
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def plain_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
+    """Returns the spec of plain LoRA with a scale of 1, for the weight of `like`."""
+    return Spec(
+        op=like.op,
+        axes=like.axes,
+        rank=rank,
+        alpha=float(rank),
+        dropout=like.dropout if dropout is None else dropout,
+    )
+
+
+def matrices(factors: Factors) -> tuple[jax.Array, jax.Array]:
+    """Returns A `[*batch, in, rank]` and `scale * B` `[*batch, rank, out]`, wide."""
+    n = len(factors.spec.axes.batch)
+    a, b = factors.a, factors.b
+    wide = at_least_float32(a.dtype, b.dtype)
+    batch, rank = a.shape[:n], a.shape[-1]
+    rows = a.astype(wide).reshape(*batch, math.prod(a.shape[n:-1]), rank)
+    columns = b.astype(wide).reshape(*batch, rank, math.prod(b.shape[n + 1 :]))
+    return rows, columns * factors.scale
+
+
+def from_matrices(a: Any, b: Any, like: Factors, dropout: float | None) -> Factors:
+    """Returns factors with the update `a @ b`; axes and dtypes are those of `like`."""
+    n, rank = len(like.spec.axes.batch), a.shape[-1]
+    fan_in, fan_out = like.a.shape[n:-1], like.b.shape[n + 1 :]
+    batch = like.a.shape[:n]
+    return Factors(
+        a.reshape(*batch, *fan_in, rank).astype(like.a.dtype),
+        b.reshape(*batch, rank, *fan_out).astype(like.b.dtype),
+        plain_spec(like.spec, rank, dropout),
+    )
+
+
+def largest_rank(factors: Factors) -> int:
+    """Returns the highest rank that an update of this weight can have."""
+    n = len(factors.spec.axes.batch)
+    return min(
+        math.prod(factors.a.shape[n:-1]),
+        math.prod(factors.b.shape[n + 1 :]),
+    )
+
+
+def scaled(factors: Factors, weight: Any) -> Factors:
+    """Returns the factors with `weight` in B; A, spec and dtypes stay.
+
+    Every method's update is linear in B, except that of a magnitude over the weight.
+    """
+    if _is_one(weight):
+        return factors
+    wide = at_least_float32(factors.b.dtype)
+    b = (factors.b.astype(wide) * jnp.asarray(weight, wide)).astype(factors.b.dtype)
+    return dataclasses.replace(factors, b=b)
+
+
+def _is_one(weight: Any) -> bool:
+    return isinstance(weight, int | float) and weight == 1
+
+
+def join(several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
+    """Returns plain factors whose update is the weighted sum: the ranks in a row."""
+    spec = several[0].spec
+    n = len(spec.axes.batch)
+    a_dtype, b_dtype = factor_dtypes(several)
+    wide = at_least_float32(b_dtype)
+    columns = [
+        f.b.astype(wide) * (jnp.asarray(weight, wide) * f.scale)
+        for f, weight in zip(several, weights, strict=True)
+    ]
+    rank = sum(f.rank for f in several)
+    return Factors(
+        jnp.concatenate([f.a.astype(a_dtype) for f in several], axis=-1),
+        jnp.concatenate(columns, axis=n).astype(b_dtype),
+        plain_spec(spec, rank, common_dropout(several)),
+    )
+
+
+def factor_dtypes(several: Sequence[Factors]) -> tuple[Any, Any]:
+    """Returns the dtypes that hold every A and every B."""
+    return widest([f.a.dtype for f in several]), widest([f.b.dtype for f in several])
+
+
+def widest(dtypes: Sequence[Any]) -> Any:
+    """Returns the dtype where there is one, else float32, or float64 if that is in."""
+    return dtypes[0] if len(set(dtypes)) == 1 else at_least_float32(*dtypes)
+
+
+def common_dropout(several: Sequence[Factors]) -> float:
+    """Returns the drop rate where all agree, else 0."""
+    rates = {f.spec.dropout for f in several}
+    return rates.pop() if len(rates) == 1 else 0.0
+
+
+def decompose(factors: Factors) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `(u, s, vt)`, the SVD of the update of each matrix, up to its rank.
+
+    Shapes: `[*batch, in, k]`, `[*batch, k]`, `[*batch, k, out]`, where `k` is the rank
+    or what the weight's own size leaves of it.
+    """
+    a, b = matrices(factors)
+    qa, ra = jnp.linalg.qr(a)
+    qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
+    core = jnp.matmul(ra, jnp.swapaxes(rb, -1, -2), precision=HIGHEST)
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    u = jnp.matmul(qa, u, precision=HIGHEST)
+    vt = jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=HIGHEST)
+    return u, s, vt
+
+
+def cut(factors: Factors, rank: int) -> Factors:
+    """Returns the nearest update of at most `rank`; as it is where it fits already."""
+    if factors.rank <= rank:
+        return factors
+    return recompose(*decompose(factors), rank, factors)
+
+
+def recompose(u: Any, s: Any, vt: Any, rank: int, like: Factors) -> Factors:
+    """Returns the leading `rank` parts of an SVD, singular values shared evenly."""
+    root = jnp.sqrt(s[..., :rank])
+    a = u[..., :rank] * root[..., None, :]
+    b = root[..., :, None] * vt[..., :rank, :]
+    return from_matrices(a, b, like, like.spec.dropout)
+
+
+def dense(factors: Factors) -> jax.Array:
+    """Returns the update as matrices `[*batch, in, out]`."""
+    return jnp.matmul(*matrices(factors), precision=HIGHEST)
+
+
+def inner(x: Factors, y: Factors) -> jax.Array:
+    """Returns the sum of products of two updates' entries, from Gram matrices."""
+    ax, bx = matrices(x)
+    ay, by = matrices(y)
+    wide = widest([ax.dtype, ay.dtype])
+    ax, bx, ay, by = (m.astype(wide) for m in (ax, bx, ay, by))
+    left = jnp.matmul(jnp.swapaxes(ax, -1, -2), ay, precision=HIGHEST)
+    right = jnp.matmul(bx, jnp.swapaxes(by, -1, -2), precision=HIGHEST)
+    return jnp.sum(left * right)

@@ -1,0 +1,423 @@
+"""Weighted sums of adapters, exact in the update, and what follows from them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._merge import delta
+from ..errors import ConfigError
+from ..factors import Factors, Trainable
+from ..transform.values import at_least_float32
+from ._algebra import cut, decompose, join, largest_rank, recompose, scaled
+from ._several import (
+    DORA,
+    FULL,
+    base_weight,
+    check_base,
+    check_fit,
+    check_one_base,
+    leaves_of,
+    rescales,
+    sequence,
+    to_plain,
+    union,
+    weights_for,
+)
+
+# From the factors of one weight and their weights to the factors of the result.
+Fold = Callable[[str, Sequence[Factors], Sequence[Any]], Factors]
+# The same for the differences of a leaf trained in full.
+FoldFull = Callable[[str, Sequence[jax.Array], Sequence[Any]], jax.Array]
+
+
+def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable:
+    """Returns the adapter whose update is `weight` times that of `trainable`.
+
+    The weight goes into B; rank, alpha and method stay, so nothing compiles again, and
+    the weight may be traced. With a weight of 1 the adapter comes back as it is.
+
+    Args:
+      trainable: any adapter.
+      weight: a number or a scalar array.
+      params: the base parameters (those that `split` was given). Needed where the
+        update cannot be told without them: for DoRA, which becomes plain LoRA of full
+        rank (see `truncate`), and for leaves trained in full, whose update is their
+        distance from the base.
+
+    Raises:
+      TreeError: lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((3, 2)), jnp.ones((2, 4)),
+      ...                             Spec(rank=2, alpha=2.0))})
+      >>> scale(x, 0.5).lora["w"].b[0, 0]
+      Array(0.5, dtype=float32)
+    """
+    return combine("scale", sequence("scale", [trainable]), [weight], params, _sum)
+
+
+def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
+    """Returns the adapter that takes off what `trainable` adds, `scale(..., -1)`.
+
+    References:
+      Ilharco et al., 2023, Editing Models with Task Arithmetic, section 3,
+      https://arxiv.org/abs/2212.04089
+    """
+    return combine("negate", sequence("negate", [trainable]), [-1], params, _sum)
+
+
+def add(*trainables: Trainable, params: Any = None) -> Trainable:
+    """Returns the adapter whose update is the sum of the updates: `linear` of ones.
+
+    Args:
+      *trainables: adapters of one model, or one sequence of them.
+      params: see `linear`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=2.0))})
+      >>> both = add(x, negate(x)).lora["w"]
+      >>> both.rank, both.scale, float(jnp.abs(both.a @ both.b).max())
+      (2, 1.0, 0.0)
+    """
+    many: Any = trainables
+    if len(trainables) == 1 and not isinstance(trainables[0], Trainable):
+        (many,) = trainables
+    found = sequence("add", many)
+    return combine("add", found, [1] * len(found), params, _sum)
+
+
+def linear(
+    trainables: Sequence[Trainable],
+    weights: Sequence[Any] | None = None,
+    *,
+    rank: int | None = None,
+    params: Any = None,
+) -> Trainable:
+    """Returns the adapter whose update is the weighted sum of the updates.
+
+    Exact in the update, not in the factors: the sum of A's times the sum of B's would
+    have cross terms. Ranks add up, to no more than the weight itself can have. A leaf
+    that an adapter lacks is zero there. A leaf that one adapter alone has, with weight
+    1, comes back as it is, whatever its method; all others are plain LoRA with a scale
+    of 1 (exact for rsLoRA too). Drop rates stay where the adapters agree, else 0.
+
+    Args:
+      trainables: adapters of one model.
+      weights: one number or scalar array each; None means ones.
+      rank: cut the sum to this rank, the best approximation, see `truncate`.
+      params: the base parameters (those that `split` was given). Needed for DoRA and
+        for leaves trained in full, except where the base cancels: where all adapters
+        have the leaf and the weights are numbers that sum to 1.
+
+    Raises:
+      TreeError: if the adapters are not of one model, or lists the leaves that need
+        `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.full((3, 1), v), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (1.0, 2.0)
+      ... )
+      >>> both = linear([x, y], [0.5, 3]).lora["w"]
+      >>> both.rank, float((both.a @ both.b)[0, 0])
+      (2, 6.5)
+
+    References:
+      Ilharco et al., 2023, Editing Models with Task Arithmetic,
+      https://arxiv.org/abs/2212.04089
+    """
+    found = sequence("linear", trainables)
+    weights = weights_for("linear", found, weights)
+    out = combine("linear", found, weights, params, _sum)
+    return out if rank is None else truncate(out, rank)
+
+
+def average(
+    trainables: Sequence[Trainable], *, rank: int | None = None, params: Any = None
+) -> Trainable:
+    """Returns the adapter whose update is the mean of the updates, see `linear`.
+
+    Leaves that all train in full are averaged themselves; others need `params`.
+    """
+    found = sequence("average", trainables)
+    weights = [1 / len(found)] * len(found)
+    out = combine("average", found, weights, params, _sum)
+    return out if rank is None else truncate(out, rank)
+
+
+def interpolate(
+    x: Trainable,
+    y: Trainable,
+    t: Any,
+    *,
+    rank: int | None = None,
+    params: Any = None,
+) -> Trainable:
+    """Returns `(1 - t) x + t y` in the update: `x` at 0, `y` at 1, see `linear`."""
+    found = sequence("interpolate", [x, y])
+    if isinstance(t, int | float) and t in (0, 1):
+        return found[int(t)]
+    out = combine("interpolate", found, [1 - t, t], params, _sum)
+    return out if rank is None else truncate(out, rank)
+
+
+def concat(
+    trainables: Sequence[Trainable],
+    weights: Sequence[Any] | None = None,
+    *,
+    params: Any = None,
+) -> Trainable:
+    """Returns the weighted sum with all factors kept, A's and B's side by side.
+
+    The same update as `linear`, but ranks always add up, also beyond what the weight
+    can have, and the columns of A are those of the adapters: PEFT's `cat`.
+
+    Args:
+      trainables: adapters of one model.
+      weights: one number or scalar array each; None means ones.
+      params: see `linear`.
+    """
+    found = sequence("concat", trainables)
+    weights = weights_for("concat", found, weights)
+    return combine("concat", found, weights, params, lambda _, f, w: join(f, w))
+
+
+def truncate(
+    trainable: Trainable,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    params: Any = None,
+) -> Trainable:
+    """Returns the adapter cut to a rank, the nearest one in the Frobenius norm.
+
+    From the SVD of the update, by QR of both factors, without forming it. A leaf whose
+    rank is not above `rank` comes back as it is; leaves trained in full always do.
+
+    Args:
+      trainable: any adapter.
+      rank: the highest rank to keep.
+      energy: in place of `rank`, the part of the sum of squared singular values to
+        keep, in (0, 1]; each leaf gets the least rank that keeps it in all its
+        matrices. Not under a transformation: shapes depend on values.
+      params: the base parameters, needed for DoRA, see `linear`.
+
+    Raises:
+      ConfigError: unless one of `rank` and `energy` is given, and can work.
+      TreeError: lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((3, 2)), jnp.ones((2, 4)),
+      ...                             Spec(rank=2, alpha=2.0))})
+      >>> cut = truncate(x, energy=0.999).lora["w"]
+      >>> cut.rank, cut.scale, round(float((cut.a @ cut.b)[0, 0]), 5)
+      (1, 1.0, 2.0)
+
+    References:
+      Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
+    """
+    if (rank is None) == (energy is None):
+        raise ConfigError("truncate takes one of rank= and energy=.")
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"energy must be in (0, 1], got {energy!r}.")
+    (trainable,) = sequence("truncate", [trainable])
+    base = leaves_of(params)
+    wide = [
+        path
+        for path, f in trainable.lora.items()
+        if rescales(f.spec) and (rank is None or f.rank > rank)
+    ]
+    check_base("truncate", dict.fromkeys(wide, DORA), base)
+
+    def shorten(path: str, factors: Factors) -> Factors:
+        if rank is None:
+            return _keep_energy(to_plain(path, factors, base), energy)
+        if rescales(factors.spec) and base is None:
+            return factors
+        own = to_plain(path, factors, base)
+        return factors if own.rank <= rank else cut(own, rank)
+
+    return Trainable(
+        {path: shorten(path, f) for path, f in trainable.lora.items()},
+        trainable.full,
+    )
+
+
+def _keep_energy(factors: Factors, energy: Any) -> Factors:
+    u, s, vt = decompose(factors)
+    power = jnp.cumsum(jnp.square(s), axis=-1)
+    if isinstance(power, jax.core.Tracer):
+        raise ConfigError(
+            "truncate(energy=...) chooses ranks from values, which are not known under "
+            "jit or vmap. Call it outside, or give rank=."
+        )
+    enough = power >= energy * power[..., -1:]
+    rank = int(jnp.max(jnp.argmax(enough, axis=-1))) + 1
+    return factors if rank >= factors.rank else recompose(u, s, vt, rank, factors)
+
+
+def to_lora(
+    trainable: Trainable, *, rank: int | None = None, params: Any = None
+) -> Trainable:
+    """Returns the adapter with every method written as plain LoRA.
+
+    The update is the same: AdaLoRA's middle factor and the like go into B. A DoRA leaf
+    has an update of full rank and needs `params`; cut it with `rank`.
+
+    Args:
+      trainable: any adapter.
+      rank: cut each leaf to this rank, see `truncate`.
+      params: the base parameters, needed for DoRA.
+
+    Raises:
+      TreeError: lists the leaves that need `params`.
+    """
+    (trainable,) = sequence("to_lora", [trainable])
+    base = leaves_of(params)
+    dora = [p for p, f in trainable.lora.items() if rescales(f.spec)]
+    check_base("to_lora", dict.fromkeys(dora, DORA), base)
+    lora = {path: to_plain(path, f, base) for path, f in trainable.lora.items()}
+    out = Trainable(lora, trainable.full)
+    return out if rank is None else truncate(out, rank)
+
+
+def _sum(path: str, several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
+    """Returns the weighted sum, of no higher rank than the weight can have."""
+    del path
+    if len(several) == 1:
+        return scaled(several[0], weights[0])
+    joint = join(several, weights)
+    return cut(joint, largest_rank(joint))
+
+
+def sum_full(
+    path: str, changes: Sequence[jax.Array], weights: Sequence[Any]
+) -> jax.Array:
+    """Returns the weighted sum of the changes of a leaf trained in full."""
+    del path
+    return sum(
+        (x * jnp.asarray(w, x.dtype) for x, w in zip(changes, weights, strict=True)),
+        start=jnp.zeros_like(changes[0]),
+    )
+
+
+def combine(
+    name: str,
+    trainables: Sequence[Trainable],
+    weights: Sequence[Any],
+    params: Any,
+    fold: Fold,
+    fold_full: FoldFull = sum_full,
+    *,
+    keep_single: bool = True,
+) -> Trainable:
+    """Returns the adapter whose leaves are `fold` of those of the adapters.
+
+    Args:
+      name: the public function, for errors.
+      trainables: adapters of one model.
+      weights: one each.
+      params: base parameters or None.
+      fold: for leaves with factors; sees plain LoRA, and a single adapter's own method
+        where its update is linear in B.
+      fold_full: for the changes of leaves trained in full.
+      keep_single: whether a leaf of a single adapter with weight 1 is that leaf.
+    """
+    check_fit(name, trainables)
+    if len(trainables) > 1:
+        check_one_base(name, trainables)
+    base = leaves_of(params)
+    paths = union([t.lora for t in trainables])
+    full_paths = union([t.full for t in trainables])
+    needed: dict[str, str] = {}
+
+    def own(path: str, side: str) -> tuple[list[Any], list[Any]]:
+        found = [
+            (getattr(t, side)[path], w)
+            for t, w in zip(trainables, weights, strict=True)
+            if path in getattr(t, side)
+        ]
+        return [x for x, _ in found], [w for _, w in found]
+
+    def is_kept(weights: Sequence[Any]) -> bool:
+        return keep_single and len(weights) == 1 and _is_one(weights[0])
+
+    for path in paths:
+        factors, parts = own(path, "lora")
+        in_full = path in full_paths
+        dora = any(rescales(f.spec) for f in factors)
+        if dora and (in_full or not is_kept(parts)):
+            needed[path] = DORA
+        elif in_full:
+            needed[path] = FULL
+    for path in full_paths:
+        _, parts = own(path, "full")
+        cancels = fold_full is sum_full and _base_cancels(parts, len(trainables))
+        if not (is_kept(parts) or cancels):
+            needed.setdefault(path, FULL)
+    check_base(name, needed, base)
+
+    def plain_leaves(path: str, factors: Sequence[Factors]) -> list[Factors]:
+        return [to_plain(path, f, base) for f in factors]
+
+    lora: dict[str, Factors] = {}
+    full: dict[str, Any] = {}
+    for path in paths:
+        factors, parts = own(path, "lora")
+        if path in full_paths:
+            continue
+        if is_kept(parts):
+            lora[path] = factors[0]
+        elif len(factors) == 1 and fold is _sum and not rescales(factors[0].spec):
+            lora[path] = scaled(factors[0], parts[0])
+        else:
+            lora[path] = fold(path, plain_leaves(path, factors), parts)
+    for path in full_paths:
+        values, parts = own(path, "full")
+        factors, lora_parts = own(path, "lora")
+        if not factors and is_kept(parts):
+            full[path] = values[0]
+        elif path not in needed:
+            wide = [x.astype(at_least_float32(x.dtype)) for x in values]
+            full[path] = fold_full(path, wide, parts).astype(values[0].dtype)
+        else:
+            w = base_weight(base, path)
+            dtype = at_least_float32(w.dtype)
+            wide = w.astype(dtype)
+            changes = [x.astype(dtype) - wide for x in values]
+            changes += [_in_place(f, w) for f in plain_leaves(path, factors)]
+            total = wide + fold_full(path, changes, [*parts, *lora_parts])
+            full[path] = total.astype(values[0].dtype)
+    return Trainable(lora, full)
+
+
+def _in_place(factors: Factors, w: Any) -> jax.Array:
+    """Returns the dense update of a weight that another adapter trains in full."""
+    return delta(factors, at_least_float32(w.dtype))
+
+
+def _is_one(weight: Any) -> bool:
+    return isinstance(weight, int | float) and weight == 1
+
+
+def _base_cancels(weights: Sequence[Any], count: int) -> bool:
+    """Returns whether a weighted sum of values equals that of their changes."""
+    return (
+        len(weights) == count
+        and all(isinstance(w, int | float) for w in weights)
+        and abs(sum(weights) - 1) < 1e-9
+    )

@@ -1,0 +1,147 @@
+"""How large adapters are, and how alike."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._merge import delta
+from ..factors import Trainable
+from ..transform.values import at_least_float32
+from ._algebra import HIGHEST, decompose, inner
+from ._several import (
+    DORA,
+    FULL,
+    Base,
+    base_weight,
+    check_base,
+    check_fit,
+    leaves_of,
+    rescales,
+    sequence,
+    to_plain,
+    union,
+)
+
+
+def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
+    """Returns the Frobenius norm of each leaf's change, by path.
+
+    Args:
+      trainable: any adapter.
+      params: the base parameters, needed for DoRA and for leaves trained in full.
+
+    Raises:
+      TreeError: lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((2, 1)), jnp.ones((1, 2)),
+      ...                             Spec(rank=1, alpha=2.0))})
+      >>> norms(x)
+      {'w': Array(4., dtype=float32)}
+    """
+    (trainable,) = sequence("norms", [trainable])
+    base = _base("norms", [trainable], params)
+    return {
+        path: jnp.sqrt(jnp.maximum(_product(trainable, trainable, path, base), 0))
+        for path in union([trainable.lora, trainable.full])
+    }
+
+
+def cosine(x: Trainable, y: Trainable, *, params: Any = None) -> jax.Array:
+    """Returns the cosine of the angle between two adapters' changes of all weights.
+
+    1 for the same direction, 0 for none in common, -1 for opposite ones; NaN if either
+    changes nothing. From Gram matrices, without the dense changes.
+
+    Args:
+      x: an adapter.
+      y: another one of the same model; a leaf that only one has counts as zero in the
+        other.
+      params: the base parameters, needed for DoRA and for leaves trained in full.
+
+    Raises:
+      TreeError: if they are not of one model, or lists the leaves that need `params`.
+    """
+    found = sequence("cosine", [x, y])
+    check_fit("cosine", found)
+    base = _base("cosine", found, params)
+    xx, xy, yy = (
+        sum(
+            _product(one, other, path, base)
+            for path in union([one.lora, one.full])
+            if path in other
+        )
+        for one, other in ((x, x), (x, y), (y, y))
+    )
+    return jnp.asarray(xy) / (jnp.sqrt(jnp.asarray(xx)) * jnp.sqrt(jnp.asarray(yy)))
+
+
+def orthogonality(
+    x: Trainable, y: Trainable, *, params: Any = None
+) -> dict[str, jax.Array]:
+    """Returns for each weight of both how little the inputs that they read overlap.
+
+    1 minus the mean squared cosine of the principal angles between the spaces of inputs
+    that the two changes react to: 1 where neither reacts to what the other does, so
+    that they do not interfere, 0 where one space holds the other. Leaves that one of
+    the two lacks, and leaves trained in full, are not in the result.
+
+    Args:
+      x: an adapter.
+      y: another one of the same model.
+      params: the base parameters, needed for DoRA.
+
+    Raises:
+      TreeError: if they are not of one model, or lists the leaves that need `params`.
+
+    References:
+      Wang et al., 2023, O-LoRA, section 3.2, https://arxiv.org/abs/2310.14152
+    """
+    found = sequence("orthogonality", [x, y])
+    check_fit("orthogonality", found)
+    shared = [path for path in x.lora if path in y.lora]
+    base = leaves_of(params)
+    dora = [p for p in shared for t in found if rescales(t.lora[p].spec)]
+    check_base("orthogonality", dict.fromkeys(dora, DORA), base)
+
+    def space(trainable: Trainable, path: str) -> tuple[jax.Array, jax.Array]:
+        u, s, _ = decompose(to_plain(path, trainable.lora[path], base))
+        small = jnp.finfo(s.dtype).eps * max(u.shape[-2:])
+        alive = (s > small * s[..., :1]) & (s > 0)
+        return u * alive[..., None, :].astype(u.dtype), jnp.sum(alive, axis=-1)
+
+    def overlap(path: str) -> jax.Array:
+        (ux, nx), (uy, ny) = space(x, path), space(y, path)
+        cosines = jnp.matmul(jnp.swapaxes(ux, -1, -2), uy, precision=HIGHEST)
+        least = jnp.maximum(jnp.minimum(nx, ny), 1).astype(ux.dtype)
+        return jnp.mean(jnp.sum(jnp.square(cosines), axis=(-2, -1)) / least)
+
+    return {path: 1 - overlap(path) for path in shared}
+
+
+def _base(name: str, trainables: list[Trainable], params: Any) -> Base:
+    base = leaves_of(params)
+    needed = {
+        path: DORA for t in trainables for path, f in t.lora.items() if rescales(f.spec)
+    }
+    needed |= {path: FULL for t in trainables for path in t.full}
+    check_base(name, needed, base)
+    return base
+
+
+def _product(x: Trainable, y: Trainable, path: str, base: Base) -> jax.Array:
+    """Returns the sum of products of the entries of two changes of one weight."""
+    if path in x.lora and path in y.lora:
+        return inner(*(to_plain(path, t.lora[path], base) for t in (x, y)))
+    w = base_weight(base, path)
+    dtype = at_least_float32(w.dtype)
+
+    def change(t: Trainable) -> jax.Array:
+        if path in t.full:
+            return t.full[path].astype(dtype) - w.astype(dtype)
+        return delta(to_plain(path, t.lora[path], base), dtype)
+
+    return jnp.sum(change(x) * change(y))

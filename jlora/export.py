@@ -1,0 +1,362 @@
+"""Merged models for other programs: Orbax, safetensors, StableHLO; disk to disk."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _merge, _tensors as tensors, paths
+from ._disk import Path, replacing
+from ._models import Model, of_tree, open_model
+from ._plan import Plan, Row
+from ._split import check
+from .config import LoraConfig
+from .errors import CheckpointError, ConfigError, TreeError
+from .factors import Axes, Spec, Trainable
+
+_EMBED_LIMIT = 2**31 - 2**24  # of a serialized function
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+def orbax(directory: Path, params: Any, *, overwrite: bool = False) -> None:
+    """Writes parameters as a plain Orbax checkpoint, which needs no jlora to be read.
+
+    Read it with `orbax.checkpoint.StandardCheckpointer().restore(directory, like)`.
+
+    Args:
+      directory: where; appears when all is written.
+      params: any pytree of arrays, such as `merge`'s result.
+      overwrite: whether to replace what is there.
+
+    Raises:
+      CheckpointError: if something is there already, or it cannot be written.
+
+    Examples:
+      >>> import os, tempfile, jax.numpy as jnp, orbax.checkpoint as ocp
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     place = os.path.join(folder, "model")
+      ...     orbax(place, {"w": jnp.arange(3.0)})
+      ...     with ocp.StandardCheckpointer() as checkpointer:
+      ...         checkpointer.restore(place, {"w": jnp.zeros(3)})
+      {'w': Array([0., 1., 2.], dtype=float32)}
+    """
+    import orbax.checkpoint as ocp
+
+    place = pathlib.Path(directory).absolute()
+    if place.exists() and not overwrite:
+        raise CheckpointError(
+            f"{str(directory)!r} is already there. Give another name, or pass "
+            "overwrite=True."
+        )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(place, params, force=overwrite)
+            checkpointer.wait_until_finished()
+    except Exception as error:
+        raise CheckpointError(
+            f"Not saved in {str(directory)!r} ({type(error).__name__}: {error})."
+        ) from error
+
+
+def safetensors(path: Path, params: Any) -> None:
+    """Writes parameters to one safetensors file, each leaf under its path.
+
+    Leaves come to the host one by one. The file is written whole or not at all. For
+    names and axes as `transformers` wants them, see `jlora.peft.save_base`.
+
+    Args:
+      path: the file; one that is there is replaced.
+      params: any pytree of arrays, such as `merge`'s result.
+
+    Raises:
+      CheckpointError: if a leaf is no array or its dtype has no place in the format, or
+        the file cannot be written.
+
+    Examples:
+      >>> import os, tempfile, jax.numpy as jnp
+      >>> from safetensors.numpy import load_file
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "model.safetensors")
+      ...     safetensors(file, {"dense": {"kernel": jnp.ones((1, 2))}})
+      ...     load_file(file)
+      {'dense/kernel': array([[1., 1.]], dtype=float32)}
+
+    References:
+      https://huggingface.co/docs/safetensors
+    """
+    _write(path, of_tree(params))
+
+
+def stablehlo(
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    batch: str | None = "b",
+    path: Path | None = None,
+    embed: bool = True,
+    platforms: Sequence[str] | None = None,
+) -> bytes:
+    """Returns `fn(params, *args)` as serialized StableHLO, for a batch of any size.
+
+    `jax.export.deserialize(data).call(*args)` runs it, on any JAX within the export's
+    guarantee of compatibility, without the model's code.
+
+    Args:
+      fn: the plain function, `fn(params, *args)`.
+      params: merged parameters, from `jlora.merge`.
+      *args: arrays or `jax.ShapeDtypeStruct`s.
+      batch: name of the size of each argument's first axis, which stays free; None
+        takes the shapes as they are, symbolic dimensions of `jax.export` included.
+      path: a file to write as well, whole or not at all.
+      embed: whether the parameters are in it; otherwise they are the first argument of
+        `call`.
+      platforms: for instance `("cpu", "cuda", "tpu")`; None is the default one.
+
+    Raises:
+      TreeError: if the parameters to embed have two gigabytes or more.
+      CheckpointError: if the file cannot be written.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"w": jnp.ones((4, 2))}
+      >>> data = stablehlo(lambda p, x: x @ p["w"], params, jnp.ones((1, 4)))
+      >>> jax.export.deserialize(data).call(jnp.ones((3, 4))).shape
+      (3, 2)
+
+    References:
+      https://docs.jax.dev/en/latest/export/export.html
+    """
+    from jax import export
+
+    def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+        shape = tuple(np.shape(x)) if not hasattr(x, "shape") else tuple(x.shape)
+        dtype = x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    shapes = jax.tree.map(shape_of, args)
+    if batch is not None:
+        (size,) = export.symbolic_shape(batch)
+        shapes = jax.tree.map(
+            lambda x: (
+                jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) if x.shape else x
+            ),
+            shapes,
+        )
+    if embed:
+        arrays = [x for x in jax.tree.leaves(params) if hasattr(x, "nbytes")]
+        total = sum(x.nbytes for x in arrays)
+        if total > _EMBED_LIMIT:
+            raise TreeError(
+                f"The parameters take {total:,} bytes; a serialized function holds "
+                "less than two gigabytes. Pass embed=False and save them beside it."
+            )
+        # On the host: a sharded constant would fix the number of devices.
+        fixed = jax.device_get(params)
+        exported = export.export(
+            jax.jit(lambda *args: fn(fixed, *args)), platforms=platforms
+        )(*shapes)
+    else:
+        first = jax.tree.map(shape_of, params)
+        exported = export.export(jax.jit(fn), platforms=platforms)(first, *shapes)
+    data = bytes(exported.serialize())
+    if path is not None:
+        with replacing(path) as file:
+            file.write(data)
+    return data
+
+
+def merge_files(
+    base: Path, trainable: Trainable, out: Path, *, progress: Progress = iter
+) -> None:
+    """Writes the merged model of a base on disk, without either in memory.
+
+    Leaf by leaf from file to file: memory is bounded by a few times the largest adapted
+    leaf. The result is that of `jlora.merge`, bit for bit.
+
+    Args:
+      base: safetensors with a leaf under each path, as `safetensors` writes it: a file,
+        or a directory with one file or an index and its shards. An Orbax checkpoint of
+        parameters also works, but is read into memory.
+      trainable: the adapter.
+      out: the safetensors file to write, whole or not at all.
+      progress: wraps the names as they are gone through, such as `tqdm.tqdm`.
+
+    Raises:
+      TreeError: if the adapter does not fit the base; lists every misfit.
+      CheckpointError: if a file cannot be read or written.
+    """
+    model = open_model(base)
+    check(dict(model.shapes), trainable)
+
+    def merged(name: str) -> np.ndarray:
+        w = model.read(name)
+        own = Trainable({name: trainable.lora[name]})
+        with jax.enable_x64(True) if w.dtype.itemsize > 4 else contextlib.nullcontext():
+            return np.asarray(_merge.merge({name: w}, own)[name])
+
+    def pieces(name: str) -> Iterable[Any]:
+        if name in trainable.lora:
+            return [tensors.raw(merged(name))]
+        if name in trainable.full:
+            return [tensors.raw(jax.device_get(trainable.full[name]))]
+        return model.pieces(name)
+
+    full = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for name, x in trainable.full.items()
+    }
+    shapes = {**model.shapes, **full}
+    _write(out, dataclasses.replace(model, shapes=shapes, pieces=pieces), progress)
+
+
+def extract_files(
+    tuned: Path, base: Path, plan: Plan, *, progress: Progress = iter
+) -> Trainable:
+    """Returns `jlora.extract` of two models on disk, one leaf of both in memory.
+
+    Args:
+      tuned: a fine-tuned model, see `merge_files`.
+      base: the model that the fine-tune began with.
+      plan: ranks and axes, from `jlora.plan` or `flat_plan`.
+      progress: wraps the names as they are gone through.
+
+    Raises:
+      TreeError: if the models differ from each other or from the plan.
+      CheckpointError: if a file cannot be read.
+
+    Warns:
+      UserWarning: names the leaves that changed although the plan leaves them frozen.
+    """
+    models = open_model(tuned), open_model(base)
+    odd = sorted(models[0].shapes.keys() ^ models[1].shapes.keys())
+    if odd:
+        raise TreeError(f"Only one of the models has {', '.join(map(repr, odd[:5]))}.")
+    rows = {row.path: row for row in plan.leaves}
+    for model in models:
+        _merge.check_plan(dict(model.shapes), plan)
+    lora, full, left = {}, {}, []
+    for name in progress(sorted(rows)):
+        own = Plan(plan.config, (rows[name],))
+        after, before = ({name: model.read(name)} for model in models)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = _merge.extract(after, before, own)
+        left += [name] * len(caught)
+        lora |= found.lora
+        full |= found.full
+    if left:
+        warnings.warn(
+            "These leaves changed, but the plan leaves them frozen, so the adapter "
+            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            stacklevel=2,
+        )
+    order = [row.path for row in plan.leaves]
+    return Trainable(
+        {p: lora[p] for p in order if p in lora},
+        {p: full[p] for p in order if p in full},
+    )
+
+
+def flat_plan(base: Path, config: LoraConfig) -> Plan:
+    """Returns a plan for a model on disk, without its function.
+
+    Without a trace, kernels are taken to be `[fan-in, fan-out]`, as in Flax; a `Rule`
+    with `axes` says otherwise. `"all-linear"` is every floating-point leaf of two axes
+    but embeddings, by the name `embedding`. Where the function is at hand, `jlora.plan`
+    knows better.
+
+    Args:
+      base: a model, see `merge_files`.
+      config: a `LoraConfig`.
+
+    Raises:
+      ConfigError: if a pattern of the config matches nothing, `targets` is a predicate,
+        or nothing is left to adapt.
+    """
+    shapes = open_model(base).shapes
+    if callable(config.targets):
+        raise ConfigError("Without a traced function, targets= takes globs alone.")
+    if config.method != "lora" or not all(isinstance(t, str) for t in config.train):
+        raise ConfigError("Without a traced function there is method='lora' alone.")
+    wide = [
+        name
+        for name, x in shapes.items()
+        if len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    if config.targets == "all-linear":
+        chosen = [n for n in wide if n.split("/")[-1] != "embedding"]
+    else:
+        chosen = _matched("targets", config.targets, shapes)
+    excluded = _matched("exclude", config.exclude, shapes)
+    trained = [glob for glob in config.train if isinstance(glob, str)]
+    full = _matched("train", trained, shapes)
+    own = [n for n in chosen if n not in excluded and n not in full]
+    if not own:
+        raise ConfigError("targets leaves nothing to adapt in this model.")
+    rows = []
+    for name, x in shapes.items():
+        row = Row(name, tuple(x.shape), str(x.dtype), ())
+        if name in own:
+            spec = _flat_spec(row, config)
+            row = dataclasses.replace(row, status="adapted", spec=spec)
+        elif name in full:
+            row = dataclasses.replace(row, status="full")
+        rows.append(row)
+    return Plan(config, tuple(rows))
+
+
+def _matched(field: str, patterns: Sequence[str], names: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for pattern in patterns:
+        hits = paths.select(pattern, names)
+        if not hits:
+            near = paths.nearest(pattern, tuple(names), n=1)
+            raise ConfigError(f"{field}: {pattern!r} matches nothing, nearest: {near}.")
+        found += hits
+    return found
+
+
+def _flat_spec(row: Row, config: LoraConfig) -> Spec:
+    fields = {"rank": config.rank, "alpha": config.alpha, "axes": Axes()}
+    for rule in config.rules:
+        if paths.matches(rule.pattern, row.path):
+            own = {name: getattr(rule, name) for name in fields}
+            fields |= {name: value for name, value in own.items() if value is not None}
+    rank, axes = fields["rank"], fields["axes"]
+    if sorted(axes.order) != list(range(len(row.shape))):
+        raise ConfigError(
+            f"{row.path!r} has {len(row.shape)} axes. Say with "
+            f"Rule({row.path!r}, axes=Axes(...)) which are summed over."
+        )
+    _, n_in, n_out = axes.sizes(row.shape)
+    if rank > min(n_in, n_out):
+        raise ConfigError(
+            f"rank {rank} is above min({n_in}, {n_out}) of {row.path!r}. Lower it, or "
+            "leave the weight out with exclude=."
+        )
+    return Spec(
+        rank=rank,
+        alpha=rank if fields["alpha"] is None else fields["alpha"],
+        axes=axes,
+        rslora=config.rslora,
+    )
+
+
+def _write(path: Path, model: Model, progress: Progress = iter) -> None:
+    names = iter(())
+
+    def pieces(name: str) -> Iterable[Any]:
+        next(names, None)  # moves the bar
+        return model.pieces(name)
+
+    names = iter(progress(list(model.shapes)))
+    tensors.write(os.fspath(path), model.shapes, pieces, model.metadata)
+    for _ in names:
+        pass

@@ -1,0 +1,206 @@
+"""Adapters of any format: which one a path is, read and written."""
+
+import json
+import pathlib
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from . import _file, _tensors as tensors, checkpoint
+from ._disk import Path, naming, reading
+from ._models import is_orbax_tree, open_model
+from .errors import CheckpointError
+from .factors import Axes, Factors, Spec, Trainable
+
+Format = Literal["file", "peft", "orbax", "model"]
+
+
+def detect(path: Path) -> Format:
+    """Returns what is at `path`.
+
+    `"file"` is an adapter of `jlora.save`, `"peft"` a directory of Hugging Face PEFT,
+    `"orbax"` one of `checkpoint.save`, `"model"` whole parameters, as safetensors or
+    Orbax.
+
+    Raises:
+      CheckpointError: if there is nothing, or nothing that jlora knows.
+    """
+    place = pathlib.Path(path)
+    if not place.is_dir():
+        with reading(path) as file, naming(path):
+            header = tensors.read_header(file)
+        return "file" if _file.is_adapter(header.metadata) else "model"
+    if (place / "adapter_config.json").exists():
+        return "peft"
+    if any(
+        (step / "about").is_dir() for step in place.iterdir() if step.name.isdigit()
+    ):
+        return "orbax"
+    if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
+        return "model"
+    raise CheckpointError(
+        f"{str(path)!r} holds no adapter and no model: no adapter_config.json (PEFT), "
+        "no steps of jlora.checkpoint, no safetensors, no Orbax parameters."
+    )
+
+
+def read(
+    path: Path, *, base: Path | None = None, names: Any = None, step: int | None = None
+) -> Trainable:
+    """Returns the adapter at `path`, of any format.
+
+    Args:
+      path: see `detect`.
+      base: for PEFT: the model on disk that the adapter is for, see
+        `export.merge_files`; its paths are the adapter's. Without it the adapter keeps
+        torch's names and axes, `model.layers.0.self_attn.q_proj.weight`.
+      names: for PEFT with `base`: see `jlora.peft.load`.
+      step: for Orbax: which step; None is the newest.
+
+    Raises:
+      JloraError: if it cannot be read, or is a model.
+    """
+    match detect(path):
+        case "file":
+            return _file.load(path)
+        case "orbax":
+            return checkpoint.restore(path, step=step).trainable
+        case "peft" if base is not None:
+            from . import peft
+
+            return peft.load(path, open_model(base).tree(), names=names)
+        case "peft":
+            return _in_torch_names(pathlib.Path(path))
+    raise CheckpointError(
+        f"{str(path)!r} is a model, not an adapter. `jlora extract` makes an adapter "
+        "from a fine-tuned model and its base."
+    )
+
+
+def write(
+    path: Path, trainable: Trainable, format: Format, **peft_options: Any
+) -> None:
+    """Writes an adapter in the format of that name.
+
+    Args:
+      path: the file or directory.
+      trainable: the adapter.
+      format: `"file"`, `"orbax"` or `"peft"`.
+      **peft_options: see `jlora.peft.save`.
+
+    Raises:
+      JloraError: if it cannot be written, or not in that format.
+    """
+    match format:
+        case "file":
+            _file.save(path, trainable)
+        case "orbax":
+            checkpoint.save(path, trainable)
+        case "peft":
+            from . import peft
+
+            peft.save(path, trainable, **peft_options)
+        case _:
+            raise CheckpointError(
+                f"format must be file, orbax or peft, got {format!r}."
+            )
+
+
+def describe(path: Path, *, step: int | None = None) -> dict[str, Any]:
+    """Returns what the adapter at `path` says of itself besides its leaves, as JSON.
+
+    For PEFT its config, for Orbax step, config, metrics, position and metadata.
+    """
+    match detect(path):
+        case "peft":
+            with reading(pathlib.Path(path) / "adapter_config.json") as file:
+                try:
+                    fields = json.loads(file.read(20_000_000))
+                except (ValueError, RecursionError) as error:
+                    raise CheckpointError(
+                        f"{str(path)!r}: adapter_config.json is no JSON ({error})."
+                    ) from error
+            return fields if isinstance(fields, dict) else {}
+        case "orbax":
+            read = checkpoint.restore(path, step=step)
+            config = read.config and json.loads(read.config.to_json())
+            told = {
+                "step": read.step,
+                "metrics": read.metrics,
+                "position": read.position,
+                "metadata": read.metadata,
+                "config": config,
+            }
+            return {name: value for name, value in told.items() if value is not None}
+    return {}
+
+
+def _in_torch_names(folder: pathlib.Path) -> Trainable:
+    """Returns a PEFT adapter under torch's own names and axes, without a model.
+
+    Covers what needs no model to be understood: linear layers, Conv1D, convolutions,
+    embeddings, DoRA of linear layers, modules saved whole.
+    """
+    from .peft.config import CONFIG, PREFIX, STEM, parse_config, pattern_lookup
+    from .peft.tensors import open_tensors, read_json
+
+    fields = read_json(folder / CONFIG)
+    config, wrong = parse_config(fields)
+    slots, _ = open_tensors(folder, STEM)
+    turned = bool(fields.get("fan_in_fan_out"))
+    ranks, alphas = map(pattern_lookup, (config.rank_pattern, config.alpha_pattern))
+    lora: dict[str, Factors] = {}
+    full: dict[str, Any] = {}
+    left = dict(slots)
+    if config.parameters or config.tokens:
+        wrong.append("it adapts parameters or single rows")
+    for name in slots:
+        for a_name, b_name in (
+            (".lora_A.weight", ".lora_B.weight"),
+            (".lora_embedding_A", ".lora_embedding_B"),
+        ):
+            pair = name, name.removesuffix(a_name) + b_name
+            if not name.endswith(a_name) or pair[1] not in slots:
+                continue
+            stem = name.removesuffix(a_name)
+            module = stem.removeprefix(PREFIX)
+            a, b = (left.pop(key).read() for key in pair)
+            length = left.pop(f"{stem}.lora_magnitude_vector", None) or left.pop(
+                f"{stem}.lora_magnitude_vector.weight", None
+            )
+            embedding = a_name == ".lora_embedding_A"
+            if embedding and length is not None:
+                wrong.append(f"{module} is an embedding with a magnitude")
+            inputs = tuple(range(1, a.ndim))
+            axes = (
+                Axes((), (0,), (1,)) if turned or embedding else Axes((), inputs, (0,))
+            )
+            rank = a.shape[0]
+            found = (ranks(module) or ("", config.r))[1]
+            if found != rank:
+                wrong.append(f"{module} has rank {rank}, its config says {found}")
+            spec = Spec(
+                op="embedding" if embedding else "linear" if a.ndim == 2 else "conv",
+                axes=axes,
+                rank=rank,
+                alpha=(alphas(module) or ("", config.alpha))[1],
+                rslora=config.rslora,
+                method="lora" if length is None else "dora",
+            )
+            lora[f"{module}.weight"] = Factors(
+                jnp.asarray(np.moveaxis(a, 0, -1)),
+                jnp.asarray(b.reshape(b.shape[0], -1).T),
+                spec,
+                None if length is None else jnp.asarray(length.read().reshape(-1)),
+            )
+    for name in list(left):
+        if ".lora_" not in name and name.startswith(PREFIX):
+            full[name.removeprefix(PREFIX)] = jnp.asarray(left.pop(name).read())
+    wrong += [f"tensor {name!r}" for name in left]
+    if wrong:
+        raise CheckpointError(
+            f"{str(folder)!r} needs its model to be understood (base=): "
+            f"{'; '.join(wrong[:5])}."
+        )
+    return Trainable(lora, full)

@@ -1,0 +1,86 @@
+"""CorDA: a principal part that knows in which directions the inputs are large."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..factors import Spec
+from ..moments import InputMoments
+from .init import EXACT, halves, matrices, shaped
+
+
+def corda(
+    key: jax.Array,
+    w: Any,
+    spec: Spec,
+    dtype: jnp.dtype,
+    moments: InputMoments,
+    *,
+    mode: Literal["ipm", "kpm"] = "ipm",
+) -> tuple[jax.Array, jax.Array]:
+    """Returns A and B from the decomposition of the weight times its inputs' moments.
+
+    With `C` the second moments of the inputs, damped, and `C w = U S Vᵀ`,
+    `a = C⁻¹ U_r sqrt(S_r / scale)` and `b = sqrt(S_r / scale) V_rᵀ`, as PEFT's
+    `init_lora_weights="corda"`. `C` is divided by the mean of its diagonal, so inputs
+    alike in all directions give PiSSA; PEFT divides each batch by its largest entry,
+    which moves a factor between A and B.
+
+    Args:
+      key: not used.
+      w: the weight.
+      spec: axes, rank and scale.
+      dtype: dtype of both factors.
+      moments: of the inputs, from `jlora.activation_statistics`.
+      mode: `"ipm"`, instruction previewed: the r largest components, to learn the task
+        of these inputs; `"kpm"`, knowledge preserved: the r smallest, to keep what the
+        model knows about them.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
+
+    References:
+      Yang et al., 2024, CorDA, https://arxiv.org/abs/2406.05223
+    """
+    del key
+    flat, rank = matrices(w, spec.axes), spec.rank
+    n, n_in, _ = flat.shape
+    second = moments.second.reshape(n, n_in, n_in).astype(flat.dtype)
+    c, inverse = jax.vmap(_damped)(second)
+    product = jnp.matmul(c, flat, precision=EXACT)
+    u, s, vt = jnp.linalg.svd(product, full_matrices=False)
+    k = s.shape[-1]
+    part = slice(0, rank) if mode == "ipm" else slice(k - rank, k)
+    u = jnp.matmul(inverse, u[..., part], precision=EXACT)
+    a, b = halves(u, s[..., part], vt[..., part, :], spec.scale)
+    return shaped(a, b, spec, w.shape, dtype)
+
+
+def _damped(second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a matrix with as much added to its diagonal as it needs, and its inverse.
+
+    Its diagonal has mean 1 at first; 0.01 is added, and twice as much again until the
+    inverse is one to 0.05.
+    """
+    eye = jnp.eye(second.shape[0], dtype=second.dtype)
+    mean = jnp.mean(jnp.diagonal(second))
+    c = second / jnp.maximum(mean, jnp.finfo(second.dtype).tiny)
+
+    def inverted(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inverse = jnp.linalg.inv(c + damp * eye)
+        product = jnp.matmul(c + damp * eye, inverse, precision=EXACT)
+        return inverse, jnp.linalg.norm(product - eye)
+
+    def is_poor(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        damp, _, error = state
+        return ~(error < 0.05) & (damp < 1e6)
+
+    def double(state: tuple[jax.Array, jax.Array, jax.Array]):
+        damp = 2 * state[0]
+        return damp, *inverted(damp)
+
+    first = jnp.asarray(0.01, second.dtype)
+    damp, inverse, _ = lax.while_loop(is_poor, double, (first, *inverted(first)))
+    return c + damp * eye, inverse

@@ -1,0 +1,55 @@
+"""EVA: A spans the directions along which the weight's inputs vary most."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+from ..moments import InputMoments
+from .init import shaped
+
+
+def principal(moments: InputMoments) -> tuple[jax.Array, jax.Array]:
+    """Returns the principal axes of a weight's inputs and their share of the variance.
+
+    Returns:
+      `(axes, shares)`: orthonormal columns `[*batch, n, n]`, the largest entry of each
+      positive, and `[*batch, n]`, both from the largest share to the smallest.
+    """
+    count = moments.count[..., None, None]
+    crossed = moments.first[..., :, None] * moments.first[..., None, :]
+    variance, axes = jnp.linalg.eigh(moments.second - crossed / count)
+    variance, axes = jnp.maximum(variance[..., ::-1], 0), axes[..., ::-1]
+    largest = jnp.argmax(jnp.abs(axes), axis=-2, keepdims=True)
+    axes = axes * jnp.sign(jnp.take_along_axis(axes, largest, axis=-2))
+    total = jnp.sum(variance, axis=-1, keepdims=True)
+    return axes, variance / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+
+
+def eva(
+    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype, moments: InputMoments
+) -> tuple[jax.Array, jax.Array]:
+    """Returns A with the first principal axes of the weight's inputs, and B zero.
+
+    They are the right singular vectors of the inputs less their mean, as those of
+    PEFT's `init_lora_weights="eva"`.
+
+    Args:
+      key: not used.
+      w: the weight, of which only the shape is used.
+      spec: axes and rank.
+      dtype: dtype of both factors.
+      moments: of the inputs, from `jlora.activation_statistics`.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
+
+    References:
+      Paischer et al., 2024, EVA, https://arxiv.org/abs/2410.07170
+    """
+    del key
+    n, n_in, n_out = spec.axes.sizes(w.shape)
+    axes, _ = principal(moments)
+    a = axes.reshape(n, n_in, n_in)[..., : spec.rank]
+    return shaped(a, jnp.zeros((n, spec.rank, n_out)), spec, w.shape, dtype)

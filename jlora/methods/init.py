@@ -1,0 +1,121 @@
+"""What an initialisation is, and what several of them share: matrices of a weight."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..factors import Axes, Spec
+
+Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
+Base = Literal["same", "residual", "own"]
+EXACT = lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+    """How A and B of one weight start.
+
+    Attributes:
+      fun: `(key, w, spec, dtype) -> (a, b)`, where `w` is the weight, or its shape if
+        that is all it `needs`; what else it needs is a last argument.
+      needs: `"shape"` or `"weight"` alone; `"quantize"`, a function from the weight to
+        what a quantised one stands for; `"inputs"`, the `InputMoments` of the weight;
+        `"gradients"`, its mean gradient.
+      base: what the frozen weight becomes: the `"same"`; the `"residual"`
+        `w - scale * a @ b`, so that the model starts as it was; or `fun`'s `"own"`,
+        returned after A and B.
+      ops: the operations that it is for.
+      even: whether the rank must be even.
+      rank_factor: this many times the rank must fit into `min(fan_in, fan_out)`.
+      reference: the paper.
+    """
+
+    fun: Callable[..., Any]
+    needs: Needs = "shape"
+    base: Base = "same"
+    ops: tuple[str, ...] = ("linear", "embedding", "conv")
+    even: bool = False
+    rank_factor: int = 1
+    reference: str = ""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the frozen weight is not the one of the parameters."""
+        return self.base != "same"
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Returns the dtype in which decompositions of such a weight are computed."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
+def matrices(w: Any, axes: Axes) -> jax.Array:
+    """Returns `w` as matrices `[n, fan_in, fan_out]`, `n` of them, in float32."""
+    flat = jnp.transpose(jnp.asarray(w), axes.order).reshape(axes.sizes(w.shape))
+    return flat.astype(wide_dtype(w.dtype))
+
+
+def like_weight(x: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
+    """Returns matrices `[n, fan_in, fan_out]` with the axes of a weight of `shape`."""
+    x = x.reshape([shape[i] for i in axes.order])
+    return jnp.transpose(x, [axes.order.index(i) for i in range(len(shape))])
+
+
+def shaped(
+    a: jax.Array, b: jax.Array, spec: Spec, shape: tuple[int, ...], dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `a` `[n, fan_in, rank]` and `b` `[n, rank, fan_out]` as factors."""
+    return (
+        a.reshape(spec.axes.a_shape(shape, spec.rank)).astype(dtype),
+        b.reshape(spec.axes.b_shape(shape, spec.rank)).astype(dtype),
+    )
+
+
+def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+    """Returns `w - scale * a @ b`, computed in float32, rounded once."""
+    n, n_in, n_out = spec.axes.sizes(w.shape)
+    wide = wide_dtype(w.dtype)
+    product = jnp.matmul(
+        a.astype(wide).reshape(n, n_in, spec.rank),
+        b.astype(wide).reshape(n, spec.rank, n_out),
+        precision=EXACT,
+    )
+    change = like_weight(spec.scale * product, spec.axes, w.shape)
+    return (jnp.asarray(w).astype(wide) - change).astype(w.dtype)
+
+
+def halves(
+    u: jax.Array, s: jax.Array, vt: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `u sqrt(s / scale)` and `sqrt(s / scale) vt`."""
+    half = jnp.sqrt(s / scale)
+    return u * half[..., None, :], half[..., :, None] * vt
+
+
+def low_rank_svd(
+    key: jax.Array, x: jax.Array, rank: int, n_iter: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns `u, s, vt` of about the `rank` largest singular values of matrices.
+
+    `n_iter` rounds of subspace iteration from a random start: the more, the closer.
+
+    References:
+      Halko et al., 2011, algorithms 4.4 and 5.1, https://arxiv.org/abs/0909.4061
+    """
+
+    def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.matmul(x, y, precision=EXACT)
+
+    n, _, n_out = x.shape
+    basis = dot(x, jax.random.normal(key, (n, n_out, rank), x.dtype))
+    basis, _ = jnp.linalg.qr(basis)
+    xt = x.swapaxes(1, 2)
+    for _ in range(n_iter):
+        other, _ = jnp.linalg.qr(dot(xt, basis))
+        basis, _ = jnp.linalg.qr(dot(x, other))
+    u, s, vt = jnp.linalg.svd(dot(basis.swapaxes(1, 2), x), full_matrices=False)
+    return dot(basis, u), s, vt

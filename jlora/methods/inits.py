@@ -1,0 +1,157 @@
+"""The initialisations by name, and what each of them asks of a leaf."""
+
+import functools
+import re
+from typing import Any
+
+from ..factors import Spec
+from .corda import corda
+from .eva import eva
+from .gaussian import gaussian
+from .init import Init
+from .kaiming import kaiming
+from .loftq import loftq
+from .lora_ga import lora_ga
+from .method import Method
+from .olora import olora
+from .orthogonal import orthogonal
+from .pissa import pissa
+
+_LINEAR = ("linear",)
+_PISSA = Init(
+    pissa, "weight", "residual", reference="Meng et al., 2024, arXiv:2404.02948"
+)
+_LOFTQ = Init(loftq, "quantize", "own", reference="Li et al., 2023, arXiv:2310.08659")
+_CORDA = Init(
+    corda,
+    "inputs",
+    "residual",
+    ops=_LINEAR,
+    reference="Yang et al., 2024, arXiv:2406.05223",
+)
+
+INITS = {
+    "kaiming": Init(kaiming, reference="He et al., 2015, arXiv:1502.01852"),
+    "gaussian": Init(gaussian, reference="Hu et al., 2021, arXiv:2106.09685"),
+    "orthogonal": Init(
+        orthogonal, even=True, reference="PEFT 0.21, `LoraLayer.orthogonal_init`"
+    ),
+    "pissa": _PISSA,
+    "olora": Init(
+        olora, "weight", "residual", reference="Büyükakyüz, 2024, arXiv:2406.01775"
+    ),
+    "eva": Init(
+        eva,
+        "inputs",
+        ops=_LINEAR,
+        reference="Paischer et al., 2024, arXiv:2410.07170",
+    ),
+    "lora_ga": Init(
+        lora_ga,
+        "gradients",
+        "residual",
+        rank_factor=2,
+        reference="Wang et al., 2024, arXiv:2407.05000",
+    ),
+    "corda": _CORDA,
+    "corda_kpm": Init(
+        functools.partial(corda, mode="kpm"),
+        "inputs",
+        "residual",
+        ops=_LINEAR,
+        reference=_CORDA.reference,
+    ),
+    "loftq": _LOFTQ,
+}
+ITERATED = {"pissa": _PISSA, "loftq": _LOFTQ}  # also `<name>_niter_<n>`
+
+
+def find_init(init: Any) -> Init | None:
+    """Returns what the name or function `init` means; None for an unknown name.
+
+    Examples:
+      >>> find_init("pissa_niter_4").base
+      'residual'
+    """
+    if callable(init):
+        return Init(init, "weight")
+    if not isinstance(init, str):
+        return None
+    iterated = re.fullmatch(r"(\w+?)_niter_([1-9]\d*)", init)
+    if iterated and iterated[1] in ITERATED:
+        known = ITERATED[iterated[1]]
+        fun = functools.partial(known.fun, n_iter=int(iterated[2]))
+        return Init(fun, known.needs, known.base, reference=known.reference)
+    return INITS.get(init)
+
+
+def init_name(init: Any) -> str:
+    """Returns the name of an initialisation given by name or as a function.
+
+    Examples:
+      >>> init_name("pissa"), init_name(kaiming)
+      ('pissa', 'kaiming')
+    """
+    if isinstance(init, str):
+        return init
+    inner = getattr(init, "func", init)  # of a functools.partial
+    return getattr(inner, "__name__", type(inner).__name__)
+
+
+def init_clashes(
+    path: str,
+    shape: tuple[int, ...],
+    spec: Spec,
+    init: Any,
+    method: Method,
+    route: str = "factored",
+) -> list[str]:
+    """Returns what keeps `init` from starting the leaf `path`, each with a remedy.
+
+    Args:
+      path: the leaf.
+      shape: its shape.
+      spec: how it is adapted.
+      init: name or function.
+      method: what `spec` names.
+      route: how the plan found the leaf used.
+    """
+    found, name = find_init(init), init_name(init)
+    if found is None:
+        return [f"init {name!r} of {path!r} is none of {', '.join(INITS)}"]
+    wrong = []
+
+    def instead(init: str = "kaiming") -> str:
+        return f"give it Rule({path!r}, init={init!r})"
+
+    if method.start is not None:
+        if init == "kaiming":
+            return []
+        return [
+            f"init {name!r} of {path!r}: method {spec.method!r} starts in its own way, "
+            f"leave init out or {instead()}"
+        ]
+    if found.even and spec.rank % 2:
+        wrong.append(
+            f"init {name!r} needs an even rank, {path!r} has {spec.rank}: give it "
+            f"Rule({path!r}, rank={spec.rank + 1})"
+        )
+    if spec.op not in found.ops:
+        wrong.append(
+            f"init {name!r} is for {' and '.join(found.ops)} weights, {path!r} is of "
+            f"op {spec.op!r}: {instead()}"
+        )
+    elif found.needs == "inputs" and route != "factored":
+        wrong.append(
+            f"init {name!r} needs the inputs of {path!r}, which is used otherwise than "
+            f"in matrix products ({route}): {instead()}"
+        )
+    if found.rank_factor > 1 and sorted(spec.axes.order) == list(range(len(shape))):
+        _, n_in, n_out = spec.axes.sizes(shape)
+        if found.rank_factor * spec.rank > min(n_in, n_out):
+            wrong.append(
+                f"init {name!r} needs {found.rank_factor} times the rank, "
+                f"{found.rank_factor * spec.rank}, to fit into min({n_in}, {n_out}) of "
+                f"{path!r}: {instead()}"
+            )
+    return wrong

@@ -1,0 +1,58 @@
+"""LoftQ: A and B make up for what quantising the weight loses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+from .init import EXACT, halves, like_weight, matrices, shaped, wide_dtype
+
+
+def loftq(
+    key: jax.Array,
+    w: Any,
+    spec: Spec,
+    dtype: jnp.dtype,
+    quantize: Callable[[jax.Array], jax.Array],
+    *,
+    n_iter: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns A, B and a base: the quantised weight, and the best rank-r repair of it.
+
+    In turns, `base = quantize(w - scale * a @ b)` and `scale * a @ b` the best rank-r
+    part of `w - base`. PEFT's `init_lora_weights="loftq"` does not divide the scale
+    out, so there the product is off by that factor; here it is not.
+
+    Args:
+      key: not used.
+      w: the weight.
+      spec: axes, rank and scale.
+      dtype: dtype of both factors.
+      quantize: `array -> array` of the weight's shape, float32 to float32: the values
+        that the quantised weight stands for.
+      n_iter: how many turns. More are not always better: check what is left.
+
+    Returns:
+      `(a, b, base)`; shapes `[*batch, *fan_in, rank]`, `[*batch, rank, *fan_out]` and
+      that of the weight.
+
+    References:
+      Li et al., 2023, LoftQ, https://arxiv.org/abs/2310.08659
+    """
+    del key
+    wide, rank = wide_dtype(w.dtype), spec.rank
+    whole = jnp.asarray(w).astype(wide)
+    base, rest = whole, whole
+    a = b = None
+    for _ in range(n_iter):
+        base = quantize(rest).astype(wide)
+        lost = matrices(whole - base, spec.axes)
+        u, s, vt = jnp.linalg.svd(lost, full_matrices=False)
+        a, b = halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
+        repair = spec.scale * jnp.matmul(a, b, precision=EXACT)
+        rest = whole - like_weight(repair, spec.axes, w.shape)
+    assert a is not None
+    assert b is not None
+    return *shaped(a, b, spec, w.shape, dtype), base.astype(w.dtype)

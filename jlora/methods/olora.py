@@ -1,0 +1,36 @@
+"""OLoRA: an orthonormal B from the weight's QR decomposition."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+from .init import matrices, shaped
+
+
+def olora(
+    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns B with orthonormal rows and A, from the QR decomposition of `wᵀ`.
+
+    With `wᵀ = Q R`, `b = Q[:, :r]ᵀ` and `a = R[:r]ᵀ`, as PEFT's
+    `init_lora_weights="olora"`: the scale is not divided out.
+
+    Args:
+      key: not used.
+      w: the weight.
+      spec: axes and rank.
+      dtype: dtype of both factors.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
+
+    References:
+      Büyükakyüz, 2024, OLoRA, https://arxiv.org/abs/2406.01775
+    """
+    del key
+    q, r = jnp.linalg.qr(matrices(w, spec.axes).swapaxes(1, 2))
+    a = r[:, : spec.rank].swapaxes(1, 2)
+    b = q[..., : spec.rank].swapaxes(1, 2)
+    return shaped(a, b, spec, w.shape, dtype)

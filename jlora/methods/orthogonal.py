@@ -1,0 +1,43 @@
+"""A start with both factors away from zero and a product of zero."""
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+
+
+def orthogonal(
+    key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Returns random A and B whose rows and columns lie in orthogonal halves of rank.
+
+    With a random orthogonal matrix Q, `A = N Q[0::2] / 10` and `B = Q[1::2]^T N' / 10`
+    for standard normal N and N', so `A B = 0` while both have a gradient from the first
+    step on. This is PEFT's `init_lora_weights="orthogonal"`.
+
+    Args:
+      key: PRNG key, consumed.
+      shape: the weight's shape.
+      spec: axes, rank (even) and operation of the weight.
+      dtype: dtype of both factors.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`;
+      `a @ b` is zero up to rounding, at most 1e-6 of the factors' product in float32.
+
+    References:
+      PEFT 0.21, `LoraLayer.orthogonal_init`, https://github.com/huggingface/peft
+    """
+    n_batch, fan_in, fan_out = spec.axes.sizes(shape)
+    half = spec.rank // 2
+    keys = jax.random.split(key, 3)
+    q = jax.random.orthogonal(keys[0], spec.rank, (n_batch,), jnp.float32)
+    left = jax.random.normal(keys[1], (n_batch, fan_in, half)) / 10
+    right = jax.random.normal(keys[2], (n_batch, half, fan_out)) / 10
+    exact = jax.lax.Precision.HIGHEST
+    a = jnp.matmul(left, q[:, 0::2], precision=exact)
+    b = jnp.matmul(q[:, 1::2].swapaxes(1, 2), right, precision=exact)
+    return (
+        a.reshape(spec.axes.a_shape(shape, spec.rank)).astype(dtype),
+        b.reshape(spec.axes.b_shape(shape, spec.rank)).astype(dtype),
+    )

@@ -1,0 +1,40 @@
+"""PiSSA: A and B are the principal part of the weight, the rest stays frozen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Spec
+from .init import halves, low_rank_svd, matrices, shaped
+
+
+def pissa(
+    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype, *, n_iter: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns A and B with `scale * a @ b` the best rank-r part of the weight.
+
+    With `w = U S Vᵀ`, `a = U_r sqrt(S_r / scale)` and `b = sqrt(S_r / scale) V_rᵀ`, as
+    PEFT's `init_lora_weights="pissa"`; `n_iter` gives `"pissa_niter_<n>"`.
+
+    Args:
+      key: PRNG key, consumed; used by the randomised decomposition alone.
+      w: the weight.
+      spec: axes, rank and scale.
+      dtype: dtype of both factors.
+      n_iter: rounds of subspace iteration of a randomised decomposition, which costs
+        `O(in * out * rank)`; None for the exact one, `O(in * out * min(in, out))`.
+
+    Returns:
+      `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
+
+    References:
+      Meng et al., 2024, PiSSA, https://arxiv.org/abs/2404.02948
+    """
+    flat, rank = matrices(w, spec.axes), spec.rank
+    if n_iter is None:
+        u, s, vt = jnp.linalg.svd(flat, full_matrices=False)
+    else:
+        u, s, vt = low_rank_svd(key, flat, rank, n_iter)
+    a, b = halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
+    return shaped(a, b, spec, w.shape, dtype)

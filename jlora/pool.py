@@ -1,0 +1,422 @@
+"""Adapters that come and go while one compiled program serves: a pool of slots.
+
+`Pool` is a stack of adapters of fixed capacity, a pytree with pure functions; `Cache`
+is the host's side: names, the least recently used slot, loading in the background.
+Every adapter is padded to the pool's shapes on the host, so that putting one in, or
+taking one out, never compiles anything.
+"""
+
+import collections
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .adapters import to_lora
+from .adapters._algebra import plain_spec
+from .adapters._several import changed_base, is_plain, rescales
+from .adapters._stack import pick
+from .errors import PoolError
+from .factors import Factors, Trainable
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Slots for adapters, a pytree of device arrays.
+
+    Attributes:
+      adapters: leaves `[capacity, ...]`, scale 1; for `jlora.per_row` and
+        `jlora.adapters.select`.
+      occupied: `[capacity]`, whether a slot holds an adapter.
+    """
+
+    adapters: Trainable
+    occupied: Any
+
+    @property
+    def capacity(self) -> int:
+        """How many adapters there is room for."""
+        return self.occupied.shape[0]
+
+
+def create(like: Trainable, capacity: int) -> Pool:
+    """Returns an empty pool for adapters that are no larger than `like`.
+
+    Args:
+      like: an adapter, or its shapes from `jax.eval_shape`, with every weight that an
+        adapter of the pool may adapt, at the highest rank. Dtypes are those of the
+        pool.
+      capacity: the number of slots, see `capacity_for`.
+
+    Raises:
+      PoolError: if `like` has leaves trained in full or methods other than LoRA, which
+        a pool cannot hold; lists them.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 2)), jnp.ones((2, 4)),
+      ...                                Spec(rank=2, alpha=2))})
+      >>> pool = create(like, 5)
+      >>> pool.adapters.lora["w"].a.shape, bytes_of(like)
+      ((5, 3, 2), 56)
+    """
+    wrong = [f"{p!r} is trained in full" for p in like.full]
+    wrong += [
+        f"{p!r} has method {f.spec.method!r}"
+        for p, f in like.lora.items()
+        if not is_plain(f.spec)
+    ]
+    if wrong:
+        raise PoolError(
+            f"A pool holds plain LoRA factors alone: {'; '.join(wrong)}. See "
+            "jlora.adapters.to_lora and jlora.adapters.stack."
+        )
+
+    def zeros(x: Any) -> jax.Array:
+        return jnp.zeros((capacity, *x.shape), x.dtype)
+
+    lora = {
+        path: Factors(zeros(f.a), zeros(f.b), plain_spec(f.spec, f.rank, 0.0))
+        for path, f in like.lora.items()
+    }
+    return Pool(Trainable(lora), jnp.zeros(capacity, bool))
+
+
+def bytes_of(like: Trainable) -> int:
+    """Returns the bytes of one slot of a pool for adapters like `like`."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
+
+
+def capacity_for(like: Trainable, budget: int) -> int:
+    """Returns how many adapters like `like` fit into `budget` bytes of the device."""
+    return budget // (bytes_of(like) + 1)  # one for `occupied`
+
+
+def fit(pool: Pool, trainable: Trainable) -> Trainable:
+    """Returns the adapter with the pool's shapes, as numpy arrays.
+
+    Ranks and missing weights are filled with zeros, alphas go into B, and the numbers
+    are rounded to the pool's dtypes.
+
+    Raises:
+      PoolError: lists all that does not fit.
+    """
+    if not isinstance(trainable, Trainable):
+        raise PoolError(f"An adapter is a Trainable, not a {type(trainable).__name__}.")
+    slots = pool.adapters.lora
+    wrong = [f"{p!r} is trained in full" for p in trainable.full]
+    wrong += [
+        f"{p!r} is no weight of the pool" for p in trainable.lora if p not in slots
+    ]
+    wrong += [f"{p!r} is DoRA" for p, f in trainable.lora.items() if rescales(f.spec)]
+    wrong += [
+        f"{p!r} is for a base changed by init={f.spec.init!r}"
+        for p, f in trainable.lora.items()
+        if changed_base(f)
+    ]
+    if not wrong:
+        trainable = to_lora(trainable)
+        for path, f in trainable.lora.items():
+            wrong += _misfit(path, f, slots[path])
+    if wrong:
+        raise PoolError(
+            f"This adapter does not fit the pool: {'; '.join(wrong)}. Make the pool "
+            "with jlora.pool.create for larger ones, or see jlora.adapters.to_lora."
+        )
+    return Trainable(
+        {path: _fill(trainable.lora.get(path), slot) for path, slot in slots.items()}
+    )
+
+
+def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
+    spec = factors.spec
+    if spec.axes != slot.spec.axes or spec.op != slot.spec.op:
+        return [
+            f"{path!r} is for a {spec.op} with {spec.axes}, the pool's for a "
+            f"{slot.spec.op} with {slot.spec.axes}"
+        ]
+    n = len(spec.axes.batch)
+    own = (*factors.a.shape[:-1], *factors.b.shape[n + 1 :])
+    sizes = (*slot.a.shape[1:-1], *slot.b.shape[n + 2 :])
+    if own != sizes:
+        return [f"{path!r} is for a weight of sizes {own}, the pool's of {sizes}"]
+    if factors.rank > slot.rank:
+        return [f"{path!r} has rank {factors.rank}, the pool {slot.rank}"]
+    finite = (
+        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(factors)
+    )
+    return [] if all(finite) else [f"{path!r} holds NaN or infinity"]
+
+
+def _fill(factors: Factors | None, slot: Factors) -> Factors:
+    a = np.zeros(slot.a.shape[1:], slot.a.dtype)
+    b = np.zeros(slot.b.shape[1:], slot.b.dtype)
+    if factors is not None:
+        n, rank = len(slot.spec.axes.batch), factors.rank
+        a[..., :rank] = np.asarray(factors.a).astype(a.dtype)
+        wide = np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale)
+        b[(slice(None),) * n + (slice(rank),)] = wide.astype(b.dtype)
+    return Factors(a, b, slot.spec)
+
+
+def insert(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
+    """Returns the pool with an adapter in `slot`, in place of what was there.
+
+    Pure. Under `jax.jit` with the pool donated it writes one slot and copies nothing;
+    `slot` may be traced. Give it what `fit` returns, so that adapters of all ranks have
+    one shape.
+
+    Raises:
+      PoolError: if the adapter has other shapes than a slot.
+    """
+    _check_shapes(pool, trainable)
+    adapters = jax.tree.map(
+        lambda slots, x: slots.at[slot].set(x), pool.adapters, trainable
+    )
+    return Pool(adapters, pool.occupied.at[slot].set(True))
+
+
+def _check_shapes(pool: Pool, trainable: Trainable) -> None:
+    whole, own = (jax.tree.structure(t) for t in (pool.adapters, trainable))
+    same = whole == own and all(
+        x.shape[1:] == y.shape
+        for x, y in zip(
+            jax.tree.leaves(pool.adapters), jax.tree.leaves(trainable), strict=True
+        )
+    )
+    if not same:
+        raise PoolError(
+            "The adapter has other leaves, ranks or scales than the pool's slots. Give "
+            "insert what jlora.pool.fit(pool, adapter) returns."
+        )
+
+
+def evict(pool: Pool, slot: Any) -> Pool:
+    """Returns the pool with `slot` free; its numbers stay until the next `insert`."""
+    return Pool(pool.adapters, pool.occupied.at[slot].set(False))
+
+
+def lookup(pool: Pool, ids: Any) -> Trainable:
+    """Returns the adapters in slots `ids`, one for each row, as `adapters.select` does.
+
+    `-1` is the base model. A free slot, or one that does not exist, gives NaN: its row
+    is lost, and never passes for that of another adapter.
+
+    Args:
+      pool: the pool.
+      ids: an integer, or an integer array `[batch]`.
+    """
+    ids = jnp.asarray(ids)
+    n = pool.capacity
+    known = (ids >= 0) & (ids < n)
+    taken = known & pool.occupied[jnp.where(known, ids, 0)]
+    return pick(pool.adapters, jnp.where(taken | (ids == -1), ids, n), None)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _insert_in_place(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
+    return insert(pool, slot, trainable)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _evict_in_place(pool: Pool, slot: Any) -> Pool:
+    return evict(pool, slot)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a batch of requests needs.
+
+    Attributes:
+      adapters: the pool's stack, valid until the next call of the cache that puts an
+        adapter in.
+      ids: `[rows]` int32; -1 for the base model. A row with an error has the id
+        `capacity`, which makes it NaN.
+      errors: for each row that cannot be served why.
+    """
+
+    adapters: Trainable
+    ids: np.ndarray
+    errors: dict[int, Exception]
+
+
+class Cache:
+    """Adapters by name around a `Pool`: loads, places and replaces them.
+
+    The one part of jlora that keeps state. Safe to use from several threads; `acquire`
+    writes into the pool in place, so run one batch after another.
+
+    Args:
+      load: `load(name) -> Trainable`, for example from a PEFT directory; it runs in
+        threads of its own. What it raises is the error of the rows that asked.
+      like: the largest adapter, see `create`.
+      capacity: the number of slots.
+      workers: how many adapters load at the same time.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> def load(name):
+      ...     value = {"one": 1.0, "two": 2.0}[name]
+      ...     own = Factors(jnp.full((3, 1), value), jnp.ones((1, 2)),
+      ...                   Spec(rank=1, alpha=1.0))
+      ...     return Trainable({"w": own})
+      >>> row_fn = jlora.per_row(lambda p, x: x @ p["w"])
+      >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
+      ...     batch = cache.acquire(["two", None, "three"])
+      ...     y = row_fn({"w": jnp.ones((3, 2))}, batch.adapters, jnp.array([0, -1]),
+      ...                jnp.ones((2, 3)))
+      >>> y[:, 0], batch.ids, batch.errors
+      (Array([9., 3.], dtype=float32), array([ 0, -1,  2], dtype=int32),
+       {2: KeyError('three')})
+    """
+
+    def __init__(
+        self,
+        load: Callable[[str], Trainable],
+        like: Trainable,
+        capacity: int,
+        *,
+        workers: int = 2,
+    ):
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._load = load
+        self._pool = create(like, capacity)
+        # Shapes alone: the arrays are donated at each insertion.
+        self._shapes = jax.eval_shape(lambda p: p, self._pool)
+        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._free = list(range(capacity))[::-1]
+        self._loading: dict[str, Future] = {}
+        self._lock = threading.RLock()
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jlora-pool")
+
+    @property
+    def pool(self) -> Pool:
+        """The pool as it is now."""
+        return self._pool
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names in the pool, the least recently used one first."""
+        with self._lock:
+            return tuple(self._slots)
+
+    def prefetch(self, names: Iterable[str | None]) -> None:
+        """Starts to load adapters that are not in the pool, and does not wait."""
+        with self._lock:
+            for name in names:
+                known = name is None or name in self._slots or name in self._loading
+                if not known:
+                    self._loading[name] = self._workers.submit(self._fetch, name)
+
+    def ready(self, name: str | None) -> bool:
+        """Returns whether `acquire` would not wait for `name`."""
+        with self._lock:
+            if name is None or name in self._slots:
+                return True
+            future = self._loading.get(name)
+            return future is not None and future.done()
+
+    def acquire(self, names: Sequence[str | None]) -> Batch:
+        """Returns slots for a batch of requests, loading what is missing.
+
+        Adapters of this batch do not replace each other; others are replaced, the
+        least recently used first. An adapter that cannot be loaded, does not fit, or
+        finds all slots taken by this batch is the error of its own rows.
+
+        Args:
+          names: for each row an adapter's name, or None for the base model.
+        """
+        names = list(names)
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        self.prefetch(wanted)
+        with self._lock:
+            loading = [self._loading[n] for n in wanted if n in self._loading]
+        for future in loading:  # not under the lock: others may go on
+            future.exception()
+        failed: dict[str, Exception] = {}
+        with self._lock:
+            for name in wanted:
+                if name in self._slots:
+                    self._slots.move_to_end(name)
+            for name in wanted:
+                try:
+                    if name not in self._slots:
+                        self._place(name, keep=wanted)
+                except Exception as error:  # any error of `load` is that of its rows
+                    failed[name] = error
+            none = self._pool.capacity
+            ids = [-1 if n is None else self._slots.get(n, none) for n in names]
+            adapters = self._pool.adapters
+        errors = {i: failed[n] for i, n in enumerate(names) if n in failed}
+        return Batch(adapters, np.asarray(ids, np.int32), errors)
+
+    def put(self, name: str, trainable: Trainable) -> None:
+        """Puts an adapter in under a name, in place of one of the same name.
+
+        Raises:
+          PoolError: if it does not fit.
+        """
+        fitted = fit(self._shapes, trainable)
+        with self._lock:
+            self._loading.pop(name, None)
+            self._write(name, fitted, keep=())
+
+    def drop(self, name: str) -> None:
+        """Frees the slot of `name`, so that the next request loads it anew."""
+        with self._lock:
+            self._loading.pop(name, None)
+            slot = self._slots.pop(name, None)
+            if slot is not None:
+                self._pool = _evict_in_place(self._pool, np.int32(slot))
+                self._free.append(slot)
+
+    def close(self) -> None:
+        """Ends the threads that load."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _fetch(self, name: str) -> Trainable:
+        return fit(self._shapes, self._load(name))
+
+    def _place(self, name: str, keep: Sequence[str]) -> None:
+        future = self._loading.get(name)
+        if future is None:
+            raise PoolError(f"{name!r} was dropped while it was requested.")
+        try:
+            fitted = future.result()
+        finally:
+            self._loading.pop(name, None)
+        self._write(name, fitted, keep)
+
+    def _write(self, name: str, fitted: Trainable, keep: Sequence[str]) -> None:
+        slot = self._slots.pop(name, None)
+        if slot is None and self._free:
+            slot = self._free.pop()
+        if slot is None:
+            victim = next((n for n in self._slots if n not in keep), None)
+            if victim is None:
+                raise PoolError(
+                    f"No slot for {name!r}: this batch uses more adapters than the "
+                    f"pool's {self._pool.capacity}. Make the batch smaller or the pool "
+                    "larger."
+                )
+            slot = self._slots.pop(victim)
+        self._pool = _insert_in_place(self._pool, np.int32(slot), fitted)
+        self._slots[name] = slot

@@ -1,0 +1,290 @@
+"""Second moments of what weights are multiplied by, inside any function.
+
+A weight carries a probe of zeros and a selector, the identity over its fan-in, in the
+place of A and B, so all structural rules act on both. Where the weight meets an
+activation, `x . selector` is the input in the leaf's own coordinates, whatever was
+sliced, joined, reshaped or scaled on the way. The product's derivative with respect to
+the probe is declared to be the sum of its outer products. So the moments are a
+gradient: `scan` gives one for each layer, `jit`, `cond` and `checkpoint` are no special
+cases.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..factors import Axes
+from . import CONTROL, LINEAR, STRUCTURE, compat, control, structure
+from .interpret import Context, interpret
+from .values import (
+    OTHER,
+    RANK,
+    Atom,
+    Labels,
+    Term,
+    Weight,
+    contract,
+    lay_out,
+    leaf,
+    leaf_dims,
+    regroup,
+    size,
+)
+
+SECOND = Atom((-5,), 0)  # labels the probe's last axis; its size is never read
+Site = tuple[int, ...]
+
+
+@dataclasses.dataclass
+class Trace:
+    """What one trace has met, for errors.
+
+    Attributes:
+      sites: the leaves and source line of each product.
+      reached: those that a derivative came back through.
+      missed: why, by leaf, a use of it gives no input.
+      kept: keeps the code alive, so that ids stay its own.
+    """
+
+    sites: dict[Site, tuple[tuple[str, ...], str]] = dataclasses.field(
+        default_factory=dict
+    )
+    reached: set[Site] = dataclasses.field(default_factory=set)
+    missed: dict[str, str] = dataclasses.field(default_factory=dict)
+    kept: list[Any] = dataclasses.field(default_factory=list)
+
+    def problems(self) -> dict[str, str]:
+        """Returns why the moments of a leaf would be wrong, by leaf."""
+        lost = {
+            path: f"what it gives at {where} reaches no result through derivatives "
+            "(stop_gradient, argmax, integers): return it from the function"
+            for site, (paths, where) in self.sites.items()
+            if site not in self.reached
+            for path in paths
+        }
+        return {**lost, **self.missed}
+
+
+def input_moments(
+    code: compat.Code,
+    values: Sequence[Any],
+    weights: Mapping[int, tuple[str, Axes]],
+    trace: Trace,
+) -> dict[str, jax.Array]:
+    """Returns sums of outer products of `[x, 1]` for each weight, by path.
+
+    Shapes: `[*batch, n + 1, n + 1]` with `n` the product of the fan-in's sizes.
+
+    Args:
+      code: the staged function.
+      values: its arguments.
+      weights: path and roles of the axes of those arguments to look at.
+      trace: filled with what the caller has to check.
+    """
+    trace.kept.append(code)
+
+    def total(probes: Mapping[str, jax.Array]) -> jax.Array:
+        placed = list(values)
+        for slot, (path, axes) in weights.items():
+            placed[slot] = _probed(path, values[slot], axes, probes[path])
+        ctx = _context(trace)
+        outs = [ctx.settle(v, None) for v in interpret(ctx, code, placed)]
+        floats = [x for x in outs if jnp.issubdtype(x.dtype, jnp.inexact)]
+        sums = [jnp.sum(jnp.real(x)).astype(jnp.float32) for x in floats]
+        return sum(sums, jnp.zeros((), jnp.float32))
+
+    probes = {}
+    for slot, (path, axes) in weights.items():
+        shape = values[slot].shape
+        n = math.prod(shape[i] for i in axes.fan_in) + 1
+        probes[path] = jnp.zeros([*(shape[i] for i in axes.batch), n, n], jnp.float32)
+    return jax.grad(total)(probes)
+
+
+def _probed(path: str, w: Any, axes: Axes, probe: jax.Array) -> Weight:
+    """Returns `w` with its probe as A and the identity over its fan-in as B."""
+    dims = leaf_dims(w.shape)
+    batch, fan_in = (
+        tuple(dims[i][0] for i in role) for role in (axes.batch, axes.fan_in)
+    )
+    sizes = [atom.size for atom in (*batch, *fan_in)]
+    n = size(fan_in)
+    eye = jnp.eye(n, dtype=jnp.float32).reshape(*(atom.size for atom in fan_in), n)
+    term = Term(
+        probe,
+        jnp.broadcast_to(eye, (*sizes, n)),
+        (*batch, RANK, SECOND),
+        (*batch, *fan_in, RANK),
+        1.0,
+        0.0,
+    )
+    return leaf(path, w, (term,))
+
+
+def _context(trace: Trace) -> Context:
+    def settle(value: Any, eqn: Any) -> Any:
+        if not isinstance(value, Weight):
+            return value
+        if value.terms and eqn is not None:
+            why = f"`{eqn.primitive.name}` at {compat.where(eqn)} is no matrix product"
+            for part in value.parts:
+                trace.missed.setdefault(part.path, why)
+        return value.w
+
+    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        return compat.bind(eqn, *(ctx.settle(v, eqn) for v in operands))
+
+    return Context(
+        rules=_rules(trace, ()),
+        used=lambda *_, **__: None,
+        fallback=fallback,
+        settle=settle,
+    )
+
+
+def _rules(trace: Trace, calls: Site) -> dict[str, Callable[..., Any]]:
+    """Returns the rules for code that the equations `calls` lead to."""
+
+    def nested(rule: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(ctx: Context, eqn: Any, *values: Any) -> Any:
+            rules = _rules(trace, (*calls, id(eqn)))
+            return rule(dataclasses.replace(ctx, rules=rules), eqn, *values)
+
+        return inside
+
+    calls_inlined = {"jit": control.closed_call, "pjit": control.closed_call}
+    linear = dict.fromkeys(LINEAR, _unseen)
+    return {
+        **linear,
+        "dot_general": _watched(LINEAR["dot_general"], trace, calls),
+        **STRUCTURE,
+        "stop_gradient": structure.keep,
+        **{name: nested(rule) for name, rule in (CONTROL | calls_inlined).items()},
+        "shard_map": _unseen,
+    }
+
+
+def _unseen(ctx: Context, eqn: Any, *operands: Any) -> Any:
+    """Leaves the equation to `fallback`, which reports the weights in it."""
+    return NotImplemented
+
+
+def _watched(rule: Callable[..., Any], trace: Trace, calls: Site) -> Any:
+    """Returns `rule` with the inputs of the weight it meets tied to its probes."""
+
+    def watched(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+        operands = (lhs, rhs)
+        bare = [v.replace(terms=()) if isinstance(v, Weight) else v for v in operands]
+        met: list[Weight] = []
+        own = dataclasses.replace(ctx, used=lambda weight, *_, **__: met.append(weight))
+        results = rule(own, eqn, *bare)
+        if results is NotImplemented:
+            return NotImplemented
+        (y,) = results
+        for side, weight in enumerate(operands):
+            if not isinstance(weight, Weight) or not weight.terms:
+                continue
+            if not any(bare[side] is seen for seen in met):
+                ctx.settle(weight, eqn)  # an activation by now
+                continue
+            x = bare[1 - side]
+            x = x.w if isinstance(x, Weight) else x
+            x, x_labels, summed = _labelled(eqn, side, x, weight)
+            paths = tuple(part.path for part in weight.parts)
+            site = (*calls, id(eqn), side)
+            for term in weight.terms:
+                rows = _rows(x, x_labels, summed, term)
+                if rows is None:
+                    where = compat.where(eqn)
+                    trace.missed.update(
+                        (path, f"the product at {where} sums over other axes of it")
+                        for path in paths
+                    )
+                    continue
+                trace.sites[site] = (paths, compat.where(eqn))
+                y = _tied(y, rows, term.a, functools.partial(trace.reached.add, site))
+        return [y]
+
+    return watched
+
+
+def _labelled(
+    eqn: Any, side: int, x: Any, weight: Weight
+) -> tuple[jax.Array, Labels, Labels]:
+    """Returns the activation, a label for each of its axes, and those summed over."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    partner = {
+        **dict(zip(contracted[1 - side], contracted[side], strict=True)),
+        **dict(zip(batch[1 - side], batch[side], strict=True)),
+    }
+    groups = [
+        weight.dims[partner[i]] if i in partner else (Atom((OTHER, i), n),)
+        for i, n in enumerate(x.shape)
+    ]
+    labels = tuple(atom for group in groups for atom in group)
+    x = lax.reshape(x, [atom.size for atom in labels]).astype(jnp.float32)
+    summed = tuple(atom for i in contracted[side] for atom in weight.dims[i])
+    return x, labels, summed
+
+
+def _rows(x: Any, x_labels: Labels, summed: Labels, term: Term) -> Any:
+    """Returns the inputs `[x, 1]` of a leaf as `[*batch, rows, n + 1]`.
+
+    Rows that do not meet the leaf (another one is stacked there) are zeros, the last
+    entry too. None if the product does not sum over just the leaf's fan-in.
+    """
+    probe_labels, labels = term.a_labels, term.b_labels
+    batch = [s for s in probe_labels if s not in (RANK, SECOND)]
+    fan_in = [s for s in labels if s.root >= 0 and s not in batch]
+    if not set(fan_in) <= set(summed) or not set(summed) <= {*fan_in, *batch}:
+        return None
+
+    def exact(x: Any, y: Any, numbers: Any) -> jax.Array:
+        return lax.dot_general(x, y, numbers, precision=lax.Precision.HIGHEST)
+
+    others = [s for s in (*x_labels, *labels) if s not in fan_in]
+    t, t_labels = contract(exact, x, x_labels, term.b, labels, keep=others)
+    tokens = [s for s in t_labels if s not in batch and s != RANK]
+    rows = regroup(t, t_labels, [*((s,) for s in batch), tuple(tokens), (RANK,)])
+    gone = [i for i, s in enumerate(labels) if s in fan_in or s == RANK]
+    meets = jnp.max(jnp.abs(term.b), axis=gone) > 0
+    meets = lay_out(
+        meets,
+        tuple(s for i, s in enumerate(labels) if i not in gone),
+        [*batch, *tokens],
+        (*rows.shape[:-1], 1),
+    )
+    return jnp.concatenate([rows, meets.astype(rows.dtype)], axis=-1)
+
+
+def _tied(y: Any, rows: Any, probe: Any, reach: Callable[[], Any]) -> jax.Array:
+    """Returns `y`; its derivative with respect to `probe` is the sum of `rows rowsᵀ`.
+
+    The derivative is the same whatever comes back, if only something does.
+    """
+
+    def moments(rows: Any) -> jax.Array:
+        exact = lax.Precision.HIGHEST
+        return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=exact)
+
+    few = rows.shape[-2] < rows.shape[-1]  # then the rows are the smaller to keep
+
+    @jax.custom_vjp
+    def tie(y: Any, rows: Any, probe: Any) -> Any:
+        return y
+
+    def forward(y: Any, rows: Any, probe: Any) -> Any:
+        return y, rows if few else moments(rows)
+
+    def backward(kept: Any, dy: Any) -> Any:
+        reach()
+        return dy, None, moments(kept) if few else kept
+
+    tie.defvjp(forward, backward)
+    return tie(y, rows, probe)

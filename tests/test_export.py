@@ -1,0 +1,328 @@
+"""Merged models for others: what they read is what `merge` gives."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from test_checkpoint import normal, same
+
+import jlora
+from jlora import export
+from jlora._models import open_model
+from jlora.factors import Axes, Factors, Spec
+
+PARAMS = {
+    "embed": normal((7, 4), 1),
+    "dense": {"kernel": normal((4, 2, 3), 2, "bfloat16"), "bias": jnp.zeros(3)},
+    "experts": normal((2, 4, 5), 3, "float16"),
+    "head": normal((4, 2), 4),
+    "steps": jnp.int32(7),
+}
+ADAPTER = jlora.Trainable(
+    {
+        "dense/kernel": Factors(
+            normal((4, 2), 5),
+            normal((2, 2, 3), 6),
+            Spec(rank=2, alpha=1, axes=Axes((), (0,), (1, 2))),
+        ),
+        "experts": Factors(
+            normal((2, 4, 1), 7),
+            normal((2, 1, 5), 8),
+            Spec(rank=1, alpha=3, axes=Axes((0,), (1,), (2,))),
+        ),
+        "embed": Factors(
+            normal((7, 2), 9),
+            normal((2, 4), 1),
+            Spec(rank=2, alpha=2, method="dora", op="embedding"),
+            normal((4,), 2),
+        ),
+    },
+    {"head": normal((4, 2), 5, "bfloat16")},
+)
+
+
+def flat(tree):
+    return jlora.paths.flatten(tree)[0]
+
+
+def read_flat(file):
+    model = open_model(file)
+    return {name: model.read(name) for name in sorted(model.shapes)}
+
+
+@pytest.fixture
+def base(tmp_path):
+    file = tmp_path / "base.safetensors"
+    export.safetensors(file, PARAMS)
+    return file
+
+
+# Whole models.
+
+
+def test_safetensors_holds_every_leaf_under_its_path(base):
+    same(read_flat(base), flat(PARAMS))
+    theirs = safetensors.safe_open(base, "flax")
+    same(theirs.get_tensor("dense/kernel"), PARAMS["dense"]["kernel"])
+
+
+def test_sharded_parameters_are_written_whole(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = normal((16, 2))
+    placed = jax.device_put(w, jax.NamedSharding(mesh, jax.P("x")))
+    export.safetensors(tmp_path / "m", {"w": placed})
+    same(read_flat(tmp_path / "m"), {"w": w})
+
+
+def test_what_is_no_array_is_named(tmp_path):
+    with pytest.raises(jlora.CheckpointError, match="no array: 'act'"):
+        export.safetensors(tmp_path / "m", {"w": jnp.ones(2), "act": "gelu"})
+    assert os.listdir(tmp_path) == []
+
+
+def test_orbax_reads_what_was_written(tmp_path):
+    place = tmp_path / "model"
+    export.orbax(place, PARAMS)
+    with ocp.StandardCheckpointer() as checkpointer:
+        same(checkpointer.restore(place, PARAMS), PARAMS)
+    same(read_flat(place), flat(PARAMS))
+    with pytest.raises(jlora.CheckpointError, match=r"already there.*overwrite=True"):
+        export.orbax(place, PARAMS)
+    export.orbax(place, {"w": jnp.ones(1)}, overwrite=True)
+    same(read_flat(place), {"w": jnp.ones(1)})
+
+
+# From disk to disk.
+
+
+def test_merging_files_is_merging_trees(base, tmp_path):
+    out = tmp_path / "merged.safetensors"
+    seen = []
+
+    def progress(names):
+        for name in names:
+            seen.append(name)
+            yield name
+
+    export.merge_files(base, ADAPTER, out, progress=progress)
+    same(read_flat(out), flat(jlora.merge(PARAMS, ADAPTER)))
+    assert sorted(seen) == sorted(flat(PARAMS))
+
+
+def test_a_base_may_take_the_merged_place(base):
+    export.merge_files(base, ADAPTER, base)
+    same(read_flat(base), flat(jlora.merge(PARAMS, ADAPTER)))
+
+
+def test_a_base_of_orbax(tmp_path):
+    export.orbax(tmp_path / "base", PARAMS)
+    export.merge_files(tmp_path / "base", ADAPTER, tmp_path / "out")
+    same(read_flat(tmp_path / "out"), flat(jlora.merge(PARAMS, ADAPTER)))
+
+
+def test_wide_weights_keep_their_width(tmp_path):
+    w = np.random.default_rng(0).normal(size=(3, 4))
+    f = Factors(normal((3, 1)), normal((1, 4)), Spec(rank=1, alpha=1))
+    export.safetensors(tmp_path / "base", {"w": w})
+    export.merge_files(tmp_path / "base", jlora.Trainable({"w": f}), tmp_path / "out")
+    merged = read_flat(tmp_path / "out")["w"]
+    assert merged.dtype == np.float64
+    wide = np.asarray(f.a, np.float64) @ np.asarray(f.b, np.float64)
+    np.testing.assert_allclose(merged, w + wide, rtol=1e-12)
+
+
+def shard(folder, weight_map, **files):
+    for name, tensors in files.items():
+        safetensors.numpy.save_file(tensors, folder / f"{name}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_sharded_base(tmp_path):
+    w, v = np.ones((3, 4), np.float32), np.ones(2, np.float32)
+    places = {"w": "one.safetensors", "v": "two.safetensors"}
+    shard(tmp_path, places, one={"w": w}, two={"v": v})
+    f = Factors(normal((3, 1)), normal((1, 4)), Spec(rank=1, alpha=1))
+    export.merge_files(tmp_path, jlora.Trainable({"w": f}), tmp_path / "out")
+    same(
+        read_flat(tmp_path / "out"),
+        jlora.merge({"v": v, "w": w}, jlora.Trainable({"w": f})),
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "text"),
+    [
+        ({"w": "../secret.safetensors"}, "outside its directory"),
+        ({"w": "/etc/passwd"}, "outside its directory"),
+        ({"w": ".."}, "outside its directory"),
+        ({"w": "two.safetensors"}, "No such file"),
+        ({"w": "one.safetensors", "v": "one.safetensors"}, r"differ in \['v'\]"),
+        ({"v": "one.safetensors"}, "differ in"),
+        ([], "no index"),
+    ],
+)
+def test_an_index_that_lies_is_refused(tmp_path, places, text):
+    safetensors.numpy.save_file(
+        {"w": np.ones(2)}, tmp_path.parent / "secret.safetensors"
+    )
+    shard(tmp_path, places, one={"w": np.ones(2)})
+    with pytest.raises(jlora.CheckpointError, match=text):
+        open_model(tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused_before_writing(base, tmp_path):
+    f = Factors(normal((3, 1)), normal((1, 4)), Spec(rank=1, alpha=1))
+    wrong = jlora.Trainable({"embed": f, "embed2": f})
+    with pytest.raises(jlora.TreeError, match=r"a of 'embed'.*'emb?ed2'|emb.d2"):
+        export.merge_files(base, wrong, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["base.safetensors"]
+
+
+def test_a_directory_without_a_model_is_told(tmp_path):
+    with pytest.raises(jlora.CheckpointError, match="is no model: neither"):
+        open_model(tmp_path)
+
+
+MERGE = """
+import resource, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+import jax.numpy as jnp, numpy as np, jlora
+from jlora.factors import Factors, Spec
+spec = Spec(rank=2, alpha=1)
+factors = Factors(jnp.ones((1024, 2)), jnp.ones((2, 1024)), spec)
+lora = {f"{i}": factors for i in range(4)}
+small = {"0": Factors(jnp.ones((8, 2)), jnp.ones((2, 8)), spec)}
+jlora.export.safetensors("small", {"0": np.ones((8, 8), np.float32)})
+jlora.export.merge_files("small", jlora.Trainable(small), "small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jlora.export.merge_files("base", jlora.Trainable(lora), "out")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_bounded_by_a_few_leaves(tmp_path):
+    leaf = np.ones((1024, 1024), np.float32)  # 4 MiB
+    export.safetensors(tmp_path / "base", {f"{i}": leaf for i in range(40)})
+    done = subprocess.run(
+        [sys.executable, "-c", MERGE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,
+        check=True,
+    )
+    assert int(done.stdout) < 15 * 4 * 1024, "kB, of 160 MiB"
+
+
+def test_a_full_disk_leaves_nothing_behind(base, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(jlora.CheckpointError, match="File too large"):
+            export.merge_files(base, ADAPTER, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["base.safetensors"]
+
+
+# From a fine-tune.
+
+
+def tuned_pair(tmp_path):
+    base = {
+        "a": {"kernel": normal((4, 6))},
+        "embedding": normal((9, 4)),
+        "b": jnp.ones(2),
+    }
+    change = normal((4, 1), 3) @ normal((1, 6), 4)
+    tuned = {**base, "a": {"kernel": base["a"]["kernel"] + change}, "b": jnp.zeros(2)}
+    export.safetensors(tmp_path / "base", base)
+    export.safetensors(tmp_path / "tuned", tuned)
+    return base, tuned
+
+
+def test_extracting_from_files(tmp_path):
+    base, tuned = tuned_pair(tmp_path)
+    config = jlora.LoraConfig(rank=1, train=("b",))
+    plan = export.flat_plan(tmp_path / "base", config)
+    assert (plan.adapted, plan.full) == (("a/kernel",), ("b",))
+    found = export.extract_files(tmp_path / "tuned", tmp_path / "base", plan)
+    merged = jlora.merge(base, found)
+    np.testing.assert_allclose(merged["a"]["kernel"], tuned["a"]["kernel"], atol=1e-5)
+    same(found, jlora.extract(tuned, base, plan))
+    left = export.flat_plan(tmp_path / "base", jlora.LoraConfig(rank=1))
+    with pytest.warns(UserWarning, match="leaves them frozen.*: b"):
+        export.extract_files(tmp_path / "tuned", tmp_path / "base", left)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"rank": 9}, r"rank 9 is above min\(4, 6\) of 'a/kernel'"),
+        ({"targets": "c/*"}, r"targets: 'c/\*' matches nothing, nearest"),
+        ({"exclude": "a/*"}, "leaves nothing to adapt"),
+        ({"targets": lambda row: True}, "takes globs alone"),
+        ({"method": "vera"}, "method='lora' alone"),
+        ({"targets": "b"}, r"'b' has 1 axes\. Say with Rule"),
+    ],
+)
+def test_a_plan_without_a_function_is_strict(tmp_path, config, text):
+    tuned_pair(tmp_path)
+    with pytest.raises(jlora.ConfigError, match=text):
+        export.flat_plan(tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config}))
+
+
+def test_models_that_differ_are_refused(tmp_path):
+    tuned_pair(tmp_path)
+    export.safetensors(tmp_path / "other", {"c": jnp.ones(2)})
+    plan = export.flat_plan(tmp_path / "base", jlora.LoraConfig(rank=1))
+    with pytest.raises(jlora.TreeError, match="Only one of the models has"):
+        export.extract_files(tmp_path / "other", tmp_path / "base", plan)
+
+
+# StableHLO.
+
+
+def model(params, x, mask):
+    return {"y": jnp.tanh(x @ params["w"]) * mask["m"][:, None]}
+
+
+@pytest.mark.parametrize("embed", [True, False])
+def test_an_exported_function_takes_any_batch(tmp_path, embed):
+    params = {"w": normal((4, 3))}
+    mask = {"m": jnp.ones(2)}
+    file = tmp_path / "fn"
+    data = export.stablehlo(model, params, normal((2, 4)), mask, embed=embed, path=file)
+    assert file.read_bytes() == data
+    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    for n in (1, 5):
+        x, mask = normal((n, 4), n), {"m": jnp.arange(n, dtype=jnp.float32)}
+        args = (x, mask) if embed else (params, x, mask)
+        got = exported.call(*args)["y"]
+        np.testing.assert_allclose(got, model(params, x, mask)["y"], rtol=1e-6)
+
+
+def test_a_fixed_batch_and_sharded_parameters():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = jax.device_put(normal((8, 3)), jax.NamedSharding(mesh, jax.P("x")))
+    x = jax.ShapeDtypeStruct((2, 8), jnp.float32)
+    data = export.stablehlo(lambda p, x: x @ p, w, x, batch=None)
+    exported = jax.export.deserialize(bytearray(data))
+    assert exported.nr_devices == 1
+    assert exported.in_avals[0].shape == (2, 8)
+
+
+def test_parameters_that_cannot_be_embedded(monkeypatch):
+    monkeypatch.setattr(export, "_EMBED_LIMIT", 10)
+    with pytest.raises(jlora.TreeError, match=r"take 48 bytes.*embed=False"):
+        export.stablehlo(model, {"w": normal((4, 3))}, normal((2, 4)), {})

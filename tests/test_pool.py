@@ -1,0 +1,190 @@
+"""Slots for adapters: known outputs, no compilation, errors for their own rows."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora import adapters, pool
+from jlora.factors import Axes, Factors, Spec, Trainable
+
+LAYERS = Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
+PARAMS = {"w": jnp.zeros((4, 3)), "layers": jnp.zeros((2, 3, 3))}
+
+
+def model(params, x):
+    x = x @ params["w"]
+    return x + x @ params["layers"][0] + x @ params["layers"][1]
+
+
+def adapter(number, *, rank=1, alpha=None, layers=False):
+    """An adapter that makes ones into `4 * number` in each entry."""
+    alpha = rank if alpha is None else alpha
+    a = np.full((4, rank), number / alpha, "float32")
+    spec = Spec(rank=rank, alpha=float(alpha))
+    lora = {"w": Factors(a, np.ones((rank, 3), "float32"), spec)}
+    if layers:
+        spec = Spec(axes=LAYERS, rank=rank, alpha=1.0)
+        zeros = np.zeros((2, 3, rank), "float32"), np.zeros((2, rank, 3), "float32")
+        lora["layers"] = Factors(*zeros, spec)
+    return Trainable(lora)
+
+
+LIKE = adapter(0, rank=3, layers=True)
+
+
+def load(name):
+    """Known adapters of all ranks and alphas; some that cannot be had."""
+    if name == "missing":
+        raise FileNotFoundError("no such adapter")
+    if name == "large":
+        return adapter(1, rank=4)
+    if name == "nan":
+        return adapter(np.nan)
+    number = int(name)
+    return adapter(number, rank=1 + number % 3, alpha=1 + number % 5)
+
+
+ROW_FN = jax.jit(jlora.per_row(model))
+
+
+def served(batch):
+    x = jnp.ones((len(batch.ids), 4))
+    return np.asarray(ROW_FN(PARAMS, batch.adapters, batch.ids, x))
+
+
+def test_pure_functions_on_slots():
+    empty = pool.create(jax.eval_shape(lambda: LIKE), 3)
+    assert empty.capacity == 3
+    two = pool.insert(empty, 1, pool.fit(empty, adapter(5, rank=2, alpha=7)))
+    assert not empty.occupied.any()
+    np.testing.assert_array_equal(two.occupied, [False, True, False])
+    rows = jax.jit(pool.lookup)(two, jnp.array([1, -1, 0, 3, -2]))
+    x = jnp.ones((5, 4))
+    out = np.asarray(jlora.per_row(model)(PARAMS, rows, None, x))[:, 0]
+    np.testing.assert_allclose(out[:2], [20, 0], rtol=1e-6)
+    assert np.isnan(out[2:]).all()
+    gone = pool.lookup(pool.evict(two, 1), 1)
+    assert np.isnan(gone.lora["w"].a).all()
+
+
+def test_random_swaps_and_mixed_batches_never_give_a_wrong_adapter():
+    """Sixteen adapters in five slots; some requests are bad."""
+    rng = np.random.default_rng(0)
+    names = [*map(str, range(1, 17)), None, "missing", "large", "nan"]
+    compiled = None
+    with pool.Cache(load, LIKE, capacity=5) as cache:
+        for i in range(1000):
+            asked = [names[k] for k in rng.integers(0, len(names), 6)]
+            batch = cache.acquire(asked)
+            out = served(batch)
+            good = {n for n in asked if n is not None and n.isdigit()}
+            for row, name in enumerate(asked):
+                if name is None:
+                    assert (out[row] == 0).all()
+                elif name.isdigit() and row not in batch.errors:
+                    np.testing.assert_allclose(out[row], 4 * int(name), rtol=1e-5)
+                else:
+                    assert row in batch.errors
+                    assert np.isnan(out[row]).all()
+                    assert not name.isdigit() or len(good) > 5
+            if i == 0:
+                compiled = ROW_FN._cache_size(), pool._insert_in_place._cache_size()
+        assert (ROW_FN._cache_size(), pool._insert_in_place._cache_size()) == compiled
+        assert len(cache.resident) == 5
+
+
+def test_errors_say_what_is_wrong_with_which_row():
+    with pool.Cache(load, LIKE, capacity=2) as cache:
+        batch = cache.acquire(["1", "missing", None, "large", "nan", "1", "2", "3"])
+        assert set(batch.errors) == {1, 3, 4, 7}
+        assert isinstance(batch.errors[1], FileNotFoundError)
+        assert "'w' has rank 4, the pool 3" in str(batch.errors[3])
+        assert "'w' holds NaN or infinity" in str(batch.errors[4])
+        assert "more adapters than the pool's 2" in str(batch.errors[7])
+        np.testing.assert_array_equal(batch.ids[[1, 3, 4, 7]], 2)
+        # None of it stays: the next request is served.
+        assert not cache.acquire(["3"]).errors
+
+
+def test_least_recently_used_adapter_goes_first():
+    with pool.Cache(load, LIKE, capacity=2) as cache:
+        cache.acquire(["1"])
+        cache.acquire(["2"])
+        cache.acquire(["1"])
+        cache.acquire(["3"])
+        assert cache.resident == ("1", "3")
+        cache.drop("1")
+        cache.put("9", adapter(9))
+        assert cache.resident == ("3", "9")
+        np.testing.assert_allclose(served(cache.acquire(["9", "3"]))[:, 0], [36, 12])
+        cache.put("9", adapter(8))
+        np.testing.assert_allclose(served(cache.acquire(["9"]))[:, 0], [32])
+        with pytest.raises(jlora.PoolError, match="rank 4"):
+            cache.put("10", adapter(1, rank=4))
+
+
+def test_adapters_load_in_the_background():
+    begin, loaded = threading.Event(), []
+
+    def slow(name):
+        begin.wait(10)
+        loaded.append(name)
+        return load(name)
+
+    with pool.Cache(slow, LIKE, capacity=2) as cache:
+        cache.prefetch(["1", "1", None])
+        assert not cache.ready("1")
+        assert cache.ready(None)
+        begin.set()
+        np.testing.assert_allclose(served(cache.acquire(["1"]))[:, 0], [4])
+        assert cache.ready("1")
+        cache.acquire(["1"])
+        assert loaded == ["1"]
+
+
+def test_capacity_by_bytes():
+    assert pool.bytes_of(LIKE) == 4 * (4 * 3 + 3 * 3 + 2 * (9 + 9))
+    assert pool.capacity_for(LIKE, 10 * pool.bytes_of(LIKE) + 10) == 10
+    made = pool.create(LIKE, 10)
+    held = sum(x.nbytes for x in jax.tree.leaves(made))
+    assert held <= 10 * pool.bytes_of(LIKE) + 10
+
+
+def test_what_does_not_fit_is_listed():
+    made = pool.create(LIKE, 1)
+    other = Trainable({"v": adapter(1).lora["w"]}, {"head": jnp.ones(2)})
+    with pytest.raises(jlora.PoolError, match="'head' is trained in full; 'v' is no"):
+        pool.fit(made, other)
+    turned = Factors(
+        np.ones((3, 1)),
+        np.ones((1, 4)),
+        Spec(axes=Axes((), (1,), (0,)), rank=1, alpha=1),
+    )
+    with pytest.raises(jlora.PoolError, match="'w' is for a linear with Axes"):
+        pool.fit(made, Trainable({"w": turned}))
+    wide = Factors(np.ones((5, 1)), np.ones((1, 3)), Spec(rank=1, alpha=1))
+    with pytest.raises(
+        jlora.PoolError, match=r"sizes \(5, 3\), the pool's of \(4, 3\)"
+    ):
+        pool.fit(made, Trainable({"w": wide}))
+    with pytest.raises(jlora.PoolError, match="a dict"):
+        pool.fit(made, {})
+    with pytest.raises(jlora.PoolError, match=r"jlora.pool.fit\(pool, adapter\)"):
+        pool.insert(made, 0, adapter(1))
+    with pytest.raises(jlora.PoolError, match="'head' is trained in full"):
+        pool.create(Trainable(full={"head": jnp.ones(2)}), 2)
+
+
+def test_pool_in_low_precision_rounds_once():
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), LIKE)
+    made = pool.create(low, 2)
+    x = adapter(3, rank=2, alpha=7)
+    made = pool.insert(made, 0, pool.fit(made, x))
+    own = adapters.unstack(made.adapters)[0].lora["w"]
+    assert own.a.dtype == jnp.bfloat16
+    expected = jnp.asarray(x.lora["w"].b * 3.5, jnp.bfloat16)
+    np.testing.assert_array_equal(own.b[:2], expected)
