@@ -14,10 +14,9 @@ import numpy as np
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes, Factors, Trainable
-from ..methods import plain
+from ..methods import find_init, plain
 from . import layers
 from .config import (
-    BASE_CHANGING,
     CONFIG,
     PREFIX,
     SIGNED,
@@ -216,10 +215,14 @@ def _write_factors(
     cast: Callable[[str, Any], np.ndarray],
 ) -> None:
     spec = factors.spec
-    if spec.init.startswith(BASE_CHANGING):
+    init = find_init(spec.init)
+    if init is not None and init.changes_base:
+        remedy = "save the merged model, its base is in no file of PEFT's"
+        if init.base == "residual":
+            remedy = "call jlora.to_plain first, it gives an adapter for the original"
         out.wrong.append(
-            f"{path!r} began with {spec.init!r}, which changed the base weights: call "
-            "jlora.to_plain first, it gives an adapter to the original ones"
+            f"{path!r} began with {spec.init!r}, which changed the base weights: "
+            f"{remedy}"
         )
         return
     if spec.rows:
