@@ -281,8 +281,8 @@ def _write_factors(
         both = [place.module]
         if tied and place.kind == "embedding" and place.tied is not None:
             both.append(place.tied.removesuffix(".weight"))
-        out.ranks |= dict.fromkeys(both, own_rank)
-        out.alphas |= dict.fromkeys(both, alpha)
+        for module in both:
+            out.ranks[module], out.alphas[module] = own_rank, alpha
 
 
 def _write_rows(
