@@ -15,9 +15,9 @@ from .. import paths
 from .._plan import Plan, _axes
 from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
+from ..methods import find_init
 from . import layers
 from .config import (
-    BASE_CHANGING,
     CONFIG,
     PREFIX,
     SIGNED,
@@ -494,8 +494,10 @@ class _Reading:
                 f"{plan.scale:g}"
             )
             return spec
-        init = "kaiming" if plan.init.startswith(BASE_CHANGING) else plan.init
-        return dataclasses.replace(plan, init=init)
+        init = find_init(plan.init)
+        if init is not None and init.changes_base:  # the file is for the original base
+            return dataclasses.replace(plan, init="kaiming")
+        return plan
 
     def _parts(
         self,

@@ -14,10 +14,9 @@ import numpy as np
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes, Factors, Trainable
-from ..methods import plain
+from ..methods import find_init, plain
 from . import layers
 from .config import (
-    BASE_CHANGING,
     CONFIG,
     PREFIX,
     SIGNED,
@@ -114,7 +113,6 @@ class _Writing:
 
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-    scales: dict[str, float] = dataclasses.field(default_factory=dict)
     alphas: dict[str, float] = dataclasses.field(default_factory=dict)
     targets: list[str] = dataclasses.field(default_factory=list)
     raw: list[Place] = dataclasses.field(default_factory=list)
@@ -217,10 +215,14 @@ def _write_factors(
     cast: Callable[[str, Any], np.ndarray],
 ) -> None:
     spec = factors.spec
-    if spec.init.startswith(BASE_CHANGING):
+    init = find_init(spec.init)
+    if init is not None and init.changes_base:
+        remedy = "save the merged model, its base is in no file of PEFT's"
+        if init.base == "residual":
+            remedy = "call jlora.to_plain first, it gives an adapter for the original"
         out.wrong.append(
-            f"{path!r} began with {spec.init!r}, which changed the base weights: call "
-            "jlora.to_plain first, it gives an adapter to the original ones"
+            f"{path!r} began with {spec.init!r}, which changed the base weights: "
+            f"{remedy}"
         )
         return
     if spec.rows:
@@ -262,7 +264,7 @@ def _write_factors(
             n for r, n in zip(place.roles, place.shape(shape), strict=True) if r == "e"
         )
         own_rank = layer.a.shape[0] // (count if place.kind in RAW else 1)
-        as_is = own_parts or own_rank == rank
+        as_is = own_parts or (own_rank == rank and spec.parts is None)
         as_is = as_is and spec.method in _AS_IS and spec.rslora == rslora
         own_scale = spec.part_scale(own_rank) if own_parts else scale
         root = math.sqrt(own_rank) if rslora else own_rank
@@ -276,7 +278,11 @@ def _write_factors(
         else:
             _write_layer(out, place, layer, tied, path)
         out.layers[place.module] = layer
-        out.ranks[place.module], out.alphas[place.module] = own_rank, alpha
+        both = [place.module]
+        if tied and place.kind == "embedding" and place.tied is not None:
+            both.append(place.tied.removesuffix(".weight"))
+        for module in both:
+            out.ranks[module], out.alphas[module] = own_rank, alpha
 
 
 def _write_rows(
@@ -323,8 +329,6 @@ def _write_layer(
             head = place.tied.removesuffix(".weight")
             out.tying = True
             out.targets.append(head)
-            out.ranks[head] = layer.a.shape[0]
-            out.alphas[head] = layer.scale * layer.a.shape[0]
             out.tensors[f"{head}.lora_A.weight"] = np.ascontiguousarray(layer.b.T)
             out.tensors[f"{head}.lora_B.weight"] = np.ascontiguousarray(layer.a.T)
             if layer.magnitude is not None:

@@ -49,7 +49,6 @@ _LACKING = {
 }
 # Names of inits that leave the base weights as they are.
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
-BASE_CHANGING = ("corda", "loftq", "lora_ga", "milora", "olora", "pissa", "qpissa")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
