@@ -39,7 +39,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _HEADER_LIMIT = 100_000_000  # as in the reference implementation
 _SIZE_LIMIT = 2**48
@@ -144,12 +144,12 @@ def write(
     unknown = [
         f"{name!r} is {x.dtype}"
         for name, x in tensors.items()
-        if _little(x.dtype) not in _NAMES
+        if _little(x.dtype) not in NAMES
     ]
     if unknown:
         raise CheckpointError(
             f"Not saved: safetensors has no such dtype: {'; '.join(unknown[:5])}. "
-            f"It has {', '.join(str(d) for d in _NAMES)}."
+            f"It has {', '.join(str(d) for d in NAMES)}."
         )
     # Wide dtypes first, so that each tensor is aligned.
     order = sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
@@ -159,7 +159,7 @@ def write(
         dtype, shape = _little(tensors[name].dtype), tuple(tensors[name].shape)
         start, end = end, end + math.prod(shape) * dtype.itemsize
         fields[name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": NAMES[dtype],
             "shape": shape,
             "data_offsets": (start, end),
         }

@@ -1,8 +1,8 @@
-"""safetensors files: read with every length checked first, written whole or not at all.
+"""The safetensors files of an adapter or a model: one, or shards with an index.
 
-The format is eight bytes of header length, a JSON header, and the tensors' bytes. No
-tensor is read before the header has been compared with the size of the file, so a
-damaged file costs no memory, and only what is asked for is read.
+The format itself is `jlora._tensors`: no tensor is read before the header has been
+compared with the size of the file, so a damaged file costs no memory, and only what is
+asked for is read. Here errors become `PeftError`s that name the file.
 """
 
 import contextlib
@@ -17,33 +17,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from ..errors import PeftError
+from .. import _disk, _tensors
+from .._tensors import NAMES as NAMES
+from ..errors import CheckpointError, PeftError
 
-DTYPES = {
-    "BOOL": np.dtype(bool),
-    "U8": np.dtype("<u1"),
-    "I8": np.dtype("<i1"),
-    "U16": np.dtype("<u2"),
-    "I16": np.dtype("<i2"),
-    "U32": np.dtype("<u4"),
-    "I32": np.dtype("<i4"),
-    "U64": np.dtype("<u8"),
-    "I64": np.dtype("<i8"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype("<f4"),
-    "F64": np.dtype("<f8"),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = ("F16", "BF16", "F32", "F64")
-_MAX_HEADER = 100_000_000  # the limit of the reference implementation
 _MAX_JSON = 20_000_000
-_MAX_AXES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +33,21 @@ class Slot:
 
     Attributes:
       file: the file.
-      dtype: its safetensors name, `"F32"`.
-      shape: its sizes.
-      offset: its first byte in the file.
+      entry: its place in the file.
     """
 
     file: pathlib.Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    entry: _tensors.Entry
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of its dtype, `"F32"`."""
+        return NAMES[self.entry.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.entry.shape
 
     def read(self) -> np.ndarray:
         """Returns the tensor.
@@ -68,13 +55,12 @@ class Slot:
         Raises:
           PeftError: if the file has changed since its header was read.
         """
-        dtype, count = DTYPES[self.dtype], math.prod(self.shape)
-        with reading(self.file), open(self.file, "rb") as stream:
-            stream.seek(self.offset)
-            data = stream.read(count * dtype.itemsize)
-        if len(data) != count * dtype.itemsize:
-            raise PeftError(f"{self.file} became shorter while it was read.")
-        return np.frombuffer(data, dtype).reshape(self.shape)
+        with (
+            reading(self.file),
+            _disk.reading(self.file) as stream,
+            _disk.naming(self.file),
+        ):
+            return _tensors.read(stream, self.entry)
 
 
 @contextlib.contextmanager
@@ -82,6 +68,8 @@ def reading(file: os.PathLike) -> Iterator[None]:
     """Turns the system's errors into PeftErrors that name the file."""
     try:
         yield
+    except CheckpointError as error:
+        raise PeftError(str(error)) from error
     except (OSError, ValueError) as error:
         if isinstance(error, PeftError):
             raise
@@ -93,6 +81,8 @@ def writing(directory: os.PathLike) -> Iterator[None]:
     """Turns the system's errors into PeftErrors that name the directory."""
     try:
         yield
+    except CheckpointError as error:
+        raise PeftError(str(error)) from error
     except OSError as error:
         raise PeftError(
             f"{directory} cannot be written: {_said(error)}. What was there before is "
@@ -116,15 +106,6 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
                 f"{file} has over {_MAX_JSON} bytes, too many to be a config."
             )
         data = file.read_bytes()
-    return parse_json(data, str(file))
-
-
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Returns the JSON object in `data`.
-
-    Raises:
-      PeftError: says what `what` is instead.
-    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -137,9 +118,9 @@ def parse_json(data: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
-        raise PeftError(f"{what} is no JSON: {error}.") from error
+        raise PeftError(f"{file} is no JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise PeftError(f"{what} is no JSON object but {type(value).__name__}.")
+        raise PeftError(f"{file} is no JSON object but {type(value).__name__}.")
     return value
 
 
@@ -149,78 +130,10 @@ def read_header(file: pathlib.Path) -> tuple[dict[str, Slot], dict[str, str]]:
     Raises:
       PeftError: if it is no safetensors file, truncated, or inconsistent.
     """
-    with reading(file):
-        if file.is_dir():
-            raise PeftError(f"{file} is a directory, not a safetensors file.")
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            start = stream.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > min(_MAX_HEADER, size - 8):
-                raise PeftError(
-                    f"{file} is no safetensors file, or truncated: of its {size} bytes "
-                    f"the header is said to take {length}."
-                )
-            header = parse_json(stream.read(length), f"The header of {file}")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise PeftError(f"The metadata in {file} is no mapping of text to text.")
-    slots = {
-        name: _slot(file, name, entry, 8 + length) for name, entry in header.items()
-    }
-    _check_layout(file, slots, 8 + length, size)
-    return slots, metadata
-
-
-def _slot(file: pathlib.Path, name: str, entry: Any, data: int) -> Slot:
-    where = f"Tensor {name!r:.200} in {file}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise PeftError(
-            f"{where} has no dtype, shape and data_offsets: {entry!r:.200}."
-        )
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise PeftError(f"{where} has the dtype {dtype!r:.50}; known are {known}.")
-    if not _sizes(shape) or len(shape) > _MAX_AXES:
-        raise PeftError(f"{where} has the shape {shape!r:.100}.")
-    if not _sizes(offsets) or len(offsets) != 2:
-        raise PeftError(f"{where} has the offsets {offsets!r:.100}.")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != size:
-        raise PeftError(
-            f"{where} is {dtype}{shape}, {size} bytes, but takes those from "
-            f"{offsets[0]} to {offsets[1]}."
-        )
-    return Slot(file, dtype, tuple(shape), data + offsets[0])
-
-
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-
-
-def _check_layout(
-    file: pathlib.Path, slots: Mapping[str, Slot], start: int, size: int
-) -> None:
-    """Raises a PeftError unless the tensors fill the file without gap or overlap."""
-    end = start
-    by_offset = sorted(slots.items(), key=lambda item: (item[1].offset, item[0]))
-    # An empty tensor may share its offset with the one that follows.
-    by_offset.sort(key=lambda item: (item[1].offset, math.prod(item[1].shape) > 0))
-    for name, slot in by_offset:
-        if slot.offset != end:
-            raise PeftError(
-                f"Tensor {name!r:.200} in {file} begins at byte {slot.offset}, the one "
-                f"before it ends at {end}."
-            )
-        end += math.prod(slot.shape) * DTYPES[slot.dtype].itemsize
-    if end != size:
-        raise PeftError(
-            f"{file} has {size} bytes, its header speaks of {end}: it is "
-            f"{'truncated' if end > size else 'damaged'}."
-        )
+    with reading(file), _disk.reading(file) as stream, _disk.naming(file):
+        header = _tensors.read_header(stream)
+    slots = {name: Slot(file, entry) for name, entry in header.entries.items()}
+    return slots, dict(header.metadata)
 
 
 def open_tensors(
@@ -368,26 +281,10 @@ def write_tensors(
 def _write_file(
     file: pathlib.Path, tensors: Mapping[str, Pending], metadata: Mapping[str, str]
 ) -> None:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
-        end += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            array = tensor.make()
-            if array.dtype != tensor.dtype or array.shape != tensor.shape:
-                raise AssertionError(f"{name}: {array.dtype}{array.shape}")
-            stream.write(array.tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
+    def pieces(name: str) -> Iterable[Any]:
+        return (_tensors.raw(tensors[name].make()),)
+
+    _tensors.write(file, tensors, pieces, metadata)
 
 
 def write_text(file: pathlib.Path, text: str) -> None:
