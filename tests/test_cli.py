@@ -390,7 +390,6 @@ def write_peft(folder, **config):
 
 
 def test_peft_merges_into_a_base_of_torch(folder, call):
-    pytest.importorskip("jlora.peft")
     named = write_peft("peft")
     w = np.ones((6, 4), np.float32)
     base = {"h.0.q.weight": w, "h.0.o.weight": w.T.copy()}
@@ -409,7 +408,6 @@ def test_peft_merges_into_a_base_of_torch(folder, call):
 
 
 def test_peft_converts_both_ways(folder, call):
-    pytest.importorskip("jlora.peft")
     jlora.export.safetensors("flax", PARAMS)
     lora = jlora.Trainable(dict(adapter().lora))
     jlora.save("lora.safetensors", lora)
@@ -426,7 +424,6 @@ def test_peft_converts_both_ways(folder, call):
 
 
 def test_peft_that_is_not_understood_is_refused(folder, call):
-    pytest.importorskip("jlora.peft")
     write_peft("wrong", r=3)
     fails(call("inspect", "wrong"), 1, "has rank 2, its config says 3")
     write_peft("other", use_qalora=True)
@@ -439,7 +436,6 @@ PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "cli.md").read_text()
 
 
 def test_the_page_shows_what_the_command_prints(tmp_path, monkeypatch, call):
-    pytest.importorskip("jlora.peft")
     monkeypatch.chdir(tmp_path)
     name = "my_model"
     code = re.search(rf'```python title="{name}.py"\n(.*?)```', PAGE, re.DOTALL)
