@@ -74,7 +74,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         raise CheckpointError(
             f"Not saved: {_name(path)} cannot be written: {_why(error)}. What was "
@@ -82,7 +82,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _sync_directory(directory: pathlib.Path) -> None:
+def sync_directory(directory: pathlib.Path) -> None:
     """Makes the new name last; not every system can."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)

@@ -1,5 +1,6 @@
 """AdaLoRA's training: singular values pruned by importance under a budget."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -156,7 +157,7 @@ def adalora(
                 return updates
             mask = next(masks) | ~pruning
             own = jnp.where(mask, updates.magnitude, -params.magnitude)
-            return _replace_magnitude(updates, own)
+            return dataclasses.replace(updates, magnitude=own)
 
         updates = jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)
         return updates, RankBudgetState(inner, count, mean, spread, kept)
@@ -211,10 +212,6 @@ def _is_adaptive(x: Any) -> bool:
 def _adaptive(tree: Any) -> list[Factors]:
     """Returns the factors of the method in `tree`, in its order."""
     return [x for x in jax.tree.leaves(tree, is_leaf=_is_adaptive) if _is_adaptive(x)]
-
-
-def _replace_magnitude(factors: Factors, magnitude: Any) -> Factors:
-    return Factors(factors.a, factors.b, factors.spec, magnitude)
 
 
 def _importance(score: Factors) -> jax.Array:

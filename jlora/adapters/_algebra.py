@@ -67,14 +67,15 @@ def scaled(factors: Factors, weight: Any) -> Factors:
 
     Every method's update is linear in B, except that of a magnitude over the weight.
     """
-    if _is_one(weight):
+    if is_one(weight):
         return factors
     wide = at_least_float32(factors.b.dtype)
     b = (factors.b.astype(wide) * jnp.asarray(weight, wide)).astype(factors.b.dtype)
     return dataclasses.replace(factors, b=b)
 
 
-def _is_one(weight: Any) -> bool:
+def is_one(weight: Any) -> bool:
+    """Returns whether a weight is the number 1, which changes nothing."""
     return isinstance(weight, int | float) and weight == 1
 
 

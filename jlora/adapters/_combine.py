@@ -11,7 +11,15 @@ from ..errors import ConfigError
 from ..factors import Factors, Trainable
 from ..transform.compat import is_staging
 from ..transform.values import at_least_float32
-from ._algebra import cut, decompose, join, largest_rank, recompose, scaled
+from ._algebra import (
+    cut,
+    decompose,
+    is_one,
+    join,
+    largest_rank,
+    recompose,
+    scaled,
+)
 from ._several import (
     DORA,
     FULL,
@@ -355,7 +363,7 @@ def combine(
         return [x for x, _ in found], [w for _, w in found]
 
     def is_kept(weights: Sequence[Any]) -> bool:
-        return keep_single and len(weights) == 1 and _is_one(weights[0])
+        return keep_single and len(weights) == 1 and is_one(weights[0])
 
     for path in paths:
         factors, parts = own(path, "lora")
@@ -409,10 +417,6 @@ def combine(
 def _in_place(factors: Factors, w: Any) -> jax.Array:
     """Returns the dense update of a weight that another adapter trains in full."""
     return delta(factors, at_least_float32(w.dtype))
-
-
-def _is_one(weight: Any) -> bool:
-    return isinstance(weight, int | float) and weight == 1
 
 
 def _base_cancels(weights: Sequence[Any], count: int) -> bool:

@@ -18,7 +18,7 @@ from .rows import rows
 from .vera import vera
 
 METHODS = {
-    "lora": Method(reference="Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685"),
+    "lora": Method(),
     "dora": dora,
     "vera": vera,
     "adalora": adalora,

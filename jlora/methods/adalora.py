@@ -1,4 +1,8 @@
-"""AdaLoRA: the update as a singular value decomposition whose rank can shrink."""
+"""AdaLoRA: the update as a singular value decomposition whose rank can shrink.
+
+References:
+  Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512
+"""
 
 from typing import Any
 
@@ -42,5 +46,4 @@ adalora = Method(
     axes=_axes,
     plain=_plain,
     start=_start,
-    reference="Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512",
 )

@@ -1,4 +1,8 @@
-"""DoRA: the length of each column of a weight is trained apart from its direction."""
+"""DoRA: the length of each column of a weight is trained apart from its direction.
+
+References:
+  Liu et al., 2024, DoRA, https://arxiv.org/abs/2402.09353
+"""
 
 import dataclasses
 import string
@@ -9,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..factors import Axes, Factors, Spec
+from ..transform.values import at_least_float32
 from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero
@@ -19,7 +24,7 @@ def norm(factors: Factors, w: Any) -> jax.Array:
 
     From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed.
     """
-    wide = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
+    wide = at_least_float32(w.dtype)
     axes, scale = factors.spec.axes, factors.scale
     letter = dict(zip(range(w.ndim), string.ascii_letters, strict=False))
     batch, fan_in, fan_out = (
@@ -81,5 +86,4 @@ dora = Method(
     axes=_axes,
     finish=_finish,
     gain=gain,
-    reference="Liu et al., 2024, DoRA, https://arxiv.org/abs/2402.09353",
 )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..factors import Axes, Spec
+from ..transform.values import at_least_float32
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
 Base = Literal["same", "residual", "own"]
@@ -31,7 +32,6 @@ class Init:
       ops: the operations that it is for.
       even: whether the rank must be even.
       rank_factor: this many times the rank must fit into `min(fan_in, fan_out)`.
-      reference: the paper.
     """
 
     fun: Callable[..., Any]
@@ -40,7 +40,6 @@ class Init:
     ops: tuple[str, ...] = ("linear", "embedding", "conv")
     even: bool = False
     rank_factor: int = 1
-    reference: str = ""
 
     @property
     def changes_base(self) -> bool:
@@ -48,15 +47,10 @@ class Init:
         return self.base != "same"
 
 
-def wide_dtype(dtype: Any) -> Any:
-    """Returns the dtype in which decompositions of such a weight are computed."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-
-
 def matrices(w: Any, axes: Axes) -> jax.Array:
     """Returns `w` as matrices `[n, fan_in, fan_out]`, `n` of them, in float32."""
     flat = jnp.transpose(jnp.asarray(w), axes.order).reshape(axes.sizes(w.shape))
-    return flat.astype(wide_dtype(w.dtype))
+    return flat.astype(at_least_float32(w.dtype))
 
 
 def like_weight(x: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
@@ -78,7 +72,7 @@ def shaped(
 def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     """Returns `w - scale * a @ b`, computed in float32, rounded once."""
     n, n_in, n_out = spec.axes.sizes(w.shape)
-    wide = wide_dtype(w.dtype)
+    wide = at_least_float32(w.dtype)
     product = jnp.matmul(
         a.astype(wide).reshape(n, n_in, spec.rank),
         b.astype(wide).reshape(n, spec.rank, n_out),

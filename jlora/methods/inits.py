@@ -18,48 +18,21 @@ from .orthogonal import orthogonal
 from .pissa import pissa
 
 _LINEAR = ("linear",)
-_PISSA = Init(
-    pissa, "weight", "residual", reference="Meng et al., 2024, arXiv:2404.02948"
-)
-_LOFTQ = Init(loftq, "quantize", "own", reference="Li et al., 2023, arXiv:2310.08659")
-_CORDA = Init(
-    corda,
-    "inputs",
-    "residual",
-    ops=_LINEAR,
-    reference="Yang et al., 2024, arXiv:2406.05223",
-)
+_PISSA = Init(pissa, "weight", "residual")
+_LOFTQ = Init(loftq, "quantize", "own")
+_CORDA = Init(corda, "inputs", "residual", ops=_LINEAR)
 
 INITS = {
-    "kaiming": Init(kaiming, reference="He et al., 2015, arXiv:1502.01852"),
-    "gaussian": Init(gaussian, reference="Hu et al., 2021, arXiv:2106.09685"),
-    "orthogonal": Init(
-        orthogonal, even=True, reference="PEFT 0.21, `LoraLayer.orthogonal_init`"
-    ),
+    "kaiming": Init(kaiming),
+    "gaussian": Init(gaussian),
+    "orthogonal": Init(orthogonal, even=True),
     "pissa": _PISSA,
-    "olora": Init(
-        olora, "weight", "residual", reference="Büyükakyüz, 2024, arXiv:2406.01775"
-    ),
-    "eva": Init(
-        eva,
-        "inputs",
-        ops=_LINEAR,
-        reference="Paischer et al., 2024, arXiv:2410.07170",
-    ),
-    "lora_ga": Init(
-        lora_ga,
-        "gradients",
-        "residual",
-        rank_factor=2,
-        reference="Wang et al., 2024, arXiv:2407.05000",
-    ),
+    "olora": Init(olora, "weight", "residual"),
+    "eva": Init(eva, "inputs", ops=_LINEAR),
+    "lora_ga": Init(lora_ga, "gradients", "residual", rank_factor=2),
     "corda": _CORDA,
     "corda_kpm": Init(
-        functools.partial(corda, mode="kpm"),
-        "inputs",
-        "residual",
-        ops=_LINEAR,
-        reference=_CORDA.reference,
+        functools.partial(corda, mode="kpm"), "inputs", "residual", ops=_LINEAR
     ),
     "loftq": _LOFTQ,
 }
@@ -81,7 +54,7 @@ def find_init(init: Any) -> Init | None:
     if iterated and iterated[1] in ITERATED:
         known = ITERATED[iterated[1]]
         fun = functools.partial(known.fun, n_iter=int(iterated[2]))
-        return Init(fun, known.needs, known.base, reference=known.reference)
+        return Init(fun, known.needs, known.base)
     return INITS.get(init)
 
 

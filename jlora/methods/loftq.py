@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Spec
-from .init import EXACT, halves, like_weight, matrices, shaped, wide_dtype
+from ..transform.values import at_least_float32
+from .init import EXACT, halves, like_weight, matrices, shaped
 
 
 def loftq(
@@ -42,7 +43,7 @@ def loftq(
       Li et al., 2023, LoftQ, https://arxiv.org/abs/2310.08659
     """
     del key
-    wide, rank = wide_dtype(w.dtype), spec.rank
+    wide, rank = at_least_float32(w.dtype), spec.rank
     whole = jnp.asarray(w).astype(wide)
     base, rest = whole, whole
     a = b = None

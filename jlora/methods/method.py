@@ -47,7 +47,6 @@ class Method:
         nothing.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
-      reference: the paper.
     """
 
     axes: Callable[[Spec], LeafAxes] = lora_axes
@@ -56,7 +55,6 @@ class Method:
     start: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
     finish: Callable[[Factors, Any], Factors] | None = None
     gain: Callable[[Factors, Any], Any] | None = None
-    reference: str = ""
 
     def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:
         """Returns `{leaf: shape}` for a weight of shape `shape`."""

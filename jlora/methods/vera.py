@@ -1,4 +1,8 @@
-"""VeRA: one pair of random matrices for all weights of a shape, two trained vectors."""
+"""VeRA: one pair of random matrices for all weights of a shape, two trained vectors.
+
+References:
+  Kopiczko et al., 2023, VeRA, https://arxiv.org/abs/2310.11454
+"""
 
 import math
 
@@ -31,22 +35,18 @@ def shared(spec: Spec, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
+    """The shared matrices, columns of A and of B scaled by the two vectors."""
     axes = factors.spec.axes
-    a, b = shared(factors.spec, factors.a.dtype)
-    along_rank = jnp.expand_dims(
-        factors.a, [len(axes.batch) + i for i in range(len(axes.fan_in))]
-    )
-    along_out = jnp.expand_dims(factors.b, len(axes.batch))
     n_batch = len(axes.batch)
-    a = jnp.expand_dims(a, range(n_batch)) if n_batch else a
-    b = jnp.expand_dims(b, range(n_batch)) if n_batch else b
-    full = factors.a.shape[:n_batch]
-    return (
-        jnp.broadcast_to(a, (*full, *a.shape[n_batch:]))
-        * jnp.broadcast_to(along_rank, (*full, *a.shape[n_batch:])),
-        jnp.broadcast_to(b, (*full, *b.shape[n_batch:]))
-        * jnp.broadcast_to(along_out, (*full, *b.shape[n_batch:])),
-    )
+    a, b = shared(factors.spec, factors.a.dtype)
+    along_rank = [n_batch + i for i in range(len(axes.fan_in))]
+
+    def scaled(matrix: jax.Array, vector: jax.Array, absent: list[int]) -> jax.Array:
+        shape = (*factors.a.shape[:n_batch], *matrix.shape)
+        vector = jnp.expand_dims(vector, absent)
+        return jnp.broadcast_to(matrix, shape) * jnp.broadcast_to(vector, shape)
+
+    return scaled(a, factors.a, along_rank), scaled(b, factors.b, [n_batch])
 
 
 def _axes(spec: Spec) -> LeafAxes:
@@ -66,5 +66,4 @@ vera = Method(
     axes=_axes,
     plain=_plain,
     start=_start,
-    reference="Kopiczko et al., 2023, VeRA, https://arxiv.org/abs/2310.11454",
 )

@@ -332,7 +332,7 @@ def _move_into(
             os.replace(file, target)
         for file in old:
             file.unlink()
-    _sync(directory)
+    _disk.sync_directory(directory)
 
 
 def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
@@ -340,13 +340,3 @@ def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
     if a.suffix != ".json" or not b.is_file():
         return False
     return a.read_bytes() == b.read_bytes()
-
-
-def _sync(directory: pathlib.Path) -> None:
-    """Waits until renames in `directory` are on the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
