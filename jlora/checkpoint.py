@@ -309,6 +309,7 @@ class Checkpoints:
             metrics=metrics,
             run=self._run,
         )
+        self.wait()  # as Orbax would; a save that runs also moves steps to be swept
         _sweep(self._directory)
         _write(self._manager, step, about, items)
         return True

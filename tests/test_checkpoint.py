@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -703,6 +704,24 @@ def test_only_every_so_many_steps_are_written(folder):
         with pytest.raises(jlora.CheckpointError, match="Step 6 is already in"):
             ckpts.save(6, small())
         assert ckpts.restore().step == 7
+
+
+def test_the_next_save_waits_until_old_steps_are_deleted(folder, monkeypatch):
+    replace, deletes = os.replace, threading.Event()
+
+    def slow(source, target):
+        if ".deleted" in os.fspath(target):
+            deletes.set()
+            time.sleep(0.2)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    with checkpoint.Checkpoints(folder, keep=1) as ckpts:
+        ckpts.save(0, small())
+        ckpts.save(1, small())
+        assert deletes.wait(timeout=60)
+        ckpts.save(2, small())
+    assert os.listdir(folder) == ["2"]
 
 
 def test_arrays_may_be_donated_while_they_are_written(folder):
