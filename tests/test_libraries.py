@@ -596,7 +596,10 @@ CASES = [
     ),
     Case("transformers GPT-2, cached", cached("GPT2LMHeadModel", GPT2), GPT2_WEIGHTS),
     Case(
-        "transformers Llama, cached", cached("LlamaForCausalLM", LLAMA), LLAMA_WEIGHTS
+        "transformers Llama, cached",
+        cached("LlamaForCausalLM", LLAMA),
+        LLAMA_WEIGHTS,
+        rounds=True,
     ),
     Case(
         "transformers ViT",

@@ -598,21 +598,23 @@ CASES = [
 
 def build(case: Case, *, rule: bool = False, method: str = "lora"):
     """Returns `(fn, params, x, plan, frozen, trainable)` with all factors random."""
-    keys = jax.random.split(jax.random.key(sum(map(ord, case.name))), 4)
-    params = {"w": jax.random.normal(keys[0], case.shape)}
-    for name, shape in case.others.items():
-        params[name] = jax.random.normal(keys[3], shape)
-    x = jax.random.normal(keys[1], case.x)
+    rng = np.random.default_rng(sum(map(ord, case.name)))
+
+    def normal(shape):
+        return jnp.asarray(rng.normal(size=shape), "float32")
+
+    params = {name: normal(shape) for name, shape in case.others.items()}
+    params["w"], x = normal(case.shape), normal(case.x)
     rules = (jlora.Rule("w", axes=jlora.Axes(*case.axes)),) if rule else ()
     config = jlora.LoraConfig(
         rank=case.rank, alpha=3, targets="w", rules=rules, method=method
     )
     plan = jlora.plan(case.fn, params, x, config=config)
-    frozen, trainable = jlora.split(keys[2], params, plan)
-    trainable = jax.tree.map(
-        lambda t: jax.random.normal(keys[3], t.shape) / 2, trainable
+    _, trainable = jax.eval_shape(
+        lambda params: jlora.split(jax.random.key(0), params, plan), params
     )
-    return case.fn, params, x, plan, frozen, trainable
+    trainable = jax.tree.map(lambda t: normal(t.shape) / 2, trainable)
+    return case.fn, params, x, plan, params, trainable
 
 
 def close(actual, expected, tolerance=2e-5):

@@ -14,7 +14,7 @@ from jax import lax
 
 import jlora
 
-EXAMPLES = max(settings().max_examples, min(300, 12 * settings().max_examples))
+EXAMPLES = max(settings().max_examples, min(300, 5 * settings().max_examples))
 SIZES = st.lists(st.integers(1, 3), max_size=2)
 
 
