@@ -41,6 +41,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit code of `jlora` with these arguments.
 
+    Args:
+      arguments: words of the command line, without `jlora` itself.
+
     Examples:
       >>> run(["inspect", "--help"])
       Usage: jlora inspect [OPTIONS] ADAPTER

@@ -22,6 +22,16 @@ class RankBudgetState(NamedTuple):
       sensitivity: running mean of `|parameter * gradient|`, like each `Factors`.
       uncertainty: running mean of how far a step's sensitivity is from that mean.
       kept: for each `Factors` which singular values are kept, `[*batch, rank]`.
+
+    Examples:
+      >>> import optax, jlora
+      >>> from jlora.factors import Factors, Spec
+      >>> import numpy as np
+      >>> own = Factors(np.eye(3, 2), np.eye(2, 4), Spec(rank=2, alpha=2, method="adalora"),
+      ...               np.ones(2))
+      >>> tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=10)
+      >>> tx.init(jlora.Trainable({"w": own})).kept
+      [Array([ True,  True], dtype=bool)]
     """
 
     inner: Any
@@ -178,6 +188,13 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
     Add it to the loss of `method="adalora"`, times 0.5 as in PEFT: pruning singular
     values makes sense as long as A and B hold singular vectors. The mean goes over the
     A and B of all adapted weights, of the Frobenius norms of `AᵀA − I` and `BBᵀ − I`.
+
+    Args:
+      trainable: a `Trainable`, or any pytree that holds `Factors`; those of other methods
+        do not count.
+
+    Returns:
+      A scalar, dtype of the factors; zero without factors of the method.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -41,6 +41,14 @@ def corda(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> moments = InputMoments(jnp.diag(jnp.array([9.0, 1.0, 1.0])), jnp.zeros(3), jnp.float32(9))
+      >>> w, spec = jnp.eye(3, 4), Spec(rank=1, alpha=1.0)
+      >>> a, b = corda(jax.random.key(0), w, spec, jnp.float32, moments)
+      >>> (a @ b)[:, 0].round(3)  # of three equal rows that of the largest inputs
+      Array([1., 0., 0.], dtype=float32)
+
     References:
       Yang et al., 2024, CorDA, https://arxiv.org/abs/2406.05223
     """

@@ -45,6 +45,15 @@ def eva(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.array([[0.0, 5.0, 0.0], [0.0, -5.0, 0.0], [1.0, 0.0, 0.0]], jnp.float32)
+      >>> moments = InputMoments(x.T @ x, x.sum(axis=0), jnp.float32(3))
+      >>> w, spec = jnp.zeros((3, 4)), Spec(rank=1, alpha=1.0)
+      >>> a, b = eva(jax.random.key(0), w, spec, jnp.float32, moments)
+      >>> a[:, 0].round(3)  # the second feature varies most
+      Array([0., 1., 0.], dtype=float32)
+
     References:
       Paischer et al., 2024, EVA, https://arxiv.org/abs/2410.07170
     """

@@ -39,6 +39,14 @@ def loftq(
       `(a, b, base)`; shapes `[*batch, *fan_in, rank]`, `[*batch, rank, *fan_out]` and
       that of the weight.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> w = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> a, b, base = loftq(jax.random.key(0), w, spec, jnp.float32, lambda x: 4 * (x // 4))
+      >>> base[0], bool(jnp.allclose(base + spec.scale * a @ b, w, atol=1e-4))
+      (Array([0., 0., 0., 0.], dtype=float32), True)
+
     References:
       Li et al., 2023, LoftQ, https://arxiv.org/abs/2310.08659
     """

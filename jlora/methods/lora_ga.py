@@ -31,6 +31,14 @@ def lora_ga(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> w, gradient = jnp.zeros((4, 4)), jnp.diag(jnp.array([4.0, 3, 2, 1]))
+      >>> spec = Spec(rank=2, alpha=2.0)
+      >>> a, b = lora_ga(jax.random.key(0), w, spec, jnp.float32, gradient)
+      >>> jnp.round(abs(a.T), 2).tolist()  # the directions of the two largest, 4 and 3
+      [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+
     References:
       Wang et al., 2024, LoRA-GA, https://arxiv.org/abs/2407.05000
     """

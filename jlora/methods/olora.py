@@ -26,6 +26,14 @@ def olora(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> w = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> _, b = olora(jax.random.key(0), w, spec, jnp.float32)
+      >>> bool(jnp.allclose(b @ b.T, jnp.eye(2), atol=1e-5))
+      True
+
     References:
       Büyükakyüz, 2024, OLoRA, https://arxiv.org/abs/2406.01775
     """

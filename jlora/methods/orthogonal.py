@@ -25,6 +25,13 @@ def orthogonal(
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`;
       `a @ b` is zero up to rounding, at most 1e-6 of the factors' product in float32.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> a, b = orthogonal(jax.random.key(0), (3, 4), spec, jnp.float32)
+      >>> bool(abs(a).min() > 0), bool(abs(a @ b).max() < 1e-6)
+      (True, True)
+
     References:
       PEFT 0.21, `LoraLayer.orthogonal_init`, https://github.com/huggingface/peft
     """

@@ -28,6 +28,14 @@ def pissa(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> w = jnp.arange(12, dtype=jnp.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> a, b = pissa(jax.random.key(0), w, spec, jnp.float32)
+      >>> bool(jnp.allclose(spec.scale * a @ b, w, atol=1e-4))  # this weight has rank 2
+      True
+
     References:
       Meng et al., 2024, PiSSA, https://arxiv.org/abs/2404.02948
     """

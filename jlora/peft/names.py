@@ -195,7 +195,11 @@ class NameMap:
         return _generic(path, shape, op, axes) if self.generic else ()
 
     def ignores(self, name: str) -> bool:
-        """Returns whether the tensor `name` of a whole model is no parameter."""
+        """Returns whether the tensor `name` of a whole model is no parameter.
+
+        Args:
+          name: the tensor's name.
+        """
         return any(
             _regex(variant).fullmatch(name)
             for template in self.ignore
@@ -203,7 +207,11 @@ class NameMap:
         )
 
     def other_prefix(self, name: str) -> str:
-        """Returns `name` with the prefix taken off, or put before it."""
+        """Returns `name` with the prefix taken off, or put before it.
+
+        Args:
+          name: a tensor's name, with `prefix` or without.
+        """
         if self.prefix and name.startswith(self.prefix):
             return name.removeprefix(self.prefix)
         return self.prefix + name
