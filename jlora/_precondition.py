@@ -41,6 +41,9 @@ def lora_fa(
     Returns:
       A transformation whose `update` needs `params`.
 
+    Raises:
+      ValueError: (from `update`) without `params`.
+
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
       >>> from jlora.factors import Factors, Spec
@@ -113,6 +116,7 @@ def riemannian(
 
     Raises:
       ValueError: if `damping` is not a positive number.
+      ValueError: (from `update`) without `params`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora

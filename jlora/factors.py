@@ -47,11 +47,17 @@ class Axes:
         )
 
     def a_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Returns the shape of A, `[*batch, *fan_in, rank]`, for a weight's shape."""
+        """Returns A's shape, `[*batch, *fan_in, rank]`, from a weight's `shape`.
+
+        `rank` is the size of the rank axis.
+        """
         return (*(shape[i] for i in (*self.batch, *self.fan_in)), rank)
 
     def b_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Returns the shape of B, `[*batch, rank, *fan_out]`, for a weight's shape."""
+        """Returns B's shape, `[*batch, rank, *fan_out]`, from a weight's `shape`.
+
+        `rank` is the size of the rank axis.
+        """
         batch = (shape[i] for i in self.batch)
         return (*batch, rank, *(shape[i] for i in self.fan_out))
 

@@ -148,7 +148,7 @@ def describe(path: Path, *, step: int | None = None) -> dict[str, Any]:
 
     Examples:
       >>> import tempfile, numpy as np, jlora
-      >>> adapter = jlora.Trainable(full={"head/kernel": np.ones((2, 3), "f")})
+      >>> adapter = jlora.Trainable(full={"head/kernel": np.ones((2, 3), np.float32)})
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     jlora.peft.save(folder, adapter, base_model="tiny")
       ...     describe(folder)["base_model_name_or_path"]

@@ -175,6 +175,9 @@ def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
       pattern: a glob, see `matches`.
       paths: the paths to look through.
 
+    Raises:
+      TreeError: for a `{` without its `}`.
+
     Examples:
       >>> select("**/bias", ["dense/bias", "dense/kernel", "bias"])
       ('dense/bias', 'bias')

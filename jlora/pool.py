@@ -39,9 +39,9 @@ class Pool:
       occupied: `[capacity]`, whether a slot holds an adapter.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> pool = insert(create(like, 2), 1, like)
       >>> pool.capacity, pool.occupied
@@ -108,9 +108,9 @@ def bytes_of(like: Trainable) -> int:
       like: see `create`.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> bytes_of(like)  # 3 + 4 numbers of four bytes
       28
@@ -126,9 +126,9 @@ def capacity_for(like: Trainable, budget: int) -> int:
       budget: bytes of device memory for the whole pool.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> capacity_for(like, 16 * 1024**2)
       578524
@@ -150,9 +150,9 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
       PoolError: lists all that does not fit.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp, numpy as np
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> own = Trainable({"w": Factors(np.ones((3, 1)), np.ones((1, 4)),
       ...                               Spec(rank=1, alpha=5.0))})
@@ -234,9 +234,9 @@ def insert(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
       PoolError: if the adapter has other shapes than a slot.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> pool = create(like, 2)
       >>> pool = insert(pool, 1, fit(pool, like))
@@ -273,9 +273,9 @@ def evict(pool: Pool, slot: Any) -> Pool:
       slot: its number, an integer or a scalar array.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> pool = insert(create(like, 2), 1, like)
       >>> evict(pool, 1).occupied
@@ -295,15 +295,16 @@ def lookup(pool: Pool, ids: Any) -> Trainable:
       ids: an integer, or an integer array `[batch]`.
 
     Returns:
-      A `Trainable` of leaves `[...]`, or `[batch, ...]` for `jlora.per_row` with ids None.
+      A `Trainable` of leaves `[...]`, or `[batch, ...]`, which `jlora.per_row` takes
+      with None for `ids`.
 
     Raises:
       TreeError: for ids that are no integers.
 
     Examples:
-      >>> import numpy as np
+      >>> import jax.numpy as jnp, numpy as np
       >>> from jlora.factors import Factors, Spec, Trainable
-      >>> like = Trainable({"w": Factors(np.ones((3, 1), "f"), np.ones((1, 4), "f"),
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                                Spec(rank=1, alpha=1))})
       >>> pool = insert(create(like, 2), 1, like)
       >>> lookup(pool, np.array([1, -1, 0])).lora["w"].b[:, 0, 0]
@@ -372,6 +373,17 @@ class Cache:
       >>> y[:, 0], batch.ids, batch.errors
       (Array([9., 3.], dtype=float32), array([ 0, -1,  2], dtype=int32),
        {2: KeyError('three')})
+
+      Load the next batch's adapters while this one runs, and put a newly trained one
+      in place of that of its name:
+
+      >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
+      ...     cache.prefetch(["two"])
+      ...     cache.put("one", load("two"))
+      ...     before = cache.resident, cache.ready("one"), cache.ready("three")
+      ...     cache.drop("one")
+      ...     before, cache.resident
+      ((('one',), True, False), ())
     """
 
     def __init__(

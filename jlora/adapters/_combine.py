@@ -101,6 +101,9 @@ def add(*trainables: Trainable, params: Any = None) -> Trainable:
       *trainables: adapters of one model, or one sequence of them.
       params: see `linear`.
 
+    Raises:
+      TreeError: see `linear`.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable

@@ -107,12 +107,12 @@ def orthogonality(
       TreeError: if they are not of one model, or lists the leaves that need `params`.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax, jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
       >>> def reads(feature):
-      ...     own = Factors(jnp.array([feature]).T, jnp.ones((1, 4)), Spec(rank=1, alpha=1.0))
-      ...     return Trainable({"w": own})
-      >>> orthogonality(reads([1.0, 0, 0]), reads([0, 1.0, 0]))
+      ...     a, b = jnp.array([feature]).T, jnp.ones((1, 4))
+      ...     return Trainable({"w": Factors(a, b, Spec(rank=1, alpha=1.0))})
+      >>> jax.jit(orthogonality)(reads([1.0, 0, 0]), reads([0, 1.0, 0]))
       {'w': Array(1., dtype=float32)}
 
     References:

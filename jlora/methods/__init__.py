@@ -69,7 +69,8 @@ def plain(factors: Factors) -> tuple[Any, Any]:
     Examples:
       >>> import jax.numpy as jnp
       >>> spec = Spec(rank=2, alpha=2.0, method="adalora")
-      >>> a, b = plain(Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, jnp.array([5.0, 0.0])))
+      >>> values = jnp.array([5.0, 0.0])
+      >>> a, b = plain(Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, values))
       >>> a.shape, (a @ b)[0]
       ((3, 2), Array([5., 5., 5., 5.], dtype=float32))
     """

@@ -27,9 +27,9 @@ def kaiming(
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
     Examples:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, numpy as np
       >>> spec = Spec(rank=2, alpha=4.0)
-      >>> a, b = kaiming(jax.random.key(0), (3, 4), spec, jnp.float32)
+      >>> a, b = kaiming(jax.random.key(0), (3, 4), spec, np.float32)
       >>> a.shape, b.shape, bool((abs(a) <= 3**-0.5).all()), float(b.sum())
       ((3, 2), (2, 4), True, 0.0)
 

@@ -114,12 +114,13 @@ def load(
 
     Examples:
       >>> import tempfile, numpy as np, jlora
-      >>> own = Factors(np.ones((4, 2), "f"), np.ones((2, 6), "f"), Spec(rank=2, alpha=4))
-      >>> params = {"up": {"kernel": np.ones((4, 6))}, "down": {"kernel": np.ones((6, 4))}}
+      >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 6), np.float32)
+      >>> own = Factors(a, b, Spec(rank=2, alpha=4))
+      >>> up, down = {"kernel": np.ones((4, 6))}, {"kernel": np.ones((6, 4))}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     jlora.peft.save(folder, Trainable({"up/kernel": own}))
-      ...     adapter = load(folder, params)
-      ...     fewer, report = load(folder, {"down": params["down"]}, strict=False)
+      ...     adapter = load(folder, {"up": up, "down": down})
+      ...     fewer, report = load(folder, {"down": down}, strict=False)
       >>> adapter.lora["up/kernel"].scale, fewer, len(report.extra)
       (2.0, Trainable(lora={}, full={}), 2)
     """

@@ -157,9 +157,12 @@ class NameMap:
       generic: where no rule fits, use the leaf's own path, joined by dots.
 
     Examples:
-      >>> names = NameMap((Entry("up/kernel", "mlp.up.weight"),))
-      >>> [place.name for place in names.places("params/up/kernel", (4, 8))]
-      ['mlp.up.weight']
+      >>> rule = Entry("layer_{i}/up/kernel", "bert.layer.{i}.up.weight")
+      >>> names = NameMap((rule,), prefix="bert.", ignore=("bert.position_ids",))
+      >>> [place.name for place in names.places("params/layer_3/up/kernel", (4, 8))]
+      ['bert.layer.3.up.weight']
+      >>> names.ignores("bert.position_ids"), names.other_prefix("bert.pooler.weight")
+      (True, 'pooler.weight')
     """
 
     entries: tuple[Entry, ...] = ()
