@@ -66,11 +66,10 @@ def cosine(x: Trainable, y: Trainable, *, params: Any = None) -> jax.Array:
       TreeError: if they are not of one model, or lists the leaves that need `params`.
 
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax.numpy as jnp, jlora
       >>> from jlora.factors import Factors, Spec, Trainable
       >>> x = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                             Spec(rank=1, alpha=2.0))})
-      >>> import jlora
       >>> cosine(x, jlora.adapters.scale(x, -3.0)).round(4)
       Array(-1., dtype=float32)
     """
