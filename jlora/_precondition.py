@@ -41,9 +41,6 @@ def lora_fa(
     Returns:
       A transformation whose `update` needs `params`.
 
-    Raises:
-      ValueError: (from `update`) without `params`.
-
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
       >>> from jlora.factors import Factors, Spec
@@ -116,7 +113,6 @@ def riemannian(
 
     Raises:
       ValueError: if `damping` is not a positive number.
-      ValueError: (from `update`) without `params`.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
