@@ -46,6 +46,7 @@ def apply_lora(
     Raises:
       TreeError: (when called) if frozen and trainable do not fit together.
       MergeError: (when called) if a weight is merged and `on_merge="error"`.
+      ValueError: for an `on_merge` or a `form` that there is not.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora

@@ -19,6 +19,12 @@ class Fingerprint:
 
     Attributes:
       leaves: what each leaf is and its hash, by path.
+
+    Examples:
+      >>> import numpy as np
+      >>> one, other = fingerprint({"w": np.zeros(2)}), fingerprint({"w": np.ones(2)})
+      >>> one == fingerprint({"w": np.zeros(2)}), one == other
+      (True, False)
     """
 
     leaves: Mapping[str, str]

@@ -80,6 +80,10 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     The inverse of `merge` up to one rounding of each adapted weight; in low precision
     keep the original `frozen` instead.
 
+    Args:
+      params: from `merge`.
+      trainable: what was merged, unchanged.
+
     Raises:
       TreeError: if `trainable` does not fit `params`, or holds DoRA, whose merged
         weights no longer tell the length that their columns had.

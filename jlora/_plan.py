@@ -36,6 +36,18 @@ class Row:
       spec: how it is adapted, if it is.
       head: whether it is an output head: no parameter but a bias acts after it.
       note: why a linear weight was left out.
+
+    Examples:
+      `targets` may be a function of it:
+
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"layer_0": jnp.ones((4, 4)), "layer_1": jnp.ones((4, 4))}
+      >>> fn = lambda p, x: x @ p["layer_0"] @ p["layer_1"]
+      >>> config = jlora.LoraConfig(rank=2, targets=lambda row: row.layer >= 1)
+      >>> for row in jlora.plan(fn, params, jnp.ones((1, 4)), config=config).rows():
+      ...     print(row.path, row.op, row.status, row.trained)
+      layer_0 linear frozen 0
+      layer_1 linear adapted 16
     """
 
     path: str
@@ -91,6 +103,17 @@ class Plan:
     Attributes:
       config: the intent it was made from.
       leaves: a `Row` for each leaf of the parameters, in the tree's order.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 8)), "head": jnp.ones((8, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
+      >>> config = jlora.LoraConfig(rank=2, train="head")
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> plan.adapted, plan.full, plan.trained_count
+      (('w',), ('head',), 40)
+      >>> {row.path: row.shape for row in plan.rows()}
+      {'head': (8, 2), 'w': (4, 8)}
     """
 
     config: LoraConfig

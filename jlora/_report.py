@@ -52,6 +52,13 @@ class Report:
       total_count: how many numbers the parameters have.
       adapter_bytes: size of what is trained.
       model_bytes: size of the parameters.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> frozen = {"w": jnp.ones((4, 8)), "head": jlora.MISSING}
+      >>> found = jlora.report(frozen, jlora.Trainable(full={"head": jnp.ones(8)}))
+      >>> found.trained_count, found.total_count, found.adapter_bytes
+      (8, 40, 32)
     """
 
     entries: tuple[Entry, ...]

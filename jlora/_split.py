@@ -233,6 +233,10 @@ def combine(frozen: Any, trainable: Trainable) -> Any:
     leaf trained in full takes the place of the base's. The low-rank factors are left
     out: adapted weights are those of `frozen`; with factors added, use `merge`.
 
+    Args:
+      frozen: from `split`, or the base parameters.
+      trainable: from `split`, or restored.
+
     Raises:
       TreeError: if the two are not from one `split`.
 

@@ -164,6 +164,17 @@ def restore(
     Raises:
       CheckpointError: if there is no such checkpoint, it is not jlora's, it is damaged,
         or it does not fit the template or the base.
+
+    Examples:
+      >>> import tempfile, jax, jax.numpy as jnp, jlora, optax
+      >>> adapter = jlora.Trainable(full={"head": jnp.arange(3.0)})
+      >>> tx = optax.sgd(0.1, momentum=0.9)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(folder, adapter, opt_state=tx.init(adapter), key=jax.random.key(0))
+      ...     like = jax.eval_shape(tx.init, adapter)
+      ...     ck = restore(folder, opt_state=like)
+      >>> ck.opt_state[0].trace.full["head"], jax.random.key_data(ck.key)
+      (Array([0., 0., 0.], dtype=float32), Array([0, 0], dtype=uint32))
     """
     if not pathlib.Path(directory).is_dir():
         raise CheckpointError(f"There is no folder {str(directory)!r} to restore from.")
@@ -318,6 +329,11 @@ class Checkpoints:
         self, step: int | None = None, *, opt_state: Any = None, shardings: Any = None
     ) -> Checkpoint:
         """Returns the newest checkpoint, or that of `step`; see `checkpoint.restore`.
+
+        Args:
+          step: which step; None is the newest.
+          opt_state: see `checkpoint.restore`.
+          shardings: see `checkpoint.restore`.
 
         Raises:
           CheckpointError: also if there is none; look at `newest` first.

@@ -8,7 +8,12 @@ from .errors import ConfigError
 
 
 class Paper(NamedTuple):
-    """One entry: BibTeX key, title, authors, year and number on arXiv."""
+    """One entry: BibTeX key, title, authors, year and number on arXiv.
+
+    Examples:
+      >>> PAPERS["dora"].arxiv
+      '2402.09353'
+    """
 
     key: str
     title: str
@@ -193,6 +198,9 @@ def _names(used: LoraConfig | Plan) -> list[str]:
 
 def entry_of(name: str) -> str:
     """Returns under which name of `PAPERS` a method or init stands.
+
+    Args:
+      name: of a method or init, as in `LoraConfig`.
 
     Examples:
       >>> entry_of("lora_ga"), entry_of("pissa_niter_4")

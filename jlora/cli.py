@@ -41,6 +41,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Returns the exit code of `jlora` with these arguments.
 
+    Args:
+      arguments: words of the command line, without `jlora` itself.
+
     Examples:
       >>> run(["inspect", "--help"])
       Usage: jlora inspect [OPTIONS] ADAPTER
@@ -105,19 +108,19 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace what is the
 def _config_options(command: Callable) -> Callable:
     options = [
         click.option("--config", type=click.Path(), help="A LoraConfig in JSON."),
-        click.option("--rank", type=click.IntRange(1)),
-        click.option("--alpha", type=float),
+        click.option("--rank", type=click.IntRange(1), help="Size of the rank axis."),
+        click.option("--alpha", type=float, help="The scale is alpha / rank."),
         click.option("--targets", multiple=True, help="Glob over paths; repeatable."),
         click.option("--exclude", multiple=True, help="Glob; repeatable."),
         click.option("--train", multiple=True, help="Glob of leaves trained in full."),
-        click.option("--method"),
+        click.option("--method", help="Such as lora, dora, vera, adalora."),
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-@commands.command()
+@commands.command(epilog="Example: jlora inspect adapter.safetensors")
 @click.argument("adapter", type=click.Path())
 @_step
 @_base
@@ -141,7 +144,9 @@ def inspect(
     click.echo(str(found))
 
 
-@commands.command("plan")
+@commands.command(
+    "plan", epilog="Example: jlora plan my_model:model --rank 4 --train head/kernel"
+)
 @click.argument("model", metavar="PACKAGE.MODULE:ATTRIBUTE")
 @_config_options
 @_json
@@ -179,7 +184,7 @@ def show_plan(model: str, as_json: bool, **options: Any) -> None:
         click.echo(str(found))
 
 
-@commands.command()
+@commands.command(epilog="Example: jlora merge base.safetensors run merged.safetensors")
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path())
@@ -209,7 +214,9 @@ def merge(
     _done({"out": out, **counts, "bytes": os.path.getsize(out)}, as_json)
 
 
-@commands.command()
+@commands.command(
+    epilog="Example: jlora convert run peft --to peft --base-model me/my-model"
+)
 @click.argument("source", metavar="ADAPTER", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option(
@@ -259,7 +266,7 @@ def convert(
     _done({"out": out, "from": kind, "to": to, **_counts(trainable)}, as_json)
 
 
-@commands.command()
+@commands.command(epilog="Example: jlora diff adapter.safetensors again.safetensors")
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @_base
@@ -283,7 +290,9 @@ def diff(a: str, b: str, base: str | None, names: str | None, as_json: bool) -> 
     _exit(1 if found else 0)
 
 
-@commands.command()
+@commands.command(
+    epilog="Example: jlora extract tuned.safetensors base.safetensors new.safetensors"
+)
 @click.argument("tuned", type=click.Path())
 @click.argument("base", type=click.Path())
 @click.argument("out", type=click.Path())
@@ -317,7 +326,7 @@ def extract(
     _done({"out": out, **_counts(trainable)}, as_json)
 
 
-@commands.command()
+@commands.command(epilog="Example: jlora validate run --base base.safetensors")
 @click.argument("adapter", type=click.Path())
 @_step
 @_base

@@ -210,6 +210,9 @@ class LoraConfig:
     def from_json(cls, text: str) -> "LoraConfig":
         """Returns the config that `to_json` wrote.
 
+        Args:
+          text: a JSON object; fields that are not in it have their defaults.
+
         Raises:
           ConfigError: for text that is no JSON object, or has unknown fields.
         """

@@ -2,7 +2,16 @@
 
 
 class JloraError(ValueError):
-    """Base class of every error that jlora raises on purpose."""
+    """Base class of every error that jlora raises on purpose.
+
+    Examples:
+      >>> import jlora
+      >>> try:
+      ...     jlora.LoraConfig(rank=0)
+      ... except JloraError as error:
+      ...     print(error)
+      LoraConfig: rank must be a positive integer, got 0.
+    """
 
 
 class ConfigError(JloraError):

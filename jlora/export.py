@@ -191,6 +191,19 @@ def merge_files(
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
       CheckpointError: if a file cannot be read or written.
+
+    Examples:
+      >>> import os, tempfile, numpy as np
+      >>> from jlora.factors import Factors
+      >>> from safetensors.numpy import load_file
+      >>> own = Factors(np.ones((2, 1)), np.ones((1, 3)), Spec(rank=1, alpha=2.0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     base, out = (os.path.join(folder, f"{n}.safetensors") for n in "ab")
+      ...     safetensors(base, {"w": np.zeros((2, 3), np.float32)})
+      ...     merge_files(base, Trainable({"w": own}), out)
+      ...     load_file(out)["w"]
+      array([[2., 2., 2.],
+             [2., 2., 2.]], dtype=float32)
     """
     model = open_model(base)
     check(dict(model.shapes), trainable)
@@ -233,6 +246,18 @@ def extract_files(
 
     Warns:
       UserWarning: names the leaves that changed although the plan leaves them frozen.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     base, tuned = (os.path.join(folder, f"{n}.safetensors") for n in "ab")
+      ...     safetensors(base, {"w": np.zeros((2, 3), np.float32)})
+      ...     safetensors(tuned, {"w": np.ones((2, 3), np.float32)})
+      ...     plan = flat_plan(base, LoraConfig(rank=1))
+      ...     adapter = extract_files(tuned, base, plan)
+      >>> f = adapter.lora["w"]
+      >>> np.round(f.scale * np.asarray(f.a @ f.b), 5).tolist()
+      [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     models = open_model(tuned), open_model(base)
     odd = sorted(models[0].shapes.keys() ^ models[1].shapes.keys())
@@ -279,6 +304,14 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     Raises:
       ConfigError: if a pattern of the config matches nothing, `targets` is a predicate,
         or nothing is left to adapt.
+
+    Examples:
+      >>> import os, tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "model.safetensors")
+      ...     safetensors(file, {"w": np.ones((2, 3)), "bias": np.ones(3)})
+      ...     flat_plan(file, LoraConfig(rank=1)).adapted
+      ('w',)
     """
     shapes = open_model(base).shapes
     if callable(config.targets):

@@ -18,6 +18,15 @@ class Axes:
       batch: axes with a matrix of their own each (experts, stacked layers).
       fan_in: axes that the operation sums over (an embedding's vocabulary).
       fan_out: axes that remain in the result.
+
+    Examples:
+      A query kernel `[features, heads, width]`:
+
+      >>> axes = Axes(fan_in=(0,), fan_out=(1, 2))
+      >>> axes.sizes((64, 4, 16))
+      (1, 64, 64)
+      >>> axes.a_shape((64, 4, 16), rank=8), axes.b_shape((64, 4, 16), rank=8)
+      ((64, 8), (8, 4, 16))
     """
 
     batch: tuple[int, ...] = ()
@@ -38,11 +47,17 @@ class Axes:
         )
 
     def a_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Returns the shape of A, `[*batch, *fan_in, rank]`, for a weight's shape."""
+        """Returns A's shape, `[*batch, *fan_in, rank]`, from a weight's `shape`.
+
+        `rank` is the size of the rank axis.
+        """
         return (*(shape[i] for i in (*self.batch, *self.fan_in)), rank)
 
     def b_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """Returns the shape of B, `[*batch, rank, *fan_out]`, for a weight's shape."""
+        """Returns B's shape, `[*batch, rank, *fan_out]`, from a weight's `shape`.
+
+        `rank` is the size of the rank axis.
+        """
         batch = (shape[i] for i in self.batch)
         return (*batch, rank, *(shape[i] for i in self.fan_out))
 
@@ -96,6 +111,13 @@ class Spec:
       seed: of VeRA's shared matrices.
       rows: which rows are trained, where only rows are.
       parts: slices of a fused weight with a rank each; then `rank` is their sum.
+
+    Examples:
+      >>> spec = Spec(rank=16, alpha=32.0)
+      >>> spec.scale, spec.part_scale(4), dataclasses.replace(spec, rslora=True).scale
+      (2.0, 8.0, 8.0)
+      >>> Spec.from_dict(spec.to_dict()) == spec
+      True
     """
 
     op: str = "linear"
@@ -132,6 +154,9 @@ class Spec:
     def from_dict(cls, fields: Mapping[str, Any]) -> "Spec":
         """Returns the spec that `to_dict` described.
 
+        Args:
+          fields: what `to_dict` returned, as it is or read back from JSON.
+
         Raises:
           TypeError: for unknown or missing fields.
         """
@@ -143,7 +168,12 @@ class Spec:
 
 
 def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `fields` with tuples for lists."""
+    """Returns `fields` with tuples for lists.
+
+    Examples:
+      >>> tuples({"rank": 2, "rows": [5, 7]})
+      {'rank': 2, 'rows': (5, 7)}
+    """
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 

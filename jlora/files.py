@@ -23,8 +23,19 @@ def detect(path: Path) -> Format:
     `"orbax"` one of `checkpoint.save`, `"model"` whole parameters, as safetensors or
     Orbax.
 
+    Args:
+      path: a file or a directory.
+
     Raises:
       CheckpointError: if there is nothing, or nothing that jlora knows.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "model.safetensors")
+      ...     jlora.export.safetensors(file, {"w": np.ones(2)})
+      ...     detect(file)
+      'model'
     """
     place = pathlib.Path(path)
     if not place.is_dir():
@@ -60,6 +71,14 @@ def read(
 
     Raises:
       JloraError: if it cannot be read, or is a model.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "adapter.safetensors")
+      ...     jlora.save(file, jlora.Trainable(full={"head": np.ones(2, np.float32)}))
+      ...     read(file).full["head"]
+      Array([1., 1.], dtype=float32)
     """
     match detect(path):
         case "file":
@@ -91,6 +110,14 @@ def write(
 
     Raises:
       JloraError: if it cannot be written, or not in that format.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "adapter.safetensors")
+      ...     write(file, jlora.Trainable(full={"head": np.ones(2)}), "file")
+      ...     detect(file)
+      'file'
     """
     match format:
         case "file":
@@ -111,6 +138,21 @@ def describe(path: Path, *, step: int | None = None) -> dict[str, Any]:
     """Returns what the adapter at `path` says of itself besides its leaves, as JSON.
 
     For PEFT its config, for Orbax step, config, metrics, position and metadata.
+
+    Args:
+      path: see `detect`.
+      step: for Orbax: which step; None is the newest.
+
+    Raises:
+      CheckpointError: if it cannot be read.
+
+    Examples:
+      >>> import tempfile, numpy as np, jlora
+      >>> adapter = jlora.Trainable(full={"head/kernel": np.ones((2, 3), np.float32)})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.peft.save(folder, adapter, base_model="tiny")
+      ...     describe(folder)["base_model_name_or_path"]
+      'tiny'
     """
     match detect(path):
         case "peft":

@@ -55,6 +55,16 @@ class Inspection:
       warnings: in words, what looks wrong.
       trained_count: how many numbers it has.
       nbytes: and bytes.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jlora.factors import Spec
+      >>> f = Factors(np.ones((3, 2)), np.zeros((2, 4)), Spec(rank=2, alpha=2))
+      >>> found = inspect(Trainable({"w": f}))
+      >>> found.trained_count, found.leaves[0].norm
+      (14, 0.0)
+      >>> found.warnings
+      ('no update yet (A or B is zero) in 1 of 1 leaves: w',)
     """
 
     leaves: tuple[Leaf, ...]
@@ -86,6 +96,9 @@ def inspect(trainable: Trainable) -> Inspection:
 
     Norms and singular values come from the Gram matrices of A and B, in float64 on the
     host; no update is formed. What a DoRA magnitude does is not in them.
+
+    Args:
+      trainable: the adapter.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -131,6 +144,10 @@ def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
 
     Updates are compared, `scale * A B`: factors may differ although these agree.
 
+    Args:
+      a: an adapter.
+      b: another one.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Spec
@@ -162,6 +179,15 @@ def diff_files(
 
     Raises:
       CheckpointError: if a file cannot be read.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     a, b = (os.path.join(folder, f"{n}.safetensors") for n in "ab")
+      ...     jlora.export.safetensors(a, {"w": np.ones(2), "bias": np.ones(2)})
+      ...     jlora.export.safetensors(b, {"w": np.ones(2), "bias": np.zeros(2)})
+      ...     [(d.path, d.relative) for d in diff_files(a, b)]
+      [('bias', 1.0)]
     """
     one, other = open_model(a), open_model(b)
     told = []
@@ -175,7 +201,21 @@ def diff_files(
 
 
 def singular_values(factors: Factors) -> np.ndarray:
-    """Returns those of the update `scale * A B`, `[*batch, rank]`, largest first."""
+    """Returns those of the update `scale * A B`, `[*batch, rank]`, largest first.
+
+    Args:
+      factors: of any method; what a DoRA magnitude does is not seen.
+
+    Returns:
+      float64 array on the host.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jlora.factors import Spec
+      >>> f = Factors(np.eye(3, 2), np.diag([3.0, 4.0]), Spec(rank=2, alpha=4))
+      >>> singular_values(f)
+      array([8., 6.])
+    """
     gram_a, gram_b = _grams(*_matrices(factors))
     values, vectors = np.linalg.eigh(gram_a)
     half = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]

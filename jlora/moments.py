@@ -17,6 +17,16 @@ class InputMoments:
       second: sum of `x xᵀ`, `[*batch, n, n]`, one matrix for each of a stack.
       first: sum of `x`, `[*batch, n]`.
       count: how many inputs, `[*batch]`.
+
+    Examples:
+      Of two inputs, as `jlora.activation_statistics` sums them up:
+
+      >>> import numpy as np
+      >>> x = np.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> moments = InputMoments(second=x.T @ x, first=x.sum(axis=0), count=len(x))
+      >>> moments.second
+      array([[10., 14.],
+             [14., 20.]])
     """
 
     second: Leaf

@@ -57,6 +57,9 @@ def _prune(named: Factors, factors: Factors) -> Factors:
 def mask(tree: Any) -> Any:
     """Returns `tree` with True at the leaves that are trained and False at all others.
 
+    Args:
+      tree: a `Trainable`, or any pytree that holds some.
+
     Examples:
       >>> import jax.numpy as jnp, jlora
       >>> mask({"w": jnp.ones(2), "t": jlora.Trainable(full={"head": jnp.ones(2)})})

@@ -79,6 +79,13 @@ def matches(pattern: str, path: str) -> bool:
     one of a set, `**` for any number of components (also none), `{a,b}` for either,
     `{0..5}` for any of the numbers.
 
+    Args:
+      pattern: the glob.
+      path: components joined by `/`.
+
+    Raises:
+      TreeError: for a `{` without its `}`.
+
     Examples:
       >>> matches("**/attn/{q,v}/kernel", "params/blocks_0/attn/q/kernel")
       True
@@ -162,12 +169,29 @@ def _set_regex(chars: str) -> str:
 
 
 def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
-    """Returns those of `paths` that `pattern` matches, in their order."""
+    """Returns those of `paths` that `pattern` matches, in their order.
+
+    Args:
+      pattern: a glob, see `matches`.
+      paths: the paths to look through.
+
+    Raises:
+      TreeError: for a `{` without its `}`.
+
+    Examples:
+      >>> select("**/bias", ["dense/bias", "dense/kernel", "bias"])
+      ('dense/bias', 'bias')
+    """
     return tuple(p for p in paths if matches(pattern, p))
 
 
 def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> tuple[str, ...]:
     """Returns up to `n` of `paths` that look most like `pattern`, best first.
+
+    Args:
+      pattern: a glob, as a rule one that matched nothing.
+      paths: the paths to choose from.
+      n: how many at most.
 
     Examples:
       >>> nearest("**/atn/q/kernel", ["blocks/0/attn/q/kernel", "embed/embedding"], n=1)

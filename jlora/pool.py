@@ -37,6 +37,15 @@ class Pool:
       adapters: leaves `[capacity, ...]`, scale 1; for `jlora.per_row` and
         `jlora.adapters.select`.
       occupied: `[capacity]`, whether a slot holds an adapter.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> pool = insert(create(like, 2), 1, like)
+      >>> pool.capacity, pool.occupied
+      (2, Array([False,  True], dtype=bool))
     """
 
     adapters: Trainable
@@ -93,12 +102,37 @@ def create(like: Trainable, capacity: int) -> Pool:
 
 
 def bytes_of(like: Trainable) -> int:
-    """Returns the bytes of one slot of a pool for adapters like `like`."""
+    """Returns the bytes of one slot of a pool for adapters like `like`.
+
+    Args:
+      like: see `create`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> bytes_of(like)  # 3 + 4 numbers of four bytes
+      28
+    """
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(like))
 
 
 def capacity_for(like: Trainable, budget: int) -> int:
-    """Returns how many adapters like `like` fit into `budget` bytes of the device."""
+    """Returns how many adapters like `like` fit into `budget` bytes of the device.
+
+    Args:
+      like: see `create`.
+      budget: bytes of device memory for the whole pool.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> capacity_for(like, 16 * 1024**2)
+      578524
+    """
     return budget // (bytes_of(like) + 1)  # one for `occupied`
 
 
@@ -108,8 +142,23 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
     Ranks and missing weights are filled with zeros, alphas go into B, and the numbers
     are rounded to the pool's dtypes.
 
+    Args:
+      pool: the pool, or its shapes from `jax.eval_shape`.
+      trainable: an adapter of any method but DoRA, without leaves trained in full.
+
     Raises:
       PoolError: lists all that does not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> own = Trainable({"w": Factors(np.ones((3, 1)), np.ones((1, 4)),
+      ...                               Spec(rank=1, alpha=5.0))})
+      >>> fitted = fit(create(like, 2), own).lora["w"]
+      >>> fitted.b, fitted.scale
+      (array([[5., 5., 5., 5.]], dtype=float32), 1.0)
     """
     if not isinstance(trainable, Trainable):
         raise PoolError(f"An adapter is a Trainable, not a {type(trainable).__name__}.")
@@ -176,8 +225,23 @@ def insert(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
     `slot` may be traced. Give it what `fit` returns, so that adapters of all ranks have
     one shape.
 
+    Args:
+      pool: the pool.
+      slot: its number, an integer or a scalar array.
+      trainable: from `fit`.
+
     Raises:
       PoolError: if the adapter has other shapes than a slot.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> pool = create(like, 2)
+      >>> pool = insert(pool, 1, fit(pool, like))
+      >>> pool.adapters.lora["w"].b[:, 0, 0]
+      Array([0., 1.], dtype=float32)
     """
     _check_shapes(pool, trainable)
     adapters = jax.tree.map(
@@ -202,7 +266,21 @@ def _check_shapes(pool: Pool, trainable: Trainable) -> None:
 
 
 def evict(pool: Pool, slot: Any) -> Pool:
-    """Returns the pool with `slot` free; its numbers stay until the next `insert`."""
+    """Returns the pool with `slot` free; its numbers stay until the next `insert`.
+
+    Args:
+      pool: the pool.
+      slot: its number, an integer or a scalar array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> pool = insert(create(like, 2), 1, like)
+      >>> evict(pool, 1).occupied
+      Array([False, False], dtype=bool)
+    """
     return Pool(pool.adapters, pool.occupied.at[slot].set(False))
 
 
@@ -215,6 +293,22 @@ def lookup(pool: Pool, ids: Any) -> Trainable:
     Args:
       pool: the pool.
       ids: an integer, or an integer array `[batch]`.
+
+    Returns:
+      A `Trainable` of leaves `[...]`, or `[batch, ...]`, which `jlora.per_row` takes
+      with None for `ids`.
+
+    Raises:
+      TreeError: for ids that are no integers.
+
+    Examples:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> like = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                                Spec(rank=1, alpha=1))})
+      >>> pool = insert(create(like, 2), 1, like)
+      >>> lookup(pool, np.array([1, -1, 0])).lora["w"].b[:, 0, 0]
+      Array([ 1.,  0., nan], dtype=float32)
     """
     ids = jnp.asarray(ids)
     n = pool.capacity
@@ -279,6 +373,17 @@ class Cache:
       >>> y[:, 0], batch.ids, batch.errors
       (Array([9., 3.], dtype=float32), array([ 0, -1,  2], dtype=int32),
        {2: KeyError('three')})
+
+      Load the next batch's adapters while this one runs, and put a newly trained one
+      in place of that of its name:
+
+      >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
+      ...     cache.prefetch(["two"])
+      ...     cache.put("one", load("two"))
+      ...     before = cache.resident, cache.ready("one"), cache.ready("three")
+      ...     cache.drop("one")
+      ...     before, cache.resident
+      ((('one',), True, False), ())
     """
 
     def __init__(
@@ -313,7 +418,11 @@ class Cache:
             return tuple(self._slots)
 
     def prefetch(self, names: Iterable[str | None]) -> None:
-        """Starts to load adapters that are not in the pool, and does not wait."""
+        """Starts to load adapters that are not in the pool, and does not wait.
+
+        Args:
+          names: of adapters; None, the base model, needs nothing.
+        """
         with self._lock:
             for name in names:
                 if name is None or name in self._slots or name in self._loading:
@@ -364,6 +473,10 @@ class Cache:
 
     def put(self, name: str, trainable: Trainable) -> None:
         """Puts an adapter in under a name, in place of one of the same name.
+
+        Args:
+          name: what requests will call it.
+          trainable: the adapter.
 
         Raises:
           PoolError: if it does not fit.

@@ -22,6 +22,15 @@ class RankBudgetState(NamedTuple):
       sensitivity: running mean of `|parameter * gradient|`, like each `Factors`.
       uncertainty: running mean of how far a step's sensitivity is from that mean.
       kept: for each `Factors` which singular values are kept, `[*batch, rank]`.
+
+    Examples:
+      >>> import numpy as np, optax, jlora
+      >>> from jlora.factors import Factors, Spec
+      >>> spec = Spec(rank=2, alpha=2, method="adalora")
+      >>> own = Factors(np.eye(3, 2), np.eye(2, 4), spec, np.ones(2))
+      >>> tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=10)
+      >>> tx.init(jlora.Trainable({"w": own})).kept
+      [Array([ True,  True], dtype=bool)]
     """
 
     inner: Any
@@ -65,6 +74,7 @@ def adalora(
     Raises:
       ConfigError: for numbers that cannot work.
       TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree.
+      ValueError: (from `update`) without `params`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -75,9 +85,10 @@ def adalora(
       >>> _, trainable = jlora.split(jax.random.key(0), params, plan)
       >>> tx = jlora.adalora(optax.adam(1e-2), target_rank=2, steps=2, final=1)
       >>> state = tx.init(trainable)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(2):
       ...     gradient = jax.tree.map(jnp.ones_like, trainable)
-      ...     updates, state = tx.update(gradient, state, trainable)
+      ...     updates, state = update(gradient, state, trainable)
       ...     trainable = optax.apply_updates(trainable, updates)
       >>> int((trainable.lora["w"].magnitude != 0).sum())
       2
@@ -179,12 +190,19 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
     values makes sense as long as A and B hold singular vectors. The mean goes over the
     A and B of all adapted weights, of the Frobenius norms of `AᵀA − I` and `BBᵀ − I`.
 
+    Args:
+      trainable: a `Trainable`, or any pytree that holds `Factors`; those of other
+        methods do not count.
+
+    Returns:
+      A scalar, dtype of the factors; zero without factors of the method.
+
     Examples:
-      >>> import jax.numpy as jnp
+      >>> import jax, numpy as np
       >>> from jlora.factors import Factors, Spec
       >>> spec = Spec(rank=2, alpha=2, method="adalora")
-      >>> f = Factors(jnp.eye(3, 2), jnp.eye(2, 4), spec, jnp.ones(2))
-      >>> orthogonality_penalty([f])
+      >>> a, b = np.eye(3, 2, dtype=np.float32), np.eye(2, 4, dtype=np.float32)
+      >>> jax.jit(orthogonality_penalty)([Factors(a, b, spec, np.ones(2))])
       Array(0., dtype=float32)
 
     References:

@@ -30,7 +30,7 @@ def table(
 
 
 def html(head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
-    """Returns `lines` under `head` as an HTML table, for notebooks.
+    """Returns `lines` under `head` as an HTML table with `caption`, for notebooks.
 
     Examples:
       >>> html(("leaf",), [("w<1>",)], "one leaf")[:48]

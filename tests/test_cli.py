@@ -469,6 +469,7 @@ def test_each_command_has_help_and_json(call, name):
     out = fine(call(name, "--help"))
     assert "--json" in out
     assert out.startswith(f"Usage: jlora {name} ")
+    assert f"\n  Example: jlora {name} " in out
 
 
 def test_bad_input_never_gives_a_traceback(folder, call):

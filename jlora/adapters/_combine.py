@@ -72,6 +72,21 @@ def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable
 def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
     """Returns the adapter that takes off what `trainable` adds, `scale(..., -1)`.
 
+    Args:
+      trainable: any adapter.
+      params: see `scale`.
+
+    Raises:
+      TreeError: lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=2.0))})
+      >>> negate(x).lora["w"].b[0, 0]
+      Array(-1., dtype=float32)
+
     References:
       Ilharco et al., 2023, Editing Models with Task Arithmetic, section 3,
       https://arxiv.org/abs/2212.04089
@@ -85,6 +100,9 @@ def add(*trainables: Trainable, params: Any = None) -> Trainable:
     Args:
       *trainables: adapters of one model, or one sequence of them.
       params: see `linear`.
+
+    Raises:
+      TreeError: see `linear`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -157,6 +175,26 @@ def average(
     """Returns the adapter whose update is the mean of the updates, see `linear`.
 
     Leaves that all train in full are averaged themselves; others need `params`.
+
+    Args:
+      trainables: adapters of one model.
+      rank: cut the mean to this rank, see `truncate`.
+      params: see `linear`.
+
+    Raises:
+      TreeError: see `linear`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.full((3, 1), v), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (1.0, 3.0)
+      ... )
+      >>> both = average([x, y]).lora["w"]
+      >>> both.rank, float((both.a @ both.b)[0, 0])
+      (2, 2.0)
     """
     found = sequence("average", trainables)
     weights = [1 / len(found)] * len(found)
@@ -172,7 +210,30 @@ def interpolate(
     rank: int | None = None,
     params: Any = None,
 ) -> Trainable:
-    """Returns `(1 - t) x + t y` in the update: `x` at 0, `y` at 1, see `linear`."""
+    """Returns `(1 - t) x + t y` in the update: `x` at 0, `y` at 1, see `linear`.
+
+    Args:
+      x: an adapter.
+      y: another one of the same model.
+      t: a number or a scalar array; outside [0, 1] it extrapolates.
+      rank: cut the result to this rank, see `truncate`.
+      params: see `linear`.
+
+    Raises:
+      TreeError: see `linear`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.full((3, 1), v), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (1.0, 3.0)
+      ... )
+      >>> near = interpolate(x, y, 0.25).lora["w"]
+      >>> float((near.a @ near.b)[0, 0])
+      1.5
+    """
     found = sequence("interpolate", [x, y])
     if isinstance(t, int | float) and t in (0, 1):
         return found[int(t)]
@@ -195,6 +256,21 @@ def concat(
       trainables: adapters of one model.
       weights: one number or scalar array each; None means ones.
       params: see `linear`.
+
+    Raises:
+      TreeError: see `linear`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.full((3, 1), v), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (1.0, 3.0)
+      ... )
+      >>> both = concat([x, y], [1, 0.5]).lora["w"]
+      >>> both.a.shape, both.a[0], float((both.a @ both.b)[0, 0])
+      ((3, 2), Array([1., 3.], dtype=float32), 2.5)
     """
     found = sequence("concat", trainables)
     weights = weights_for("concat", found, weights)
@@ -294,6 +370,15 @@ def to_lora(
 
     Raises:
       TreeError: lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> spec = Spec(rank=2, alpha=2.0, method="adalora")
+      >>> own = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, jnp.array([5.0, 0.0]))
+      >>> plain = to_lora(Trainable({"w": own})).lora["w"]
+      >>> plain.spec.method, plain.magnitude, float((plain.a @ plain.b)[0, 0])
+      ('lora', None, 5.0)
     """
     (trainable,) = sequence("to_lora", [trainable])
     base = leaves_of(params)

@@ -64,6 +64,14 @@ def cosine(x: Trainable, y: Trainable, *, params: Any = None) -> jax.Array:
 
     Raises:
       TreeError: if they are not of one model, or lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
+      ...                             Spec(rank=1, alpha=2.0))})
+      >>> cosine(x, jlora.adapters.scale(x, -3.0)).round(4)
+      Array(-1., dtype=float32)
     """
     found = sequence("cosine", [x, y])
     check_fit("cosine", found)
@@ -96,6 +104,15 @@ def orthogonality(
 
     Raises:
       TreeError: if they are not of one model, or lists the leaves that need `params`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> def reads(feature):
+      ...     a, b = jnp.array([feature]).T, jnp.ones((1, 4))
+      ...     return Trainable({"w": Factors(a, b, Spec(rank=1, alpha=1.0))})
+      >>> jax.jit(orthogonality)(reads([1.0, 0, 0]), reads([0, 1.0, 0]))
+      {'w': Array(1., dtype=float32)}
 
     References:
       Wang et al., 2023, O-LoRA, section 3.2, https://arxiv.org/abs/2310.14152

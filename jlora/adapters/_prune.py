@@ -54,6 +54,19 @@ def ties(
       TreeError: if the adapters are not of one model, or lists the leaves that need
         `params`.
 
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.array([[v], [1.0]]), jnp.ones((1, 2)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (4.0, -2.0)
+      ... )
+      >>> both = ties([x, y], density=1.0).lora["w"]
+      >>> (both.a @ both.b).round(4)  # -2 lost the vote against 4
+      Array([[4., 4.],
+             [1., 1.]], dtype=float32)
+
     References:
       Yadav et al., 2023, TIES-Merging, section 3, https://arxiv.org/abs/2306.01708
     """
@@ -99,6 +112,15 @@ def dare(
       ConfigError: for a density outside (0, 1].
       TreeError: see `ties`.
 
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x = Trainable({"w": Factors(jnp.ones((2, 1)), jnp.ones((1, 2)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      >>> half = dare([x], key=jax.random.key(1), density=0.5, rank=2).lora["w"]
+      >>> sorted({round(abs(float(x)), 4) for x in (half.a @ half.b).ravel()})
+      [0.0, 2.0]
+
     References:
       Yu et al., 2024, Language Models are Super Mario (DARE), section 3.2,
       https://arxiv.org/abs/2311.03099
@@ -134,6 +156,19 @@ def magnitude_prune(
     Raises:
       ConfigError: for a density outside (0, 1].
       TreeError: see `ties`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Factors, Spec, Trainable
+      >>> x, y = (
+      ...     Trainable({"w": Factors(jnp.array([[v], [1.0]]), jnp.ones((1, 2)),
+      ...                             Spec(rank=1, alpha=1.0))})
+      ...     for v in (4.0, -2.0)
+      ... )
+      >>> both = magnitude_prune([x, y], density=0.5).lora["w"]
+      >>> abs(both.a @ both.b).round(4)
+      Array([[2., 2.],
+             [0., 0.]], dtype=float32)
     """
 
     def merge(key: Any, changes: jax.Array, weights: jax.Array) -> jax.Array:

@@ -26,14 +26,31 @@ METHODS = {
 
 
 def method_of(spec: Spec) -> Method:
-    """Returns the method of `spec`."""
+    """Returns the method of `spec`.
+
+    Args:
+      spec: its `rows` and `parts` go before its `method`.
+
+    Examples:
+      >>> method_of(Spec(rank=2, alpha=2.0, method="dora")).gain is not None
+      True
+    """
     if spec.rows:
         return rows
     return METHODS[spec.method] if spec.parts is None else parts
 
 
 def leaf_shapes(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Returns `{leaf: shape}` of the `Factors` of a weight of shape `shape`."""
+    """Returns `{leaf: shape}` of the `Factors` of a weight of shape `shape`.
+
+    Args:
+      spec: how the weight is adapted.
+      shape: the weight's shape.
+
+    Examples:
+      >>> leaf_shapes(Spec(rank=2, alpha=2.0, method="dora"), (8, 16))
+      {'a': (8, 2), 'b': (2, 16), 'magnitude': (16,)}
+    """
     return method_of(spec).shapes(spec, shape)
 
 
@@ -42,5 +59,19 @@ def plain(factors: Factors) -> tuple[Any, Any]:
 
     Shapes: `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`, differentiable
     with respect to the leaves of `factors`. What a DoRA magnitude does is not in them.
+
+    Args:
+      factors: of any method.
+
+    Returns:
+      Two arrays of the dtypes of `factors`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> spec = Spec(rank=2, alpha=2.0, method="adalora")
+      >>> values = jnp.array([5.0, 0.0])
+      >>> a, b = plain(Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, values))
+      >>> a.shape, (a @ b)[0]
+      ((3, 2), Array([5., 5., 5., 5.], dtype=float32))
     """
     return method_of(factors.spec).plain(factors)

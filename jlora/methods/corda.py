@@ -41,6 +41,16 @@ def corda(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> second = np.diag(np.array([9.0, 1.0, 1.0], np.float32))
+      >>> moments = InputMoments(second, np.zeros(3, np.float32), np.float32(9))
+      >>> w, spec = np.eye(3, 4, dtype=np.float32), Spec(rank=1, alpha=1.0)
+      >>> start = jax.jit(corda, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32, moments))
+      >>> abs((a @ b)[:, 0]).round(3)  # of equal rows the one with the largest inputs
+      array([1., 0., 0.], dtype=float32)
+
     References:
       Yang et al., 2024, CorDA, https://arxiv.org/abs/2406.05223
     """

@@ -45,6 +45,16 @@ def eva(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> x = np.array([[0.0, 5.0, 0.0], [0.0, -5.0, 0.0], [1.0, 0.0, 0.0]], np.float32)
+      >>> moments = InputMoments(x.T @ x, x.sum(axis=0), np.float32(3))
+      >>> w, spec = np.zeros((3, 4), np.float32), Spec(rank=1, alpha=1.0)
+      >>> start = jax.jit(eva, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32, moments))
+      >>> abs(a[:, 0]).round(3)  # the second feature varies most
+      array([0., 1., 0.], dtype=float32)
+
     References:
       Paischer et al., 2024, EVA, https://arxiv.org/abs/2410.07170
     """

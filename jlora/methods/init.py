@@ -32,6 +32,13 @@ class Init:
       ops: the operations that it is for.
       even: whether the rank must be even.
       rank_factor: this many times the rank must fit into `min(fan_in, fan_out)`.
+
+    Examples:
+      >>> from jlora.methods import INITS
+      >>> INITS["pissa"].needs, INITS["pissa"].base, INITS["pissa"].changes_base
+      ('weight', 'residual', True)
+      >>> INITS["eva"].needs, INITS["eva"].ops
+      ('inputs', ('linear',))
     """
 
     fun: Callable[..., Any]
@@ -70,7 +77,23 @@ def shaped(
 
 
 def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
-    """Returns `w - scale * a @ b`, computed in float32, rounded once."""
+    """Returns `w - scale * a @ b`, computed in float32, rounded once.
+
+    Args:
+      w: the weight.
+      a: `[*batch, *fan_in, rank]`.
+      b: `[*batch, rank, *fan_out]`.
+      spec: axes, rank and scale.
+
+    Returns:
+      An array of the weight's shape and dtype.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> w = jnp.full((3, 4), 5, jnp.float32)
+      >>> residual(w, jnp.ones((3, 1)), jnp.ones((1, 4)), Spec(rank=1, alpha=2.0))[0]
+      Array([3., 3., 3., 3.], dtype=float32)
+    """
     n, n_in, n_out = spec.axes.sizes(w.shape)
     wide = at_least_float32(w.dtype)
     product = jnp.matmul(

@@ -42,6 +42,9 @@ ITERATED = {"pissa": _PISSA, "loftq": _LOFTQ}  # also `<name>_niter_<n>`
 def find_init(init: Any) -> Init | None:
     """Returns what the name or function `init` means; None for an unknown name.
 
+    Args:
+      init: as in `LoraConfig`.
+
     Examples:
       >>> find_init("pissa_niter_4").base
       'residual'
@@ -60,6 +63,9 @@ def find_init(init: Any) -> Init | None:
 
 def init_name(init: Any) -> str:
     """Returns the name of an initialisation given by name or as a function.
+
+    Args:
+      init: as in `LoraConfig`.
 
     Examples:
       >>> init_name("pissa"), init_name(kaiming)
@@ -88,6 +94,14 @@ def init_clashes(
       init: name or function.
       method: what `spec` names.
       route: how the plan found the leaf used.
+
+    Returns:
+      One text a clash; nothing if the leaf can start so.
+
+    Examples:
+      >>> spec = Spec(rank=3, alpha=3.0)
+      >>> init_clashes("w", (8, 8), spec, "orthogonal", Method())
+      ["init 'orthogonal' needs an even rank, 'w' has 3: give it Rule('w', rank=4)"]
     """
     found, name = find_init(init), init_name(init)
     if found is None:

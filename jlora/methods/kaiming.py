@@ -26,6 +26,13 @@ def kaiming(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> a, b = kaiming(jax.random.key(0), (3, 4), spec, np.float32)
+      >>> a.shape, b.shape, bool((abs(a) <= 3**-0.5).all()), float(b.sum())
+      ((3, 2), (2, 4), True, 0.0)
+
     References:
       Hu et al., 2021, LoRA, section 4.1, https://arxiv.org/abs/2106.09685;
       He et al., 2015, https://arxiv.org/abs/1502.01852

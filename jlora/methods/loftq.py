@@ -39,6 +39,17 @@ def loftq(
       `(a, b, base)`; shapes `[*batch, *fan_in, rank]`, `[*batch, rank, *fan_out]` and
       that of the weight.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> start = jax.jit(loftq, static_argnums=(2, 3, 4))
+      >>> fours = lambda x: 4 * (x // 4)
+      >>> found = start(jax.random.key(0), w, spec, np.float32, fours)
+      >>> a, b, base = map(np.asarray, found)
+      >>> base[2], np.allclose(base + spec.scale * a @ b, w, atol=1e-4)
+      (array([8., 8., 8., 8.], dtype=float32), True)
+
     References:
       Li et al., 2023, LoftQ, https://arxiv.org/abs/2310.08659
     """

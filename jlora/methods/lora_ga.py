@@ -31,6 +31,17 @@ def lora_ga(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> gradient = np.diag(np.array([4.0, 3.0, 2.0, 1.0], np.float32))
+      >>> w, spec = np.zeros_like(gradient), Spec(rank=2, alpha=2.0)
+      >>> start = jax.jit(lora_ga, static_argnums=(2, 3))
+      >>> found = start(jax.random.key(0), w, spec, np.float32, gradient)
+      >>> a, b = map(np.asarray, found)
+      >>> abs(a.T).round(2)  # the directions of the two largest, 4 and 3
+      array([[1., 0., 0., 0.],
+             [0., 1., 0., 0.]], dtype=float32)
+
     References:
       Wang et al., 2024, LoRA-GA, https://arxiv.org/abs/2407.05000
     """

@@ -47,6 +47,11 @@ class Method:
         nothing.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
+
+    Examples:
+      >>> spec = Spec(rank=2, alpha=2.0)
+      >>> Method().shapes(spec, (8, 16))
+      {'a': (8, 2), 'b': (2, 16)}
     """
 
     axes: Callable[[Spec], LeafAxes] = lora_axes
@@ -57,7 +62,12 @@ class Method:
     gain: Callable[[Factors, Any], Any] | None = None
 
     def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:
-        """Returns `{leaf: shape}` for a weight of shape `shape`."""
+        """Returns `{leaf: shape}` for a weight of shape `shape`.
+
+        Args:
+          spec: how the weight is adapted.
+          shape: the weight's shape.
+        """
         sizes = self.covered(spec, shape)
         return {
             leaf: tuple(spec.rank if i is None else sizes[i] for i in axes)

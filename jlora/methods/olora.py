@@ -26,6 +26,15 @@ def olora(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> start = jax.jit(olora, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32))
+      >>> np.allclose(b @ b.T, np.eye(2), atol=1e-5)
+      True
+
     References:
       Büyükakyüz, 2024, OLoRA, https://arxiv.org/abs/2406.01775
     """

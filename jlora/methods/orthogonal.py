@@ -25,6 +25,14 @@ def orthogonal(
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`;
       `a @ b` is zero up to rounding, at most 1e-6 of the factors' product in float32.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> start = jax.jit(orthogonal, static_argnums=(1, 2, 3))
+      >>> a, b = map(np.asarray, start(jax.random.key(0), (3, 4), spec, np.float32))
+      >>> bool(abs(a).min() > 0), bool(abs(a @ b).max() < 1e-6)
+      (True, True)
+
     References:
       PEFT 0.21, `LoraLayer.orthogonal_init`, https://github.com/huggingface/peft
     """

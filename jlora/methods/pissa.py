@@ -28,6 +28,15 @@ def pissa(
     Returns:
       `(a, b)` with shapes `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`.
 
+    Examples:
+      >>> import jax, numpy as np
+      >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
+      >>> spec = Spec(rank=2, alpha=4.0)
+      >>> start = jax.jit(pissa, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32))
+      >>> np.allclose(spec.scale * a @ b, w, atol=1e-4)  # this weight has rank 2
+      True
+
     References:
       Meng et al., 2024, PiSSA, https://arxiv.org/abs/2404.02948
     """

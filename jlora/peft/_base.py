@@ -204,6 +204,16 @@ def save_base(
 
     Raises:
       PeftError: lists every leaf without a name in torch.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> from safetensors.numpy import load_file
+      >>> names = jlora.peft.NameMap((jlora.peft.Entry("up/kernel", "mlp.up.weight"),))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_base(folder, {"up": {"kernel": np.ones((2, 3))}}, names=names)
+      ...     tensors = load_file(os.path.join(folder, "model.safetensors"))
+      >>> {name: x.shape for name, x in tensors.items()}
+      {'mlp.up.weight': (3, 2)}
     """
     names = names or GENERIC
     leaves, _ = paths.flatten(params)

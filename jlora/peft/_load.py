@@ -111,6 +111,18 @@ def load(
       PeftError: if a file is missing, damaged or no LoRA adapter; with `strict`, lists
         all that is missing, extra, misshapen or of a wrong type, every field of the
         config that jlora lacks, and every contradiction between config and tensors.
+
+    Examples:
+      >>> import tempfile, numpy as np, jlora
+      >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 6), np.float32)
+      >>> own = Factors(a, b, Spec(rank=2, alpha=4))
+      >>> up, down = {"kernel": np.ones((4, 6))}, {"kernel": np.ones((6, 4))}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.peft.save(folder, Trainable({"up/kernel": own}))
+      ...     adapter = load(folder, {"up": up, "down": down})
+      ...     fewer, report = load(folder, {"down": down}, strict=False)
+      >>> adapter.lora["up/kernel"].scale, fewer, len(report.extra)
+      (2.0, Trainable(lora={}, full={}), 2)
     """
     directory = pathlib.Path(directory)
     names = names or GENERIC

@@ -157,9 +157,12 @@ class NameMap:
       generic: where no rule fits, use the leaf's own path, joined by dots.
 
     Examples:
-      >>> names = NameMap((Entry("up/kernel", "mlp.up.weight"),))
-      >>> [place.name for place in names.places("params/up/kernel", (4, 8))]
-      ['mlp.up.weight']
+      >>> rule = Entry("layer_{i}/up/kernel", "bert.layer.{i}.up.weight")
+      >>> names = NameMap((rule,), prefix="bert.", ignore=("bert.position_ids",))
+      >>> [place.name for place in names.places("params/layer_3/up/kernel", (4, 8))]
+      ['bert.layer.3.up.weight']
+      >>> names.ignores("bert.position_ids"), names.other_prefix("bert.pooler.weight")
+      (True, 'pooler.weight')
     """
 
     entries: tuple[Entry, ...] = ()
@@ -195,7 +198,11 @@ class NameMap:
         return _generic(path, shape, op, axes) if self.generic else ()
 
     def ignores(self, name: str) -> bool:
-        """Returns whether the tensor `name` of a whole model is no parameter."""
+        """Returns whether the tensor `name` of a whole model is no parameter.
+
+        Args:
+          name: the tensor's name.
+        """
         return any(
             _regex(variant).fullmatch(name)
             for template in self.ignore
@@ -203,7 +210,11 @@ class NameMap:
         )
 
     def other_prefix(self, name: str) -> str:
-        """Returns `name` with the prefix taken off, or put before it."""
+        """Returns `name` with the prefix taken off, or put before it.
+
+        Args:
+          name: a tensor's name, with `prefix` or without.
+        """
         if self.prefix and name.startswith(self.prefix):
             return name.removeprefix(self.prefix)
         return self.prefix + name

@@ -14,6 +14,13 @@ class Report:
       extra: tensors in the file that no leaf of the model takes.
       wrong: tensors of another shape or type, and values that are no numbers.
       config: fields of the config that jlora lacks, or that contradict the tensors.
+
+    Examples:
+      >>> found = Report(missing=("q_proj.lora_A.weight",))
+      >>> len(found), bool(Report())
+      (1, False)
+      >>> print(found)
+        missing: q_proj.lora_A.weight
     """
 
     missing: tuple[str, ...] = ()
