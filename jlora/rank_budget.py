@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .errors import ConfigError, TreeError
 from .factors import Factors
@@ -228,8 +229,6 @@ def _keep(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
     order = jnp.argsort(-flat)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
     kept = rank < budget.astype(order.dtype)
-    ends = [0]
-    for s in scores:
-        ends.append(ends[-1] + s.size)
-    pairs = zip(ends, ends[1:], scores, strict=False)
-    return [kept[i:j].reshape(s.shape) for i, j, s in pairs]
+    ends = np.cumsum([s.size for s in scores])[:-1]
+    parts = jnp.split(kept, ends)
+    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
