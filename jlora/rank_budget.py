@@ -65,7 +65,8 @@ def adalora(
 
     Raises:
       ConfigError: for numbers that cannot work.
-      TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree.
+      TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree,
+        or a mask parts them.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -102,6 +103,12 @@ def adalora(
             raise TreeError(
                 "adalora found no factors of its method. Give LoraConfig "
                 "method='adalora', and this optimizer the trainable side."
+            )
+        if any(len(jax.tree.leaves(f)) < 3 for f in factors):
+            raise TreeError(
+                "adalora needs A, B and the singular values together, but sees some "
+                "alone. Give all three one label in optax.multi_transform or "
+                "optax.masked."
             )
         zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
         kept = [jnp.ones(f.magnitude.shape, bool) for f in factors]
@@ -207,7 +214,9 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
 
 
 def _is_adaptive(x: Any) -> bool:
-    return isinstance(x, Factors) and x.spec.method == "adalora"
+    """Returns whether `x` is factors of the method that a mask left something of."""
+    is_method = isinstance(x, Factors) and x.spec.method == "adalora"
+    return is_method and bool(jax.tree.leaves(x))
 
 
 def _adaptive(tree: Any) -> list[Factors]:

@@ -385,6 +385,11 @@ def test_adalora_wants_its_method():
     tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2)
     with pytest.raises(jlora.TreeError, match="method='adalora'"):
         tx.init(trainable)
+    _, _, _, trainable = adapt(method="adalora", targets="heads")
+    rest = dict.fromkeys(("b", "magnitude"), optax.sgd(1.0))
+    apart = optax.multi_transform({"a": tx, **rest}, jlora.labels)
+    with pytest.raises(jlora.TreeError, match="singular values together"):
+        apart.init(trainable)
     with pytest.raises(jlora.ConfigError, match="must fit in 2 steps"):
         jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2, warmup=3)
 
