@@ -235,8 +235,8 @@ def methods_section(found: common.Figures) -> str:
             f"{source(found['environment'])}\nA training step of a Linen decoder of "
             f"width {case['width']}, {case['layers']} layers, rank {case['rank']} on "
             f"all linear weights, {case['batch'] * case['length']} tokens. DoRA's "
-            "magnitude takes its gradient from the output of each layer, which plain "
-            "LoRA need not keep.\n",
+            "magnitude takes its gradient from the scaled output of each layer, which "
+            "plain LoRA need not keep.\n",
             markdown(methods.columns(found["training"])),
         )
     )

@@ -34,6 +34,9 @@ def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
       >>> delta(f).shape, float(delta(f)[0, 0])
       ((3, 4), 1.0)
     """
+    dense = method_of(factors.spec).dense
+    if dense is not None:
+        return dense(factors, dtype)
     axes = factors.spec.axes
     a, b = plain(factors)
     batch = a.shape[: len(axes.batch)]

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import TreeError
 from .factors import Factors, Spec, Trainable
 from .methods import plain
+from .optim import check_positive
 
 if TYPE_CHECKING:
     import optax
@@ -40,6 +42,9 @@ def lora_fa(
 
     Returns:
       A transformation whose `update` needs `params`.
+
+    Raises:
+      TreeError: (from `update`) if a mask leaves one of A and B without the other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -113,6 +118,7 @@ def riemannian(
 
     Raises:
       ValueError: if `damping` is not a positive number.
+      TreeError: (from `update`) if a mask leaves one of A and B without the other.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -129,8 +135,7 @@ def riemannian(
       Zhang and Pilanci, 2024, Riemannian Preconditioned LoRA for Fine-Tuning
       Foundation Models, https://arxiv.org/abs/2402.02347
     """
-    if not damping > 0:
-        raise ValueError(f"damping must be a positive number, got {damping!r}.")
+    check_positive(damping=damping)
 
     def precondition(gradient: Factors, own: Factors) -> Factors:
         a = _right(gradient.a, _inverse(_gram_b(own), damping), own)
@@ -159,6 +164,30 @@ def _check_params(params: Any, name: str) -> None:
             f"{name} needs the factors themselves: write "
             "tx.update(gradients, state, trainable)."
         )
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Trainable))
+    halves = [
+        path
+        for node in nodes
+        if isinstance(node, Trainable)
+        for path, own in node.lora.items()
+        if _is_pair(own) and not (_has_leaves(own.a) and _has_leaves(own.b))
+    ]
+    if halves:
+        raise TreeError(
+            f"{name} needs A and B together, but sees one alone of "
+            f"{', '.join(map(repr, halves))}. Give both one label in "
+            "optax.multi_transform or optax.masked."
+        )
+
+
+def _is_pair(own: Factors) -> bool:
+    """Returns whether `own` has the two factors, or what a mask left of them."""
+    is_method = own.spec.method in PAIRED and not own.spec.rows
+    return is_method and (_has_leaves(own.a) or _has_leaves(own.b))
+
+
+def _has_leaves(x: Any) -> bool:
+    return bool(jax.tree.leaves(x))
 
 
 def _fixed(own: Factors) -> str:
@@ -167,14 +196,18 @@ def _fixed(own: Factors) -> str:
 
 
 def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
-    """Returns `tree` with `change(factors, *rest)` at each pair of factors."""
+    """Returns `tree` with `change(factors, *rest)` at each pair of factors.
+
+    The last of the trees is the parameters.
+    """
 
     def of(node: Any, *others: Any) -> Any:
         if not isinstance(node, Trainable):
             return node
+        params = (node, *others)[-1]
         lora = {
             path: change(own, *(other.lora[path] for other in others))
-            if own.spec.method in PAIRED and not own.spec.rows
+            if _is_pair(params.lora[path])
             else own
             for path, own in node.lora.items()
         }
@@ -221,10 +254,11 @@ def _gram(x: jax.Array, batch: int, summed: range) -> jax.Array:
     return _product(x, x, (tuple(summed), tuple(summed)), batch)
 
 
-def _inverse(gram: jax.Array, damping: float) -> jax.Array:
+def _inverse(gram: jax.Array, damping: Any) -> jax.Array:
     """Returns the pseudo-inverse of `gram + damping I`."""
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    damped = gram + damping * jnp.broadcast_to(eye, gram.shape)
+    eye = eye * jnp.asarray(damping).astype(gram.dtype)
+    damped = gram + jnp.broadcast_to(eye, gram.shape)
     return jnp.linalg.pinv(damped, hermitian=True)
 
 

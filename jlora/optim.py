@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .factors import Factors, Trainable
+from .transform.compat import is_staging
 
 if TYPE_CHECKING:
     import optax
@@ -154,20 +155,25 @@ def lora_plus(
     """
     import optax
 
-    for name, value in (("ratio", ratio), ("embedding_ratio", embedding_ratio)):
-        if not value > 0:
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    check_positive(ratio=ratio, embedding_ratio=embedding_ratio)
+
+    def times(x: Any, factor: Any) -> Any:
+        return x * jnp.asarray(factor).astype(x.dtype)
 
     def factors(own: Factors) -> Factors:
         if own.spec.op == "embedding":
-            return jax.tree.map(lambda x: x * embedding_ratio, own)
+            return jax.tree.map(lambda x: times(x, embedding_ratio), own)
         fast = dataclasses.replace(own, a=None)
-        return dataclasses.replace(jax.tree.map(lambda x: x * ratio, fast), a=own.a)
+        fast = jax.tree.map(lambda x: times(x, ratio), fast)
+        return dataclasses.replace(fast, a=own.a)
 
     def scale(node: Any) -> Any:
         if not isinstance(node, Trainable):
             return node
-        full = jax.tree.map(lambda x: x * ratio if x.ndim < 2 else x, dict(node.full))
+        full = {
+            path: jax.tree.map(lambda x: times(x, ratio) if x.ndim < 2 else x, leaf)
+            for path, leaf in node.full.items()
+        }
         return Trainable({path: factors(own) for path, own in node.lora.items()}, full)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
@@ -176,6 +182,16 @@ def lora_plus(
 
     inner = optax.with_extra_args_support(tx)
     return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def check_positive(**settings: Any) -> None:
+    """Raises a ValueError for the first setting that is no positive number.
+
+    A number that is traced, as `optax.inject_hyperparams` makes it, is not looked at.
+    """
+    for name, value in settings.items():
+        if not is_staging(value) and not value > 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
 
 
 def _is_trainable(node: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .errors import ConfigError, TreeError
 from .factors import Factors
@@ -73,8 +74,9 @@ def adalora(
 
     Raises:
       ConfigError: for numbers that cannot work.
-      TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree.
-      ValueError: (from `update`) without `params`.
+      TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree,
+        or a mask parts them.
+      ConfigError: (from `update`) without `params`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -112,6 +114,12 @@ def adalora(
             raise TreeError(
                 "adalora found no factors of its method. Give LoraConfig "
                 "method='adalora', and this optimizer the trainable side."
+            )
+        if any(len(jax.tree.leaves(f)) < 3 for f in factors):
+            raise TreeError(
+                "adalora needs A, B and the singular values together, but sees some "
+                "alone. Give all three one label in optax.multi_transform or "
+                "optax.masked."
             )
         zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
         kept = [jnp.ones(f.magnitude.shape, bool) for f in factors]
@@ -224,7 +232,9 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
 
 
 def _is_adaptive(x: Any) -> bool:
-    return isinstance(x, Factors) and x.spec.method == "adalora"
+    """Returns whether `x` is factors of the method that a mask left something of."""
+    is_method = isinstance(x, Factors) and x.spec.method == "adalora"
+    return is_method and bool(jax.tree.leaves(x))
 
 
 def _adaptive(tree: Any) -> list[Factors]:
@@ -246,8 +256,6 @@ def _keep(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
     order = jnp.argsort(-flat)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
     kept = rank < budget.astype(order.dtype)
-    ends = [0]
-    for s in scores:
-        ends.append(ends[-1] + s.size)
-    pairs = zip(ends, ends[1:], scores, strict=False)
-    return [kept[i:j].reshape(s.shape) for i, j, s in pairs]
+    ends = np.cumsum([s.size for s in scores])[:-1]
+    parts = jnp.split(kept, ends)
+    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]

@@ -72,6 +72,13 @@ def test_every_method_starts_at_the_base(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_factored_is_merged_in_value_and_gradient(method):
     _, _, frozen, trainable = adapt(method=method)
+    if method == "dora":  # a column without length learns to have one
+        heads = trainable.lora["heads"]
+        short = heads.magnitude.at[0, 0].set(0.0).at[0, 1].multiply(-1.0)
+        heads = dataclasses.replace(heads, magnitude=short)
+        trainable = dataclasses.replace(
+            trainable, lora={**trainable.lora, "heads": heads}
+        )
     lora_fn = jlora.apply_lora(model, on_merge="error")
 
     def loss(run):
@@ -161,6 +168,11 @@ def test_dora_never_forms_the_sum():
         products = [e for e in eqns if "dot" in e.primitive.name]
         assert products
         assert all(e.outvars[0].aval.shape != w.shape for e in products)
+
+    longer = jax.tree.map(lambda leaf: 2 * leaf, trainable)
+    out, pull = jax.vjp(lambda t: lora_fn(frozen, t, x), longer)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == out.shape]
+    assert all((leaf == out).all() for leaf in kept)  # not the product before its gain
 
 
 def test_dora_cannot_be_unmerged():
@@ -373,6 +385,11 @@ def test_adalora_wants_its_method():
     tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2)
     with pytest.raises(jlora.TreeError, match="method='adalora'"):
         tx.init(trainable)
+    _, _, _, trainable = adapt(method="adalora", targets="heads")
+    rest = dict.fromkeys(("b", "magnitude"), optax.sgd(1.0))
+    apart = optax.multi_transform({"a": tx, **rest}, jlora.labels)
+    with pytest.raises(jlora.TreeError, match="singular values together"):
+        apart.init(trainable)
     with pytest.raises(jlora.ConfigError, match="must fit in 2 steps"):
         jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2, warmup=3)
 

@@ -282,8 +282,11 @@ def test_lora_fa_keeps_state_for_what_is_trained_and_no_other_leaf_changes():
 @pytest.mark.parametrize("wrap", [jlora.lora_fa, jlora.riemannian])
 def test_wrappers_compose_with_masked_schedules_and_lora_plus(wrap):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    tx = jlora.masked(jlora.lora_plus(wrap(tx)))
+    chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    plus = optax.inject_hyperparams(
+        lambda ratio: jlora.lora_plus(wrap(chain), ratio=ratio)
+    )
+    tx = jlora.masked(plus(ratio=4.0))
     trainable = mixed()
     tree = {"frozen": {"w": jnp.ones(7)}, "trainable": trainable}
     state = tx.init(tree)
@@ -300,6 +303,10 @@ def test_preconditioners_need_params_and_a_positive_damping():
         own = tx(optax.sgd(1.0))
         with pytest.raises(ValueError, match=f"{name} needs the factors themselves"):
             own.update(trainable, own.init(trainable))
+        rest = dict.fromkeys(("a", "magnitude", "full"), optax.sgd(1.0))
+        apart = optax.multi_transform({"b": own, **rest}, jlora.labels)
+        with pytest.raises(jlora.TreeError, match=f"{name} needs A and B together"):
+            apart.update(trainable, apart.init(trainable), trainable)
     with pytest.raises(ValueError, match="damping must be a positive number, got 0"):
         jlora.riemannian(optax.sgd(1.0), damping=0)
 

@@ -47,6 +47,8 @@ class Method:
         nothing.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
+      dense: `(factors, dtype) -> array`, the update as an array of the weight's shape,
+        where there is a cheaper way to it than the product of `plain`; None for that.
 
     Examples:
       >>> spec = Spec(rank=2, alpha=2.0)
@@ -60,6 +62,7 @@ class Method:
     start: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
     finish: Callable[[Factors, Any], Factors] | None = None
     gain: Callable[[Factors, Any], Any] | None = None
+    dense: Callable[[Factors, Any], Any] | None = None
 
     def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:
         """Returns `{leaf: shape}` for a weight of shape `shape`.

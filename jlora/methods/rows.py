@@ -1,5 +1,7 @@
 """Trained rows: single rows of an embedding table, as for new tokens."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,16 @@ def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
     return a, factors.b
 
 
+def _dense(factors: Factors, dtype: Any) -> jax.Array:
+    """The rows at their places in a table of zeros."""
+    spec = factors.spec
+    (axis,) = spec.axes.fan_in
+    table = jnp.zeros(spec.shape, dtype)
+    places = (*(slice(None) for _ in range(axis)), jnp.asarray(spec.rows))
+    rows = jnp.moveaxis(factors.b.astype(dtype), 0, axis)
+    return table.at[places].set(rows, unique_indices=True)
+
+
 def _axes(spec: Spec) -> LeafAxes:
     return {"b": lora_axes(spec)["b"]}
 
@@ -25,4 +37,4 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
     return Factors(None, jnp.zeros(rows.shapes(spec, shape)["b"], dtype), spec)
 
 
-rows = Method(axes=_axes, plain=_plain, start=_start)
+rows = Method(axes=_axes, plain=_plain, start=_start, dense=_dense)

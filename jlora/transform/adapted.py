@@ -2,12 +2,15 @@
 
 One primitive with a lowering for each platform, so that a program exported for several
 is right on all. Only the value takes the temporary weight `w + s a b`; derivatives are
-those of `x . w + t . b` with `t = s x . a`, so no weight-sized gradient is formed.
+those of `x . w + t . b` with `t = s x . a`, so no weight-sized gradient is formed. A
+gain `g` makes that `g (x . w) + t . g b`, and the derivative by it is the result over
+`g`: the result is kept for it, which later operations often need too, not `x . w`.
 """
 
 import dataclasses
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,8 +20,17 @@ from jax.interpreters import ad, batching, mlir
 
 from . import cost
 from .compat import Primitive, has_typed_placement, shaped
-from .low_rank import Site, first_product, oriented, second_product
-from .values import OTHER, Atom, Group, Labels, Term, Weight, dense
+from .low_rank import Site, first_product, gained, oriented, second_product
+from .values import (
+    OTHER,
+    Atom,
+    Group,
+    Labels,
+    Term,
+    Weight,
+    dense,
+    rescaled,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +41,7 @@ class Static:
       site: as in `low_rank_product`.
       term: the term without its factors.
       t_labels: labels of the axes of `t`.
+      gain_labels: labels of the axes of the gain.
       dims: the groups of atoms of the weight's axes.
       numbers: `dot_general`'s dimension numbers, operands in their order.
       form: the form to use, or `"auto"`.
@@ -37,103 +50,136 @@ class Static:
     site: Site
     term: Term
     t_labels: Labels
+    gain_labels: Labels
     dims: tuple[Group, ...]
     numbers: Any
     form: cost.Form
+
+    def weight(self, w: Any, terms: tuple[Term, ...], gain: Sequence[Any]) -> Weight:
+        """Returns the weight again; `gain` is empty if it has none."""
+        own = gain[0] if gain else None
+        labels = self.gain_labels if gain else ()
+        return Weight(w, terms, self.dims, (), gain=own, gain_labels=labels)
 
 
 def adapted_dot(
     x: Any, weight: Weight, site: Site, numbers: Any, form: cost.Form
 ) -> jax.Array:
-    """Returns `x . (w + s a b)` for a weight with one term."""
+    """Returns `x . gain * (w + s a b)` for a weight with one term."""
     (term,) = weight.terms
     term = oriented(term, site)
     t, t_labels = first_product(x, term, site)
     bare = dataclasses.replace(term, a=None, b=None, product=None)
-    static = Static(site, bare, t_labels, weight.dims, numbers, form)
-    return adapted_dot_p.bind(x, weight.w, term.a, term.b, t, static=static)
-
-
-def pays(x: Any, weight: Weight, site: Site, form: cost.Form) -> bool:
-    """Returns whether some platform would compute a temporary weight."""
-    w = weight.w
-    if form == "factored" or x.dtype != w.dtype or x.dtype != site.dtype:
-        return False
-    if has_typed_placement(x) or has_typed_placement(w):
-        return False
-    forms = cost.forms(site.tokens, site.fan_in, x.dtype, w.dtype)
-    return form == "merged" or "merged" in forms
-
-
-def _dot(x: Any, w: Any, static: Static) -> Any:
-    operands = (x, w) if static.site.x_first else (w, x)
-    return lax.dot_general(
-        *operands,
-        static.numbers,
-        precision=static.site.precision,
-        preferred_element_type=static.site.dtype,
+    static = Static(
+        site, bare, t_labels, weight.gain_labels, weight.dims, numbers, form
     )
+    gain = () if weight.gain is None else (_not_zero(weight.gain, site.dtype),)
+    return adapted_dot_p.bind(x, weight.w, term.a, term.b, t, *gain, static=static)
 
 
-def _expand(t: Any, b: Any, static: Static) -> Any:
+def _not_zero(gain: Any, dtype: Any) -> Any:
+    """Returns `gain`, away from zero by what is nothing to a value of `dtype`.
+
+    So the derivative can divide by it, and a column of length zero can grow again.
+    """
+    least = jnp.asarray(jnp.finfo(dtype).smallest_normal ** (2 / 3), gain.dtype)
+    near = jnp.where(gain < 0, -least, least) - gain
+    is_near = jnp.abs(gain) < least
+    return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
+
+
+def form_of(x: Any, weight: Weight, site: Site, form: cost.Form) -> cost.Form | None:
+    """Returns the form of the `adapted_dot` to use, or None where it gains nothing.
+
+    It gains a temporary weight on some platform, or keeps less for the gradient of a
+    gain.
+    """
+    w = weight.w
+    if has_typed_placement(x) or has_typed_placement(w):
+        return None
+    forms = (form,)
+    if form == "auto":
+        forms = cost.forms(site.tokens, site.fan_in, x.dtype, w.dtype)
+    if "merged" in forms and x.dtype == w.dtype == site.dtype:
+        return form
+    return None if weight.gain is None else "factored"
+
+
+def _dot(x: Any, w: Any, gain: Any, static: Static) -> Any:
+    site = static.site
+    y = lax.dot_general(
+        *((x, w) if site.x_first else (w, x)),
+        static.numbers,
+        precision=site.precision,
+        preferred_element_type=site.dtype,
+    )
+    return rescaled(y, static.weight(w, (), gain), site.want)
+
+
+def _expand(t: Any, b: Any, gain: Any, static: Static) -> Any:
     term = dataclasses.replace(static.term, b=b)
+    term = gained(term, static.weight(None, (), gain))
     return second_product(t, static.t_labels, term, static.site)
 
 
-def _factored(x: Any, w: Any, a: Any, b: Any, t: Any, *, static: Static) -> Any:
+def _factored(x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static: Static):
     del a
-    return _dot(x, w, static) + _expand(t, b, static)
+    return _dot(x, w, gain, static) + _expand(t, b, gain, static)
 
 
 def _lowered(
-    x: Any, w: Any, a: Any, b: Any, t: Any, *, static: Static, platform: str
+    x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static: Static, platform: str
 ) -> Any:
     form = static.form
     if form == "auto":
         form = cost.form(static.site.tokens, static.site.fan_in, x.dtype, platform)
     if form == "factored":
-        return _factored(x, w, a, b, t, static=static)
+        return _factored(x, w, a, b, t, *gain, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)
-    merged = dense(Weight(w, (term,), static.dims, ()))
+    merged = dense(static.weight(w, (term,), gain))
     if platform != "cpu":
         # Else XLA may choose the sum's layout for `w` too, and copy a stack of layers.
         merged = lax.optimization_barrier(merged)
-    return _dot(x, merged, static)
+    return _dot(x, merged, (), static)
 
 
 def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
-    x, w, _, b, t = primals
-    dx, dw, _, db, dt = (None if type(v) is ad.Zero else v for v in tangents)
+    x, w, _, b, t, *gain = primals
+    dx, dw, _, db, dt, *dgain = (None if type(v) is ad.Zero else v for v in tangents)
     out = adapted_dot_p.bind(*primals, static=static)
     parts = []
     if dx is not None:
-        parts.append(_dot(dx, w, static))
+        parts.append(_dot(dx, w, gain, static))
     if dw is not None:
-        parts.append(_dot(x, dw, static))
+        parts.append(_dot(x, dw, gain, static))
     if dt is not None:  # what the tangent of A does is in that of `t`
-        parts.append(_expand(dt, b, static))
+        parts.append(_expand(dt, b, gain, static))
     if db is not None:
-        parts.append(_expand(t, db, static))
+        parts.append(_expand(t, db, gain, static))
+    if dgain and dgain[0] is not None:  # so that what the gain multiplies is not kept
+        rate = static.weight(w, (), [dgain[0] / gain[0]])
+        parts.append(rescaled(out, rate, static.site.want))
     return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
 
 
-def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *, static: Static):
+def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static):
     """Transposes with respect to the activation, `x` and `t` together."""
 
     def product(x: Any, t: Any) -> Any:
-        return _factored(x, w, a, b, t, static=static)
+        return _factored(x, w, a, b, t, *gain, static=static)
 
     dx, dt = jax.linear_transpose(product, x.aval, t.aval)(ct)
-    return dx, None, None, None, dt
+    return dx, None, None, None, dt, *(None for _ in gain)
 
 
 def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
     """More rows of the activation stay one product; other batches are factored."""
     factored = functools.partial(_factored, static=static)
     has_batch_axes = any(map(len, static.numbers[1]))
-    if [axis is None for axis in axes] != [0, 1, 1, 1, 0] or has_batch_axes:
+    of_rows = [i in (0, 4) for i in range(len(axes))]  # the activation and `t`
+    if [axis is not None for axis in axes] != of_rows or has_batch_axes:
         return jax.vmap(factored, axes)(*operands), 0
-    x, w, a, b, t = operands
+    x, w, a, b, t, *gain = operands
     x, t = (jnp.moveaxis(v, axis, 0) for v, axis in ((x, axes[0]), (t, axes[4])))
     site, (contracted, batch) = static.site, static.numbers
     names = [s.name[1] for s in site.x_labels if s.root == OTHER]
@@ -155,7 +201,7 @@ def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
         t_labels=(new, *static.t_labels),
         numbers=(tuple(shifted), batch),
     )
-    return adapted_dot_p.bind(x, w, a, b, t, static=static), at
+    return adapted_dot_p.bind(x, w, a, b, t, *gain, static=static), at
 
 
 adapted_dot_p = Primitive("adapted_dot")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import cost
-from .adapted import adapted_dot, pays
+from .adapted import adapted_dot, form_of
 from .compat import bind, placed_like
 from .interpret import Context
-from .low_rank import Site, join_groups, low_rank_product
+from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
 from .thin import thin_dot
 from .values import (
     BROADCAST,
@@ -99,29 +99,24 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     if not set(weight.gain_labels) <= set(site.want):
         if not set(weight.gain_labels) <= set(site.x_labels):
             return NotImplemented
-        flat = lax.reshape(x, [atom.size for atom in site.x_labels])
-        x = lax.reshape(rescaled(flat, weight, site.x_labels), x.shape)
+        x = rescaled(x, weight, site.x_labels)
         operands[1 - side] = x
         weight = weight.replace(gain=None, gain_labels=())
+    if not all(gain_fits(term, weight) for term in weight.terms):
+        return NotImplemented
     operands[side] = weight.w
     (first, *more) = weight.terms
-    if not more and not ctx.drops(first.dropout) and pays(x, weight, site, ctx.form):
-        y = adapted_dot(x, weight, site, eqn.params["dimension_numbers"], ctx.form)
+    form = form_of(x, weight, site, ctx.form)
+    if form is not None and not more and not ctx.drops(first.dropout):
+        y = adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
     else:
         (y,) = bind(eqn, *operands)
+        y = rescaled(y, weight, site.want)
         product = functools.partial(low_rank_product, site=site)
         for term in weight.terms:
-            y = y + placed_like(y, product, ctx.drop(x, term.dropout), term)
-    return [_rescaled_groups(y, weight, want)]
-
-
-def _rescaled_groups(y: Any, weight: Weight, groups: Sequence[Group]) -> Any:
-    """Returns `y`, whose axes are `groups`, times the gain of `weight`."""
-    if weight.gain is None:
-        return y
-    atoms = [atom for group in groups for atom in group]
-    flat = lax.reshape(y, [atom.size for atom in atoms])
-    return lax.reshape(rescaled(flat, weight, atoms), y.shape)
+            own = gained(term, weight)
+            y = y + placed_like(y, product, ctx.drop(x, term.dropout), own)
+    return [y]
 
 
 def _is_repeated(weight: Weight) -> bool:
@@ -167,10 +162,11 @@ def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[An
         base = base + placed_like(base, product, ctx.drop(x, term.dropout), a, b)
     channels = params["dimension_numbers"].out_spec[1]
     shown = [
-        outs if i == channels else (Atom((OTHER, i), n),)
+        atom
         for i, n in enumerate(base.shape)
+        for atom in (outs if i == channels else (Atom((OTHER, i), n),))
     ]
-    return [_rescaled_groups(base, weight, shown)]
+    return [rescaled(base, weight, shown)]
 
 
 def _stacked_kernels(outs: Group, groups: int) -> Group:

@@ -21,6 +21,7 @@ from .values import (
     contract,
     lay_out,
     regroup,
+    rescaled,
     size,
     sum_out,
 )
@@ -85,6 +86,16 @@ def oriented(term: Term, site: Site) -> Term:
     if summed(term.b_labels) <= summed(term.a_labels):
         return term
     return term.swapped()
+
+
+def gain_fits(term: Term, weight: Weight) -> bool:
+    """Returns whether B of `term` has the axes of the gain of `weight`."""
+    return set(weight.gain_labels) <= set(term.b_labels)
+
+
+def gained(term: Term, weight: Weight) -> Term:
+    """Returns `term` times the gain of `weight`, which fits it."""
+    return dataclasses.replace(term, b=rescaled(term.b, weight, term.b_labels))
 
 
 def first_product(x: Any, term: Term, site: Site) -> tuple[jax.Array, Labels]:

@@ -207,7 +207,7 @@ def dense(weight: Weight) -> jax.Array:
 
 
 def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
-    """Returns `x`, whose axes are `want`, times the gain of `weight` if it has one."""
+    """Returns `x`, whose axes are `want` (some joined), times the gain of `weight`."""
     if weight.gain is None:
         return x
     own = [atom for atom in want if atom in weight.gain_labels]
@@ -216,8 +216,12 @@ def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
     along = [i for i, atom in enumerate(want) if atom in own]
 
     def times(x: Any, gain: Any) -> jax.Array:
-        spread = lax.broadcast_in_dim(gain, x.shape, along)
-        return (x.astype(gain.dtype) * spread).astype(x.dtype)
+        parted = x
+        if x.ndim != len(want):
+            parted = lax.reshape(x, [atom.size for atom in want])
+        spread = lax.broadcast_in_dim(gain, parted.shape, along)
+        y = (parted.astype(gain.dtype) * spread).astype(x.dtype)
+        return lax.reshape(y, x.shape)
 
     return placed_like(x, times, x, gain)
 
