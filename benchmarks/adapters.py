@@ -75,7 +75,7 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
     one = common.training_step(loss, one_of(stacked, 0), params, *batch)
     all_ = common.training_step(losses, stacked, params, *batches)
     whole = models.linen(dataclasses.replace(size, batch=size.batch * count))
-    floor = common.training_steps(whole, rank, names=[common.FLOOR])[common.FLOOR]
+    floor = common.training_steps(whole, rank, names=[common.STRICT])[common.STRICT]
     figures, runs = {}, {}
     for name, step in (("one", one), ("all", all_), ("floor", floor)):
         compiled, figures[name] = common.compile_step(step)

@@ -156,6 +156,8 @@ def test_adapter_and_its_negative_add_up_to_zero():
     for path, f in Y.lora.items():
         largest = np.abs(update(f)).max()
         np.testing.assert_allclose(update(both.lora[path]), 0, atol=1e-6 * largest)
+    for path, norm in adapters.norms(both).items():  # no root of a rounding error
+        assert norm < 1e-6 * np.linalg.norm(update(Y.lora[path]))
 
 
 def test_leaf_of_one_adapter_alone_comes_back_as_it_is():
