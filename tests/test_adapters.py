@@ -176,8 +176,8 @@ def test_dtypes_of_factors_are_kept():
         adapters.ties([x, x], density=0.5),
     ):
         assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(dtype)}
-    mixed = adapters.add(x, y)
-    assert {leaf.dtype for leaf in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
+    for mixed in (adapters.add(x, y), adapters.ties([x, y], density=0.5)):
+        assert {leaf.dtype for leaf in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
 
 
 def test_dropout_stays_where_all_agree():

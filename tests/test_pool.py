@@ -152,8 +152,9 @@ def test_adapter_replaced_by_another_thread_is_loaded_anew(monkeypatch):
 
     def slow_wait(loading):  # meanwhile other threads ask for the same, and for more
         wait(loading)
-        if others:
-            served(cache.acquire([others.pop(0)]))
+        asked, others[:] = others[:], []
+        for name in asked:
+            cache.acquire([name])
 
     monkeypatch.setattr(concurrent.futures, "wait", slow_wait)
     with pool.Cache(load, LIKE, capacity=1) as cache:
