@@ -257,7 +257,7 @@ def sweep_columns(cases: list[common.Figures]) -> common.Columns:
             f"{c['adapters']} × {c['tokens']}",
             f"{c['seconds']['one'] * 1e3:.0f} ms",
             f"{c['seconds']['all'] * 1e3:.0f} ms",
-            common.fixed(floor, 0, 1e-3) + " ms",
+            f"{floor * 1e3:.0f} ms" if floor else "–",
             f"{c['speed_up']:.2f}",
             common.fixed(floor and c["seconds"]["one"] / floor, 2),
             f"{nbytes(c['peak_bytes']['one'])} → {nbytes(c['peak_bytes']['all'])}",

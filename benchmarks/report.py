@@ -273,8 +273,8 @@ def adapters_section(found: common.Figures) -> str:
         parts += [
             "Adapters of all linear weights trained in one program on one base, beside "
             "as many steps one after another; tokens are those of each adapter. *Floor "
-            "of all* is *floor, input left out* for the tokens of all together, so no "
-            "sweep of all linear weights can be faster than *at most*. Memory is the "
+            "of all* is *floor, input left out* for the tokens of all together, so a "
+            "sweep of all linear weights can come near *at most*. Memory is the "
             "compiler's, of one step and of the program for all.\n",
             markdown(adapters.sweep_columns(found["sweep"]), 0),
         ]
@@ -283,8 +283,8 @@ def adapters_section(found: common.Figures) -> str:
         parts += [
             "The same with glibc told to keep memory, by the environment variables "
             f"`{settings}`: else it returns a step's large blocks to the system, which "
-            "hands them out anew at the next step, zeroed a page at a time. One small "
-            "step is below the size where that begins, a sweep is above it.\n",
+            "hands them out anew at the next step, zeroed a page at a time. The "
+            "smallest steps are below the size where that begins, sweeps above it.\n",
             markdown(adapters.sweep_columns(kept["sweep"]), 0),
         ]
     if "serving" in found:
