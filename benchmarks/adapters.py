@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +24,12 @@ from . import common, models
 
 TARGETS = ("all-linear", "**/{q,v}/kernel")
 PARTS = ("sweep", "serving", "products", "pool")
+# glibc gives large blocks back and zeroes new ones a page at a time, at every step.
+KEEP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+}
 
 
 def stacked_like(trainable: Any, count: int, seed: int = 0) -> jlora.Trainable:
@@ -46,7 +54,10 @@ def repeated(batch: tuple[Any, ...], count: int) -> tuple[Any, ...]:
 
 
 def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figures:
-    """Returns time and memory of `count` adapters in one step, beside as many steps."""
+    """Returns time and memory of `count` adapters in one step, beside as many steps.
+
+    And the time of the floor for all their tokens at once, the least a sweep can take.
+    """
     model = models.linen(size)
     params, batch = common.example(model)
     like = common.adapter(model, params, batch[0], rank)
@@ -63,8 +74,10 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
 
     one = common.training_step(loss, one_of(stacked, 0), params, *batch)
     all_ = common.training_step(losses, stacked, params, *batches)
+    whole = models.linen(dataclasses.replace(size, batch=size.batch * count))
+    floor = common.training_steps(whole, rank, names=[common.STRICT])[common.STRICT]
     figures, runs = {}, {}
-    for name, step in (("one", one), ("all", all_)):
+    for name, step in (("one", one), ("all", all_), ("floor", floor)):
         compiled, figures[name] = common.compile_step(step)
         state = [step[1]]
 
@@ -109,9 +122,11 @@ def serving(
         lambda frozen, chosen, x: jlora.per_row(model.apply)(frozen, chosen, None, x)
     )
     merged = jax.jit(jlora.merge)(params, one)
+    read = jax.jit(lambda tree: [leaf.sum() for leaf in jax.tree.leaves(tree)])
     runs: dict[str, Callable[[], Any]] = {
         "merged": lambda: base(merged, x),
         "one shared": lambda: apply(params, one, x),
+        f"{rows} read": functools.partial(read, stacked_like(like, rows)),
     }
     for n in distinct:
         ids = jnp.arange(rows) % n
@@ -232,17 +247,23 @@ def median_time(call: Callable[[int], Any], rounds: int) -> float:
 
 def sweep_columns(cases: list[common.Figures]) -> common.Columns:
     """Returns the sweeps for a table."""
-    head = ("width", "tokens", "one by one", "in one program", "faster", "peak memory")
+    head = (
+        *("width", "tokens", "one by one", "in one program", "floor of all"),
+        *("faster", "at most", "peak memory"),
+    )
     return head, [
         (
             str(c["width"]),
             f"{c['adapters']} × {c['tokens']}",
             f"{c['seconds']['one'] * 1e3:.0f} ms",
             f"{c['seconds']['all'] * 1e3:.0f} ms",
+            f"{floor * 1e3:.0f} ms" if floor else "–",
             f"{c['speed_up']:.2f}",
+            common.fixed(floor and c["seconds"]["one"] / floor, 2),
             f"{nbytes(c['peak_bytes']['one'])} → {nbytes(c['peak_bytes']['all'])}",
         )
         for c in cases
+        for floor in (c["seconds"].get("floor"),)  # not in older figures
     ]
 
 
@@ -298,13 +319,22 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--capacity", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="start anew with glibc told to keep the memory of a step for the next",
+    )
     options = parser.parse_args()
+    if options.keep_memory and not os.environ.items() >= KEEP.items():
+        command = [sys.executable, "-m", "benchmarks.adapters", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | KEEP)
     figures: common.Figures = {}
     if options.json.exists():
         figures = json.loads(options.json.read_text())
         del figures["environment"]
+    out = figures.setdefault("memory kept", {}) if options.keep_memory else figures
     if "sweep" in options.part:
-        figures["sweep"] = []
+        out["sweep"] = []
         for width in options.width:
             for tokens in options.tokens:
                 length = min(tokens, 128)
@@ -312,11 +342,11 @@ def main() -> None:
                     width, options.layers, batch=tokens // length, length=length
                 )
                 case = (size, options.rank, options.adapters, options.rounds)
-                figures["sweep"].append(sweep(*case))
-        print(common.show(sweep_columns(figures["sweep"]), 0))
+                out["sweep"].append(sweep(*case))
+        print(common.show(sweep_columns(out["sweep"]), 0))
     if "serving" in options.part:
         distinct = [n for n in (1, 4, 32) if n <= options.rows]
-        figures["serving"] = [
+        out["serving"] = [
             serving(
                 models.Size(width, options.layers, length=tokens),
                 options.rank,
@@ -329,18 +359,18 @@ def main() -> None:
             for width in options.width
             for tokens in options.row_tokens
         ]
-        print(common.show(serving_columns(figures["serving"]), 0))
+        print(common.show(serving_columns(out["serving"]), 0))
     if "products" in options.part:
-        figures["products"] = [
+        out["products"] = [
             products(options.width[-1], options.rank, rows, count, options.rounds)
             for rows in (options.rows, 8 * options.rows)
             for count in (4, 16)
         ]
-        print(common.show(product_columns(figures["products"]), 0))
+        print(common.show(product_columns(out["products"]), 0))
     if "pool" in options.part:
         size = models.Size(options.width[-1], options.layers, batch=1, length=16)
-        figures["pool"] = pool(size, options.rank, options.capacity, 50)
-        found = figures["pool"]
+        out["pool"] = pool(size, options.rank, options.capacity, 50)
+        found = out["pool"]
         print(
             f"{found['capacity']} adapters of {nbytes(found['slot_bytes'])} take "
             f"{nbytes(found['pool_bytes'])}, the base {nbytes(found['base_bytes'])}; "

@@ -267,22 +267,43 @@ def quality_section(found: common.Figures) -> str:
 
 def adapters_section(found: common.Figures) -> str:
     """Returns the text on `adapters`."""
+    kept = found.get("memory kept", {})
     parts = ["## Many adapters\n", source(found["environment"])]
     if "sweep" in found:
         parts += [
             "Adapters of all linear weights trained in one program on one base, beside "
-            "as many steps one after another; tokens are those of each adapter. Memory "
-            "is the compiler's, of one step and of the program for all.\n",
+            "as many steps one after another; tokens are those of each adapter. *Floor "
+            "of all* is *floor, input left out* for the tokens of all together, so a "
+            "sweep of all linear weights can come near *at most*. Memory is the "
+            "compiler's, of one step and of the program for all.\n",
             markdown(adapters.sweep_columns(found["sweep"]), 0),
+        ]
+    if "sweep" in kept:
+        settings = " ".join(f"{k}={v}" for k, v in adapters.KEEP.items())
+        parts += [
+            "The same with glibc told to keep memory, by the environment variables "
+            f"`{settings}`: else it returns a step's large blocks to the system, which "
+            "hands them out anew at the next step, zeroed a page at a time. The "
+            "smallest steps are below the size where that begins, sweeps above it.\n",
+            markdown(adapters.sweep_columns(kept["sweep"]), 0),
         ]
     if "serving" in found:
         parts += [
             "A batch (rows × tokens of each) whose rows use different adapters, as a "
             "multiple of one adapter that all rows share; factors gathered in the same "
-            "call, and before it as in a loop over tokens.\n",
+            "call, and before it as in a loop over tokens. *Read* is the time to sum "
+            "up the numbers of as many adapters as there are rows.\n",
             markdown(adapters.serving_columns(found["serving"]), 0),
-            "At one token a row the factors of 32 adapters are read for it alone: on "
-            "all linear weights they are as large as a good part of this small base.\n",
+        ]
+    if "serving" in kept:
+        parts += [
+            "The same with memory kept, as above.\n",
+            markdown(adapters.serving_columns(kept["serving"]), 0),
+        ]
+    if "serving" in found:
+        parts += [
+            "At one token a row the factors of 32 adapters are read for it alone, and "
+            "reading them is most of what they add.\n",
         ]
     if "products" in found:
         parts += [

@@ -46,7 +46,9 @@ def per_row(
     Returns:
       The function of a mixed batch. `stacked` is from `jlora.adapters.stack` (or a
       pool), `ids` an integer array `[batch]`, or None if `stacked` has one adapter for
-      each row already. An id that the stack does not have makes its row NaN.
+      each row already. An id that the stack does not have makes its row NaN, and so
+      does -1 where leaves are trained in full, unless `frozen` is the whole model:
+      what `split` returns has no base values for them.
 
     Raises:
       TreeError: (when called) if the batch, `ids` and `stacked` do not fit.

@@ -177,14 +177,20 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
         trainable = to_lora(trainable)
         for path, f in trainable.lora.items():
             wrong += _misfit(path, f, slots[path])
+    filled = {}
+    if not wrong:
+        filled = {p: _fill(trainable.lora.get(p), slot) for p, slot in slots.items()}
+        wrong = [
+            f"{p!r} holds NaN or infinity, or numbers too large for the pool's dtypes"
+            for p, f in filled.items()
+            if not all(np.isfinite(x.astype(np.float32)).all() for x in (f.a, f.b))
+        ]
     if wrong:
         raise PoolError(
             f"This adapter does not fit the pool: {'; '.join(wrong)}. Make the pool "
             "with jlora.pool.create for larger ones, or see jlora.adapters.to_lora."
         )
-    return Trainable(
-        {path: _fill(trainable.lora.get(path), slot) for path, slot in slots.items()}
-    )
+    return Trainable(filled)
 
 
 def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
@@ -201,10 +207,7 @@ def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
         return [f"{path!r} is for a weight of sizes {own}, the pool's of {sizes}"]
     if factors.rank > slot.rank:
         return [f"{path!r} has rank {factors.rank}, the pool {slot.rank}"]
-    finite = (
-        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(factors)
-    )
-    return [] if all(finite) else [f"{path!r} holds NaN or infinity"]
+    return []
 
 
 def _fill(factors: Factors | None, slot: Factors) -> Factors:
@@ -212,9 +215,10 @@ def _fill(factors: Factors | None, slot: Factors) -> Factors:
     b = np.zeros(slot.b.shape[1:], slot.b.dtype)
     if factors is not None:
         n, rank = len(slot.spec.axes.batch), factors.rank
-        a[..., :rank] = np.asarray(factors.a).astype(a.dtype)
-        wide = np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale)
-        b[(slice(None),) * n + (slice(rank),)] = wide.astype(b.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # `fit` looks for infinity
+            a[..., :rank] = np.asarray(factors.a).astype(a.dtype)
+            wide = np.asarray(factors.b).astype(np.float32) * np.float32(factors.scale)
+            b[(slice(None),) * n + (slice(rank),)] = wide.astype(b.dtype)
     return Factors(a, b, slot.spec)
 
 
@@ -447,29 +451,19 @@ class Cache:
         Args:
           names: for each row an adapter's name, or None for the base model.
         """
+        from concurrent.futures import wait
+
         names = list(names)
         wanted = list(dict.fromkeys(name for name in names if name is not None))
-        self.prefetch(wanted)
-        with self._lock:
-            loading = [self._loading[n] for n in wanted if n in self._loading]
-        for future in loading:  # not under the lock: others may go on
-            future.exception()
-        failed: dict[str, Exception] = {}
-        with self._lock:
-            for name in wanted:
-                if name in self._slots:
-                    self._slots.move_to_end(name)
-            for name in wanted:
-                try:
-                    if name not in self._slots:
-                        self._place(name, keep=wanted)
-                except Exception as error:  # any error of `load` is that of its rows
-                    failed[name] = error
-            none = self._pool.capacity
-            ids = [-1 if n is None else self._slots.get(n, none) for n in names]
-            adapters = self._pool.adapters
-        errors = {i: failed[n] for i, n in enumerate(names) if n in failed}
-        return Batch(adapters, np.asarray(ids, np.int32), errors)
+        while True:
+            self.prefetch(wanted)
+            with self._lock:
+                loading = [self._loading[n] for n in wanted if n in self._loading]
+            wait(loading)  # not under the lock: others may go on
+            with self._lock:
+                if all(map(self.ready, wanted)):
+                    return self._placed(names, wanted)
+            # One that was waited for has been placed and replaced by another thread.
 
     def put(self, name: str, trainable: Trainable) -> None:
         """Puts an adapter in under a name, in place of one of the same name.
@@ -508,15 +502,22 @@ class Cache:
     def _fetch(self, name: str) -> Trainable:
         return fit(self._shapes, self._load(name))
 
-    def _place(self, name: str, keep: Sequence[str]) -> None:
-        future = self._loading.get(name)
-        if future is None:
-            raise PoolError(f"{name!r} was dropped while it was requested.")
-        try:
-            fitted = future.result()
-        finally:
-            self._loading.pop(name, None)
-        self._write(name, fitted, keep)
+    def _placed(self, names: Sequence[str | None], wanted: Sequence[str]) -> Batch:
+        """Returns the batch, all of whose adapters are in the pool or loaded."""
+        for name in wanted:
+            if name in self._slots:
+                self._slots.move_to_end(name)
+        failed: dict[str, Exception] = {}
+        for name in wanted:
+            try:
+                if name not in self._slots:
+                    self._write(name, self._loading.pop(name).result(), wanted)
+            except Exception as error:  # any error of `load` is that of its rows
+                failed[name] = error
+        none = self._pool.capacity
+        ids = [-1 if n is None else self._slots.get(n, none) for n in names]
+        errors = {i: failed[n] for i, n in enumerate(names) if n in failed}
+        return Batch(self._pool.adapters, np.asarray(ids, np.int32), errors)
 
     def _write(self, name: str, fitted: Trainable, keep: Sequence[str]) -> None:
         slot = self._slots.pop(name, None)

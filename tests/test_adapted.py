@@ -196,6 +196,8 @@ def test_weights_that_meet_one_activation_share_a_product():
     thin = [e for e in jaxpr.eqns if e.primitive.name == "thin_dot"]
     wide = [e for e in thin if e.invars[0].aval.shape == x.shape]
     assert [e.outvars[0].aval.shape for e in wide] == [(2, 3, 2 + 3 + 2)]
+    one = jax.make_jaxpr(run)(frozen, trainable, x[:1, :1])
+    assert "concatenate" not in {e.primitive.name for e in one.eqns}  # a copy
     exact = jax.tree.map(lambda w: w.astype("float32"), frozen)
     close(
         value_and_grad(lambda t, x: run(exact, t, x), trainable, x),

@@ -77,7 +77,7 @@ def test_every_method_obeys_the_laws(method):
         adapters.add(x),
         adapters.linear([x], [1.0]),
         adapters.concat([x]),
-        adapters.truncate(x, 10),
+        adapters.truncate(x, 10, params=PARAMS),
         adapters.ties([x], density=1.0),
     ):
         assert jax.tree.structure(same) == jax.tree.structure(x)
@@ -132,12 +132,18 @@ def test_dora_needs_its_base_for_anything_but_itself():
 
 def test_dora_extracted_at_a_rank_is_the_best_approximation():
     x = Trainable({"heads": adapter("dora", 8).lora["heads"]})
-    short = adapters.to_lora(x, rank=2, params=PARAMS)
     dense = changes(x)["heads"].reshape(4, 6)
     u, s, vt = np.linalg.svd(dense, full_matrices=False)
-    np.testing.assert_allclose(
-        changes(short)["heads"].reshape(4, 6), (u[:, :2] * s[:2]) @ vt[:2], atol=1e-4
-    )
+    for rank, short in (
+        (2, adapters.to_lora(x, rank=2, params=PARAMS)),
+        (1, adapters.linear([x], rank=1, params=PARAMS)),
+        (1, adapters.interpolate(x, LORA, 0, rank=1, params=PARAMS)),
+    ):
+        np.testing.assert_allclose(
+            changes(short)["heads"].reshape(4, 6),
+            (u[:, :rank] * s[:rank]) @ vt[:rank],
+            atol=1e-4,
+        )
 
 
 def test_rslora_alone_is_itself_and_exact_in_sums():

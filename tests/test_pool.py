@@ -1,5 +1,6 @@
 """Slots for adapters: known outputs, no compilation, errors for their own rows."""
 
+import concurrent.futures
 import threading
 
 import jax
@@ -146,6 +147,22 @@ def test_adapters_load_in_the_background():
         assert loaded == ["1"]
 
 
+def test_adapter_replaced_by_another_thread_is_loaded_anew(monkeypatch):
+    wait, others = concurrent.futures.wait, ["1", "2"]
+
+    def slow_wait(loading):  # meanwhile other threads ask for the same, and for more
+        wait(loading)
+        asked, others[:] = others[:], []
+        for name in asked:
+            cache.acquire([name])
+
+    monkeypatch.setattr(concurrent.futures, "wait", slow_wait)
+    with pool.Cache(load, LIKE, capacity=1) as cache:
+        batch = cache.acquire(["1"])
+        assert not batch.errors
+        np.testing.assert_allclose(served(batch)[:, 0], [4])
+
+
 def test_capacity_by_bytes():
     assert pool.bytes_of(LIKE) == 4 * (4 * 3 + 3 * 3 + 2 * (9 + 9))
     assert pool.capacity_for(LIKE, 10 * pool.bytes_of(LIKE) + 10) == 10
@@ -188,6 +205,9 @@ def test_pool_in_low_precision_rounds_once():
     assert own.a.dtype == jnp.bfloat16
     expected = jnp.asarray(x.lora["w"].b * 3.5, jnp.bfloat16)
     np.testing.assert_array_equal(own.b[:2], expected)
+    half = pool.create(jax.tree.map(lambda x: x.astype(jnp.float16), LIKE), 1)
+    with pytest.raises(jlora.PoolError, match=r"'w' .*too large for the pool's dtypes"):
+        pool.fit(half, adapter(1e6))
 
 
 def test_directories_of_peft_are_served(tmp_path):

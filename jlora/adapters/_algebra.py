@@ -149,6 +149,16 @@ def dense(factors: Factors) -> jax.Array:
     return jnp.matmul(*matrices(factors), precision=HIGHEST)
 
 
+def norm(factors: Factors) -> jax.Array:
+    """Returns the Frobenius norm of the update; parts that cancel leave no residue.
+
+    `|A B| = |R B|` with `A = Q R`: what cancels does so before anything is squared.
+    """
+    a, b = matrices(factors)
+    core = jnp.matmul(jnp.linalg.qr(a, mode="r"), b, precision=HIGHEST)
+    return jnp.linalg.norm(core)
+
+
 def inner(x: Factors, y: Factors) -> jax.Array:
     """Returns the sum of products of two updates' entries, from Gram matrices."""
     ax, bx = matrices(x)

@@ -166,7 +166,7 @@ def linear(
     found = sequence("linear", trainables)
     weights = weights_for("linear", found, weights)
     out = combine("linear", found, weights, params, _sum)
-    return out if rank is None else truncate(out, rank)
+    return out if rank is None else truncate(out, rank, params=params)
 
 
 def average(
@@ -199,7 +199,7 @@ def average(
     found = sequence("average", trainables)
     weights = [1 / len(found)] * len(found)
     out = combine("average", found, weights, params, _sum)
-    return out if rank is None else truncate(out, rank)
+    return out if rank is None else truncate(out, rank, params=params)
 
 
 def interpolate(
@@ -236,9 +236,10 @@ def interpolate(
     """
     found = sequence("interpolate", [x, y])
     if isinstance(t, int | float) and t in (0, 1):
-        return found[int(t)]
-    out = combine("interpolate", found, [1 - t, t], params, _sum)
-    return out if rank is None else truncate(out, rank)
+        out = found[int(t)]
+    else:
+        out = combine("interpolate", found, [1 - t, t], params, _sum)
+    return out if rank is None else truncate(out, rank, params=params)
 
 
 def concat(
@@ -329,12 +330,10 @@ def truncate(
     check_base("truncate", dict.fromkeys(wide, DORA), base)
 
     def shorten(path: str, factors: Factors) -> Factors:
-        if rank is None:
-            return _keep_energy(to_plain(path, factors, base), energy)
-        if rescales(factors.spec) and base is None:
+        if rank is not None and factors.rank <= rank:
             return factors
         own = to_plain(path, factors, base)
-        return factors if own.rank <= rank else cut(own, rank)
+        return _keep_energy(own, energy) if rank is None else cut(own, rank)
 
     return Trainable(
         {path: shorten(path, f) for path, f in trainable.lora.items()},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from .._merge import delta
 from ..factors import Trainable
 from ..transform.values import at_least_float32
-from ._algebra import HIGHEST, decompose, inner
+from ._algebra import HIGHEST, decompose, inner, norm
 from ._several import (
     DORA,
     FULL,
@@ -44,9 +44,9 @@ def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
     """
     (trainable,) = sequence("norms", [trainable])
     base = _base("norms", [trainable], params)
-    return {
-        path: jnp.sqrt(jnp.maximum(_product(trainable, trainable, path, base), 0))
-        for path in union([trainable.lora, trainable.full])
+    lora = {path: norm(to_plain(path, f, base)) for path, f in trainable.lora.items()}
+    return lora | {
+        path: jnp.linalg.norm(_change(trainable, path, base)) for path in trainable.full
     }
 
 
@@ -153,12 +153,13 @@ def _product(x: Trainable, y: Trainable, path: str, base: Base) -> jax.Array:
     """Returns the sum of products of the entries of two changes of one weight."""
     if path in x.lora and path in y.lora:
         return inner(*(to_plain(path, t.lora[path], base) for t in (x, y)))
+    return jnp.sum(_change(x, path, base) * _change(y, path, base))
+
+
+def _change(trainable: Trainable, path: str, base: Base) -> jax.Array:
+    """Returns the dense change of one weight."""
     w = base_weight(base, path)
     dtype = at_least_float32(w.dtype)
-
-    def change(t: Trainable) -> jax.Array:
-        if path in t.full:
-            return t.full[path].astype(dtype) - w.astype(dtype)
-        return delta(to_plain(path, t.lora[path], base), dtype)
-
-    return jnp.sum(change(x) * change(y))
+    if path in trainable.full:
+        return trainable.full[path].astype(dtype) - w.astype(dtype)
+    return delta(to_plain(path, trainable.lora[path], base), dtype)

@@ -5,6 +5,7 @@ factors is another matrix, with cross terms. So the change of one weight at a ti
 formed, pruned and combined, and cut back to a rank by an SVD.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
-from ._algebra import common_dropout, dense, from_matrices, largest_rank, widest
+from ._algebra import (
+    common_dropout,
+    dense,
+    factor_dtypes,
+    from_matrices,
+    largest_rank,
+    widest,
+)
 from ._combine import combine
 from ._several import sequence, weights_for
 
@@ -216,7 +224,10 @@ def _merged(
         return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
     def fold(path: str, several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
-        like = several[0]
+        first, (a_dtype, b_dtype) = several[0], factor_dtypes(several)
+        like = dataclasses.replace(
+            first, a=first.a.astype(a_dtype), b=first.b.astype(b_dtype)
+        )
         changes = [dense(f) for f in several]
         shape = changes[0].shape
         total = sum(f.rank for f in several) if rank is None else rank

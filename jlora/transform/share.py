@@ -1,10 +1,12 @@
 """An activation that meets several weights meets their A factors once.
 
 Queries, keys and values, or gate and up, read the same activation: `x . [A | A | A]` is
-one product that reads it once, and so is its derivative.
+one product that reads it once, and so is its derivative. Factors side by side are a
+copy of them, so it is left out where the activation is smaller: a single token.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,9 +88,12 @@ def products(
     if not jnp.issubdtype(x.dtype, jnp.floating) or has_typed_placement(x):
         return {}
     summed = site[1]
+    factors = [a for _, _, a in ready.values()]
+    if not _pays(x, summed, factors):
+        return {}
     together = thin_dot(
         x,
-        jnp.concatenate([a for _, _, a in ready.values()], axis=-1),
+        jnp.concatenate(factors, axis=-1),
         ((summed, range(len(summed))), ((), ())),
         dtype=at_least_float32(x.dtype),
         precision=site[2],
@@ -101,6 +106,19 @@ def products(
         filled[j] = weight.replace(terms=(term,))
         start = stop
     return filled
+
+
+def _pays(x: Any, summed: Sequence[int], factors: Sequence[Any]) -> bool:
+    """Returns whether the reads of `x` that are saved outweigh a copy of the factors.
+
+    Rows of `x` and columns of the factors have one length. Rows that `vmap` adds come
+    with factors of their own, so they change nothing.
+    """
+    rows = [n for i, n in enumerate(x.shape) if i not in summed]
+    if not all(isinstance(n, int) for n in rows):
+        return True  # exported for any number of them
+    columns = sum(a.shape[-1] for a in factors)
+    return (len(factors) - 1) * math.prod(rows) >= columns
 
 
 def _is_weight(v: Any, env: Mapping[Any, Any]) -> bool:
