@@ -37,26 +37,48 @@ class Model:
     pieces: Callable[[str], Iterable[Any]]
     metadata: Mapping[str, str]
 
-    def tree(self) -> dict[str, Any]:
-        """Returns the shapes as nested dicts, cut at each `/`.
+    def arrays(self) -> dict[str, Any]:
+        """Returns the arrays as nested dicts, each read when NumPy asks for it.
 
         Examples:
-          >>> shape = jax.ShapeDtypeStruct((2,), "float32")
-          >>> Model({"a/b": shape}, None, None, {}).tree()
-          {'a': {'b': ShapeDtypeStruct(shape=(2,), dtype=float32)}}
+          >>> tree = of_tree({"a": {"b": np.ones(2)}}).arrays()
+          >>> tree["a"]["b"].shape, np.asarray(tree["a"]["b"])
+          ((2,), array([1., 1.]))
         """
-        tree: dict[str, Any] = {}
-        for name, shape in self.shapes.items():
-            *parents, last = name.split("/")
-            node = tree
-            for part in parents:
-                node = node.setdefault(part, {})
-                if not isinstance(node, dict):
-                    raise CheckpointError(f"{name!r} lies below another array.")
-            if last in node:
-                raise CheckpointError(f"{name!r} lies above another array.")
-            node[last] = shape
-        return tree
+        return _nested(
+            {
+                name: _Unread(x.shape, x.dtype, functools.partial(self.read, name))
+                for name, x in self.shapes.items()
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unread:
+    """An array on disk, as NumPy takes it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts of what is named by paths."""
+    tree: dict[str, Any] = {}
+    for name, x in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{name!r} lies below another array.")
+        if last in node:
+            raise CheckpointError(f"{name!r} lies above another array.")
+        node[last] = x
+    return tree
 
 
 def open_model(path: Path) -> Model:

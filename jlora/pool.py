@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._finite import is_finite
 from .adapters import to_lora
 from .adapters._algebra import plain_spec
 from .adapters._several import changed_base, is_plain, rescales
@@ -152,10 +153,9 @@ def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
         return [f"{path!r} is for a weight of sizes {own}, the pool's of {sizes}"]
     if factors.rank > slot.rank:
         return [f"{path!r} has rank {factors.rank}, the pool {slot.rank}"]
-    finite = (
-        np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(factors)
-    )
-    return [] if all(finite) else [f"{path!r} holds NaN or infinity"]
+    # On the host: an adapter that comes in must not compile anything.
+    finite = all(is_finite(np.asarray(x)) for x in jax.tree.leaves(factors))
+    return [] if finite else [f"{path!r} holds NaN or infinity"]
 
 
 def _fill(factors: Factors | None, slot: Factors) -> Factors:
