@@ -13,7 +13,7 @@ from ._plan import Plan, Row
 from .config import LoraConfig
 from .errors import CheckpointError
 from .factors import Factors, Spec, Trainable, tuples
-from .methods import METHODS, leaf_shapes, plain
+from .methods import METHODS, misshapen, plain
 from .transform.discover import Use
 
 _PARTS = ("a", "b", "magnitude")
@@ -92,28 +92,6 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Any]) -> Trainable:
     return Trainable(factors, {path: found[path, "full"] for path in full})
 
 
-def not_finite(named: Mapping[str, Any]) -> list[str]:
-    """Returns the names of those arrays that hold NaN or infinity."""
-    inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    # NumPy first: a file is written without starting a device.
-    if all(isinstance(x, np.ndarray) for x in inexact.values()):
-        return [k for k, x in inexact.items() if not _all_finite(x)]
-    # One by one: a program for all of thousands takes a minute to compile.
-    finite = jax.device_get([_finite(x) for x in inexact.values()])
-    return [k for k, good in zip(inexact, finite, strict=True) if not good]
-
-
-def _all_finite(x: np.ndarray) -> bool:
-    if x.dtype.itemsize < 4:  # NumPy is slow on bfloat16 one by one
-        x = x.astype(np.float32)
-    return bool(np.isfinite(x).all())
-
-
-@jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
 def _spec(path: str, fields: dict[str, Any], wrong: list[str]) -> Spec | None:
     """Returns the spec of `fields`, or None and a note of each wrong field."""
     try:
@@ -157,19 +135,11 @@ def _are_counts(values: Any) -> bool:
 
 def _misfits(path: str, factors: Factors) -> list[str]:
     """Returns in words where the arrays are not shaped as the spec says."""
-    spec = factors.spec
-    leaves = {part: getattr(factors, part) for part in _PARTS}
-    found = {k: tuple(x.shape) for k, x in leaves.items() if x is not None}
     try:
-        wanted = leaf_shapes(spec, spec.shape or _weight_shape(factors))
+        shape = factors.spec.shape or _weight_shape(factors)
+        return misshapen(path, factors, shape)
     except Exception as error:
         return [f"the arrays of {path!r} do not fit its settings ({error!r:.200})"]
-    return [
-        f"{part} of {path!r} has shape {found.get(part)}, at rank {spec.rank} it needs "
-        f"{wanted.get(part)}"
-        for part in _PARTS
-        if found.get(part) != wanted.get(part)
-    ]
 
 
 def _weight_shape(factors: Factors) -> tuple[int, ...]:

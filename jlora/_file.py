@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from . import _tensors as tensors
-from ._describe import arrays, describe, not_finite, rebuild
+from ._describe import arrays, describe, rebuild
 from ._disk import Path, naming, reading
+from ._finite import not_finite
 from .errors import CheckpointError, TreeError
 from .factors import Trainable
 

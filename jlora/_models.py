@@ -1,10 +1,13 @@
 """Models on disk, whose arrays are read one at a time."""
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +18,7 @@ from ._disk import Path, naming, reading
 from .errors import CheckpointError
 
 _INDEX = ".safetensors.index.json"
+_GROUP = 32 * 2**20  # bytes of an Orbax checkpoint to read at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,32 +37,54 @@ class Model:
     pieces: Callable[[str], Iterable[Any]]
     metadata: Mapping[str, str]
 
-    def tree(self) -> dict[str, Any]:
-        """Returns the shapes as nested dicts, cut at each `/`.
+    def arrays(self) -> dict[str, Any]:
+        """Returns the arrays as nested dicts, each read when NumPy asks for it.
 
         Examples:
-          >>> shape = jax.ShapeDtypeStruct((2,), "float32")
-          >>> Model({"a/b": shape}, None, None, {}).tree()
-          {'a': {'b': ShapeDtypeStruct(shape=(2,), dtype=float32)}}
+          >>> tree = of_tree({"a": {"b": np.ones(2)}}).arrays()
+          >>> tree["a"]["b"].shape, np.asarray(tree["a"]["b"])
+          ((2,), array([1., 1.]))
         """
-        tree: dict[str, Any] = {}
-        for name, shape in self.shapes.items():
-            *parents, last = name.split("/")
-            node = tree
-            for part in parents:
-                node = node.setdefault(part, {})
-                if not isinstance(node, dict):
-                    raise CheckpointError(f"{name!r} lies below another array.")
-            if last in node:
-                raise CheckpointError(f"{name!r} lies above another array.")
-            node[last] = shape
-        return tree
+        return _nested(
+            {
+                name: _Unread(x.shape, x.dtype, functools.partial(self.read, name))
+                for name, x in self.shapes.items()
+            }
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unread:
+    """An array on disk, as NumPy takes it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts of what is named by paths."""
+    tree: dict[str, Any] = {}
+    for name, x in named.items():
+        *parents, last = name.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise CheckpointError(f"{name!r} lies below another array.")
+        if last in node:
+            raise CheckpointError(f"{name!r} lies above another array.")
+        node[last] = x
+    return tree
 
 
 def open_model(path: Path) -> Model:
     """Returns the model at `path`: safetensors, one file or sharded, or Orbax.
 
-    Of safetensors only the headers are read; an Orbax checkpoint is read into memory.
+    Headers and metadata alone are read; arrays when they are asked for.
 
     Raises:
       CheckpointError: if there is no model, or it is damaged.
@@ -138,20 +164,87 @@ def _of_files(files: Mapping[Any, set[str] | None]) -> Model:
 
 
 def _of_orbax(folder: pathlib.Path) -> Model:
+    """Returns an Orbax checkpoint as a model; small arrays are read some at a time."""
     import orbax.checkpoint as ocp
 
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            meta = checkpointer.metadata(folder.absolute()).item_metadata.tree
-            to_host = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), meta
+    with _told(folder), ocp.PyTreeCheckpointer() as checkpointer:
+        meta = checkpointer.metadata(folder.absolute()).item_metadata
+        if meta is None:  # Orbax has logged why
+            raise CheckpointError("what it says of its arrays is missing or damaged.")
+        leaves, treedef = paths.flatten(meta.tree)
+        odd = [p for p, x in leaves.items() if getattr(x, "shape", None) is None]
+        if odd:
+            raise CheckpointError(
+                f"Only arrays make a model; no array: {', '.join(map(repr, odd[:5]))}."
             )
-            tree = checkpointer.restore(folder.absolute(), restore_args=to_host)
+        shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()
+        }
+    groups = _groups(shapes)
+
+    def fetch(names: tuple[str, ...]) -> dict[str, np.ndarray]:
+        wanted = {*names}
+        like = [0 if name in wanted else ocp.PLACEHOLDER for name in shapes]
+        to_host = [ocp.RestoreArgs(restore_type=np.ndarray) for _ in shapes]
+        with _told(folder), ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                folder.absolute(),
+                args=ocp.args.PyTreeRestore(
+                    treedef.unflatten(like), treedef.unflatten(to_host)
+                ),
+            )
+            found = {n: x for n, x in paths.flatten(tree)[0].items() if n in wanted}
+            odd = [n for n, x in found.items() if x.shape != shapes[n].shape]
+            if odd or len(found) != len(wanted):
+                raise CheckpointError(f"its arrays are not as it says: {odd[:5]}.")
+            return found
+
+    several = functools.lru_cache(maxsize=2)(fetch)  # arrays of two widths alternate
+
+    def read(name: str) -> np.ndarray:
+        group = groups[name]
+        return (several if len(group) > 1 else fetch)(group)[name]
+
+    return Model(shapes, read, lambda name: [tensors.raw(read(name))], {})
+
+
+def _groups(
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> dict[str, tuple[str, ...]]:
+    """Returns which arrays to read with each: neighbours of one width, to a bound.
+
+    Opening a checkpoint costs as much as reading some megabytes of it.
+
+    Examples:
+      >>> shape = jax.ShapeDtypeStruct((2,), "float32")
+      >>> _groups({"a": shape, "b": shape})
+      {'a': ('a', 'b'), 'b': ('a', 'b')}
+    """
+    found: list[list[str]] = []
+    filled, last = math.inf, None
+    # In the order in which `_tensors.write` asks for them.
+    for name in tensors.in_order(shapes):
+        width = shapes[name].dtype.itemsize
+        size = math.prod(shapes[name].shape) * width
+        if width != last or filled + size > _GROUP:
+            found, filled, last = [*found, []], 0, width
+        found[-1].append(name)
+        filled += size
+    return {name: tuple(group) for group in found for name in group}
+
+
+@contextlib.contextmanager
+def _told(folder: pathlib.Path) -> Iterator[None]:
+    """Turns whatever Orbax raises into a `CheckpointError` that names the folder."""
+    try:
+        yield
     except Exception as error:
-        raise CheckpointError(
-            f"{str(folder)!r} cannot be read ({type(error).__name__}: {error})."
-        ) from error
-    return of_tree(tree)
+        why = str(error) if isinstance(error, CheckpointError) else _reason(error)
+        raise CheckpointError(f"{str(folder)!r} cannot be read: {why}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}."
 
 
 def of_tree(params: Any) -> Model:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._finite import is_finite
 from ._merge import delta
 from ._split import Missing, check, flatten_frozen
 from .factors import Factors, Trainable
@@ -151,7 +152,7 @@ def _adapted(path: str, w: Any, f: Factors) -> Entry:
         trained=sum(x.size for x in jax.tree.leaves(f)),
         update=norm,
         relative=norm / base if base else float("nan"),
-        finite=all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(f)),
+        finite=all(map(is_finite, jax.tree.leaves(f))),
     )
 
 
@@ -163,7 +164,7 @@ def _full(path: str, x: Any) -> Entry:
         trained=x.size,
         update=float(np.linalg.norm(np.asarray(x, dtype=np.float32).ravel())),
         relative=float("nan"),
-        finite=bool(jnp.isfinite(x).all()),
+        finite=is_finite(x),
     )
 
 

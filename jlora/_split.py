@@ -11,7 +11,7 @@ from . import paths
 from ._plan import Plan, Row, init_of
 from .errors import ConfigError, TreeError
 from .factors import Factors, Trainable
-from .methods import find_init, leaf_shapes, method_of, residual
+from .methods import find_init, method_of, misshapen, residual
 from .moments import Statistics
 from .transform.compat import is_staging
 from .transform.stage import is_array
@@ -309,15 +309,7 @@ def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
         return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
     if spec.shape and spec.shape != tuple(w.shape):
         return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
-    wanted = leaf_shapes(spec, w.shape)
-    found = {name: getattr(factors, name) for name in ("a", "b", "magnitude")}
-    shapes = {k: tuple(x.shape) for k, x in found.items() if x is not None}
-    return [
-        f"{name} of {path!r} has shape {shapes.get(name)}, a weight of shape {w.shape} "
-        f"at rank {spec.rank} needs {wanted.get(name)}"
-        for name in found
-        if shapes.get(name) != wanted.get(name)
-    ]
+    return misshapen(path, factors, tuple(w.shape))
 
 
 def _some(wrong: list[str], n: int = 10) -> str:

@@ -151,8 +151,7 @@ def write(
             f"Not saved: safetensors has no such dtype: {'; '.join(unknown[:5])}. "
             f"It has {', '.join(str(d) for d in NAMES)}."
         )
-    # Wide dtypes first, so that each tensor is aligned.
-    order = sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
+    order = in_order(tensors)
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -171,6 +170,16 @@ def write(
             place = fields[name]["data_offsets"]
             written = sum(file.write(piece) for piece in pieces(name))
             assert written == place[1] - place[0], (name, written, place)
+
+
+def in_order(tensors: Mapping[str, Any]) -> list[str]:
+    """Returns the names in a file's order: wide dtypes first, so that all are aligned.
+
+    Examples:
+      >>> in_order({"a": np.ones(1, np.int8), "c": np.ones(1), "b": np.ones(1)})
+      ['b', 'c', 'a']
+    """
+    return sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
 
 
 def raw(x: Any) -> memoryview:

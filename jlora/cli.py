@@ -5,29 +5,27 @@ A thin layer: each command calls the functions of the same name. Exit code 0 mea
 """
 
 import dataclasses
-import importlib
 import json
 import logging
-import math
 import os
-import pathlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 import jax
 
 from . import export, files, inspection
+from ._cli_inputs import config_of, name_map, planned
+from ._cli_output import bar, counts, done, print_json
 from ._fingerprint import fingerprint
 from ._models import open_model
-from ._plan import Plan, plan as make_plan
 from ._split import check
 from .config import LoraConfig
 from .errors import JloraError
 from .factors import Trainable
-from .tables import count, table
+from .tables import table
 
 
 def main() -> None:
@@ -102,6 +100,11 @@ _names = click.option(
     help="Names of PEFT tensors: a map of jlora.peft.maps (llama, gpt2, …) or "
     "module:attribute.",
 )
+_tied = click.option(
+    "--tied/--untied",
+    default=None,
+    help="For PEFT: whether an adapted embedding table is the output head too.",
+)
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
 
@@ -125,17 +128,23 @@ def _config_options(command: Callable) -> Callable:
 @_step
 @_base
 @_names
+@_tied
 @_json
 def inspect(
-    adapter: str, step: int | None, base: str | None, names: str | None, as_json: bool
+    adapter: str,
+    step: int | None,
+    base: str | None,
+    names: str | None,
+    tied: bool | None,
+    as_json: bool,
 ) -> None:
     """Show an adapter: its config, leaves, norms, effective ranks, what is odd."""
     kind = files.detect(adapter)
-    found = inspection.inspect(_read(adapter, base, names, step))
+    found = inspection.inspect(_read(adapter, base, names, tied, step))
     about = files.describe(adapter, step=step)
     if as_json:
         fields = {"adapter": adapter, "format": kind, "about": about}
-        _print_json({**fields, **dataclasses.asdict(found)})
+        print_json({**fields, **dataclasses.asdict(found)})
         return
     click.echo(f"{adapter}: {kind}")
     for name, value in about.items():
@@ -156,9 +165,9 @@ def show_plan(model: str, as_json: bool, **options: Any) -> None:
     The attribute is a jlora.Plan, a tuple (function, params, *args), of shapes or
     arrays, or a function without arguments that returns either.
     """
-    found = _planned(model, options)
+    found = planned(model, options)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "config": json.loads(found.config.to_json())
                 if not callable(found.config.targets)
@@ -190,6 +199,7 @@ def show_plan(model: str, as_json: bool, **options: Any) -> None:
 @click.argument("out", type=click.Path())
 @_step
 @_names
+@_tied
 @_overwrite
 @_json
 def merge(
@@ -198,6 +208,7 @@ def merge(
     out: str,
     step: int | None,
     names: str | None,
+    tied: bool | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -208,10 +219,10 @@ def merge(
     Flax's.
     """
     _check_free(out, overwrite)
-    trainable = _read_for(base, adapter, names, step)
-    export.merge_files(base, trainable, out, progress=_bar("merging"))
-    counts = {"lora": len(trainable.lora), "full": len(trainable.full)}
-    _done({"out": out, **counts, "bytes": os.path.getsize(out)}, as_json)
+    trainable = _read_for(base, adapter, names, tied, step)
+    export.merge_files(base, trainable, out, progress=bar("merging"))
+    size = os.path.getsize(out)
+    done({"out": out, **counts(trainable), "bytes": size}, as_json)
 
 
 @commands.command(
@@ -227,6 +238,7 @@ def merge(
 @_step
 @_base
 @_names
+@_tied
 @click.option("--base-model", help="PEFT's base_model_name_or_path.")
 @click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
 @_overwrite
@@ -238,6 +250,7 @@ def convert(
     step: int | None,
     base: str | None,
     names: str | None,
+    tied: bool | None,
     base_model: str | None,
     portable: bool,
     overwrite: bool,
@@ -246,7 +259,7 @@ def convert(
     """Write ADAPTER in another format: PEFT, Orbax or one file.
 
     From PEFT, --base says which model it is for; to PEFT, --names what its modules are
-    called there.
+    called there, and --base gives the table whose single rows are trained.
     """
     kind = files.detect(source)
     to = to or ("file" if out.endswith(".safetensors") else None)
@@ -254,16 +267,32 @@ def convert(
         raise click.UsageError("Say --to file, orbax or peft.")
     if kind == "peft" and base is None:
         raise click.UsageError("From PEFT, give --base, the model it is for.")
-    if kind != "peft" and to != "peft" and names:
-        raise click.UsageError("--names is for PEFT alone.")
+    given = {
+        "--base": base,
+        "--names": names,
+        "--tied": tied,
+        "--base-model": base_model,
+        "--portable": portable or None,
+    }
+    idle = [name for name, value in given.items() if value is not None]
+    if to != "peft":
+        reading = ("--base", "--names", "--tied") if kind == "peft" else ()
+        idle = [name for name in idle if name not in reading]
+        if idle:
+            raise click.UsageError(f"{', '.join(idle)}: for PEFT alone.")
     _check_free(out, overwrite)
-    trainable = _read(source, base, names if kind == "peft" else None, step)
+    trainable = _read(source, base, names, tied, step)
     options: dict[str, Any] = {}
     if to == "peft":
-        own = {"names": _name_map(names), "base_model": base_model}
-        options = {**own, "portable": portable}
+        options = {
+            "names": name_map(names),
+            "tied": tied,
+            "base_model": base_model,
+            "portable": portable,
+            "base": base and open_model(base).arrays(),
+        }
     files.write(out, trainable, to, **options)
-    _done({"out": out, "from": kind, "to": to, **_counts(trainable)}, as_json)
+    done({"out": out, "from": kind, "to": to, **counts(trainable)}, as_json)
 
 
 @commands.command(epilog="Example: jlora diff adapter.safetensors again.safetensors")
@@ -271,18 +300,27 @@ def convert(
 @click.argument("b", type=click.Path())
 @_base
 @_names
+@_tied
 @_json
-def diff(a: str, b: str, base: str | None, names: str | None, as_json: bool) -> None:
+def diff(
+    a: str,
+    b: str,
+    base: str | None,
+    names: str | None,
+    tied: bool | None,
+    as_json: bool,
+) -> None:
     """Show how two adapters, or two models, differ; exit code 1 if they do."""
     kinds = [files.detect(path) == "model" for path in (a, b)]
     if all(kinds):
-        found = inspection.diff_files(a, b, progress=_bar("comparing"))
+        found = inspection.diff_files(a, b, progress=bar("comparing"))
     elif any(kinds):
         raise click.UsageError("One is a model, the other an adapter.")
     else:
-        found = inspection.diff(*(_read(path, base, names, None) for path in (a, b)))
+        read = [_read(path, base, names, tied, None) for path in (a, b)]
+        found = inspection.diff(*read)
     if as_json:
-        _print_json({"differences": [dataclasses.asdict(d) for d in found]})
+        print_json({"differences": [dataclasses.asdict(d) for d in found]})
     elif found:
         click.echo(table(("leaf", "difference"), [(d.path, d.what) for d in found]))
     else:
@@ -318,12 +356,12 @@ def extract(
     """
     _check_free(out, overwrite)
     if model is not None:
-        found = _planned(model, options)
+        found = planned(model, options)
     else:
-        found = export.flat_plan(base, _config(options) or LoraConfig())
-    trainable = export.extract_files(tuned, base, found, progress=_bar("extracting"))
+        found = export.flat_plan(base, config_of(options) or LoraConfig())
+    trainable = export.extract_files(tuned, base, found, progress=bar("extracting"))
     files.write(out, trainable, "file")
-    _done({"out": out, **_counts(trainable)}, as_json)
+    done({"out": out, **counts(trainable)}, as_json)
 
 
 @commands.command(epilog="Example: jlora validate run --base base.safetensors")
@@ -331,9 +369,15 @@ def extract(
 @_step
 @_base
 @_names
+@_tied
 @_json
 def validate(
-    adapter: str, step: int | None, base: str | None, names: str | None, as_json: bool
+    adapter: str,
+    step: int | None,
+    base: str | None,
+    names: str | None,
+    tied: bool | None,
+    as_json: bool,
 ) -> None:
     """Check that an adapter is whole, finite, and fits its model; exit code 1 if not.
 
@@ -345,9 +389,9 @@ def validate(
     try:
         kind = files.detect(adapter)
         trainable = (
-            _read(adapter, None, names, step)
+            _read(adapter, None, names, tied, step)
             if base is None
-            else _read_for(base, adapter, names, step)
+            else _read_for(base, adapter, names, tied, step)
         )
         found = inspection.inspect(trainable)
         problems += [text for text in found.warnings if text.startswith("NaN")]
@@ -358,7 +402,7 @@ def validate(
     except JloraError as error:
         problems.append(" ".join(str(error).split()))
     if as_json:
-        _print_json({"adapter": adapter, "format": kind, "problems": problems})
+        print_json({"adapter": adapter, "format": kind, "problems": problems})
     else:
         for text in problems:
             _tell(f"jlora: {text}")
@@ -376,7 +420,7 @@ def _check_fingerprint(
     print_ = checkpoint.Fingerprint(
         {
             name: fingerprint({name: model.read(name)}).leaves[name]
-            for name in _bar("hashing")(list(model.shapes))
+            for name in bar("hashing")(list(model.shapes))
         }
     )
     try:
@@ -387,93 +431,22 @@ def _check_fingerprint(
 
 
 def _read(
-    adapter: str, base: str | None, names: str | None, step: int | None
+    adapter: str,
+    base: str | None,
+    names: str | None,
+    tied: bool | None,
+    step: int | None,
 ) -> Trainable:
-    return files.read(adapter, base=base, names=_name_map(names), step=step)
+    own = name_map(names)
+    return files.read(adapter, base=base, names=own, tied=tied, step=step)
 
 
 def _read_for(
-    base: str, adapter: str, names: str | None, step: int | None
+    base: str, adapter: str, names: str | None, tied: bool | None, step: int | None
 ) -> Trainable:
     """Returns an adapter whose paths are those of the model `base`."""
     own = names is None and not any("/" in name for name in open_model(base).shapes)
-    return _read(adapter, None if own else base, names, step)
-
-
-def _name_map(names: str | None) -> Any:
-    if names is None:
-        return None
-    if ":" in names:
-        return _attribute(names)
-    from .peft import maps
-
-    known = [name for name in dir(maps) if name.isupper() and name[0] != "_"]
-    if names.upper() not in known:
-        raise click.UsageError(
-            f"--names {names!r} is none of {', '.join(known).lower()}, nor "
-            "module:attribute."
-        )
-    return getattr(maps, names.upper())
-
-
-def _attribute(path: str) -> Any:
-    """Returns what `package.module:attribute` names, from here or installed."""
-    module, _, attribute = path.partition(":")
-    if not module or not attribute:
-        raise click.UsageError(f"{path!r} is not of the form package.module:attribute.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the module raises while it is imported
-        raise click.UsageError(
-            f"{path!r} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    return found
-
-
-def _planned(model: str, options: dict[str, Any]) -> Plan:
-    found = _attribute(model)
-    try:
-        if callable(found):
-            found = found()
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} raised {type(error).__name__}: {error}."
-        ) from error
-    config = _config(options)
-    if isinstance(found, Plan):
-        if config is not None:
-            raise click.UsageError(f"{model!r} is a plan, with a config of its own.")
-        return found
-    if not (isinstance(found, tuple) and len(found) > 1 and callable(found[0])):
-        raise click.UsageError(
-            f"{model!r} is {type(found).__name__}, neither a jlora.Plan nor a tuple "
-            "(function, params, *args)."
-        )
-    fn, params, *args = found
-    try:
-        return make_plan(fn, params, *args, config=config or LoraConfig())
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} cannot be traced ({type(error).__name__}: {error})."
-        ) from error
-
-
-def _config(options: dict[str, Any]) -> LoraConfig | None:
-    """Returns the config of the options, None if there is none among them."""
-    own = {k: v for k, v in options.items() if v not in (None, ()) and k != "config"}
-    if options["config"] is None:
-        return LoraConfig(**own) if own else None
-    config = LoraConfig.from_json(pathlib.Path(options["config"]).read_text())
-    return dataclasses.replace(config, **own)
+    return _read(adapter, None if own else base, names, tied, step)
 
 
 def _check_free(out: str, overwrite: bool) -> None:
@@ -481,51 +454,6 @@ def _check_free(out: str, overwrite: bool) -> None:
         raise click.UsageError(
             f"{out!r} is already there. Say --overwrite to replace it."
         )
-
-
-def _counts(trainable: Trainable) -> dict[str, int]:
-    return {"lora": len(trainable.lora), "full": len(trainable.full)}
-
-
-def _done(fields: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(fields)
-    else:
-        rest = ", ".join(
-            f"{name} {count(value) if isinstance(value, int) else value}"
-            for name, value in fields.items()
-            if name != "out"
-        )
-        click.echo(f"{fields['out']}: {rest}")
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    """Returns `value` with null for NaN and infinity, which JSON lacks."""
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case dict():
-            return {k: _finite(v) for k, v in value.items()}
-        case list() | tuple():
-            return [_finite(v) for v in value]
-    return value
-
-
-def _bar(label: str) -> export.Progress:
-    """Returns what shows progress through names, if anybody looks."""
-
-    def progress(names: Iterable[str]) -> Iterator[str]:
-        if not sys.stderr.isatty():
-            yield from names
-            return
-        with click.progressbar(names, label=label, file=sys.stderr) as bar:
-            yield from bar
-
-    return progress
 
 
 def _exit(code: int) -> None:

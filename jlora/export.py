@@ -178,12 +178,13 @@ def merge_files(
     """Writes the merged model of a base on disk, without either in memory.
 
     Leaf by leaf from file to file: memory is bounded by a few times the largest adapted
-    leaf. The result is that of `jlora.merge`, bit for bit.
+    leaf (from Orbax, the largest leaf). The result is that of `jlora.merge`, bit for
+    bit. A merged model in Orbax's format is written from memory: `orbax`.
 
     Args:
       base: safetensors with a leaf under each path, as `safetensors` writes it: a file,
-        or a directory with one file or an index and its shards. An Orbax checkpoint of
-        parameters also works, but is read into memory.
+        or a directory with one file or an index and its shards; or an Orbax checkpoint
+        of parameters.
       trainable: the adapter.
       out: the safetensors file to write, whole or not at all.
       progress: wraps the names as they are gone through, such as `tqdm.tqdm`.

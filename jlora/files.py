@@ -57,7 +57,12 @@ def detect(path: Path) -> Format:
 
 
 def read(
-    path: Path, *, base: Path | None = None, names: Any = None, step: int | None = None
+    path: Path,
+    *,
+    base: Path | None = None,
+    names: Any = None,
+    tied: bool | None = None,
+    step: int | None = None,
 ) -> Trainable:
     """Returns the adapter at `path`, of any format.
 
@@ -67,6 +72,7 @@ def read(
         `export.merge_files`; its paths are the adapter's. Without it the adapter keeps
         torch's names and axes, `model.layers.0.self_attn.q_proj.weight`.
       names: for PEFT with `base`: see `jlora.peft.load`.
+      tied: likewise.
       step: for Orbax: which step; None is the newest.
 
     Raises:
@@ -88,7 +94,7 @@ def read(
         case "peft" if base is not None:
             from . import peft
 
-            return peft.load(path, open_model(base).tree(), names=names)
+            return peft.load(path, open_model(base).arrays(), names=names, tied=tied)
         case "peft":
             return _in_torch_names(pathlib.Path(path))
     raise CheckpointError(
@@ -97,16 +103,14 @@ def read(
     )
 
 
-def write(
-    path: Path, trainable: Trainable, format: Format, **peft_options: Any
-) -> None:
+def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> None:
     """Writes an adapter in the format of that name.
 
     Args:
       path: the file or directory.
       trainable: the adapter.
       format: `"file"`, `"orbax"` or `"peft"`.
-      **peft_options: see `jlora.peft.save`.
+      **options: for PEFT see `jlora.peft.save`, for Orbax `jlora.checkpoint.save`.
 
     Raises:
       JloraError: if it cannot be written, or not in that format.
@@ -123,11 +127,11 @@ def write(
         case "file":
             _file.save(path, trainable)
         case "orbax":
-            checkpoint.save(path, trainable)
+            checkpoint.save(path, trainable, **options)
         case "peft":
             from . import peft
 
-            peft.save(path, trainable, **peft_options)
+            peft.save(path, trainable, **options)
         case _:
             raise CheckpointError(
                 f"format must be file, orbax or peft, got {format!r}."

@@ -9,6 +9,7 @@ import numpy as np
 
 from ._describe import arrays
 from ._disk import Path
+from ._finite import is_finite
 from ._models import open_model
 from .export import Progress
 from .factors import Factors, Trainable
@@ -226,7 +227,7 @@ def singular_values(factors: Factors) -> np.ndarray:
 
 def _adapted(path: str, f: Factors) -> Leaf:
     own = [x for x in (f.a, f.b, f.magnitude) if x is not None]
-    finite = all(_finite(x) for x in own)
+    finite = all(is_finite(np.asarray(x)) for x in own)
     values = singular_values(f) if finite else np.full((1, f.rank), math.nan)
     return Leaf(
         path=path,
@@ -253,7 +254,7 @@ def _full(path: str, x: Any) -> Leaf:
         dtype=str(x.dtype),
         norm=float(np.linalg.norm(_wide(x).ravel())),
         effective_rank=math.nan,
-        finite=_finite(x),
+        finite=is_finite(np.asarray(x)),
     )
 
 
@@ -364,10 +365,6 @@ def _norm(a: np.ndarray, b: np.ndarray) -> float:
 
 def _wide(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x)).astype(np.float64)
-
-
-def _finite(x: Any) -> bool:
-    return bool(np.isfinite(_wide(x)).all())
 
 
 def _equal(a: Any, b: Any) -> bool:

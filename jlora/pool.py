@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._finite import is_finite
 from .adapters import to_lora
 from .adapters._algebra import plain_spec
 from .adapters._several import changed_base, is_plain, rescales
@@ -183,7 +184,7 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
         wrong = [
             f"{p!r} holds NaN or infinity, or numbers too large for the pool's dtypes"
             for p, f in filled.items()
-            if not all(np.isfinite(x.astype(np.float32)).all() for x in (f.a, f.b))
+            if not (is_finite(f.a) and is_finite(f.b))
         ]
     if wrong:
         raise PoolError(

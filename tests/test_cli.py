@@ -1,5 +1,6 @@
 """The command: what people and scripts see, exit codes, one line for bad input."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from test_checkpoint import normal, same
+from test_export import read_flat
 
 import jlora
 from jlora import cli, files, inspection
@@ -421,6 +423,37 @@ def test_peft_converts_both_ways(folder, call):
         same((back.lora[path].a, back.lora[path].b), (f.a, f.b))
     assert fine(call("diff", "p", "p", "--base", "flax")) == "equal\n"
     fails(call("inspect", "p", "--base", "flax", "--names", "no"), 2, "is none of")
+
+
+def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
+    table = {"model": {"embed_tokens": {"embedding": normal((9, 4))}}}
+    path = "model/embed_tokens/embedding"
+    jlora.export.safetensors("flax", table)
+    spec = Spec(op="embedding", rank=2, alpha=4)
+    factors = Factors(normal((9, 2), 1), normal((2, 4), 2), spec)
+    jlora.save("whole", jlora.Trainable({path: factors}))
+    llama = "--names", "llama"
+    to_peft = "--to", "peft", *llama
+    fails(call("convert", "whole", "p", *to_peft), 1, "Say tied=True")
+    fine(call("convert", "whole", "p", *to_peft, "--tied"))
+    fails(call("inspect", "p", *llama, "--base", "flax", "--untied"), 1, "lm_head")
+    for option in (["--tied"], []):  # the file has both
+        to_file = "--to", "file", "--overwrite", *llama, "--base", "flax"
+        fine(call("convert", "p", "back", *to_file, *option))
+        assert fine(call("diff", "whole", "back")) == "equal\n"
+    rows = dataclasses.replace(
+        spec, method="rows", init="zeros", rows=(2, 5), shape=(9, 4), alpha=2.0
+    )
+    jlora.save("rows", jlora.Trainable({path: Factors(None, normal((2, 4)), rows)}))
+    fails(call("convert", "rows", "r", *to_peft), 1, "as base=")
+    fine(call("convert", "rows", "r", *to_peft, "--base", "flax"))
+    fine(call("convert", "r", "again", *to_file))
+    for name in ("rows", "again"):
+        fine(call("merge", "flax", name, f"{name}.safetensors"))
+    merged = [read_flat(f"{name}.safetensors")[path] for name in ("rows", "again")]
+    np.testing.assert_allclose(*merged, atol=1e-6)
+    fails(call("convert", "rows", "x", "--to", "file", *llama, "--portable"), 2,
+          "--names, --portable: for PEFT alone")  # fmt: skip
 
 
 def test_peft_that_is_not_understood_is_refused(folder, call):

@@ -15,7 +15,7 @@ import safetensors.numpy
 from test_checkpoint import normal, same
 
 import jlora
-from jlora import export
+from jlora import _models, export
 from jlora._models import open_model
 from jlora.factors import Axes, Factors, Spec
 
@@ -122,10 +122,49 @@ def test_a_base_may_take_the_merged_place(base):
     same(read_flat(base), flat(jlora.merge(PARAMS, ADAPTER)))
 
 
-def test_a_base_of_orbax(tmp_path):
-    export.orbax(tmp_path / "base", PARAMS)
-    export.merge_files(tmp_path / "base", ADAPTER, tmp_path / "out")
-    same(read_flat(tmp_path / "out"), flat(jlora.merge(PARAMS, ADAPTER)))
+@pytest.mark.parametrize("bound", [0, 80])
+def test_a_base_of_orbax_is_read_a_few_leaves_at_once(tmp_path, monkeypatch, bound):
+    at_once = []
+    restore = ocp.PyTreeCheckpointer.restore
+
+    def spy(*args, **kwargs):
+        tree = restore(*args, **kwargs)
+        at_once.append(
+            [x.nbytes for x in jax.tree.leaves(tree) if x is not ocp.PLACEHOLDER]
+        )
+        return tree
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", spy)
+    monkeypatch.setattr(_models, "_GROUP", bound)
+    listed = {"trees": [PARAMS, {"w": jnp.ones(2), "none": None}]}
+    export.orbax(tmp_path / "base", listed)
+    lora = {f"trees/0/{path}": f for path, f in ADAPTER.lora.items()}
+    adapter = jlora.Trainable(lora, {"trees/0/head": ADAPTER.full["head"]})
+    export.merge_files(tmp_path / "base", adapter, tmp_path / "out")
+    same(read_flat(tmp_path / "out"), flat(jlora.merge(listed, adapter)))
+    largest = PARAMS["embed"].nbytes
+    assert all(sum(sizes) <= largest for sizes in at_once)
+    assert [len(sizes) for sizes in at_once] == ([1, 1, 3, 1, 1] if bound else [1] * 6)
+
+
+def test_a_damaged_base_of_orbax_leaves_nothing_behind(tmp_path):
+    place = tmp_path / "base"
+    export.orbax(place, PARAMS)
+    opened = open_model(place)
+    for file in place.rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(jlora.CheckpointError, match="base' cannot be read: ValueError"):
+        opened.read("embed")
+    with pytest.raises(jlora.CheckpointError, match=r"base' .* missing or damaged"):
+        export.merge_files(place, ADAPTER, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_an_orbax_checkpoint_of_more_than_arrays_is_no_model(tmp_path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "words", {"act": "gelu", "w": np.ones(1)})
+    with pytest.raises(jlora.CheckpointError, match="no array: 'act'"):
+        open_model(tmp_path / "words")
 
 
 def test_wide_weights_keep_their_width(tmp_path):

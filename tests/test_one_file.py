@@ -316,7 +316,10 @@ SPEC = Spec(rank=2, alpha=1)
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"rank": 3}, "a of 'w' has shape (3, 2), at rank 3 it needs (3, 3)"),
+        (
+            {"rank": 3},
+            "a of 'w' has shape (3, 2), a weight of shape (3, 4) at rank 3 needs",
+        ),
         ({"rank": 0}, "rank of 'w' is 0"),
         ({"rank": True}, "rank of 'w' is True"),
         ({"rank": "2"}, "rank of 'w' is '2'"),

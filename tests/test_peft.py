@@ -518,6 +518,12 @@ PORTABLE = {
     "inside another module": lambda f: Trainable(
         {"up/kernel": f}, {"x/score/kernel": jnp.ones((4, 2))}
     ),
+    "an adapter without A and B": lambda _: Trainable(
+        full={"score/kernel": jnp.ones((4, 2))}
+    ),
+    "the table words: only one called embed_tokens": lambda f: Trainable(
+        {"up/kernel": f, "words/embedding": factors((9, 4), op="embedding")}
+    ),
     "a convolution of 2 dimensions": lambda _: Trainable(
         {"c/kernel": factors((3, 3, 2, 4), CONV, op="conv")}
     ),
@@ -531,7 +537,7 @@ def test_portable_says_what_vllm_would_reject(text, tmp_path):
 
 
 def vllm_accepts(config, names):
-    """The checks of vLLM 0.33: `peft_helper.py`, `lora_model.py` and `utils.py`."""
+    """The checks of vLLM 0.33; `golden/check_vllm.py` runs vLLM's own."""
     assert {"r", "lora_alpha", "target_modules"} <= config.keys()
     assert not config["use_dora"]
     assert config["bias"] == "none"
@@ -560,6 +566,11 @@ def test_portable_export_passes_the_checks_of_vllm(tmp_path):
     jlora.peft.save(tmp_path, adapter, names=maps.LLAMA, tied=False, portable=True)
     vllm_accepts(config_of(tmp_path), read(tmp_path))
     assert config_of(tmp_path)["use_rslora"]
+    with pytest.raises(PeftError, match=r"several files \(max_shard_bytes=40\)"):
+        jlora.peft.save(
+            tmp_path / "b", adapter, names=maps.LLAMA, tied=True, portable=True,
+            max_shard_bytes=40,
+        )  # fmt: skip
 
 
 # What cannot be read.

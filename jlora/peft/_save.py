@@ -90,7 +90,7 @@ def save(
         trainable, names or GENERIC, tied, paths.flatten(base)[0], dtype
     )
     if portable:
-        _check_portable(tensors, config)
+        _check_portable(tensors, config, max_shard_bytes)
     fields = config_fields(
         config, base_model=base_model, task_type=task_type, conv1d=conv1d
     )
@@ -401,9 +401,18 @@ def _weight_shape(
     return tuple(sizes[i] for i in range(len(sizes)))
 
 
-def _check_portable(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> None:
-    """Raises a PeftError that lists what vLLM would reject."""
+def _check_portable(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig, max_bytes: int | None
+) -> None:
+    """Raises a PeftError that lists what vLLM would reject.
+
+    `tests/golden/check_vllm.py` compares these rules with vLLM's own functions.
+    """
     wrong = []
+    if not config.targets and not config.parameters:
+        wrong.append("an adapter without A and B")
+    if max_bytes is not None and sum(x.nbytes for x in tensors.values()) > max_bytes:
+        wrong.append(f"several files (max_shard_bytes={max_bytes})")
     if config.dora:
         wrong.append(
             "DoRA magnitudes: write the merged model with jlora.peft.save_base instead"
@@ -423,15 +432,17 @@ def _check_portable(tensors: Mapping[str, np.ndarray], config: PeftConfig) -> No
         wrong.append(f"rank {top}: the largest max_lora_rank is 512")
     if config.tokens:
         wrong.append("trained token rows")
-    if config.tying:
-        wrong.append("an embedding tied to the output head")
+    end = ".lora_embedding_A"
+    tables = [name.removesuffix(end) for name in tensors if name.endswith(end)]
+    wrong += [
+        f"the table {table}: only one called embed_tokens is adapted"
+        for table in tables
+        if table.rpartition(".")[2] != "embed_tokens"
+    ]
     wrong += [
         f"{name}: a convolution of {x.ndim - 2} dimensions"
         for name, x in tensors.items()
         if name.endswith("lora_A.weight") and x.ndim > 2
-    ]
-    wrong += [
-        f"{name} is {x.dtype}" for name, x in tensors.items() if x.dtype == np.float64
     ]
     if wrong:
         raise PeftError("vLLM would reject: " + "; ".join(wrong) + ".")

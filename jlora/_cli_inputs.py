@@ -1,0 +1,96 @@
+"""What arguments of the `jlora` command stand for: maps, models, configs."""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+from typing import Any
+
+import click
+
+from ._plan import Plan, plan as make_plan
+from .config import LoraConfig
+from .errors import ConfigError, JloraError
+
+
+def name_map(names: str | None) -> Any:
+    """Returns the `NameMap` that `--names` means; None for none."""
+    if names is None:
+        return None
+    if ":" in names:
+        return attribute_of(names)
+    from .peft import maps
+
+    known = [name for name in dir(maps) if name.isupper() and name[0] != "_"]
+    if names.upper() not in known:
+        raise click.UsageError(
+            f"--names {names!r} is none of {', '.join(known).lower()}, nor "
+            "module:attribute."
+        )
+    return getattr(maps, names.upper())
+
+
+def attribute_of(path: str) -> Any:
+    """Returns what `package.module:attribute` names, from here or installed."""
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        raise click.UsageError(f"{path!r} is not of the form package.module:attribute.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever the module raises while it is imported
+        raise click.UsageError(
+            f"{path!r} cannot be imported ({type(error).__name__}: {error})."
+        ) from error
+    finally:
+        sys.path.remove(os.getcwd())
+    return found
+
+
+def planned(model: str, options: dict[str, Any]) -> Plan:
+    """Returns the plan of the model that `package.module:attribute` names."""
+    found = attribute_of(model)
+    try:
+        if callable(found):
+            found = found()
+    except JloraError:
+        raise
+    except Exception as error:
+        raise click.UsageError(
+            f"{model!r} raised {type(error).__name__}: {error}."
+        ) from error
+    config = config_of(options)
+    if isinstance(found, Plan):
+        if config is not None:
+            raise click.UsageError(f"{model!r} is a plan, with a config of its own.")
+        return found
+    if not (isinstance(found, tuple) and len(found) > 1 and callable(found[0])):
+        raise click.UsageError(
+            f"{model!r} is {type(found).__name__}, neither a jlora.Plan nor a tuple "
+            "(function, params, *args)."
+        )
+    fn, params, *args = found
+    try:
+        return make_plan(fn, params, *args, config=config or LoraConfig())
+    except JloraError:
+        raise
+    except Exception as error:
+        raise click.UsageError(
+            f"{model!r} cannot be traced ({type(error).__name__}: {error})."
+        ) from error
+
+
+def config_of(options: dict[str, Any]) -> LoraConfig | None:
+    """Returns the config of the options, None if there is none among them."""
+    own = {k: v for k, v in options.items() if v not in (None, ()) and k != "config"}
+    if options["config"] is None:
+        return LoraConfig(**own) if own else None
+    try:
+        text = pathlib.Path(options["config"]).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{options['config']!r} is no text: {error}.") from error
+    config = LoraConfig.from_json(text)
+    return dataclasses.replace(config, **own)

@@ -1,0 +1,42 @@
+"""Which arrays hold NaN or infinity."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_finite(x: Any) -> bool:
+    """Returns whether an array holds neither NaN nor infinity.
+
+    A NumPy array is looked at on the host, a JAX array where it is.
+
+    Examples:
+      >>> is_finite(np.ones(2)), is_finite(jnp.array([1.0, jnp.nan]))
+      (True, False)
+    """
+    return not not_finite({"": x})
+
+
+def not_finite(named: Mapping[str, Any]) -> list[str]:
+    """Returns the names of those arrays that hold NaN or infinity."""
+    inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    # NumPy first: a file is written without starting a device.
+    if all(isinstance(x, np.ndarray) for x in inexact.values()):
+        return [k for k, x in inexact.items() if not _all_finite(x)]
+    # One by one: a program for all of thousands takes a minute to compile.
+    finite = jax.device_get([_finite(x) for x in inexact.values()])
+    return [k for k, good in zip(inexact, finite, strict=True) if not good]
+
+
+def _all_finite(x: np.ndarray) -> bool:
+    if x.dtype.itemsize < 4:  # NumPy is slow on bfloat16 one by one
+        x = x.astype(np.float32)
+    return bool(np.isfinite(x).all())
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()

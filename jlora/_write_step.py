@@ -1,0 +1,201 @@
+"""Steps of checkpoints, checked and written by Orbax's manager."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._describe import arrays, describe, key_to_dict, plan_to_dict
+from ._fingerprint import Fingerprint, fingerprint
+from ._finite import not_finite
+from ._plan import Plan
+from .config import LoraConfig
+from .errors import CheckpointError, JloraError
+from .factors import Trainable
+
+FORMAT = 1
+_DELETED = ".deleted"
+
+
+def open_manager(
+    directory: str | os.PathLike,
+    *,
+    write: bool,
+    keep: int | None = None,
+    best: str | None = None,
+    mode: str = "max",
+    wait: bool = True,
+):
+    """Returns Orbax's manager of a directory, a context; see `checkpoint.Checkpoints`.
+
+    Raises:
+      CheckpointError: if the directory cannot be made or opened.
+    """
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as policies
+
+    worst = -math.inf if mode == "max" else math.inf
+
+    def metric(metrics: Mapping[str, float]) -> float:
+        value = metrics.get(str(best), worst)
+        return worst if math.isnan(value) else value
+
+    preserved: list[Any] = [policies.LatestN(keep)]
+    if best:
+        preserved.append(
+            policies.BestN(
+                get_metric_fn=metric,
+                reverse=mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    if write:
+        sweep(directory)
+    with told(f"{str(directory)!r} cannot be opened for checkpoints"):
+        if pathlib.Path(directory).is_file():
+            raise NotADirectoryError("it is a file")
+        return ocp.CheckpointManager(
+            pathlib.Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                create=write,
+                # What a killed run left half written.
+                cleanup_tmp_directories=write,
+                # A step is renamed, and then deleted: no half step keeps its name.
+                todelete_subdir=_DELETED if write else None,
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
+                best_fn=metric if best else None,
+                best_mode=mode,
+                enable_async_checkpointing=not wait,
+            ),
+        )
+
+
+def sweep(directory: str | os.PathLike) -> None:
+    """Deletes for good the steps that were deleted."""
+    if jax.process_index() == 0:
+        shutil.rmtree(pathlib.Path(directory) / _DELETED, ignore_errors=True)
+
+
+def check_keep(keep: int | None) -> None:
+    """Raises a CheckpointError if `keep` leaves nothing."""
+    if keep is not None and keep < 1:
+        raise CheckpointError(f"keep must be at least 1, or None for all, got {keep}.")
+
+
+def run_of(config: LoraConfig | None, plan: Plan | None, base: Any) -> dict[str, Any]:
+    """Returns what is the same for all checkpoints of a run, as JSON values."""
+    if config is None and plan is not None:
+        config = plan.config
+    return {
+        "config": None if config is None else config.to_json(),
+        "plan": None if plan is None else plan_to_dict(plan),
+        "base": None if base is None else dict(as_fingerprint(base).leaves),
+    }
+
+
+def as_fingerprint(base: Any) -> Fingerprint:
+    """Returns the fingerprint of parameters, or the one given."""
+    return base if isinstance(base, Fingerprint) else fingerprint(base)
+
+
+def contents(
+    step: int,
+    trainable: Trainable,
+    *,
+    opt_state: Any,
+    key: Any,
+    position: Any,
+    metadata: Any,
+    run: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the JSON part and the arrays of a checkpoint, both checked."""
+    if not isinstance(step, int | np.integer) or step < 0:
+        raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
+    adapter, labels = {}, {}
+    for i, path, part, x in arrays(trainable):
+        adapter[f"{i:06d}-{part}"] = x
+        labels[f"{i:06d}-{part}"] = f"{path!r} ({part})"
+    bad = not_finite(adapter)
+    if bad:
+        raise CheckpointError(
+            f"Not saved: NaN or infinity in {', '.join(labels[k] for k in bad[:5])}. "
+            "The last good step is still there to restore."
+        )
+    state = numbered(opt_state)
+    about = {
+        "format": FORMAT,
+        **describe(trainable),
+        "arrays": shapes_of(adapter),
+        "opt_state": shapes_of(state),
+        "metadata": metadata,
+        "key": None if key is None else key_to_dict(key),
+        "position": position,
+        "metrics": None
+        if metrics is None
+        else {k: float(v) for k, v in metrics.items()},
+        **run,
+    }
+    for name in ("metadata", "position"):
+        try:
+            json.dumps(about[name])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{name} is no JSON value: {error}.") from error
+    return about, {"adapter": adapter, "opt_state": state}
+
+
+def write_step(
+    manager: Any, step: int, about: dict[str, Any], trees: dict[str, Any]
+) -> None:
+    """Begins to write what `contents` returned; `manager` knows when it is done."""
+    import orbax.checkpoint as ocp
+
+    if step in manager.all_steps():
+        raise CheckpointError(
+            f"Step {step} is already in {str(manager.directory)!r}. Save another step, "
+            "another directory, or pass overwrite=True to checkpoint.save."
+        )
+    items: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
+    for name, tree in trees.items():
+        if tree:  # Orbax refuses an item without arrays
+            items[name] = ocp.args.StandardSave(tree)
+    with told(f"Step {step} is not saved in {str(manager.directory)!r}"):
+        manager.save(
+            int(step),
+            args=ocp.args.Composite(**items),
+            metrics=about["metrics"],
+            force=True,
+        )
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turns whatever Orbax raises into a `CheckpointError`."""
+    try:
+        yield
+    except JloraError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{what} ({type(error).__name__}: {error}). The steps that were saved "
+            "before are as they were."
+        ) from error
+
+
+def shapes_of(named: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns shape and dtype of each array, as JSON values."""
+    return {k: [list(jnp.shape(x)), str(x.dtype)] for k, x in named.items()}
+
+
+def numbered(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of `tree` by number; the structure comes from the template."""
+    return {f"{i:06d}": x for i, x in enumerate(jax.tree.leaves(tree))}

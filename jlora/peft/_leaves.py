@@ -1,0 +1,55 @@
+"""The leaves of a model that an adapter may be for."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import paths
+from .._plan import Plan, _axes
+from ..factors import Axes, Spec
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """A leaf of the model that an adapter may be for."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    value: Any
+    op: str
+    axes: Axes | None
+    tied: bool | None
+    planned: str  # "", "adapted", "full" or "frozen"
+    spec: Spec | None = None
+
+
+def leaves_of(params_or_plan: Any) -> list[Leaf]:
+    """Returns the leaves of parameters, or of a plan with what it says of them."""
+    if isinstance(params_or_plan, Plan):
+        return [_planned(row) for row in params_or_plan.rows() if row.shape]
+    found, _ = paths.flatten(params_or_plan)
+    return [
+        Leaf(path, tuple(x.shape), x.dtype, x, "", None, None, "")
+        for path, x in found.items()
+        if hasattr(x, "shape") and hasattr(x, "dtype")
+    ]
+
+
+def _planned(row: Any) -> Leaf:
+    ops = [use for use in row.uses if use.route == "factored"]
+    both = row.op == "embedding" and any(use.op != "gather" for use in ops)
+    spec = row.spec
+    axes = spec.axes if spec else _axes(row) if ops else None
+    return Leaf(
+        row.path,
+        row.shape,
+        jnp.dtype(row.dtype),
+        None,
+        row.op,
+        axes,
+        both if row.op == "embedding" else None,
+        row.status if row.status in ("adapted", "full") else "frozen",
+        spec,
+    )

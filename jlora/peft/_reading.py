@@ -1,0 +1,494 @@
+"""An adapter's tensors, matched with the leaves of a model."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..errors import PeftError
+from ..factors import Factors, Spec, Trainable
+from ..methods import find_init
+from . import layers
+from ._contradictions import contradictions
+from ._leaves import Leaf
+from .config import PREFIX, PeftConfig, names_module, pattern_lookup
+from .layers import RAW, Layer, nested
+from .names import NameMap, Place, unnamed, untied
+from .report import Report
+from .tensors import FLOATS, Slot
+
+_ADAPTER_LEAVES = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "lora_magnitude_vector.weight",
+)
+
+
+@dataclasses.dataclass
+class Reading:
+    """One load: what is left of the file, and what was found to be wrong."""
+
+    file: PeftConfig
+    slots: dict[str, Slot]
+    names: NameMap
+    tied: bool | None
+    dtype: Any
+    left: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    stems: dict[Place, str] = dataclasses.field(default_factory=dict)
+    used: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    lora: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+    modules: list[str] = dataclasses.field(default_factory=list)
+    tables: list[str] = dataclasses.field(default_factory=list)
+    unplaced: list[str] = dataclasses.field(default_factory=list)
+    heads: set[str] = dataclasses.field(default_factory=set)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+    config: list[str] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self):
+        outside = [name for name in self.slots if not name.startswith(PREFIX)]
+        if outside:
+            self.wrong += [
+                f"{name!r:.200} does not begin with {PREFIX!r}" for name in outside
+            ]
+        self.left = {
+            name.removeprefix(PREFIX): slot
+            for name, slot in self.slots.items()
+            if name.startswith(PREFIX)
+        }
+        self.rank_of = pattern_lookup(self.file.rank_pattern)
+        self.alpha_of = pattern_lookup(self.file.alpha_pattern)
+
+    def read(self, leaves: Sequence[Leaf]) -> None:
+        """Reads what the leaves take."""
+        placed: list[tuple[Leaf, tuple[Place, ...]]] = []
+        for leaf in leaves:
+            try:
+                found = self.names.places(
+                    leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
+                )
+            except PeftError as error:
+                reason = str(error).rstrip(".")
+                if leaf.planned in ("adapted", "full"):
+                    self.missing.append(reason)
+                else:
+                    self.unplaced.append(reason)
+                continue
+            if found:
+                placed.append((leaf, found))
+            elif leaf.planned in ("adapted", "full"):
+                self.missing.append(unnamed(leaf.path, self.names))
+        leaves = [leaf for leaf, _ in placed]
+        if self.file.tying:  # PEFT adapts a tied head without naming it
+            self.heads = {
+                p.tied.removesuffix(".weight") for _, t in placed for p in t if p.tied
+            }
+        placed = list(zip(leaves, untied(found for _, found in placed), strict=True))
+        placed = self._with_prefix(placed)
+        raw = [
+            place
+            for _, found in placed
+            for place in found
+            if place.kind in RAW
+            and any(names_module(t, place.name) for t in self.file.parameters)
+        ]
+        self.stems = nested(raw)
+        for leaf, found in placed:
+            self._read_leaf(leaf, found)
+        self.config += contradictions(
+            self.file,
+            used=self.used,
+            modules=self.modules,
+            stems=self.stems,
+            heads=self.heads,
+            tables=self.tables,
+            embedding=any(name.endswith("lora_embedding_A") for name in self.slots),
+        )
+
+    def _with_prefix(
+        self, placed: list[tuple[Leaf, tuple[Place, ...]]]
+    ) -> list[tuple[Leaf, tuple[Place, ...]]]:
+        """Returns the places under the names with or without prefix that fit more."""
+        if not self.names.prefix:
+            return placed
+
+        def turned(place: Place) -> Place:
+            return dataclasses.replace(place, name=self.names.other_prefix(place.name))
+
+        modules = {end for name in self.left for end in _beginnings(name)}
+        plain = sum(p.module in modules for _, found in placed for p in found)
+        other = sum(turned(p).module in modules for _, found in placed for p in found)
+        if other <= plain:
+            return placed
+        return [(leaf, tuple(map(turned, found))) for leaf, found in placed]
+
+    def _read_leaf(self, leaf: Leaf, places: tuple[Place, ...]) -> None:
+        if self._rows(leaf, places):
+            return
+        found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
+        if found:
+            self._factors(leaf, places, found)
+        whole = {p.name: s for p in places if (s := self._whole(leaf, p, bool(found)))}
+        if whole and not found:
+            self._full(leaf, places, whole)
+        elif not found and leaf.planned in ("adapted", "full"):
+            what = "factors for" if leaf.planned == "adapted" else "the whole of"
+            self.missing.append(
+                f"{what} {leaf.path!r}, in torch {places[0].name}"
+                + (f" and {len(places) - 1} more" if len(places) > 1 else "")
+            )
+        if found and leaf.planned in ("full", "frozen"):
+            self.wrong.append(
+                f"{leaf.path!r} has factors, the plan has it {leaf.planned}"
+            )
+        if whole and not found and leaf.planned in ("adapted", "frozen"):
+            self.wrong.append(f"{leaf.path!r} is whole, the plan has it {leaf.planned}")
+
+    def _take(self, name: str, floats: bool = True) -> np.ndarray | None:
+        slot = self.left.pop(name, None)
+        if slot is None:
+            return None
+        if floats and slot.dtype not in FLOATS:
+            self.wrong.append(f"{name} is {slot.dtype}, no floating-point type")
+            return None
+        array = slot.read()
+        if slot.dtype in FLOATS and not np.isfinite(array).all():
+            self.wrong.append(f"{name} holds NaN or infinity")
+            return None
+        return array
+
+    def _layer(self, leaf: Leaf, place: Place) -> Layer | None:
+        """Returns the adapter of one module, if the file has it whole."""
+        stem, kind = place.module, ("lora_A.weight", "lora_B.weight")
+        if place.kind == "other":
+            return None
+        if place.kind == "embedding":
+            kind = ("lora_embedding_A", "lora_embedding_B")
+        if place.kind in RAW:
+            if place not in self.stems:
+                return None
+            stem = self.stems[place]
+        keys = [f"{stem}.{k}" for k in kind]
+        magnitude = [
+            key
+            for key in (
+                f"{stem}.lora_magnitude_vector",
+                f"{stem}.lora_magnitude_vector.weight",
+            )
+            if key in self.left
+        ]
+        if not any(key in self.left for key in (*keys, *magnitude)):
+            return None
+        absent = [key for key in keys if key not in self.left]
+        if self.file.dora and not magnitude:
+            absent.append(f"{stem}.lora_magnitude_vector")
+        if magnitude and not self.file.dora:
+            self.config.append(f"use_dora is false, the file has {magnitude[0]}")
+        a, b = (self._take(key) for key in keys)
+        m = self._take(magnitude[0]) if magnitude else None
+        self.missing += absent
+        self.modules.append(place.module)
+        self._check_base(leaf, place)
+        rank, scale = self._rank_and_scale(place.module)
+        self._take_tied(leaf, place, a, b)
+        if a is None or b is None or absent or bool(magnitude) != (m is not None):
+            return None
+        wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+        layer = Layer(a.astype(wide), b.astype(wide), scale, m)
+        reason = layers.check_layer(place, leaf.shape, layer, rank)
+        if reason:
+            self.wrong.append(f"{place.module}: {reason}")
+            return None
+        return layer
+
+    def _take_tied(
+        self, leaf: Leaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
+    ) -> None:
+        """Reads the head's side of a tied embedding, which must be the same numbers."""
+        if place.tied is None or place.kind != "embedding":
+            return
+        head = place.tied.removesuffix(".weight")
+        keys = f"{head}.lora_A.weight", f"{head}.lora_B.weight"
+        tied = leaf.tied if leaf.tied is not None else self.tied
+        there = [key in self.left for key in keys]
+        if tied is None and not any(there):
+            self.config.append(
+                f"{leaf.path!r} may be the output head too ({place.tied}), the file "
+                "adapts the embedding alone. Give the plan, or say tied=False if the "
+                "model does not use it as both"
+            )
+        elif tied and not all(there):
+            self.config.append(
+                f"{leaf.path!r} is the output head too, but the file does not adapt "
+                f"{head}: PEFT leaves that use of the weight as it was, jlora has one "
+                "adapter for both"
+            )
+        if tied is not False and all(there):
+            head_a, head_b = (self._take(key) for key in keys)
+            self.modules.append(head)
+            same = (
+                a is not None and b is not None and head_a is not None
+                and head_b is not None and np.array_equal(head_a, b.T)
+                and np.array_equal(head_b, a.T)
+            )  # fmt: skip
+            if not same:
+                self.wrong.append(
+                    f"{head} and {place.module} are tied, their factors not"
+                )
+        self.left.pop(f"{head}.base_layer.weight", None)
+
+    def _rows(self, leaf: Leaf, places: tuple[Place, ...]) -> bool:
+        """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
+        place, several = places[0], len(places) > 1
+        key = f"{place.module}.token_adapter.trainable_tokens_delta"
+        if key not in self.left:
+            return False
+        rows = self._take(key)
+        module = place.module
+        self.tables.append(module)
+        tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
+        ids = next(tokens, None)
+        if rows is None:
+            return True
+        reason = ""
+        if ids is None:
+            reason = "trainable_token_indices does not say which rows they are"
+        elif several or place.kind != "embedding":
+            reason = "the leaf is no embedding table"
+        elif rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
+            reason = f"{list(rows.shape)} for {len(ids)} token ids"
+        elif max(ids, default=0) >= leaf.shape[place.groups[0][0]]:
+            reason = f"row {max(ids)} of a table of {list(leaf.shape)}"
+        elif isinstance(leaf.value, jax.ShapeDtypeStruct | None):
+            reason = "the file has rows, not differences: give the parameters' arrays"
+        elif leaf.planned and leaf.planned != "adapted":
+            reason = f"in the plan {leaf.path!r} is {leaf.planned}"
+        if reason or ids is None:
+            self.wrong.append(f"{key}: {reason}")
+            return True
+        axes = leaf.axes or place.axes()
+        base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
+        b = rows.astype(np.float32) - base.astype(np.float32)
+        spec = Spec(
+            op="embedding",
+            axes=axes,
+            rank=len(ids),
+            alpha=float(len(ids)),
+            method="rows",
+            init="zeros",
+            shape=leaf.shape,
+            rows=ids,
+        )
+        b = jnp.asarray(b.astype(self.dtype or b.dtype))
+        self.lora[leaf.path] = Factors(None, b, spec)
+        return True
+
+    def _rank_and_scale(self, module: str) -> tuple[int, float]:
+        rank, alpha = self.file.r, self.file.alpha
+        hit = self.rank_of(module)
+        if hit:
+            rank = hit[1]
+            self.used.add(("rank_pattern", hit[0]))
+        hit = self.alpha_of(module)
+        if hit:
+            alpha = hit[1]
+            self.used.add(("alpha_pattern", hit[0]))
+        return rank, alpha / (math.sqrt(rank) if self.file.rslora else rank)
+
+    def _factors(
+        self, leaf: Leaf, places: tuple[Place, ...], found: dict[str, Layer]
+    ) -> None:
+        axes = leaf.axes or places[0].axes()
+        for place in places:
+            reason = layers.misfit(place, axes)
+            if reason:
+                self.wrong.append(f"{leaf.path!r}: {reason}")
+                return
+        if self.file.dora and len(found) < len(places):
+            absent = [p.module for p in places if p.name not in found]
+            self.missing.append(f"DoRA of {', '.join(absent)}, parts of {leaf.path!r}")
+            return
+        if (
+            leaf.spec
+            and leaf.spec.parts
+            and self._parts(leaf, leaf.spec, places, found)
+        ):
+            return
+        try:
+            a, b, m, scale = layers.assemble(places, axes, leaf.shape, found)
+        except PeftError as error:
+            self.wrong.append(str(error))
+            return
+        rank = a.shape[-1]
+        only = next(p for p in places if p.name in found)
+        own_rank, _ = self._rank_and_scale(only.module)
+        hit = self.alpha_of(only.module)
+        if rank == own_rank:
+            rslora, alpha = self.file.rslora, hit[1] if hit else self.file.alpha
+        else:
+            rslora, alpha = False, scale * rank
+        dtype = self.dtype or a.dtype
+        spec = Spec(
+            op=leaf.op
+            if leaf.op in ("linear", "embedding", "conv")
+            else {"embedding": "embedding", "conv": "conv"}.get(only.kind, "linear"),
+            axes=axes,
+            rank=rank,
+            alpha=float(alpha),
+            rslora=rslora,
+            dropout=self.file.dropout,
+            method="dora" if m is not None else "lora",
+        )
+        spec = self._planned_spec(leaf, spec)
+        magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
+        self.lora[leaf.path] = Factors(
+            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
+        )
+
+    def _planned_spec(self, leaf: Leaf, spec: Spec) -> Spec:
+        """Returns the plan's own spec if the file's is the same adapter."""
+        plan = leaf.spec
+        if plan is None:
+            return spec
+        if (plan.method, plan.rank, plan.scale) != (spec.method, spec.rank, spec.scale):
+            self.config.append(
+                f"{leaf.path!r} is {spec.method} of rank {spec.rank} and scale "
+                f"{spec.scale:g}, in the plan {plan.method} of {plan.rank} and "
+                f"{plan.scale:g}"
+            )
+            return spec
+        init = find_init(plan.init)
+        if init is not None and init.changes_base:  # the file is for the original base
+            return dataclasses.replace(plan, init="kaiming")
+        return plan
+
+    def _parts(
+        self,
+        leaf: Leaf,
+        spec: Spec,
+        places: tuple[Place, ...],
+        found: dict[str, Layer],
+    ) -> bool:
+        """Reads a fused leaf part by part as the plan has it; returns if it fits."""
+        pairs = layers.by_part(spec, places, found)
+        if pairs is None or not all(
+            layer.a.shape[0] == rank and layer.scale == spec.part_scale(rank)
+            for rank, _, layer in pairs
+        ):
+            return False
+        a, b = layers.compact(spec, leaf.shape, pairs)
+        dtype = self.dtype or a.dtype
+        self.lora[leaf.path] = Factors(
+            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec
+        )
+        return True
+
+    def _whole(self, leaf: Leaf, place: Place, adapted: bool) -> Slot | None:
+        """Returns where the file has the tensor itself, if it is trained."""
+        module, _, last = place.name.rpartition(".")
+        inner = f"{module}.base_layer.{last}"
+        if adapted:
+            return None
+        for key in (place.name, inner) if last == "bias" else (place.name,):
+            if key in self.left:
+                self._check_saved(place.name)
+                return self.left.pop(key)
+        return None
+
+    def _check_base(self, leaf: Leaf, place: Place) -> None:
+        """Takes the copy of an adapted table that PEFT saves: the model's own."""
+        key = f"{place.module}.base_layer.weight"
+        slot = self.left.pop(key, None) if place.kind not in RAW else None
+        if slot is None:
+            return
+        wanted = place.shape(leaf.shape)
+        if slot.shape != wanted:
+            self.wrong.append(
+                f"{key} is {slot.shape}, the model's is {wanted}: resize the model's "
+                "vocabulary to the adapter's first"
+            )
+        elif leaf.value is not None and not isinstance(
+            leaf.value, jax.ShapeDtypeStruct
+        ):
+            tensor, value = slot.read(), np.asarray(leaf.value)
+            own = layers.weight_out(place, value).astype(tensor.dtype)
+            if not np.array_equal(own, tensor):
+                self.wrong.append(
+                    f"{key}, the table that the adapter was trained on, is not the "
+                    "model's. Put it into the parameters first, with load_base"
+                )
+
+    def _check_saved(self, name: str) -> None:
+        module, _, leaf = name.rpartition(".")
+        if any(module.endswith(entry) or f".{entry}." in f".{module}."
+               for entry in self.file.saved):  # fmt: skip
+            return
+        if leaf == "bias" and self.file.bias != "none":
+            return
+        self.config.append(
+            f"the file has {name} whole, but modules_to_save is "
+            f"{list(self.file.saved)!r:.200} and bias {self.file.bias!r}"
+        )
+
+    def _full(
+        self, leaf: Leaf, places: tuple[Place, ...], whole: dict[str, Slot]
+    ) -> None:
+        absent = [p.name for p in places if p.name not in whole]
+        if absent:
+            self.missing.append(f"{', '.join(absent)}, parts of {leaf.path!r}")
+            return
+        arrays = {}
+        for place in places:
+            slot = whole[place.name]
+            wanted = place.shape(leaf.shape)
+            if slot.shape != wanted:
+                self.wrong.append(f"{place.name} is {slot.shape}, wanted {wanted}")
+                return
+            arrays[place.name] = slot.read()
+            if slot.dtype in FLOATS and not np.isfinite(arrays[place.name]).all():
+                self.wrong.append(f"{place.name} holds NaN or infinity")
+                return
+        floats = [slot.dtype in FLOATS for slot in whole.values()]
+        if not all(floats) and jnp.issubdtype(leaf.dtype, jnp.floating):
+            self.wrong.append(f"{places[0].name} is no floating-point array")
+            return
+        dtype = np.result_type(*(x.dtype for x in arrays.values()))
+        if all(floats):
+            dtype = jnp.promote_types(dtype, leaf.dtype)
+        out = np.zeros(leaf.shape, dtype)
+        for place in places:
+            layers.weight_in(place, arrays[place.name].astype(dtype), out)
+        self.full[leaf.path] = jnp.asarray(out)
+
+    def result(self) -> tuple[Trainable, Report]:
+        """Returns the adapter and the report."""
+        extra = [
+            f"{PREFIX}{name!s:.200}"
+            + ("" if name.endswith(_ADAPTER_LEAVES) else " (no tensor of an adapter)")
+            for name in self.left
+        ]
+        if extra:  # what they belong to may be a leaf that could not be named
+            self.missing += self.unplaced
+        report = Report(
+            tuple(dict.fromkeys(self.missing)),
+            tuple(extra),
+            tuple(dict.fromkeys(self.wrong)),
+            tuple(dict.fromkeys(self.config)),
+        )
+        return Trainable(self.lora, self.full), report
+
+
+def _beginnings(name: str) -> Iterable[str]:
+    """Yields what is left of the name before each of its dots."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
