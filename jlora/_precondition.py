@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .errors import ConfigError
 from .factors import Factors, Spec, Trainable
 from .methods import plain
 
@@ -112,7 +113,7 @@ def riemannian(
       A transformation whose `update` needs `params`.
 
     Raises:
-      ValueError: if `damping` is not a positive number.
+      ConfigError: if `damping` is not a positive number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -130,7 +131,7 @@ def riemannian(
       Foundation Models, https://arxiv.org/abs/2402.02347
     """
     if not damping > 0:
-        raise ValueError(f"damping must be a positive number, got {damping!r}.")
+        raise ConfigError(f"damping must be a positive number, got {damping!r}.")
 
     def precondition(gradient: Factors, own: Factors) -> Factors:
         a = _right(gradient.a, _inverse(_gram_b(own), damping), own)
@@ -155,7 +156,7 @@ def _extra_args(tx: Any) -> tuple[Any, Any]:
 
 def _check_params(params: Any, name: str) -> None:
     if params is None:
-        raise ValueError(
+        raise ConfigError(
             f"{name} needs the factors themselves: write "
             "tx.update(gradients, state, trainable)."
         )

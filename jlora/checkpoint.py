@@ -36,6 +36,7 @@ from ._fingerprint import (
     fingerprint as fingerprint,
 )
 from ._plan import Plan
+from ._split import check_trainable
 from .config import LoraConfig
 from .errors import CheckpointError, JloraError
 from .factors import Trainable
@@ -108,6 +109,7 @@ def save(
         written.
 
     Raises:
+      TreeError: if `trainable` is no `Trainable`.
       CheckpointError: if the step is already there, it cannot be written, or a factor
         or a full leaf holds NaN or infinity, which nobody wants to resume from.
 
@@ -422,6 +424,7 @@ def _contents(
     metrics: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the JSON part and the arrays of a checkpoint, both checked."""
+    check_trainable(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
     adapter, labels = {}, {}

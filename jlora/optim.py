@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from .errors import ConfigError
 from .factors import Factors, Trainable
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def lora_plus(
         `1e-6 / learning_rate` here.
 
     Raises:
-      ValueError: if a ratio is not a positive number.
+      ConfigError: if a ratio is not a positive number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -153,7 +154,7 @@ def lora_plus(
 
     for name, value in (("ratio", ratio), ("embedding_ratio", embedding_ratio)):
         if not value > 0:
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
 
     def factors(own: Factors) -> Factors:
         if own.spec.op == "embedding":
@@ -226,6 +227,6 @@ def masked(
 
 def _nothing(leaf: Any) -> Any:
     """Returns what leaves the bits of any number alone when added: minus zero."""
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return -jnp.zeros_like(leaf)
     return jnp.zeros_like(leaf)
