@@ -606,9 +606,11 @@ def test_weights_that_learned_queries_meet_are_linear(made):
     jlora.apply_lora(fn, on_merge="error")(*parts, x)
 
 
+TRIANGLE = jnp.tri(4)
 COMPUTED = {
     "masked": lambda p, x: x @ jnp.triu(p["w"]),
-    "masked by a product": lambda p, x: x @ (p["w"] * jnp.tri(4)),
+    "masked by a product": lambda p, x: x @ (p["w"] * TRIANGLE),
+    "masked in a jit": lambda p, x: x @ jax.jit(lambda w: w * TRIANGLE)(p["w"]),
     "masked by a leaf": lambda p, x: x @ jnp.where(p["mask"], p["w"], 0.0),
     "standardised": lambda p, x: x @ jax.nn.standardize(p["w"], axis=0),
     "chosen by row": lambda p, x: jax.vmap(

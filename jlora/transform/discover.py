@@ -215,8 +215,7 @@ def discover(
             x if path is None else leaf(path, x)
             for x, path in zip(arrays, paths, strict=True)
         ]
-        consts = [Derived(x, ()) for x in code.consts]
-        outs = interpret(ctx, compat.Code(code.jaxpr, consts), values)
+        outs = interpret(ctx, code, values)
         return [settle(v, None) for v in outs]
 
     jax.eval_shape(run, list(inputs))
