@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ._split import combine, flatten_frozen
-from .errors import MergeError, MergeWarning
+from ._plan import check_function
+from ._split import check_key, combine, flatten_frozen
+from .errors import ConfigError, MergeError, MergeWarning
 from .factors import Axes, Factors
 from .methods import method_of, plain
 from .transform.cost import Form
@@ -44,9 +45,10 @@ def apply_lora(
       a weight and each loop step draws its own mask.
 
     Raises:
+      ConfigError: if `fn` is no function, or `on_merge` or `form` none of the above;
+        (when called) if `lora_key` is no PRNG key.
       TreeError: (when called) if frozen and trainable do not fit together.
       MergeError: (when called) if a weight is merged and `on_merge="error"`.
-      ValueError: for an `on_merge` or a `form` that there is not.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -63,17 +65,20 @@ def apply_lora(
     References:
       Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685
     """
+    check_function("apply_lora", fn)
     if on_merge not in ("allow", "warn", "error"):
-        raise ValueError(
+        raise ConfigError(
             f"on_merge must be 'allow', 'warn' or 'error', got {on_merge!r}."
         )
 
     if form not in ("auto", "factored", "merged"):
-        raise ValueError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
+        raise ConfigError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
 
     @functools.wraps(fn)
     def lora_fn(frozen, trainable, /, *args, lora_key=None, **kwargs):
         params = combine(frozen, trainable)
+        if lora_key is not None:
+            check_key("lora_key", lora_key)
         if not trainable.lora:
             return fn(params, *args, **kwargs)
         staged = stage(fn, params, args, kwargs)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 
 from . import paths
 from ._plan import Plan
-from ._split import MISSING, check, check_plan, combine, flatten_frozen
+from ._split import (
+    MISSING,
+    check,
+    check_plan,
+    check_trainable,
+    combine,
+    flatten_frozen,
+)
 from .errors import ConfigError, TreeError
 from .factors import Factors, Spec, Trainable
 from .methods import method_of, plain
@@ -97,6 +104,7 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
       >>> unmerge({"w": jnp.ones(1), "head": jnp.ones(2)}, head)
       {'head': Missing(), 'w': Array([1.], dtype=float32)}
     """
+    check_trainable(trainable)
     leaves, treedef = paths.flatten(params)
     unknown = [path for path in trainable.full if path not in leaves]
     if unknown:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from . import paths
 from .config import LoraConfig, Rule
-from .errors import TargetError
+from .errors import ConfigError, TargetError
 from .factors import Axes, Parts, Spec
 from .methods import METHODS, init_clashes, init_name, leaf_shapes
 from .tables import count, html, nbytes, table
@@ -168,6 +168,7 @@ def plan(
       **kwargs: `fn`'s keyword arguments.
 
     Raises:
+      ConfigError: if `config` is no `LoraConfig`, or `fn` no function.
       TargetError: lists every pattern that matches nothing (with the nearest path),
         every target that is no weight of a linear operation, every rank above
         `min(fan-in, fan-out)`, every leaf that its init cannot start, and patterns
@@ -190,6 +191,12 @@ def plan(
       >>> plan.adapted, plan.trained_count
       (('down', 'up'), 640)
     """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"config must be a jlora.LoraConfig, got {type(config).__name__}. Write "
+            "config=jlora.LoraConfig(rank=8)."
+        )
+    check_function("plan", fn)
     leaves, _ = paths.flatten(params)
     staged = stage(fn, params, args, kwargs)
     names: list[str | None] = [None] * len(staged.inputs)
@@ -211,6 +218,15 @@ def plan(
         for path, leaf in leaves.items()
     )
     return Plan(config, _resolve(rows, config))
+
+
+def check_function(owner: str, fn: Any) -> None:
+    """Raises a ConfigError if `fn` cannot be called."""
+    if not callable(fn):
+        raise ConfigError(
+            f"jlora.{owner} takes the function first, `fn(params, *args)`, got "
+            f"{type(fn).__name__}. Of a module pass its method, as `model.apply`."
+        )
 
 
 def _resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:

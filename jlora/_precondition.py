@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import TreeError
+from .errors import ConfigError, TreeError
 from .factors import Factors, Spec, Trainable
 from .methods import plain
 from .optim import check_positive
@@ -117,7 +117,7 @@ def riemannian(
       A transformation whose `update` needs `params`.
 
     Raises:
-      ValueError: if `damping` is not a positive number.
+      ConfigError: if `damping` is not a positive number.
       TreeError: (from `update`) if a mask leaves one of A and B without the other.
 
     Examples:
@@ -160,7 +160,7 @@ def _extra_args(tx: Any) -> tuple[Any, Any]:
 
 def _check_params(params: Any, name: str) -> None:
     if params is None:
-        raise ValueError(
+        raise ConfigError(
             f"{name} needs the factors themselves: write "
             "tx.update(gradients, state, trainable)."
         )

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from . import paths
-from ._split import Missing
+from ._split import Missing, check_trainable
 from .errors import TreeError
 from .factors import Factors, Trainable
 from .methods import method_of
@@ -30,7 +30,8 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
       `jax.device_put`, `jax.jit(..., out_shardings=...)` or `checkpoint.restore`.
 
     Raises:
-      TreeError: lists the leaves without a sharding, or with one for too many axes.
+      TreeError: if `trainable` is no `Trainable`; lists the leaves without a
+        sharding, or with one for too many axes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -44,6 +45,7 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
       >>> tuple(factors.a), tuple(factors.b)
       (('data', None), (None, 'model'))
     """
+    check_trainable(trainable)
     leaves, _ = paths.flatten(base_shardings, is_leaf=_is_placement)
     known = {path: _placement(leaf) for path, leaf in leaves.items()}
     wrong: list[str] = []

@@ -66,8 +66,9 @@ def split(
       rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
-      ConfigError: if an init lacks its statistics or `quantize`, or a function given
-        as init returns other shapes; lists the leaves.
+      ConfigError: if `key` is no PRNG key or `plan` no `Plan`; if an init lacks its
+        statistics or `quantize`, or a function given as init returns other shapes;
+        lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted
         weight holds NaN or infinity (not looked for under a transformation).
 
@@ -83,15 +84,16 @@ def split(
       >>> trainable.lora["w1"].a.shape, trainable.full["w2"].shape
       ((4, 2), (8, 2))
     """
+    check_key("key", key)
     leaves, treedef = paths.flatten(params)
     check_plan(leaves, plan)
     extra = _extras(plan, statistics or Statistics(), quantize)
+    _check_finite({p: leaves[p] for p in plan.adapted})
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
-            _check_finite(row.path, leaves[row.path])
             own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
             dtype = jnp.dtype(plan.config.dtype or "float32")
             w = leaves[row.path]
@@ -199,7 +201,15 @@ def _placed_as(w: Any, base: jax.Array) -> jax.Array:
 
 
 def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
-    """Raises a TreeError that lists where `leaves` are not those of `plan`."""
+    """Raises a TreeError that lists where `leaves` are not those of `plan`.
+
+    Raises a ConfigError for what is no plan.
+    """
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan must be a jlora.Plan, got {type(plan).__name__}. Make one with "
+            "jlora.plan(fn, params, *args, config=config)."
+        )
     planned = {row.path: row for row in plan.rows()}
     wrong = [f"{p!r} is not in the plan" for p in leaves if p not in planned]
     wrong += [f"{p!r} is not in the parameters" for p in planned if p not in leaves]
@@ -215,14 +225,32 @@ def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def _check_finite(path: str, w: Any) -> None:
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return
-    finite = jnp.isfinite(jnp.asarray(w)).all()
-    if not is_staging(finite) and not bool(finite):
+def check_key(name: str, key: Any) -> None:
+    """Raises a ConfigError unless `key` is one PRNG key, new style or old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        single = shape == ()
+    else:
+        single = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not single:
+        what = type(key).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise ConfigError(
+            f"{name} must be one PRNG key, jax.random.key(0), got {what}."
+        )
+
+
+def _check_finite(weights: dict[str, Any]) -> None:
+    wrong = []
+    for path, w in weights.items():
+        if isinstance(w, jax.ShapeDtypeStruct):
+            continue
+        finite = jnp.isfinite(jnp.asarray(w)).all()
+        if not is_staging(finite) and not bool(finite):
+            wrong.append(f"{path!r} holds NaN or infinity")
+    if wrong:
         raise TreeError(
-            f"{path!r} holds NaN or infinity, so nothing can be learnt from it. Check "
-            "how the weights were loaded, or leave it out with exclude=."
+            f"Nothing can be learnt from these weights: {_some(wrong)}. Check how they "
+            "were loaded, or leave them out with exclude=."
         )
 
 
@@ -263,11 +291,7 @@ def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
 
 def check(leaves: dict[str, Any], trainable: Trainable) -> None:
     """Raises a TreeError that lists all that does not fit between the two sides."""
-    if not isinstance(trainable, Trainable):
-        raise TreeError(
-            f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
-            "Take it from jlora.split; mind the order (frozen, trainable, *args)."
-        )
+    check_trainable(trainable)
     wrong = []
     for path, factors in trainable.lora.items():
         if path not in leaves or isinstance(leaves[path], Missing):
@@ -300,6 +324,15 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
         )
 
 
+def check_trainable(trainable: Any) -> None:
+    """Raises a TreeError for what is no `Trainable`."""
+    if not isinstance(trainable, Trainable):
+        raise TreeError(
+            f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
+            "Take it from jlora.split; mind the order (frozen, trainable, *args)."
+        )
+
+
 def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
         return [f"{path!r} is no floating-point array, so it takes no factors"]
@@ -309,6 +342,15 @@ def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
         return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
     if spec.shape and spec.shape != tuple(w.shape):
         return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
+    odd = [
+        f"{name} of {path!r} is {getattr(x, 'dtype', type(x).__name__)}, it must be a "
+        "floating-point array"
+        for name in ("a", "b", "magnitude")
+        if (x := getattr(factors, name)) is not None
+        and not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating))
+    ]
+    if odd:
+        return odd
     return misshapen(path, factors, tuple(w.shape))
 
 

@@ -17,6 +17,7 @@ from ._describe import arrays, describe, key_to_dict, plan_to_dict
 from ._fingerprint import Fingerprint, fingerprint
 from ._finite import not_finite
 from ._plan import Plan
+from ._split import check_trainable
 from .config import LoraConfig
 from .errors import CheckpointError, JloraError
 from .factors import Trainable
@@ -119,6 +120,7 @@ def contents(
     metrics: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the JSON part and the arrays of a checkpoint, both checked."""
+    check_trainable(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
     adapter, labels = {}, {}

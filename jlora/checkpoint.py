@@ -70,6 +70,7 @@ def save(
         written.
 
     Raises:
+      TreeError: if `trainable` is no `Trainable`.
       CheckpointError: if the step is already there, it cannot be written, or a factor
         or a full leaf holds NaN or infinity, which nobody wants to resume from.
 

@@ -262,7 +262,7 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
         isinstance(dropout, int | float) and 0 <= dropout < 1
     ):
         wrong.append(f"dropout must be in [0, 1), got {dropout!r}")
-    if fields.method is not None and fields.method not in METHODS:
+    if fields.method is not None and fields.method not in tuple(METHODS):
         wrong.append(f"method must be one of {tuple(METHODS)}, got {fields.method!r}")
     if fields.init is not None and find_init(fields.init) is None:
         wrong.append(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from .errors import ConfigError
 from .factors import Factors, Trainable
 from .transform.compat import is_staging
 
@@ -138,7 +139,7 @@ def lora_plus(
         `1e-6 / learning_rate` here.
 
     Raises:
-      ValueError: if a ratio is not a positive number.
+      ConfigError: if a ratio is not a positive number.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -185,13 +186,13 @@ def lora_plus(
 
 
 def check_positive(**settings: Any) -> None:
-    """Raises a ValueError for the first setting that is no positive number.
+    """Raises a ConfigError for the first setting that is no positive number.
 
     A number that is traced, as `optax.inject_hyperparams` makes it, is not looked at.
     """
     for name, value in settings.items():
         if not is_staging(value) and not value > 0:
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
 
 
 def _is_trainable(node: Any) -> bool:
@@ -245,6 +246,6 @@ def masked(
 
 def _nothing(leaf: Any) -> Any:
     """Returns what leaves the bits of any number alone when added: minus zero."""
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return -jnp.zeros_like(leaf)
     return jnp.zeros_like(leaf)

@@ -128,7 +128,9 @@ def adalora(
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         if params is None:
-            raise ValueError("adalora needs params: tx.update(gradient, state, params)")
+            raise ConfigError(
+                "adalora needs params: tx.update(gradient, state, params)"
+            )
         gradient = _adaptive(updates)
         updates, inner = tx.update(updates, state.inner, params)
         moved = [

@@ -814,9 +814,13 @@ def test_merging_can_be_an_error_or_allowed(odd_setting):
 
 def test_on_merge_must_be_one_of_three():
     with pytest.raises(
-        ValueError, match="must be 'allow', 'warn' or 'error', got 'warning'"
+        jlora.ConfigError, match="must be 'allow', 'warn' or 'error', got 'warning'"
     ):
         jlora.apply_lora(deep, on_merge="warning")
+    with pytest.raises(jlora.ConfigError, match="takes the function first"):
+        jlora.apply_lora({"w": jnp.ones((2, 2))})
+    with pytest.raises(jlora.ConfigError, match=r"lora_key must be one PRNG key.*int"):
+        jlora.apply_lora(deep)({}, jlora.Trainable(), lora_key=0)
 
 
 def test_a_returned_weight_is_merged_and_said_to_be():

@@ -388,6 +388,8 @@ def test_nan_and_infinity_are_not_saved(folder, value, part):
         jlora.CheckpointError, match=r"Not saved: NaN or infinity in .*"
     ):
         checkpoint.save(folder, bad, step=2)
+    with pytest.raises(jlora.TreeError, match=r"a jlora\.Trainable, got dict"):
+        checkpoint.save(folder, bad.full, step=2)
     read = checkpoint.restore(folder)
     assert read.step == 1
     same(read.trainable, good)

@@ -212,6 +212,8 @@ def test_all_bad_values_are_told_at_once():
         jlora.LoraConfig(rank=0, alpha=-1, dropout=2, method="a", init="b")
     for name in ("rank", "alpha", "dropout", "method", "init"):
         assert f"{name} must be" in str(caught.value)
+    with pytest.raises(jlora.ConfigError, match=r"method must be one of .*\['lora'\]"):
+        jlora.LoraConfig(method=["lora"])
 
 
 def test_config_errors_are_value_errors():

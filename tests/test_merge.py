@@ -437,6 +437,8 @@ def test_unmerge_of_trees_that_do_not_fit_is_refused(key):
         jlora.unmerge({"w": params["w"]}, trainable)
     with pytest.raises(jlora.TreeError, match=r"a of 'w' has shape \(4, 2\)"):
         jlora.unmerge({**params, "w": jnp.ones((5, 6))}, trainable)
+    with pytest.raises(jlora.TreeError, match=r"got dict.*mind the order"):
+        jlora.unmerge(trainable, params)
 
 
 def test_extract_of_trees_that_differ_is_refused():

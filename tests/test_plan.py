@@ -368,6 +368,13 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(field):
     )
 
 
+def test_what_is_no_config_or_no_function_is_refused():
+    with pytest.raises(jlora.ConfigError, match=r"a jlora\.LoraConfig, got dict"):
+        jlora.plan(jnp.sin, jnp.ones(2), config={"rank": 2})
+    with pytest.raises(jlora.ConfigError, match="plan takes the function first"):
+        jlora.plan({"w": 1}, jnp.ones(2), config=jlora.LoraConfig())
+
+
 def test_a_rule_that_matches_nothing_names_the_nearest():
     refused(
         r"rules: 'layer_9/\*\*' matched none of 29 leaves, nearest: 'layer_",
@@ -599,11 +606,28 @@ def test_weights_that_learned_queries_meet_are_linear(made):
     jlora.apply_lora(fn, on_merge="error")(*parts, x)
 
 
-@pytest.mark.parametrize("mask", [jnp.triu, lambda w: w * jnp.tri(4)])
-def test_a_mask_computed_inside_is_no_data(mask):
-    args = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+TRIANGLE = jnp.tri(4)
+COMPUTED = {
+    "masked": lambda p, x: x @ jnp.triu(p["w"]),
+    "masked by a product": lambda p, x: x @ (p["w"] * TRIANGLE),
+    "masked in a jit": lambda p, x: x @ jax.jit(lambda w: w * TRIANGLE)(p["w"]),
+    "masked by a leaf": lambda p, x: x @ jnp.where(p["mask"], p["w"], 0.0),
+    "standardised": lambda p, x: x @ jax.nn.standardize(p["w"], axis=0),
+    "chosen by row": lambda p, x: jax.vmap(
+        lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ p["w"], lambda x: x, x)
+    )(x),
+}
+
+
+@pytest.mark.parametrize("use", COMPUTED)
+def test_a_weight_computed_from_weights_can_be_named_and_is_merged(use):
+    """Constants in it, and what chooses, are no activations that it meets."""
+    args = {"w": jnp.eye(4), "mask": jnp.ones((4, 4), bool)}, jnp.ones((2, 4))
     config = jlora.LoraConfig(rank=1, targets="w")
-    made = jlora.plan(lambda p, x: x @ mask(p["w"]), *args, config=config)
+    made = jlora.plan(COMPUTED[use], *args, config=config)
+    parts = jlora.split(jax.random.key(0), args[0], made)
+    with pytest.raises(jlora.MergeError):
+        jlora.apply_lora(COMPUTED[use], on_merge="error")(*parts, args[1])
     assert row(made, "w").route == "merged"
 
 

@@ -125,5 +125,7 @@ def test_what_has_no_sharding_is_named():
     _, trainable = jlora.split(jax.random.key(1), params, plan)
     with pytest.raises(jlora.TreeError, match=r"no sharding for 'heads' .*'head'"):
         jlora.shardings({"head": P(), "out": P()}, trainable)
+    with pytest.raises(jlora.TreeError, match="got dict"):
+        jlora.shardings(trainable, PLACES)
     with pytest.raises(jlora.TreeError, match="'heads' has 3 axes"):
         jlora.shardings({"heads": P(None, None, None, "data"), "out": P()}, trainable)

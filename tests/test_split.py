@@ -360,6 +360,12 @@ def test_a_weight_that_is_not_finite_is_refused(value, key):
     plan = plan_of(params)
     with pytest.raises(jlora.TreeError, match=r"'w' holds NaN or inf.*exclude="):
         jlora.split(key, {**params, "w": params["w"].at[0, 0].set(value)}, plan)
+    with pytest.raises(jlora.ConfigError, match=r"key must be one PRNG key.*got dict"):
+        jlora.split(params, key, plan)
+    with pytest.raises(jlora.ConfigError, match=r"one PRNG key.*got key<fry>\[2\]"):
+        jlora.split(jax.random.split(key), params, plan)
+    with pytest.raises(jlora.ConfigError, match=r"a jlora\.Plan, got LoraConfig"):
+        jlora.split(key, params, plan.config)
     jlora.split(key, {**params, "v": params["v"].at[0, 0].set(value)}, plan)
 
 
@@ -444,6 +450,10 @@ def test_what_is_no_factors_is_named(parts):
     frozen, trainable = parts
     bad = dataclasses.replace(trainable, lora={"w": jnp.ones(3)})
     combine_error(frozen, bad, "'w' holds ArrayImpl, not Factors")
+    for a, what in (jnp.ones((4, 2), jnp.int32), "int32"), ([[1.0, 2.0]] * 4, "list"):
+        odd = dataclasses.replace(trainable.lora["w"], a=a)
+        message = f"a of 'w' is {what}, it must be a floating-point array"
+        combine_error(frozen, dataclasses.replace(trainable, lora={"w": odd}), message)
 
 
 def test_a_hole_without_its_leaf_is_named(parts):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import CONTROL, LINEAR, STRUCTURE, compat
 from .interpret import Context, interpret
@@ -185,9 +186,24 @@ def discover(
 
         return guarded
 
+    def with_constants(rule):
+        """A literal that enters inner code is a constant there, too."""
+
+        def guarded(ctx, eqn, *operands):
+            return rule(
+                ctx,
+                eqn,
+                *(
+                    Derived(v, ()) if isinstance(atom, compat.Literal) else v
+                    for v, atom in zip(operands, eqn.invars, strict=True)
+                ),
+            )
+
+        return guarded
+
     rules = {k: unless_derived(rule) for k, rule in (LINEAR | STRUCTURE).items()}
     ctx = Context(
-        rules=rules | CONTROL,
+        rules=rules | {k: with_constants(rule) for k, rule in CONTROL.items()},
         used=used,
         fallback=fallback,
         settle=settle,
@@ -199,8 +215,7 @@ def discover(
             x if path is None else leaf(path, x)
             for x, path in zip(arrays, paths, strict=True)
         ]
-        consts = [Derived(x, ()) for x in code.consts]
-        outs = interpret(ctx, compat.Code(code.jaxpr, consts), values)
+        outs = interpret(ctx, code, values)
         return [settle(v, None) for v in outs]
 
     jax.eval_shape(run, list(inputs))
@@ -217,18 +232,21 @@ def _sources(value: Any) -> tuple[str, ...]:
 def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
     """Returns whether an operand comes from the function's inputs.
 
-    A constant, closed over or computed from nothing, is data too where it meets a
-    vector (it is then an input that the function closes over), but a mask where it
-    meets a matrix.
+    An array closed over or computed from nothing is data too where it meets a vector
+    (it is then an input that the function closes over), but a mask where it meets a
+    matrix. What data chooses among weights is a weight.
     """
+    pairs = list(zip(operands, eqn.invars, strict=True))
+    if eqn.primitive.name == "select_n":
+        del pairs[0]
     vectors = any(
         isinstance(v, Weight) and sum(map(bool, v.dims)) < 2 for v in operands
     )
     return any(
-        vectors and not v.paths
+        vectors and not v.paths and jnp.ndim(v.w) > 0
         if isinstance(v, Derived)
         else not isinstance(v, Weight) and not isinstance(atom, compat.Literal)
-        for v, atom in zip(operands, eqn.invars, strict=True)
+        for v, atom in pairs
     )
 
 

@@ -26,7 +26,7 @@ class Context:
         `(weight, op, fan_in atoms, batch atoms, eqn)`, of a product also its forms.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
       settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
-      constant: `array -> value`, what the code computes from no variable.
+      constant: `array -> value`, what the code closes over, or computes from that.
       hoist: whether a weight that a loop would merge is merged before the loop.
       form: how to compute a product, see `cost`.
       share: whether weights that meet the same activation share a product with it.
@@ -84,7 +84,8 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
     stacks and equation contexts are those of `code`.
     """
     jaxpr, consts = code
-    env: dict[Any, Any] = dict(zip(compat.constvars(jaxpr), consts, strict=True))
+    known = map(ctx.constant, consts)
+    env: dict[Any, Any] = dict(zip(compat.constvars(jaxpr), known, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
 
     def read(atom: Any) -> Any:
