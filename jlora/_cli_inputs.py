@@ -3,12 +3,12 @@
 import dataclasses
 import importlib
 import os
-import pathlib
 import sys
 from typing import Any
 
 import click
 
+from ._disk import reading
 from ._plan import Plan, plan as make_plan
 from .config import LoraConfig
 from .errors import ConfigError, JloraError
@@ -18,9 +18,15 @@ def name_map(names: str | None) -> Any:
     """Returns the `NameMap` that `--names` means; None for none."""
     if names is None:
         return None
+    from .peft import NameMap, maps
+
     if ":" in names:
-        return attribute_of(names)
-    from .peft import maps
+        found = attribute_of(names)
+        if not isinstance(found, NameMap):
+            raise click.UsageError(
+                f"--names {names!r} is {type(found).__name__}, no jlora.peft.NameMap."
+            )
+        return found
 
     known = [name for name in dir(maps) if name.isupper() and name[0] != "_"]
     if names.upper() not in known:
@@ -88,9 +94,10 @@ def config_of(options: dict[str, Any]) -> LoraConfig | None:
     own = {k: v for k, v in options.items() if v not in (None, ()) and k != "config"}
     if options["config"] is None:
         return LoraConfig(**own) if own else None
+    with reading(options["config"]) as file:
+        data = file.read(10**7)
     try:
-        text = pathlib.Path(options["config"]).read_text("utf-8")
+        config = LoraConfig.from_json(data.decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{options['config']!r} is no text: {error}.") from error
-    config = LoraConfig.from_json(text)
     return dataclasses.replace(config, **own)

@@ -281,8 +281,15 @@ def convert(
         if idle:
             raise click.UsageError(f"{', '.join(idle)}: for PEFT alone.")
     _check_free(out, overwrite)
+    if to == "orbax" and os.path.isdir(out):
+        others = [name for name in os.listdir(out) if name.isdigit() and int(name)]
+        if others:
+            raise click.UsageError(
+                f"{out!r} holds steps {', '.join(sorted(others, key=int))}, which "
+                "would be newer than what is written. Give another directory."
+            )
     trainable = _read(source, base, names, tied, step)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"overwrite": overwrite} if to == "orbax" else {}
     if to == "peft":
         options = {
             "names": name_map(names),
@@ -438,6 +445,8 @@ def _read(
     step: int | None,
 ) -> Trainable:
     own = name_map(names)
+    if step is not None and files.detect(adapter) != "orbax":
+        raise click.UsageError(f"--step: {adapter!r} is no Orbax checkpoint.")
     return files.read(adapter, base=base, names=own, tied=tied, step=step)
 
 

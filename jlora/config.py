@@ -218,6 +218,8 @@ class LoraConfig:
         """
         try:
             fields = json.loads(text)
+            if not isinstance(fields, dict):
+                raise TypeError(f"a {type(fields).__name__}, not an object")
             rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
             train = tuple(
                 Rows(**t) if isinstance(t, dict) else t for t in fields.pop("train", ())

@@ -452,6 +452,8 @@ def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
         fine(call("merge", "flax", name, f"{name}.safetensors"))
     merged = [read_flat(f"{name}.safetensors")[path] for name in ("rows", "again")]
     np.testing.assert_allclose(*merged, atol=1e-6)
+    (folder / "no_map.py").write_text("number = 3")
+    fails(call("inspect", "p", "--names", "no_map:number"), 2, "int, no jlora.peft")
     fails(call("convert", "rows", "x", "--to", "file", *llama, "--portable"), 2,
           "--names, --portable: for PEFT alone")  # fmt: skip
 
@@ -525,6 +527,18 @@ def test_bad_input_never_gives_a_traceback(folder, call):
             ["extract", name, "base.safetensors", "out", "--rank", "1"],
         ):
             fails(call(*arguments), 1, name)
+    config = ["extract", "base.safetensors", "base.safetensors", "out", "--config"]
+    fails(call(*config, "zero"), 1, "no LoraConfig in JSON")
+    fails(call(*config, "nowhere"), 1, "'nowhere' cannot be read")
+    (folder / "latin").write_bytes(b"\xff")
+    fails(call(*config, "latin"), 1, "'latin' is no text")
+    (folder / "list").write_text("[]")
+    fails(call(*config, "list"), 1, "a list, not an object")
+    fails(call("inspect", "one.safetensors", "--step", "1"), 2, "no Orbax checkpoint")
+    fine(call("convert", "one.safetensors", "new", "--to", "orbax"))
+    again = "convert", "one.safetensors", "new", "--to", "orbax", "--overwrite"
+    fine(call(*again))
+    fails(call(*again[:2], "orbax", *again[3:]), 2, "holds steps 3, which would be")
     os.remove("orbax/3/about/metadata")
     fails(call("inspect", "orbax"), 1, "Step 3 in")
 

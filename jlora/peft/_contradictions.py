@@ -12,7 +12,7 @@ def contradictions(
     used: Collection[tuple[str, str]],
     modules: Collection[str],
     stems: Collection[Place],
-    heads: Collection[str],
+    heads: set[str],
     tables: Collection[str],
     embedding: bool,
 ) -> list[str]:
