@@ -39,8 +39,8 @@ def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
       >>> from jlora.factors import Factors, Spec, Trainable
       >>> x = Trainable({"w": Factors(jnp.ones((2, 1)), jnp.ones((1, 2)),
       ...                             Spec(rank=1, alpha=2.0))})
-      >>> norms(x)
-      {'w': Array(4., dtype=float32)}
+      >>> {path: round(float(norm), 4) for path, norm in norms(x).items()}
+      {'w': 4.0}
     """
     (trainable,) = sequence("norms", [trainable])
     base = _base("norms", [trainable], params)
