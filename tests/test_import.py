@@ -33,11 +33,10 @@ def test_import_takes_less_than_300_ms_beyond_jax():
     program = """
 import time
 import jax, numpy
-start = time.perf_counter()
+start = time.process_time()  # other programs may hold the processor
 import jlora
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
-    # The best of a few: other programs may hold the processor.
     assert min(float(run(program)) for _ in range(3)) < 0.3
 
 
