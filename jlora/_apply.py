@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ._plan import check_function
-from ._split import check_key, combine, flatten_frozen
+from ._checks import check_function, check_key
+from ._split import combine, flatten_frozen
 from .errors import ConfigError, MergeError, MergeWarning
 from .factors import Axes, Factors
 from .methods import method_of, plain

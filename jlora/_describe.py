@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import misshapen
 from ._plan import Plan, Row
 from .config import LoraConfig
 from .errors import CheckpointError
 from .factors import Factors, Spec, Trainable, tuples
-from .methods import METHODS, misshapen, plain
+from .methods import METHODS, plain
 from .transform.discover import Use
 
 _PARTS = ("a", "b", "magnitude")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from . import paths
+from ._checks import check_function
 from .config import LoraConfig, Rule
 from .errors import ConfigError, TargetError
 from .factors import Axes, Parts, Spec
@@ -218,15 +219,6 @@ def plan(
         for path, leaf in leaves.items()
     )
     return Plan(config, _resolve(rows, config))
-
-
-def check_function(owner: str, fn: Any) -> None:
-    """Raises a ConfigError if `fn` cannot be called."""
-    if not callable(fn):
-        raise ConfigError(
-            f"jlora.{owner} takes the function first, `fn(params, *args)`, got "
-            f"{type(fn).__name__}. Of a module pass its method, as `model.apply`."
-        )
 
 
 def _resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:

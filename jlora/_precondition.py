@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import check_positive
 from .errors import ConfigError, TreeError
 from .factors import Factors, Spec, Trainable
 from .methods import plain
-from .optim import check_positive
 
 if TYPE_CHECKING:
     import optax

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from . import paths
+from ._checks import check_key, misshapen
 from ._plan import Plan, Row, init_of
 from .errors import ConfigError, TreeError
 from .factors import Factors, Trainable
-from .methods import find_init, method_of, misshapen, residual
+from .methods import find_init, method_of, residual
 from .moments import Statistics
 from .transform.compat import is_staging
 from .transform.stage import is_array
@@ -222,20 +223,6 @@ def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
         raise TreeError(
             f"These parameters are not the ones the plan was made for: "
             f"{_some(wrong)}. Make a new plan for them."
-        )
-
-
-def check_key(name: str, key: Any) -> None:
-    """Raises a ConfigError unless `key` is one PRNG key, new style or old."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        single = shape == ()
-    else:
-        single = dtype == jnp.uint32 and len(shape or ()) == 1
-    if not single:
-        what = type(key).__name__ if shape is None else f"{dtype}{list(shape)}"
-        raise ConfigError(
-            f"{name} must be one PRNG key, jax.random.key(0), got {what}."
         )
 
 

@@ -219,7 +219,10 @@ class LoraConfig:
         try:
             fields = json.loads(text)
             if not isinstance(fields, dict):
-                raise TypeError(f"a {type(fields).__name__}, not an object")
+                what = type(fields).__name__
+                raise ConfigError(
+                    f"This is no LoraConfig in JSON: {what}, not an object."
+                )
             rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
             train = tuple(
                 Rows(**t) if isinstance(t, dict) else t for t in fields.pop("train", ())

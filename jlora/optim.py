@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from .errors import ConfigError
+from ._checks import check_positive
 from .factors import Factors, Trainable
-from .transform.compat import is_staging
 
 if TYPE_CHECKING:
     import optax
@@ -183,16 +182,6 @@ def lora_plus(
 
     inner = optax.with_extra_args_support(tx)
     return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def check_positive(**settings: Any) -> None:
-    """Raises a ConfigError for the first setting that is no positive number.
-
-    A number that is traced, as `optax.inject_hyperparams` makes it, is not looked at.
-    """
-    for name, value in settings.items():
-        if not is_staging(value) and not value > 0:
-            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
 
 
 def _is_trainable(node: Any) -> bool:

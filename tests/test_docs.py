@@ -29,7 +29,6 @@ NO_ENTRY = {
 }
 # Public names without an example of their own, and why.
 NO_EXAMPLE = {
-    "jlora.checkpoint.Checkpoint": "made by `restore`, which shows it",
     "jlora.inspection.Leaf": "made by `inspect`; `Inspection` shows it",
     "jlora.inspection.Difference": "made by `diff`, which shows it",
     "jlora.pool.Batch": "made by `Cache.acquire`; `Cache` shows it",

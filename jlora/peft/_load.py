@@ -69,10 +69,10 @@ def load(
     Examples:
       >>> import tempfile, numpy as np, jlora
       >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 6), np.float32)
-      >>> own = Factors(a, b, Spec(rank=2, alpha=4))
+      >>> own = jlora.Factors(a, b, jlora.factors.Spec(rank=2, alpha=4))
       >>> up, down = {"kernel": np.ones((4, 6))}, {"kernel": np.ones((6, 4))}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     jlora.peft.save(folder, Trainable({"up/kernel": own}))
+      ...     jlora.peft.save(folder, jlora.Trainable({"up/kernel": own}))
       ...     adapter = load(folder, {"up": up, "down": down})
       ...     fewer, report = load(folder, {"down": down}, strict=False)
       >>> adapter.lora["up/kernel"].scale, fewer, len(report.extra)

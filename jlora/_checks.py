@@ -1,0 +1,65 @@
+"""Checks of what public functions are given; each says what to write instead."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .errors import ConfigError
+from .factors import Factors
+from .methods import leaf_shapes
+from .transform.compat import is_staging
+
+
+def check_function(owner: str, fn: Any) -> None:
+    """Raises a ConfigError if `fn` cannot be called."""
+    if not callable(fn):
+        raise ConfigError(
+            f"jlora.{owner} takes the function first, `fn(params, *args)`, got "
+            f"{type(fn).__name__}. Of a module pass its method, as `model.apply`."
+        )
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises a ConfigError unless `key` is one PRNG key, new style or old."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        single = shape == ()
+    else:
+        single = dtype == jnp.uint32 and len(shape or ()) == 1
+    if not single:
+        what = type(key).__name__ if shape is None else f"{dtype}{list(shape)}"
+        raise ConfigError(
+            f"{name} must be one PRNG key, jax.random.key(0), got {what}."
+        )
+
+
+def check_positive(**settings: Any) -> None:
+    """Raises a ConfigError for the first setting that is no positive number.
+
+    A number that is traced, as `optax.inject_hyperparams` makes it, is not looked at.
+    """
+    for name, value in settings.items():
+        if not is_staging(value) and not value > 0:
+            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+
+
+def misshapen(path: str, factors: Factors, shape: tuple[int, ...]) -> list[str]:
+    """Returns in words which leaves of `factors` a weight of `shape` does not have.
+
+    Examples:
+      >>> import numpy as np
+      >>> from jlora.factors import Spec
+      >>> f = Factors(np.ones((3, 2)), np.ones((2, 5)), Spec(rank=2, alpha=2))
+      >>> misshapen("w", f, (3, 4))
+      ["b of 'w' has shape (2, 5), a weight of shape (3, 4) at rank 2 needs (2, 4)"]
+    """
+    wanted = leaf_shapes(factors.spec, shape)
+    found = {name: getattr(factors, name) for name in ("a", "b", "magnitude")}
+    shapes = {k: tuple(x.shape) for k, x in found.items() if x is not None}
+    return [
+        f"{name} of {path!r} has shape {shapes.get(name)}, a weight of shape {shape} "
+        f"at rank {factors.spec.rank} needs {wanted.get(name)}"
+        for name in found
+        if shapes.get(name) != wanted.get(name)
+    ]
