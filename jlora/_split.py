@@ -1,5 +1,6 @@
 """Taking parameters apart into (frozen, trainable), and putting them together again."""
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,11 @@ def _extras(
     plan: Plan, statistics: Statistics, quantize: Callable | None
 ) -> dict[str, tuple[Any, ...]]:
     """Returns what each init takes besides the weight, or an error for what lacks."""
+    if not (quantize is None or callable(quantize)):
+        raise ConfigError(
+            "quantize must be a function from a weight to its quantised values, got "
+            f"{type(quantize).__name__}."
+        )
     sources = {
         "inputs": (statistics.inputs, "statistics=jlora.activation_statistics(...)"),
         "gradients": (
@@ -121,8 +127,12 @@ def _extras(
             "statistics=jlora.gradient_statistics(...)",
         ),
         "quantize": (
-            {row.path: quantize for row in plan.rows() if quantize is not None},
-            "quantize=, a function from a weight to its quantised values,",
+            {
+                row.path: functools.partial(_quantised, row.path, quantize)
+                for row in plan.rows()
+                if quantize is not None
+            },
+            "quantize=, a function from a weight to its quantised values",
         ),
     }
     extra: dict[str, tuple[Any, ...]] = {}
@@ -144,6 +154,16 @@ def _extras(
     if wrong:
         raise ConfigError(f"split lacks what some inits need: {_some(wrong)}.")
     return extra
+
+
+def _quantised(path: str, quantize: Callable, w: jax.Array) -> jax.Array:
+    values = quantize(w)
+    if jnp.shape(values) != w.shape:
+        raise ConfigError(
+            f"quantize returned shape {jnp.shape(values)} for {path!r}, a weight of "
+            f"shape {w.shape}: return the values that the quantised weight stands for."
+        )
+    return values
 
 
 def _statistic_misfits(row: Row, needs: str, given: Any) -> list[str]:

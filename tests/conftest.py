@@ -1,5 +1,6 @@
 """Settings: eight CPU devices everywhere, strict dtypes and ranks in tests/."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -63,3 +64,10 @@ def standard_dtypes() -> Iterator[None]:
 def key() -> jax.Array:
     """A random key, the same in each test."""
     return jax.random.key(0)
+
+
+@pytest.fixture
+def failed_reads() -> Iterator[None]:
+    """Orbax leaves coroutines of a read that failed to the garbage collector."""
+    yield
+    gc.collect()

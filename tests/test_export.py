@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from test_checkpoint import normal, same
+from test_checkpoint import normal, orbax_fails, same
 
 import jlora
 from jlora import _models, export
@@ -147,9 +147,7 @@ def test_a_base_of_orbax_is_read_a_few_leaves_at_once(tmp_path, monkeypatch, bou
     assert [len(sizes) for sizes in at_once] == ([1, 1, 3, 1, 1] if bound else [1] * 6)
 
 
-# Orbax drops the reads that it had planned when one fails.
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@orbax_fails
 def test_a_damaged_base_of_orbax_leaves_nothing_behind(tmp_path):
     place = tmp_path / "base"
     export.orbax(place, PARAMS)

@@ -787,6 +787,14 @@ def test_split_without_what_an_init_needs(init, remedy, key):
         jlora.split(key, params, plan)
 
 
+def test_quantize_that_cannot_work(key):
+    _, params, plan, _ = plan_of("matrix", init="loftq")
+    with pytest.raises(jlora.ConfigError, match=r"must be a function .* got str"):
+        jlora.split(key, params, plan, quantize="nf4")
+    with pytest.raises(jlora.ConfigError, match=r"returned shape .* for 'w'"):
+        jlora.split(key, params, plan, quantize=lambda w: w[:2])
+
+
 def test_statistics_of_another_shape(key):
     _, params, plan, _ = plan_of("matrix", init="eva")
     statistics = Statistics({"w": moments([1, 2, 3])})
