@@ -221,7 +221,7 @@ class LoraConfig:
             if not isinstance(fields, dict):
                 what = type(fields).__name__
                 raise ConfigError(
-                    f"This is no LoraConfig in JSON: {what}, not an object."
+                    f"This is no LoraConfig in JSON: a {what}, not an object."
                 )
             rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
             train = tuple(
