@@ -34,6 +34,15 @@ def check_key(name: str, key: Any) -> None:
         )
 
 
+def check_params(name: str, params: Any) -> None:
+    """Raises a ConfigError if an optimizer was not given what it trains."""
+    if params is None:
+        raise ConfigError(
+            f"{name} needs the factors themselves: write "
+            "tx.update(gradients, state, trainable)."
+        )
+
+
 def check_positive(**settings: Any) -> None:
     """Raises a ConfigError for the first setting that is no positive number.
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import check_positive
-from .errors import ConfigError, TreeError
+from ._checks import check_params, check_positive
+from .errors import TreeError
 from .factors import Factors, Spec, Trainable
 from .methods import plain
 
@@ -85,7 +85,7 @@ def lora_fa(
         return inner.init(_on_pairs(without_fixed, params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        _check_params(params, "lora_fa")
+        _check_pairs(params, "lora_fa")
         corrected = _on_pairs(correct, updates, params)
         trained = _on_pairs(without_fixed, params)
         updates, state = inner.update(corrected, state, trained, **extra)
@@ -143,7 +143,7 @@ def riemannian(
         return dataclasses.replace(gradient, a=a, b=b)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        _check_params(params, "riemannian")
+        _check_pairs(params, "riemannian")
         updates = _on_pairs(precondition, updates, params)
         return inner.update(updates, state, params, **extra)
 
@@ -158,12 +158,8 @@ def _extra_args(tx: Any) -> tuple[Any, Any]:
     return optax, optax.with_extra_args_support(tx)
 
 
-def _check_params(params: Any, name: str) -> None:
-    if params is None:
-        raise ConfigError(
-            f"{name} needs the factors themselves: write "
-            "tx.update(gradients, state, trainable)."
-        )
+def _check_pairs(params: Any, name: str) -> None:
+    check_params(name, params)
     nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Trainable))
     halves = [
         path

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._checks import check_params
 from .errors import ConfigError, TreeError
 from .factors import Factors
 
@@ -127,10 +128,7 @@ def adalora(
         return RankBudgetState(tx.init(params), count, zeros, zeros, kept)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        if params is None:
-            raise ConfigError(
-                "adalora needs params: tx.update(gradient, state, params)"
-            )
+        check_params("adalora", params)
         gradient = _adaptive(updates)
         updates, inner = tx.update(updates, state.inner, params)
         moved = [
