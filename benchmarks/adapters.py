@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import jlora
-from jlora.tables import nbytes
+from jlora._tables import nbytes
 
 from . import common, models
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import jlora
-from jlora.tables import table
+from jlora._tables import table
 
 from .models import Model
 

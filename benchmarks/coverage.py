@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora.tables import table
+from jlora._tables import table
 from tests.test_transform import ADAPTABLE, Case, build
 
 

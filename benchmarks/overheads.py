@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 import jlora
-from jlora.tables import nbytes
+from jlora._tables import nbytes
 
 from . import common, models
 

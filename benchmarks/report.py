@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jlora.tables import nbytes
+from jlora._tables import nbytes
 
 from . import adapters, common, floor, growth, methods, overheads, quality, tpu
 from .peers import runner

@@ -51,7 +51,7 @@ from .factors import (
     Parts as Parts,
     Trainable as Trainable,
 )
-from .moments import InputMoments as InputMoments, Statistics as Statistics
+from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
     decay_mask as decay_mask,
     labels as labels,

@@ -11,7 +11,7 @@ import numpy as np
 from . import _tensors as tensors
 from ._describe import arrays, describe, rebuild
 from ._disk import Path, naming, reading
-from ._finite import not_finite
+from ._numerics import not_finite
 from .errors import CheckpointError, TreeError
 from .factors import Trainable
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from . import paths
+from ._numerics import at_least_float32
 from ._plan import Plan
 from ._split import (
     MISSING,
@@ -25,7 +26,6 @@ from .methods import method_of, plain
 from .methods.dora import column_norms, dense_gain
 from .transform.compat import is_staging, placed_like
 from .transform.stage import is_array
-from .transform.values import at_least_float32
 
 
 def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from . import paths
 from ._checks import check_function
+from ._tables import count, html, nbytes, table
 from .config import LoraConfig, Rule
 from .errors import ConfigError, TargetError
 from .factors import Axes, Parts, Spec
 from .methods import METHODS, init_clashes, init_name, leaf_shapes
-from .tables import count, html, nbytes, table
 from .transform.cost import PLATFORMS
 from .transform.discover import FACTORED, MERGED, Use, discover
 from .transform.heads import output_heads

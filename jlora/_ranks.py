@@ -8,7 +8,7 @@ import numpy as np
 from ._plan import Plan, Row
 from .errors import ConfigError
 from .methods.eva import principal
-from .moments import Statistics
+from .methods.moments import Statistics
 
 
 def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) -> Plan:

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._finite import is_finite
 from ._merge import delta
+from ._numerics import is_finite
 from ._split import Missing, check, flatten_frozen
+from ._tables import count, html, nbytes, table
 from .factors import Factors, Trainable
 from .methods import method_of, plain
 from .methods.dora import dense_gain
-from .tables import count, html, nbytes, table
 from .transform.stage import is_array
 
 _HEAD = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")

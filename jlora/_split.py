@@ -1,7 +1,6 @@
 """Taking parameters apart into (frozen, trainable), and putting them together again."""
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 
 from . import paths
 from ._checks import check_key, misshapen
+from ._numerics import key_of_path
 from ._plan import Plan, Row, init_of
 from .errors import ConfigError, TreeError
 from .factors import Factors, Trainable
 from .methods import find_init, method_of, residual
-from .moments import Statistics
+from .methods.moments import Statistics
 from .transform.compat import is_staging
 from .transform.stage import is_array
 
@@ -96,7 +96,7 @@ def split(
     changed: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
-            own = jax.random.fold_in(key, zlib.crc32(row.path.encode()) & 0x7FFFFFFF)
+            own = key_of_path(key, row.path)
             dtype = jnp.dtype(plan.config.dtype or "float32")
             w = leaves[row.path]
             lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])

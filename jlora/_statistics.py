@@ -11,7 +11,7 @@ from ._plan import Plan, Row, init_of
 from ._split import check_plan
 from .errors import ConfigError, JloraError
 from .methods import find_init, method_of
-from .moments import InputMoments, Statistics
+from .methods.moments import InputMoments, Statistics
 from .transform.inputs import Trace, input_moments
 from .transform.stage import is_array, stage
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ._describe import arrays, describe, key_to_dict, plan_to_dict
 from ._fingerprint import Fingerprint, fingerprint
-from ._finite import not_finite
+from ._numerics import not_finite
 from ._plan import Plan
 from ._split import check_trainable
 from .config import LoraConfig

@@ -22,10 +22,10 @@ from ._cli_output import bar, counts, done, print_json
 from ._fingerprint import fingerprint
 from ._models import open_model
 from ._split import check
+from ._tables import table
 from .config import LoraConfig
 from .errors import JloraError
 from .factors import Trainable
-from .tables import table
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ import numpy as np
 
 from ._describe import arrays
 from ._disk import Path
-from ._finite import is_finite
 from ._models import open_model
+from ._numerics import is_finite
+from ._tables import count, nbytes, table
 from .export import Progress
 from .factors import Factors, Trainable
 from .methods import plain
-from .tables import count, nbytes, table
 
 
 @dataclasses.dataclass(frozen=True)

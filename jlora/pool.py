@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._finite import is_finite
+from ._numerics import is_finite
 from .adapters import to_lora
 from .adapters._algebra import plain_spec
 from .adapters._several import changed_base, is_plain, rescales

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 import jlora
 from jlora.methods import INITS, find_init
-from jlora.moments import InputMoments, Statistics
+from jlora.methods.moments import InputMoments, Statistics
 
 N_IN, N_OUT, RANK = 12, 10, 4
 TAKES_A_PART = ("pissa", "pissa_niter_6", "olora", "corda", "corda_kpm", "lora_ga")

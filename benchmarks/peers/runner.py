@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.tables import table
+from jlora._tables import table
 
 from ..common import commit, processor
 

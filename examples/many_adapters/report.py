@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.tables import table
+from jlora._tables import table
 
 from .data import TASKS
 

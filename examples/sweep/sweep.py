@@ -18,7 +18,7 @@ from examples.sentiment import assets
 from examples.sentiment.data import Examples, batch_at
 from examples.sentiment.loop import loss_and_accuracy, make_optimizer, predict
 from examples.sentiment.task import Task, load_task
-from jlora.tables import table
+from jlora._tables import table
 
 HEAD = "**/head/*"
 HEAD_LR = 1e-2

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._numerics import at_least_float32
 from ..factors import Factors, Spec
-from ..transform.values import at_least_float32
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

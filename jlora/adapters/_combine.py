@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from .._merge import delta
+from .._numerics import at_least_float32
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
 from ..transform.compat import is_staging
-from ..transform.values import at_least_float32
 from ._algebra import (
     cut,
     decompose,

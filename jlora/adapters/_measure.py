@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from .._merge import delta
+from .._numerics import at_least_float32
 from ..factors import Trainable
-from ..transform.values import at_least_float32
 from ._algebra import HIGHEST, decompose, inner, norm
 from ._several import (
     DORA,

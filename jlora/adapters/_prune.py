@@ -7,13 +7,13 @@ formed, pruned and combined, and cut back to a rank by an SVD.
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from .._numerics import key_of_path
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
 from ._algebra import (
@@ -221,7 +221,7 @@ def _merged(
     def key_of(path: str) -> Any:
         if key is None:
             return None
-        return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        return key_of_path(key, path)
 
     def fold(path: str, several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
         first, (a_dtype, b_dtype) = several[0], factor_dtypes(several)

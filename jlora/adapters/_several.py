@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from .. import paths
 from .._merge import merge
+from .._numerics import at_least_float32
 from .._split import Missing
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, method_of, plain
-from ..transform.values import at_least_float32
 from ._algebra import plain_spec
 
 

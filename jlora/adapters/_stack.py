@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._merge import merge
+from .._numerics import at_least_float32
 from .._split import Missing
 from ..errors import TreeError
 from ..factors import Axes, Factors, Trainable
 from ..methods.dora import column_norms
 from ..transform.compat import is_staging
-from ..transform.values import at_least_float32
 from ._algebra import common_dropout, factor_dtypes, plain_spec, widest
 from ._several import (
     DORA,

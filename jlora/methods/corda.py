@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import HIGHEST, sqrt_halves
 from ..factors import Spec
-from ..moments import InputMoments
-from .init import EXACT, halves, matrices, shaped
+from .init import matrices, shaped
+from .moments import InputMoments
 
 
 def corda(
@@ -59,12 +60,12 @@ def corda(
     n, n_in, _ = flat.shape
     second = moments.second.reshape(n, n_in, n_in).astype(flat.dtype)
     c, inverse = jax.vmap(_damped)(second)
-    product = jnp.matmul(c, flat, precision=EXACT)
+    product = jnp.matmul(c, flat, precision=HIGHEST)
     u, s, vt = jnp.linalg.svd(product, full_matrices=False)
     k = s.shape[-1]
     part = slice(0, rank) if mode == "ipm" else slice(k - rank, k)
-    u = jnp.matmul(inverse, u[..., part], precision=EXACT)
-    a, b = halves(u, s[..., part], vt[..., part, :], spec.scale)
+    u = jnp.matmul(inverse, u[..., part], precision=HIGHEST)
+    a, b = sqrt_halves(u, s[..., part], vt[..., part, :], spec.scale)
     return shaped(a, b, spec, w.shape, dtype)
 
 
@@ -80,7 +81,7 @@ def _damped(second: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def inverted(damp: jax.Array) -> tuple[jax.Array, jax.Array]:
         inverse = jnp.linalg.inv(c + damp * eye)
-        product = jnp.matmul(c + damp * eye, inverse, precision=EXACT)
+        product = jnp.matmul(c + damp * eye, inverse, precision=HIGHEST)
         return inverse, jnp.linalg.norm(product - eye)
 
     def is_poor(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from ..factors import Axes, Factors, Spec
-from ..transform.values import at_least_float32
 from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero

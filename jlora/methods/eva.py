@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Spec
-from ..moments import InputMoments
 from .init import shaped
+from .moments import InputMoments
 
 
 def principal(moments: InputMoments) -> tuple[jax.Array, jax.Array]:

@@ -6,14 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from .._numerics import HIGHEST, at_least_float32
 from ..factors import Axes, Spec
-from ..transform.values import at_least_float32
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
 Base = Literal["same", "residual", "own"]
-EXACT = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +97,10 @@ def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     product = jnp.matmul(
         a.astype(wide).reshape(n, n_in, spec.rank),
         b.astype(wide).reshape(n, spec.rank, n_out),
-        precision=EXACT,
+        precision=HIGHEST,
     )
     change = like_weight(spec.scale * product, spec.axes, w.shape)
     return (jnp.asarray(w).astype(wide) - change).astype(w.dtype)
-
-
-def halves(
-    u: jax.Array, s: jax.Array, vt: jax.Array, scale: float
-) -> tuple[jax.Array, jax.Array]:
-    """Returns `u sqrt(s / scale)` and `sqrt(s / scale) vt`."""
-    half = jnp.sqrt(s / scale)
-    return u * half[..., None, :], half[..., :, None] * vt
 
 
 def low_rank_svd(
@@ -125,7 +115,7 @@ def low_rank_svd(
     """
 
     def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.matmul(x, y, precision=EXACT)
+        return jnp.matmul(x, y, precision=HIGHEST)
 
     n, _, n_out = x.shape
     basis = dot(x, jax.random.normal(key, (n, n_out, rank), x.dtype))

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._numerics import HIGHEST, at_least_float32, sqrt_halves
 from ..factors import Spec
-from ..transform.values import at_least_float32
-from .init import EXACT, halves, like_weight, matrices, shaped
+from .init import like_weight, matrices, shaped
 
 
 def loftq(
@@ -62,8 +62,8 @@ def loftq(
         base = quantize(rest).astype(wide)
         lost = matrices(whole - base, spec.axes)
         u, s, vt = jnp.linalg.svd(lost, full_matrices=False)
-        a, b = halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
-        repair = spec.scale * jnp.matmul(a, b, precision=EXACT)
+        a, b = sqrt_halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
+        repair = spec.scale * jnp.matmul(a, b, precision=HIGHEST)
         rest = whole - like_weight(repair, spec.axes, w.shape)
     assert a is not None
     assert b is not None

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._numerics import sqrt_halves
 from ..factors import Spec
-from .init import halves, low_rank_svd, matrices, shaped
+from .init import low_rank_svd, matrices, shaped
 
 
 def pissa(
@@ -45,5 +46,5 @@ def pissa(
         u, s, vt = jnp.linalg.svd(flat, full_matrices=False)
     else:
         u, s, vt = low_rank_svd(key, flat, rank, n_iter)
-    a, b = halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
+    a, b = sqrt_halves(u[..., :rank], s[..., :rank], vt[..., :rank, :], spec.scale)
     return shaped(a, b, spec, w.shape, dtype)

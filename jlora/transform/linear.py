@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from . import cost
 from .adapted import adapted_dot, form_of
 from .compat import bind, placed_like
@@ -26,7 +27,6 @@ from .values import (
     Group,
     Term,
     Weight,
-    at_least_float32,
     regroup,
     rescaled,
     size,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from .thin import thin_dot
 from .values import (
     RANK,
@@ -17,7 +18,6 @@ from .values import (
     Labels,
     Term,
     Weight,
-    at_least_float32,
     contract,
     lay_out,
     regroup,

@@ -13,9 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from .compat import Equation, Var, has_typed_placement
 from .thin import thin_dot
-from .values import RANK, Group, Term, Weight, at_least_float32, regroup
+from .values import RANK, Group, Term, Weight, regroup
 
 # An activation, the axes of it that are summed over, and the precision.
 Site = tuple[Any, tuple[int, ...], Any]

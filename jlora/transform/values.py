@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from .compat import placed_like
 from .thin import thin_dot
 
@@ -40,8 +41,14 @@ class Atom(NamedTuple):
 
 
 RANK = Atom((-1,), 0)  # labels the rank axis of a factor; its size is never read
+
+
 INDEX, BROADCAST, OTHER = -2, -3, -4  # roots of axes that the leaf does not have
+
+
 Group = tuple[Atom, ...]
+
+
 Labels = tuple[Atom, ...]
 
 
@@ -163,11 +170,6 @@ def leaf_dims(shape: Sequence[int]) -> tuple[Group, ...]:
 def size(group: Group) -> int:
     """Returns the length of an axis made of `group`."""
     return math.prod(atom.size for atom in group)
-
-
-def at_least_float32(*dtypes: Any) -> Any:
-    """Returns the dtype in which products and sums of `dtypes` are taken."""
-    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
 
 
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:

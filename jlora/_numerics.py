@@ -1,11 +1,32 @@
-"""Which arrays hold NaN or infinity."""
+"""Numbers: the dtype and precision of sums, random keys by path, what is finite."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def at_least_float32(*dtypes: Any) -> Any:
+    """Returns the dtype in which products and sums of `dtypes` are taken."""
+    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+
+
+def key_of_path(key: jax.Array, path: str) -> jax.Array:
+    """Returns the key of one leaf, which depends on `key` and its path only."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
+
+
+def sqrt_halves(
+    u: jax.Array, s: jax.Array, vt: jax.Array, scale: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns `u sqrt(s / scale)` and `sqrt(s / scale) vt`: an SVD as two factors."""
+    half = jnp.sqrt(s / scale)
+    return u * half[..., None, :], half[..., :, None] * vt
 
 
 def is_finite(x: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from .factors import Leaf
+from ..factors import Leaf
 
 
 @jax.tree_util.register_dataclass
