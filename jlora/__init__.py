@@ -18,12 +18,13 @@ from . import (
     pool as pool,
 )
 from ._apply import apply_lora as apply_lora
-from ._file import load as load, save as save
+from ._io.adapter_file import load as load, save as save
 from ._merge import extract as extract, merge as merge, unmerge as unmerge
 from ._plain import to_plain as to_plain
-from ._plan import Plan as Plan, Row as Row, plan as plan
+from ._plan.plan import Plan as Plan, plan as plan
+from ._plan.ranks import redistribute_ranks as redistribute_ranks
+from ._plan.row import Row as Row
 from ._precondition import lora_fa as lora_fa, riemannian as riemannian
-from ._ranks import redistribute_ranks as redistribute_ranks
 from ._report import Report as Report, report as report
 from ._rows import per_row as per_row
 from ._sharding import shardings as shardings

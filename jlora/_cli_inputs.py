@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ._disk import reading
-from ._plan import Plan, plan as make_plan
+from ._io.disk import reading
+from ._plan.plan import Plan, plan as make_plan
 from .config import LoraConfig
 from .errors import ConfigError, JloraError
 

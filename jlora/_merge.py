@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from . import paths
 from ._numerics import at_least_float32
-from ._plan import Plan
+from ._plan.plan import Plan
 from ._split import (
     MISSING,
     check,

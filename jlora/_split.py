@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from . import paths
 from ._checks import check_key, misshapen
 from ._numerics import key_of_path
-from ._plan import Plan, Row, init_of
+from ._plan.plan import Plan
+from ._plan.resolve import init_of
+from ._plan.row import Row
+from ._tables import listed
 from .errors import ConfigError, TreeError
 from .factors import Factors, Trainable
 from .methods import find_init, method_of, residual
@@ -152,7 +155,7 @@ def _extras(
             extra[row.path] = (known[row.path],)
             wrong += _statistic_misfits(row, found.needs, known[row.path])
     if wrong:
-        raise ConfigError(f"split lacks what some inits need: {_some(wrong)}.")
+        raise ConfigError(f"split lacks what some inits need: {listed(wrong)}.")
     return extra
 
 
@@ -242,7 +245,7 @@ def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
     if wrong:
         raise TreeError(
             f"These parameters are not the ones the plan was made for: "
-            f"{_some(wrong)}. Make a new plan for them."
+            f"{listed(wrong)}. Make a new plan for them."
         )
 
 
@@ -256,7 +259,7 @@ def _check_finite(weights: dict[str, Any]) -> None:
             wrong.append(f"{path!r} holds NaN or infinity")
     if wrong:
         raise TreeError(
-            f"Nothing can be learnt from these weights: {_some(wrong)}. Check how they "
+            f"Nothing can be learnt from these weights: {listed(wrong)}. Check how they "
             "were loaded, or leave them out with exclude=."
         )
 
@@ -326,7 +329,7 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
     ]
     if wrong:
         raise TreeError(
-            f"frozen and trainable do not fit together: {_some(wrong)}. "
+            f"frozen and trainable do not fit together: {listed(wrong)}. "
             "Take both from one jlora.split."
         )
 
@@ -359,8 +362,3 @@ def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if odd:
         return odd
     return misshapen(path, factors, tuple(w.shape))
-
-
-def _some(wrong: list[str], n: int = 10) -> str:
-    more = f"; and {len(wrong) - n} more" if len(wrong) > n else ""
-    return "; ".join(wrong[:n]) + more

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from . import paths
-from ._plan import Plan, Row, init_of
+from ._plan.plan import Plan
+from ._plan.resolve import init_of
+from ._plan.row import Row
 from ._split import check_plan
 from .errors import ConfigError, JloraError
 from .methods import find_init, method_of

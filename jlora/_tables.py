@@ -1,4 +1,4 @@
-"""Plain-text tables and sizes in words."""
+"""Plain-text tables, sizes in words, and lists of findings cut to a length."""
 
 from collections.abc import Sequence
 from html import escape
@@ -69,3 +69,14 @@ def nbytes(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def listed(findings: Sequence[str], n: int = 10, separator: str = "; ") -> str:
+    """Returns the first `n` findings as one text, with the count of those left out.
+
+    Examples:
+      >>> listed(["'a'", "'b'", "'c'"], 2, ", ")
+      "'a', 'b', and 1 more"
+    """
+    more = [f"and {len(findings) - n} more"] if len(findings) > n else []
+    return separator.join([*findings[:n], *more])

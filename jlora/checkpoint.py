@@ -12,13 +12,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ._fingerprint import (
-    Fingerprint as Fingerprint,
-    fingerprint as fingerprint,
-)
-from ._plan import Plan
-from ._read_step import Checkpoint as Checkpoint, read_step
-from ._write_step import (
+from ._io.fingerprint import Fingerprint as Fingerprint, fingerprint as fingerprint
+from ._io.read_step import Checkpoint as Checkpoint, read_step
+from ._io.write_step import (
     as_fingerprint,
     check_keep,
     contents,
@@ -28,6 +24,7 @@ from ._write_step import (
     told,
     write_step,
 )
+from ._plan.plan import Plan
 from .config import LoraConfig
 from .errors import CheckpointError
 from .factors import Trainable

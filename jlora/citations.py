@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ._plan import Plan
+from ._plan.plan import Plan
 from .config import LoraConfig
 from .errors import ConfigError
 

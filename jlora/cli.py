@@ -19,8 +19,8 @@ import jax
 from . import export, files, inspection
 from ._cli_inputs import config_of, name_map, planned
 from ._cli_output import bar, counts, done, print_json
-from ._fingerprint import fingerprint
-from ._models import open_model
+from ._io.fingerprint import fingerprint
+from ._io.models import open_model
 from ._split import check
 from ._tables import table
 from .config import LoraConfig

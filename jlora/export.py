@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _merge, _tensors as tensors, paths
-from ._disk import Path, replacing
-from ._models import Model, of_tree, open_model
-from ._plan import Plan, Row
+from . import _merge, paths
+from ._io import tensors as tensors
+from ._io.disk import Path, replacing
+from ._io.models import Model, of_tree, open_model
+from ._plan.plan import Plan
+from ._plan.row import Row
 from ._split import check
 from .config import LoraConfig
 from .errors import CheckpointError, ConfigError, TreeError

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from . import _file, _tensors as tensors, checkpoint
-from ._disk import Path, naming, reading
-from ._models import is_orbax_tree, open_model
+from . import checkpoint
+from ._io import adapter_file as _file, tensors as tensors
+from ._io.disk import Path, naming, reading
+from ._io.models import is_orbax_tree, open_model
 from .errors import CheckpointError
 from .factors import Axes, Factors, Spec, Trainable
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ._describe import arrays
-from ._disk import Path
-from ._models import open_model
+from ._io.describe import arrays
+from ._io.disk import Path
+from ._io.models import open_model
 from ._numerics import is_finite
 from ._tables import count, nbytes, table
 from .export import Progress
@@ -217,7 +217,7 @@ def singular_values(factors: Factors) -> np.ndarray:
       >>> singular_values(f)
       array([8., 6.])
     """
-    gram_a, gram_b = _grams(*_matrices(factors))
+    gram_a, gram_b = grams(*matrices(factors))
     values, vectors = np.linalg.eigh(gram_a)
     half = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
     middle = np.swapaxes(half, -1, -2) @ gram_b @ half
@@ -252,7 +252,7 @@ def _full(path: str, x: Any) -> Leaf:
         scale=math.nan,
         trained=x.size,
         dtype=str(x.dtype),
-        norm=float(np.linalg.norm(_wide(x).ravel())),
+        norm=float(np.linalg.norm(as_float64(x).ravel())),
         effective_rank=math.nan,
         finite=is_finite(np.asarray(x)),
     )
@@ -305,14 +305,14 @@ def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
     leaves = jax.tree.leaves(a), jax.tree.leaves(b)
     if not told and len(leaves[0]) == len(leaves[1]) and all(map(_equal, *leaves)):
         return []
-    pairs = _matrices(a), _matrices(b)
+    pairs = matrices(a), matrices(b)
     (a1, b1), (a2, b2) = pairs
     if a1.shape[:-1] != a2.shape[:-1] or b1.shape[-1] != b2.shape[-1]:
         return [*told, Difference(path, "factors of weights of different shapes")]
     wide = np.concatenate([a.scale * a1, -b.scale * a2], axis=-1)
     high = np.concatenate([b1, b2], axis=-2)
-    larger = max(a.scale * _norm(a1, b1), b.scale * _norm(a2, b2))
-    relative = _norm(wide, high) / larger if larger else 0.0
+    larger = max(a.scale * norm(a1, b1), b.scale * norm(a2, b2))
+    relative = norm(wide, high) / larger if larger else 0.0
     told.append(Difference(path, f"update differs by {relative:.2e}", relative))
     if a.magnitude is not None and b.magnitude is not None:
         told += [
@@ -328,7 +328,7 @@ def _arrays_differ(path: str, a: Any, b: Any) -> list[Difference]:
         return [Difference(path, f"{one} → {other}")]
     if _equal(a, b):
         return []
-    one, other = _wide(a), _wide(b)
+    one, other = as_float64(a), as_float64(b)
     with np.errstate(invalid="ignore"):
         change = one - other
         larger = max(np.linalg.norm(one.ravel()), np.linalg.norm(other.ravel()))
@@ -344,9 +344,9 @@ def _kind(path: str, adapter: Trainable) -> str:
     return "trained in full" if path in adapter.full else "absent"
 
 
-def _matrices(f: Factors) -> tuple[np.ndarray, np.ndarray]:
+def matrices(f: Factors) -> tuple[np.ndarray, np.ndarray]:
     """Returns A `[*batch, in, rank]` and B `[*batch, rank, out]`, for any method."""
-    a, b = map(_wide, plain(f))
+    a, b = map(as_float64, plain(f))
     batch = a.shape[: len(f.spec.axes.batch)]
     n, rank = len(batch), a.shape[-1]
     rows = math.prod(a.shape[n:-1])
@@ -354,16 +354,16 @@ def _matrices(f: Factors) -> tuple[np.ndarray, np.ndarray]:
     return a.reshape(*batch, rows, rank), b.reshape(*batch, rank, columns)
 
 
-def _grams(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def grams(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.swapaxes(a, -1, -2) @ a, b @ np.swapaxes(b, -1, -2)
 
 
-def _norm(a: np.ndarray, b: np.ndarray) -> float:
-    gram_a, gram_b = _grams(a, b)
+def norm(a: np.ndarray, b: np.ndarray) -> float:
+    gram_a, gram_b = grams(a, b)
     return float(np.sqrt(max(np.sum(gram_a * gram_b), 0)))
 
 
-def _wide(x: Any) -> np.ndarray:
+def as_float64(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x)).astype(np.float64)
 
 

@@ -19,7 +19,7 @@ from test_export import read_flat
 
 import jlora
 from jlora import cli, files, inspection
-from jlora._models import open_model
+from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
 
 SPEC = Spec(rank=2, alpha=4, axes=Axes())

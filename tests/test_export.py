@@ -15,8 +15,9 @@ import safetensors.numpy
 from test_checkpoint import normal, orbax_fails, same
 
 import jlora
-from jlora import _models, export
-from jlora._models import open_model
+from jlora import export
+from jlora._io import models as _models
+from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
 
 PARAMS = {

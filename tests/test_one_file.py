@@ -20,8 +20,8 @@ import safetensors.numpy
 from test_checkpoint import adapter, normal, same
 
 import jlora
-from jlora import _describe, _tensors
-from jlora._disk import replacing
+from jlora._io import describe as _describe, tensors as _tensors
+from jlora._io.disk import replacing
 from jlora.factors import Axes, Factors, Spec
 from jlora.methods import METHODS
 
@@ -156,7 +156,7 @@ def test_nan_and_infinity_are_not_saved(saved, value, dtype):
 
 
 def test_nan_in_a_file_is_refused(saved, monkeypatch):
-    monkeypatch.setattr("jlora._file.not_finite", lambda named: [])
+    monkeypatch.setattr("jlora._io.adapter_file.not_finite", lambda named: [])
     jlora.save(saved, jlora.Trainable(full={"head": jnp.array([jnp.nan])}))
     monkeypatch.undo()
     with pytest.raises(jlora.CheckpointError, match=r"NaN or infinity in head\.full"):
@@ -356,7 +356,7 @@ def test_missing_and_left_over_arrays_are_listed(path, monkeypatch):
     f = Factors(normal((3, 2)), normal((2, 4)), SPEC)
     about = {"lora": [["v", SPEC.to_dict()]], "full": ["head"]}
     with monkeypatch.context() as patch:
-        patch.setattr("jlora._file.describe", lambda trainable: about)
+        patch.setattr("jlora._io.adapter_file.describe", lambda trainable: about)
         jlora.save(path, jlora.Trainable({"w": f}))
     with pytest.raises(jlora.CheckpointError) as caught:
         jlora.load(path)

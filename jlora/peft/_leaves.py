@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import paths
-from .._plan import Plan, _axes
+from .._plan.plan import Plan
+from .._plan.resolve import axes_of
 from ..factors import Axes, Spec
 
 
@@ -41,7 +42,7 @@ def _planned(row: Any) -> Leaf:
     ops = [use for use in row.uses if use.route == "factored"]
     both = row.op == "embedding" and any(use.op != "gather" for use in ops)
     spec = row.spec
-    axes = spec.axes if spec else _axes(row) if ops else None
+    axes = spec.axes if spec else axes_of(row) if ops else None
     return Leaf(
         row.path,
         row.shape,

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import _disk, _tensors
-from .._tensors import NAMES as NAMES
+from .._io import disk as _disk, tensors as _tensors
+from .._io.tensors import NAMES as NAMES
 from ..errors import CheckpointError, PeftError
 
 FLOATS = ("F16", "BF16", "F32", "F64")

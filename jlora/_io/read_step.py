@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._describe import arrays, key_from_dict, plan_from_dict, rebuild
-from ._fingerprint import Fingerprint, differences
-from ._plan import Plan
-from ._write_step import FORMAT, as_fingerprint, numbered, shapes_of
-from .config import LoraConfig
-from .errors import CheckpointError
-from .factors import Trainable
+from .._plan.plan import Plan
+from .._plan.serial import plan_from_dict
+from ..config import LoraConfig
+from ..errors import CheckpointError
+from ..factors import Trainable
+from .describe import arrays, key_from_dict, rebuild
+from .fingerprint import Fingerprint, differences
+from .write_step import FORMAT, as_fingerprint, numbered, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)

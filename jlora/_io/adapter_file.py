@@ -8,15 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _tensors as tensors
-from ._describe import arrays, describe, rebuild
-from ._disk import Path, naming, reading
-from ._numerics import not_finite
-from .errors import CheckpointError, TreeError
-from .factors import Trainable
+from .._numerics import not_finite
+from ..errors import CheckpointError, TreeError
+from ..factors import Trainable
+from . import tensors as tensors
+from .describe import arrays, describe, rebuild
+from .disk import Path, naming, reading
 
 FORMAT = "jlora"
+
+
 _VERSION = "1"
+
+
 _KEYS = {"format", "version", "adapter", "sha256"}
 
 

@@ -13,16 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._describe import arrays, describe, key_to_dict, plan_to_dict
-from ._fingerprint import Fingerprint, fingerprint
-from ._numerics import not_finite
-from ._plan import Plan
-from ._split import check_trainable
-from .config import LoraConfig
-from .errors import CheckpointError, JloraError
-from .factors import Trainable
+from .._numerics import not_finite
+from .._plan.plan import Plan
+from .._plan.serial import plan_to_dict
+from .._split import check_trainable
+from ..config import LoraConfig
+from ..errors import CheckpointError, JloraError
+from ..factors import Trainable
+from .describe import arrays, describe, key_to_dict
+from .fingerprint import Fingerprint, fingerprint
 
 FORMAT = 1
+
+
 _DELETED = ".deleted"
 
 

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 
-from ._plan import Plan, Row
-from .errors import ConfigError
-from .methods.eva import principal
-from .methods.moments import Statistics
+from ..errors import ConfigError
+from ..methods.eva import principal
+from ..methods.moments import Statistics
+from .plan import Plan
+from .row import Row
 
 
 def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) -> Plan:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import paths
-from .transform.stage import is_array
+from .. import paths
+from ..transform.stage import is_array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""Adapters, plans and random keys as JSON values beside numbered or named arrays."""
+"""Adapters and random keys as JSON values beside numbered or named arrays."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import misshapen
-from ._plan import Plan, Row
-from .config import LoraConfig
-from .errors import CheckpointError
-from .factors import Factors, Spec, Trainable, tuples
-from .methods import METHODS, plain
-from .transform.discover import Use
+from .._checks import misshapen
+from .._tables import listed
+from ..errors import CheckpointError
+from ..factors import Factors, Spec, Trainable
+from ..methods import METHODS, plain
 
 _PARTS = ("a", "b", "magnitude")
 
@@ -154,39 +151,10 @@ def _weight_shape(factors: Factors) -> tuple[int, ...]:
     return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
 
 
-def _unfit(wrong: list[str], n: int = 10) -> CheckpointError:
-    more = f"; and {len(wrong) - n} more" if len(wrong) > n else ""
+def _unfit(wrong: list[str]) -> CheckpointError:
     return CheckpointError(
-        f"The adapter is damaged, or of another version of jlora: "
-        f"{'; '.join(wrong[:n])}{more}."
+        f"The adapter is damaged, or of another version of jlora: {listed(wrong)}."
     )
-
-
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
-    """Returns a plan as JSON values.
-
-    Raises:
-      ConfigError: if the config's `targets` is a predicate, which has no JSON form.
-    """
-    rows = [dataclasses.asdict(row) for row in plan.leaves]
-    for row, fields in zip(plan.leaves, rows, strict=True):
-        fields["spec"] = None if row.spec is None else row.spec.to_dict()
-    return {"config": plan.config.to_json(), "leaves": rows}
-
-
-def plan_from_dict(fields: Mapping[str, Any]) -> Plan:
-    """Returns the plan that `plan_to_dict` described; equal to it, hash and all."""
-    return Plan(
-        LoraConfig.from_json(fields["config"]),
-        tuple(_row(row) for row in fields["leaves"]),
-    )
-
-
-def _row(fields: Mapping[str, Any]) -> Row:
-    uses = tuple(Use(**tuples(use)) for use in fields["uses"])
-    spec = None if fields["spec"] is None else Spec.from_dict(fields["spec"])
-    shape = tuple(fields["shape"])
-    return Row(**{**fields, "uses": uses, "spec": spec, "shape": shape})
 
 
 def key_to_dict(key: Any) -> dict[str, Any]:

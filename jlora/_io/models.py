@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from . import _tensors as tensors, paths
-from ._disk import Path, naming, reading
-from .errors import CheckpointError
+from .. import paths
+from ..errors import CheckpointError
+from . import tensors as tensors
+from .disk import Path, naming, reading
 
 _INDEX = ".safetensors.index.json"
+
+
 _GROUP = 32 * 2**20  # bytes of an Orbax checkpoint to read at once
 
 

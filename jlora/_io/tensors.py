@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from ._disk import Path, replacing
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from .disk import Path, replacing
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -39,10 +39,17 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+
+
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+
 _HEADER_LIMIT = 100_000_000  # as in the reference implementation
+
+
 _SIZE_LIMIT = 2**48
+
+
 _CHUNK = 16 * 2**20
 
 

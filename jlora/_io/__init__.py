@@ -1,0 +1,4 @@
+"""Bytes on disk: tensors, descriptions, fingerprints, models, steps; no maths.
+
+May import the vocabulary, `methods` and `_plan`.
+"""

@@ -1,0 +1,139 @@
+"""`plan`: what will be adapted, how, and at what cost, from one abstract trace."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .. import paths
+from .._checks import check_function
+from ..config import LoraConfig
+from ..errors import ConfigError
+from ..transform.discover import Use, discover
+from ..transform.heads import output_heads
+from ..transform.stage import is_array, stage
+from .resolve import resolve
+from .row import Row
+from .show import as_html, as_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is adapted and how; static and hashable. Printing it shows the table.
+
+    Attributes:
+      config: the intent it was made from.
+      leaves: a `Row` for each leaf of the parameters, in the tree's order.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 8)), "head": jnp.ones((8, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
+      >>> config = jlora.LoraConfig(rank=2, train="head")
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> plan.adapted, plan.full, plan.trained_count
+      (('w',), ('head',), 40)
+      >>> {row.path: row.shape for row in plan.rows()}
+      {'head': (8, 2), 'w': (4, 8)}
+    """
+
+    config: LoraConfig
+    leaves: tuple[Row, ...]
+
+    def rows(self) -> tuple[Row, ...]:
+        """Returns a `Row` for each leaf of the parameters, in the tree's order."""
+        return self.leaves
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Paths of the leaves that get factors."""
+        return tuple(row.path for row in self.leaves if row.status == "adapted")
+
+    @property
+    def full(self) -> tuple[str, ...]:
+        """Paths of the leaves trained in full."""
+        return tuple(row.path for row in self.leaves if row.status == "full")
+
+    @property
+    def trained_count(self) -> int:
+        """How many numbers are trained."""
+        return sum(row.trained for row in self.leaves)
+
+    @property
+    def total_count(self) -> int:
+        """How many numbers the parameters have."""
+        return sum(row.size for row in self.leaves)
+
+    def __str__(self) -> str:
+        return as_text(self.leaves)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.leaves)
+
+
+def plan(
+    fn: Callable, params: Any, /, *args: Any, config: LoraConfig, **kwargs: Any
+) -> Plan:
+    """Returns what `config` means for `fn`: what is adapted, how, and at what cost.
+
+    `fn(params, *args, **kwargs)` is traced once, without running it or allocating
+    anything. The trace, not names, says which leaves are weights of linear operations,
+    over which axes they sum, and which can only be merged on the fly.
+
+    Args:
+      fn: the function that `apply_lora` will wrap.
+      params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
+      *args: `fn`'s other arguments, arrays or shapes.
+      config: what to adapt and how.
+      **kwargs: `fn`'s keyword arguments.
+
+    Raises:
+      ConfigError: if `config` is no `LoraConfig`, or `fn` no function.
+      TargetError: lists every pattern that matches nothing (with the nearest path),
+        every target that is no weight of a linear operation, every rank above
+        `min(fan-in, fan-out)`, every leaf that its init cannot start, and patterns
+        that contradict each other.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> shape = jax.ShapeDtypeStruct
+      >>> params = {
+      ...     "embed": shape((100, 16), jnp.float32),
+      ...     "up": shape((16, 64), jnp.float32),
+      ...     "down": shape((64, 16), jnp.float32),
+      ...     "head": shape((16, 2), jnp.float32),
+      ... }
+      >>> def fn(p, ids):
+      ...     x = p["embed"][ids]
+      ...     return (x + jnp.tanh(x @ p["up"]) @ p["down"]) @ p["head"]
+      >>> ids = shape((4, 8), jnp.int32)
+      >>> plan = jlora.plan(fn, params, ids, config=jlora.LoraConfig(rank=4))
+      >>> plan.adapted, plan.trained_count
+      (('down', 'up'), 640)
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"config must be a jlora.LoraConfig, got {type(config).__name__}. Write "
+            "config=jlora.LoraConfig(rank=8)."
+        )
+    check_function("plan", fn)
+    leaves, _ = paths.flatten(params)
+    staged = stage(fn, params, args, kwargs)
+    names: list[str | None] = [None] * len(staged.inputs)
+    for path, slot in zip(leaves, staged.param_slots, strict=True):
+        if slot is not None:
+            names[slot] = path
+    uses: dict[str, list[Use]] = {path: [] for path in leaves}
+    for use in discover(staged.code, staged.inputs, names):
+        uses[use.path].append(use)
+    heads = output_heads(staged.code, names)
+    rows = tuple(
+        Row(
+            path,
+            tuple(leaf.shape) if is_array(leaf) else (),
+            str(leaf.dtype) if is_array(leaf) else type(leaf).__name__,
+            tuple(uses[path]),
+            head=path in heads,
+        )
+        for path, leaf in leaves.items()
+    )
+    return Plan(config, resolve(rows, config))

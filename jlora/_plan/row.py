@@ -1,0 +1,88 @@
+"""What a plan says: of one leaf: a `Row`."""
+
+import dataclasses
+import math
+import re
+from typing import Literal
+
+from ..factors import Spec
+from ..methods import leaf_shapes
+from ..transform.discover import FACTORED, MERGED, Use
+
+Status = Literal["adapted", "full", "frozen", "unused"]
+
+
+_OPS = {"gather": "embedding", "conv_general_dilated": "conv"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the plan says of one leaf.
+
+    Attributes:
+      path: its name.
+      shape: its shape; `()` for a leaf that is no array.
+      dtype: its dtype's name.
+      uses: where the function uses it.
+      status: `"adapted"`, `"full"` (trained whole), `"frozen"` or `"unused"`.
+      spec: how it is adapted, if it is.
+      head: whether it is an output head: no parameter but a bias acts after it.
+      note: why a linear weight was left out.
+
+    Examples:
+      `targets` may be a function of it:
+
+      >>> import jax.numpy as jnp, jlora
+      >>> params = {"layer_0": jnp.ones((4, 4)), "layer_1": jnp.ones((4, 4))}
+      >>> fn = lambda p, x: x @ p["layer_0"] @ p["layer_1"]
+      >>> config = jlora.LoraConfig(rank=2, targets=lambda row: row.layer >= 1)
+      >>> for row in jlora.plan(fn, params, jnp.ones((1, 4)), config=config).rows():
+      ...     print(row.path, row.op, row.status, row.trained)
+      layer_0 linear frozen 0
+      layer_1 linear adapted 16
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    uses: tuple[Use, ...]
+    status: Status = "frozen"
+    spec: Spec | None = None
+    head: bool = False
+    note: str = ""
+
+    @property
+    def op(self) -> str:
+        """`"linear"`, `"embedding"`, `"conv"`, `"merged"`, or `""` if not a weight."""
+        ops = [_OPS.get(use.op, "linear") for use in self.uses if use.route == FACTORED]
+        if "embedding" in ops:
+            return "embedding"
+        if ops:
+            return ops[0]
+        return "merged" if any(use.route == MERGED for use in self.uses) else ""
+
+    @property
+    def route(self) -> str:
+        """`"factored"`, `"merged"`, `"factored+merged"`, or `""` if not a weight."""
+        routes = {use.route for use in self.uses}
+        if FACTORED in routes:
+            return FACTORED if routes == {FACTORED} else "factored+merged"
+        return MERGED if MERGED in routes else ""
+
+    @property
+    def layer(self) -> int:
+        """The first number in the path, the layer's index as a rule; -1 without one."""
+        number = re.search(r"\d+", self.path)
+        return int(number.group()) if number else -1
+
+    @property
+    def size(self) -> int:
+        """How many entries the leaf has."""
+        return math.prod(self.shape)
+
+    @property
+    def trained(self) -> int:
+        """How many entries are trained for it: of A and B, or its own."""
+        if self.spec is not None:
+            return sum(map(math.prod, leaf_shapes(self.spec, self.shape).values()))
+        return self.size if self.status == "full" else 0

@@ -1,0 +1,114 @@
+"""How a plan is shown: a table with a line for each group of leaves."""
+
+import re
+from collections.abc import Sequence
+
+from .._tables import count, html, nbytes, table
+from ..factors import Spec
+from ..transform.cost import PLATFORMS
+from ..transform.discover import FACTORED, MERGED
+from .row import Row
+
+_HEAD = ("leaf", "shape", "status", "op", "in → out", "rank", "trained", "cost", "")
+
+
+def as_text(leaves: Sequence[Row]) -> str:
+    """Returns the table of a plan, and below it what is trained in all."""
+    shown = table(_HEAD, _lines(leaves), right=("rank", "trained", "cost"))
+    return f"{shown}\n{_summary(leaves)}"
+
+
+def as_html(leaves: Sequence[Row]) -> str:
+    """Returns the table as HTML, for notebooks."""
+    return html(_HEAD, _lines(leaves), _summary(leaves))
+
+
+def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Returns the table's lines; leaves alike in all but numbers share one."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in leaves:
+        same = (
+            re.sub(r"\d+", "*", row.path),
+            *(row.shape, row.dtype, row.status, row.spec, row.op, row.route, row.note),
+        )
+        groups.setdefault(same, []).append(row)
+    return [_line(rows) for rows in groups.values()]
+
+
+def _summary(leaves: Sequence[Row]) -> str:
+    """Returns what is trained in all, and below it each weight merged on the fly."""
+    trained = sum(row.trained for row in leaves)
+    total = sum(row.size for row in leaves)
+    share = 100 * trained / max(total, 1)
+    in_full = sum(row.trained for row in leaves if row.status == "full")
+    counts = (
+        f"trained {trained:,} of {total:,} parameters ({share:.2f} %)"
+        + (f", {in_full:,} of them in full" if in_full else "")
+        + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
+    )
+    merges = [
+        f"  {row.path}: `{use.op}` at {use.where}"
+        for row in leaves
+        if row.status == "adapted"
+        for use in row.uses
+        if use.route != FACTORED
+    ]
+    warning = ["merged on the fly (right, but slower):", *merges] if merges else []
+    return "\n".join([counts, *_forms(leaves), *warning])
+
+
+def _forms(leaves: Sequence[Row]) -> list[str]:
+    """Returns a line on the products that are computed with a temporary weight."""
+    adapted = [row for row in leaves if row.status == "adapted"]
+    uses = [[use.forms for use in row.uses if use.forms] for row in adapted]
+    counts = [
+        sum(any(forms[i] == MERGED for forms in own) for own in uses)
+        for i in range(len(PLATFORMS))
+    ]
+    if not any(counts):
+        return []
+    shown = ", ".join(
+        f"{n} of {len(adapted)} on {name}"
+        for n, name in zip(counts, ("a CPU", "an accelerator"), strict=True)
+    )
+    return [f"computed as x (w + s a b), since many tokens meet them: {shown}"]
+
+
+def _line(rows: list[Row]) -> tuple[str, ...]:
+    row = rows[0]
+    name = _shared_name([r.path for r in rows])
+    shape = f"{row.dtype}[{','.join(map(str, row.shape))}]"
+    if row.spec is None:
+        trained = count(sum(r.trained for r in rows)) if row.trained else ""
+        return (name, shape, row.status, row.op, "", "", trained, "", row.note)
+    n_batch, n_in, n_out = row.spec.axes.sizes(row.shape)
+    ends = f"{n_in} → {n_out}" + (f" ×{n_batch}" if row.spec.axes.batch else "")
+    cost = row.spec.rank * (n_in + n_out) / (n_in * n_out)
+    return (
+        name,
+        shape,
+        row.status,
+        row.op if row.route == FACTORED else f"{row.op} ({row.route})",
+        ends,
+        _rank(row.spec),
+        count(sum(r.trained for r in rows)),
+        f"+{100 * cost:.1f} %",
+        row.note,
+    )
+
+
+def _rank(spec: Spec) -> str:
+    """Returns the rank as the table shows it, with the method if it is not LoRA."""
+    if spec.parts is not None:
+        return "+".join(map(str, spec.parts.ranks))
+    return f"{spec.rank}" if spec.method == "lora" else f"{spec.rank} {spec.method}"
+
+
+def _shared_name(names: list[str]) -> str:
+    """Returns one name for paths that differ in numbers: `layer_{0..5}/kernel`."""
+    parts = [re.split(r"(\d+)", name) for name in names]
+    out = []
+    for column in zip(*parts, strict=True):
+        values = sorted(set(column), key=lambda v: (len(v), v))
+        out.append(column[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
+    return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")
