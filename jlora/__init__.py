@@ -17,22 +17,22 @@ from . import (
     peft as peft,
     pool as pool,
 )
-from ._apply import apply_lora as apply_lora
-from ._io.adapter_file import load as load, save as save
-from ._merge import extract as extract, merge as merge, unmerge as unmerge
-from ._plain import to_plain as to_plain
-from ._plan.plan import Plan as Plan, plan as plan
-from ._plan.ranks import redistribute_ranks as redistribute_ranks
-from ._plan.row import Row as Row
-from ._precondition import lora_fa as lora_fa, riemannian as riemannian
-from ._report import Report as Report, report as report
-from ._rows import per_row as per_row
-from ._sharding import shardings as shardings
-from ._split import MISSING as MISSING, combine as combine, split as split
-from ._statistics import (
+from ._core.apply import apply_lora as apply_lora
+from ._core.extract import extract as extract
+from ._core.merge import merge as merge, unmerge as unmerge
+from ._core.rebase import to_plain as to_plain
+from ._core.shardings import shardings as shardings
+from ._core.split import split as split
+from ._core.statistics import (
     activation_statistics as activation_statistics,
     gradient_statistics as gradient_statistics,
 )
+from ._core.tree import MISSING as MISSING, combine as combine
+from ._io.adapter_file import load as load, save as save
+from ._plan.plan import Plan as Plan, plan as plan
+from ._plan.ranks import redistribute_ranks as redistribute_ranks
+from ._plan.row import Row as Row
+from .adapters._per_row import per_row as per_row
 from .citations import cite as cite
 from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
 from .errors import (
@@ -52,17 +52,18 @@ from .factors import (
     Parts as Parts,
     Trainable as Trainable,
 )
+from .inspection import Report as Report, report as report
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
 from .optim import (
+    adalora as adalora,
     decay_mask as decay_mask,
     labels as labels,
+    lora_fa as lora_fa,
     lora_plus as lora_plus,
     mask as mask,
     masked as masked,
-)
-from .rank_budget import (
-    adalora as adalora,
     orthogonality_penalty as orthogonality_penalty,
+    riemannian as riemannian,
 )
 
 __all__ = [

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _merge, paths
+from . import paths
+from ._core import extract, merge
+from ._core.tree import check, check_plan
 from ._io import tensors as tensors
-from ._io.disk import Path, replacing
+from ._io.disk import Path, Progress, replacing
 from ._io.models import Model, of_tree, open_model
 from ._plan.plan import Plan
 from ._plan.row import Row
-from ._split import check
 from .config import LoraConfig
 from .errors import CheckpointError, ConfigError, TreeError
 from .factors import Axes, Spec, Trainable
 
 _EMBED_LIMIT = 2**31 - 2**24  # of a serialized function
-Progress = Callable[[Iterable[str]], Iterable[str]]
 
 
 def orbax(directory: Path, params: Any, *, overwrite: bool = False) -> None:
@@ -215,7 +215,7 @@ def merge_files(
         w = model.read(name)
         own = Trainable({name: trainable.lora[name]})
         with jax.enable_x64(True) if w.dtype.itemsize > 4 else contextlib.nullcontext():
-            return np.asarray(_merge.merge({name: w}, own)[name])
+            return np.asarray(merge.merge({name: w}, own)[name])
 
     def pieces(name: str) -> Iterable[Any]:
         if name in trainable.lora:
@@ -268,14 +268,14 @@ def extract_files(
         raise TreeError(f"Only one of the models has {', '.join(map(repr, odd[:5]))}.")
     rows = {row.path: row for row in plan.leaves}
     for model in models:
-        _merge.check_plan(dict(model.shapes), plan)
+        check_plan(dict(model.shapes), plan)
     lora, full, left = {}, {}, []
     for name in progress(sorted(rows)):
         own = Plan(plan.config, (rows[name],))
         after, before = ({name: model.read(name)} for model in models)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = _merge.extract(after, before, own)
+            found = extract.extract(after, before, own)
         left += [name] * len(caught)
         lora |= found.lora
         full |= found.full

@@ -23,17 +23,17 @@ PACKAGE = pathlib.Path(jlora.__file__).parent
 # Public names without an entry in docs/api.md, whole modules among them, and why.
 NO_ENTRY = {
     "jlora._tables": "text of reports, for jlora's own modules",
-    "jlora.cli": "docs/cli.md",
+    "jlora.cli._commands": "docs/cli.md",
     "jlora.factors.tuples": "lists of JSON, for jlora's own modules",
     "jlora.citations.entry_of": "a look-up of `cite`",
 }
 # Public names without an example of their own, and why.
 NO_EXAMPLE = {
-    "jlora.inspection.Leaf": "made by `inspect`; `Inspection` shows it",
-    "jlora.inspection.Difference": "made by `diff`, which shows it",
-    "jlora.pool.Batch": "made by `Cache.acquire`; `Cache` shows it",
-    "jlora.pool.Cache.close": "called by `with`",
-    "jlora.cli.main": "ends the process; `run` shows it",
+    "jlora.inspection._inspect.Leaf": "made by `inspect`; `Inspection` shows it",
+    "jlora.inspection._inspect.Difference": "made by `diff`, which shows it",
+    "jlora.pool._pool.Batch": "made by `Cache.acquire`; `Cache` shows it",
+    "jlora.pool._pool.Cache.close": "called by `with`",
+    "jlora.cli._commands.main": "ends the process; `run` shows it",
 }
 ENTRIES = re.findall(r"^::: (\S+)$", API.read_text(), flags=re.MULTILINE)
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jlora
-from jlora._merge import delta
+from jlora._core.algebra import delta
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
 

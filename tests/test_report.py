@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import jlora
-from jlora._report import delta_norm
 from jlora.factors import Axes, Factors, Spec
+from jlora.inspection._report import delta_norm
 
 
 def normal(shape, seed=0, dtype="float32"):

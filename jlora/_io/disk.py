@@ -5,12 +5,13 @@ import os
 import pathlib
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
 from ..errors import CheckpointError
 
 Path = str | os.PathLike[str]
+Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps names, as tqdm does
 
 
 @contextlib.contextmanager

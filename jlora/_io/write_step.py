@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.tree import check_trainable
 from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
-from .._split import check_trainable
 from ..config import LoraConfig
 from ..errors import CheckpointError, JloraError
 from ..factors import Trainable

@@ -6,7 +6,7 @@ formed only where its entries are what a method is about (`ties`, `dare`,
 `magnitude_prune`). One adapter with a weight of 1 is that adapter.
 """
 
-from .._merge import extract as extract
+from .._core.extract import extract as extract
 from ._combine import (
     add as add,
     average as average,

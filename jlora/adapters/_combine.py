@@ -6,20 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._merge import delta
-from .._numerics import at_least_float32
-from ..errors import ConfigError
-from ..factors import Factors, Trainable
-from ..transform.compat import is_staging
-from ._algebra import (
+from .._core.algebra import (
     cut,
     decompose,
+    delta,
     is_one,
     join,
     largest_rank,
     recompose,
     scaled,
 )
+from .._numerics import at_least_float32
+from ..errors import ConfigError
+from ..factors import Factors, Trainable
+from ..transform.compat import is_staging
 from ._several import (
     DORA,
     FULL,

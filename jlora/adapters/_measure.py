@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._merge import delta
+from .._core.algebra import HIGHEST, decompose, delta, inner, norm
 from .._numerics import at_least_float32
 from ..factors import Trainable
-from ._algebra import HIGHEST, decompose, inner, norm
 from ._several import (
     DORA,
     FULL,

@@ -13,10 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .._numerics import key_of_path
-from ..errors import ConfigError
-from ..factors import Factors, Trainable
-from ._algebra import (
+from .._core.algebra import (
     common_dropout,
     dense,
     factor_dtypes,
@@ -24,6 +21,9 @@ from ._algebra import (
     largest_rank,
     widest,
 )
+from .._numerics import key_of_path
+from ..errors import ConfigError
+from ..factors import Factors, Trainable
 from ._combine import combine
 from ._several import sequence, weights_for
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._merge import merge
+from .._core.algebra import plain_spec
+from .._core.merge import merge
+from .._core.tree import Missing
 from .._numerics import at_least_float32
-from .._split import Missing
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, method_of, plain
-from ._algebra import plain_spec
 
 
 def sequence(name: str, trainables: Any) -> list[Trainable]:

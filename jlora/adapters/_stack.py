@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._merge import merge
+from .._core.algebra import common_dropout, factor_dtypes, plain_spec, widest
+from .._core.merge import merge
+from .._core.tree import Missing
 from .._numerics import at_least_float32
-from .._split import Missing
 from ..errors import TreeError
 from ..factors import Axes, Factors, Trainable
 from ..methods.dora import column_norms
 from ..transform.compat import is_staging
-from ._algebra import common_dropout, factor_dtypes, plain_spec, widest
 from ._several import (
     DORA,
     FULL,

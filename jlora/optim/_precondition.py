@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import check_params, check_positive
-from .errors import TreeError
-from .factors import Factors, Spec, Trainable
-from .methods import plain
+from .._checks import check_params, check_positive
+from ..errors import TreeError
+from ..factors import Factors, Spec, Trainable
+from ..methods import plain
 
 if TYPE_CHECKING:
     import optax
+
 
 PAIRED = ("lora", "dora")  # methods whose leaves a and b are the two factors
 

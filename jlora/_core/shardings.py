@@ -5,11 +5,11 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from . import paths
-from ._split import Missing, check_trainable
-from .errors import TreeError
-from .factors import Factors, Trainable
-from .methods import method_of
+from .. import paths
+from ..errors import TreeError
+from ..factors import Factors, Trainable
+from ..methods import method_of
+from .tree import Missing, check_trainable
 
 
 def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:

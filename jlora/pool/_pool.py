@@ -6,27 +6,23 @@ Every adapter is padded to the pool's shapes on the host, so that putting one in
 taking one out, never compiles anything.
 """
 
-import collections
 import dataclasses
-import functools
-import threading
-from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._numerics import is_finite
-from .adapters import to_lora
-from .adapters._algebra import plain_spec
-from .adapters._several import changed_base, is_plain, rescales
-from .adapters._stack import pick
-from .errors import PoolError
-from .factors import Factors, Trainable
+from .._core.algebra import plain_spec
+from .._numerics import is_finite
+from ..adapters import to_lora
+from ..adapters._several import changed_base, is_plain, rescales
+from ..adapters._stack import pick
+from ..errors import PoolError
+from ..factors import Factors, Trainable
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    pass
 
 
 @jax.tree_util.register_dataclass
@@ -320,218 +316,3 @@ def lookup(pool: Pool, ids: Any) -> Trainable:
     known = (ids >= 0) & (ids < n)
     taken = known & pool.occupied[jnp.where(known, ids, 0)]
     return pick(pool.adapters, jnp.where(taken | (ids == -1), ids, n), None)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert_in_place(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
-    return insert(pool, slot, trainable)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _evict_in_place(pool: Pool, slot: Any) -> Pool:
-    return evict(pool, slot)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """What a batch of requests needs.
-
-    Attributes:
-      adapters: the pool's stack, valid until the next call of the cache that puts an
-        adapter in.
-      ids: `[rows]` int32; -1 for the base model. A row with an error has the id
-        `capacity`, which makes it NaN.
-      errors: for each row that cannot be served why.
-    """
-
-    adapters: Trainable
-    ids: np.ndarray
-    errors: dict[int, Exception]
-
-
-class Cache:
-    """Adapters by name around a `Pool`: loads, places and replaces them.
-
-    The one part of jlora that keeps state. Safe to use from several threads; `acquire`
-    writes into the pool in place, so run one batch after another.
-
-    Args:
-      load: `load(name) -> Trainable`, for example from a PEFT directory; it runs in
-        threads of its own. What it raises is the error of the rows that asked.
-      like: the largest adapter, see `create`.
-      capacity: the number of slots.
-      workers: how many adapters load at the same time.
-
-    Examples:
-      >>> import jax.numpy as jnp, jlora
-      >>> from jlora.factors import Factors, Spec, Trainable
-      >>> def load(name):
-      ...     value = {"one": 1.0, "two": 2.0}[name]
-      ...     own = Factors(jnp.full((3, 1), value), jnp.ones((1, 2)),
-      ...                   Spec(rank=1, alpha=1.0))
-      ...     return Trainable({"w": own})
-      >>> row_fn = jlora.per_row(lambda p, x: x @ p["w"])
-      >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
-      ...     batch = cache.acquire(["two", None, "three"])
-      ...     y = row_fn({"w": jnp.ones((3, 2))}, batch.adapters, jnp.array([0, -1]),
-      ...                jnp.ones((2, 3)))
-      >>> y[:, 0], batch.ids, batch.errors
-      (Array([9., 3.], dtype=float32), array([ 0, -1,  2], dtype=int32),
-       {2: KeyError('three')})
-
-      Load the next batch's adapters while this one runs, and put a newly trained one
-      in place of that of its name:
-
-      >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
-      ...     cache.prefetch(["two"])
-      ...     cache.put("one", load("two"))
-      ...     before = cache.resident, cache.ready("one"), cache.ready("three")
-      ...     cache.drop("one")
-      ...     before, cache.resident
-      ((('one',), True, False), ())
-    """
-
-    def __init__(
-        self,
-        load: Callable[[str], Trainable],
-        like: Trainable,
-        capacity: int,
-        *,
-        workers: int = 2,
-    ):
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._load = load
-        self._pool = create(like, capacity)
-        # Shapes alone: the arrays are donated at each insertion.
-        self._shapes = jax.eval_shape(lambda p: p, self._pool)
-        self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._free = list(range(capacity))[::-1]
-        self._loading: dict[str, Future] = {}
-        self._lock = threading.RLock()
-        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jlora-pool")
-
-    @property
-    def pool(self) -> Pool:
-        """The pool as it is now."""
-        return self._pool
-
-    @property
-    def resident(self) -> tuple[str, ...]:
-        """The names in the pool, the least recently used one first."""
-        with self._lock:
-            return tuple(self._slots)
-
-    def prefetch(self, names: Iterable[str | None]) -> None:
-        """Starts to load adapters that are not in the pool, and does not wait.
-
-        Args:
-          names: of adapters; None, the base model, needs nothing.
-        """
-        with self._lock:
-            for name in names:
-                if name is None or name in self._slots or name in self._loading:
-                    continue
-                self._loading[name] = self._workers.submit(self._fetch, name)
-
-    def ready(self, name: str | None) -> bool:
-        """Returns whether `acquire` would not wait for `name`."""
-        with self._lock:
-            if name is None or name in self._slots:
-                return True
-            future = self._loading.get(name)
-            return future is not None and future.done()
-
-    def acquire(self, names: Sequence[str | None]) -> Batch:
-        """Returns slots for a batch of requests, loading what is missing.
-
-        Adapters of this batch do not replace each other; others are replaced, the
-        least recently used first. An adapter that cannot be loaded, does not fit, or
-        finds all slots taken by this batch is the error of its own rows.
-
-        Args:
-          names: for each row an adapter's name, or None for the base model.
-        """
-        from concurrent.futures import wait
-
-        names = list(names)
-        wanted = list(dict.fromkeys(name for name in names if name is not None))
-        while True:
-            self.prefetch(wanted)
-            with self._lock:
-                loading = [self._loading[n] for n in wanted if n in self._loading]
-            wait(loading)  # not under the lock: others may go on
-            with self._lock:
-                if all(map(self.ready, wanted)):
-                    return self._placed(names, wanted)
-            # One that was waited for has been placed and replaced by another thread.
-
-    def put(self, name: str, trainable: Trainable) -> None:
-        """Puts an adapter in under a name, in place of one of the same name.
-
-        Args:
-          name: what requests will call it.
-          trainable: the adapter.
-
-        Raises:
-          PoolError: if it does not fit.
-        """
-        fitted = fit(self._shapes, trainable)
-        with self._lock:
-            self._loading.pop(name, None)
-            self._write(name, fitted, keep=())
-
-    def drop(self, name: str) -> None:
-        """Frees the slot of `name`, so that the next request loads it anew."""
-        with self._lock:
-            self._loading.pop(name, None)
-            slot = self._slots.pop(name, None)
-            if slot is not None:
-                self._pool = _evict_in_place(self._pool, np.int32(slot))
-                self._free.append(slot)
-
-    def close(self) -> None:
-        """Ends the threads that load."""
-        self._workers.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "Cache":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _fetch(self, name: str) -> Trainable:
-        return fit(self._shapes, self._load(name))
-
-    def _placed(self, names: Sequence[str | None], wanted: Sequence[str]) -> Batch:
-        """Returns the batch, all of whose adapters are in the pool or loaded."""
-        for name in wanted:
-            if name in self._slots:
-                self._slots.move_to_end(name)
-        failed: dict[str, Exception] = {}
-        for name in wanted:
-            try:
-                if name not in self._slots:
-                    self._write(name, self._loading.pop(name).result(), wanted)
-            except Exception as error:  # any error of `load` is that of its rows
-                failed[name] = error
-        none = self._pool.capacity
-        ids = [-1 if n is None else self._slots.get(n, none) for n in names]
-        errors = {i: failed[n] for i, n in enumerate(names) if n in failed}
-        return Batch(self._pool.adapters, np.asarray(ids, np.int32), errors)
-
-    def _write(self, name: str, fitted: Trainable, keep: Sequence[str]) -> None:
-        slot = self._slots.pop(name, None)
-        if slot is None and self._free:
-            slot = self._free.pop()
-        if slot is None:
-            victim = next((n for n in self._slots if n not in keep), None)
-            if victim is None:
-                raise PoolError(
-                    f"No slot for {name!r}: this batch uses more adapters than the "
-                    f"pool's {self._pool.capacity}. Make the batch smaller or the pool "
-                    "larger."
-                )
-            slot = self._slots.pop(victim)
-        self._pool = _insert_in_place(self._pool, np.int32(slot), fitted)
-        self._slots[name] = slot

@@ -13,10 +13,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._numerics import at_least_float32
+from .._numerics import HIGHEST, at_least_float32, sqrt_halves
 from ..factors import Factors, Spec
+from ..methods import method_of, plain
 
-HIGHEST = jax.lax.Precision.HIGHEST
+
+def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
+    """Returns the dense update `scale * a @ b` of a weight, computed in `dtype`.
+
+    Shapes: A `[*batch, *fan_in, rank]` and B `[*batch, rank, *fan_out]` give an array
+    with the weight's own axes in the weight's own order.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Spec
+      >>> f = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), Spec(rank=2, alpha=1))
+      >>> delta(f).shape, float(delta(f)[0, 0])
+      ((3, 4), 1.0)
+    """
+    dense = method_of(factors.spec).dense
+    if dense is not None:
+        return dense(factors, dtype)
+    axes = factors.spec.axes
+    a, b = plain(factors)
+    batch = a.shape[: len(axes.batch)]
+    fan_in = a.shape[len(axes.batch) : -1]
+    fan_out = b.shape[len(axes.batch) + 1 :]
+    rows = a.astype(dtype).reshape(*batch, math.prod(fan_in), factors.rank)
+    columns = b.astype(dtype).reshape(*batch, factors.rank, math.prod(fan_out))
+    product = jnp.matmul(rows, columns, precision=jax.lax.Precision.HIGHEST)
+    product = (factors.scale * product).reshape(*batch, *fan_in, *fan_out)
+    return jnp.transpose(product, [axes.order.index(i) for i in range(product.ndim)])
 
 
 def plain_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
@@ -138,9 +165,7 @@ def cut(factors: Factors, rank: int) -> Factors:
 
 def recompose(u: Any, s: Any, vt: Any, rank: int, like: Factors) -> Factors:
     """Returns the leading `rank` parts of an SVD, singular values shared evenly."""
-    root = jnp.sqrt(s[..., :rank])
-    a = u[..., :rank] * root[..., None, :]
-    b = root[..., :, None] * vt[..., :rank, :]
+    a, b = sqrt_halves(u[..., :rank], s[..., :rank], vt[..., :rank, :])
     return from_matrices(a, b, like, like.spec.dropout)
 
 

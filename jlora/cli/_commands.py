@@ -16,16 +16,16 @@ from typing import Any
 import click
 import jax
 
-from . import export, files, inspection
-from ._cli_inputs import config_of, name_map, planned
-from ._cli_output import bar, counts, done, print_json
-from ._io.fingerprint import fingerprint
-from ._io.models import open_model
-from ._split import check
-from ._tables import table
-from .config import LoraConfig
-from .errors import JloraError
-from .factors import Trainable
+from .. import export, files, inspection
+from .._core.tree import check
+from .._io.fingerprint import fingerprint
+from .._io.models import open_model
+from .._tables import table
+from ..config import LoraConfig
+from ..errors import JloraError
+from ..factors import Trainable
+from ._inputs import config_of, name_map, planned
+from ._output import bar, counts, done, print_json
 
 
 def main() -> None:
@@ -93,18 +93,28 @@ def commands() -> None:
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 _step = click.option("--step", type=click.IntRange(0), help="Of Orbax; the newest.")
+
+
 _base = click.option("--base", type=click.Path(), help="The MODEL it is for.")
+
+
 _names = click.option(
     "--names",
     help="Names of PEFT tensors: a map of jlora.peft.maps (llama, gpt2, …) or "
     "module:attribute.",
 )
+
+
 _tied = click.option(
     "--tied/--untied",
     default=None,
     help="For PEFT: whether an adapted embedding table is the output head too.",
 )
+
+
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
 
@@ -421,7 +431,7 @@ def validate(
 def _check_fingerprint(
     adapter: str, base: str, step: int | None, problems: list[str]
 ) -> None:
-    from . import checkpoint
+    from .. import checkpoint
 
     model = open_model(base)
     print_ = checkpoint.Fingerprint(

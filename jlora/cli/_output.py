@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from ._tables import count
-from .export import Progress
-from .factors import Trainable
+from .._io.disk import Progress
+from .._tables import count
+from ..factors import Trainable
 
 
 def counts(trainable: Trainable) -> dict[str, int]:

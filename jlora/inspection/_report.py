@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._merge import delta
-from ._numerics import is_finite
-from ._split import Missing, check, flatten_frozen
-from ._tables import count, html, nbytes, table
-from .factors import Factors, Trainable
-from .methods import method_of, plain
-from .methods.dora import dense_gain
-from .transform.stage import is_array
+from .._core.algebra import delta
+from .._core.tree import Missing, check, flatten_frozen
+from .._numerics import is_finite
+from .._tables import count, html, nbytes, table
+from ..factors import Factors, Trainable
+from ..methods import method_of, plain
+from ..methods.dora import dense_gain
+from ..transform.stage import is_array
 
 _HEAD = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import check_params
-from .errors import ConfigError, TreeError
-from .factors import Factors
+from .._checks import check_params
+from ..errors import ConfigError, TreeError
+from ..factors import Factors
 
 if TYPE_CHECKING:
     import optax

@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import paths
-from ._plan.plan import Plan
-from ._plan.resolve import init_of
-from ._plan.row import Row
-from ._split import check_plan
-from .errors import ConfigError, JloraError
-from .methods import find_init, method_of
-from .methods.moments import InputMoments, Statistics
-from .transform.inputs import Trace, input_moments
-from .transform.stage import is_array, stage
+from .. import paths
+from .._plan.plan import Plan
+from .._plan.resolve import init_of
+from .._plan.row import Row
+from ..errors import ConfigError, JloraError
+from ..methods import find_init, method_of
+from ..methods.moments import InputMoments, Statistics
+from ..transform.inputs import Trace, input_moments
+from ..transform.stage import is_array, stage
+from .tree import check_plan
 
 
 def activation_statistics(

@@ -1,4 +1,4 @@
-"""Taking parameters apart into (frozen, trainable), and putting them together again."""
+"""Taking parameters apart into (frozen, trainable)."""
 
 import functools
 from collections.abc import Callable
@@ -7,36 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import paths
-from ._checks import check_key, misshapen
-from ._numerics import key_of_path
-from ._plan.plan import Plan
-from ._plan.resolve import init_of
-from ._plan.row import Row
-from ._tables import listed
-from .errors import ConfigError, TreeError
-from .factors import Factors, Trainable
-from .methods import find_init, method_of, residual
-from .methods.moments import Statistics
-from .transform.compat import is_staging
-from .transform.stage import is_array
-
-
-@jax.tree_util.register_static
-class Missing:
-    """Stands in `frozen` for a leaf that is trained in full; a node without leaves."""
-
-    def __repr__(self) -> str:
-        return "Missing()"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Missing)
-
-    def __hash__(self) -> int:
-        return hash(Missing)
-
-
-MISSING = Missing()
+from .. import paths
+from .._checks import check_key
+from .._numerics import key_of_path
+from .._plan.plan import Plan
+from .._plan.resolve import init_of
+from .._plan.row import Row
+from .._tables import listed
+from ..errors import ConfigError, TreeError
+from ..factors import Factors, Trainable
+from ..methods import find_init, method_of, residual
+from ..methods.moments import Statistics
+from ..transform.compat import is_staging
+from .tree import MISSING, check_plan
 
 
 def split(
@@ -224,31 +207,6 @@ def _placed_as(w: Any, base: jax.Array) -> jax.Array:
     return jax.device_put(base, w.sharding)
 
 
-def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
-    """Raises a TreeError that lists where `leaves` are not those of `plan`.
-
-    Raises a ConfigError for what is no plan.
-    """
-    if not isinstance(plan, Plan):
-        raise ConfigError(
-            f"plan must be a jlora.Plan, got {type(plan).__name__}. Make one with "
-            "jlora.plan(fn, params, *args, config=config)."
-        )
-    planned = {row.path: row for row in plan.rows()}
-    wrong = [f"{p!r} is not in the plan" for p in leaves if p not in planned]
-    wrong += [f"{p!r} is not in the parameters" for p in planned if p not in leaves]
-    wrong += [
-        f"{p!r} has shape {leaf.shape}, the plan has {planned[p].shape}"
-        for p, leaf in leaves.items()
-        if p in planned and is_array(leaf) and leaf.shape != planned[p].shape
-    ]
-    if wrong:
-        raise TreeError(
-            f"These parameters are not the ones the plan was made for: "
-            f"{listed(wrong)}. Make a new plan for them."
-        )
-
-
 def _check_finite(weights: dict[str, Any]) -> None:
     wrong = []
     for path, w in weights.items():
@@ -259,106 +217,6 @@ def _check_finite(weights: dict[str, Any]) -> None:
             wrong.append(f"{path!r} holds NaN or infinity")
     if wrong:
         raise TreeError(
-            f"Nothing can be learnt from these weights: {listed(wrong)}. Check how they "
-            "were loaded, or leave them out with exclude=."
+            f"Nothing can be learnt from these weights: {listed(wrong)}. Check how "
+            "they were loaded, or leave them out with exclude=."
         )
-
-
-def combine(frozen: Any, trainable: Trainable) -> Any:
-    """Returns the parameter tree with the leaves trained in full put in their places.
-
-    `frozen` may also be the whole base parameters, as when an adapter is restored: a
-    leaf trained in full takes the place of the base's. The low-rank factors are left
-    out: adapted weights are those of `frozen`; with factors added, use `merge`.
-
-    Args:
-      frozen: from `split`, or the base parameters.
-      trainable: from `split`, or restored.
-
-    Raises:
-      TreeError: if the two are not from one `split`.
-
-    Examples:
-      >>> import jax.numpy as jnp, jlora
-      >>> frozen = {"w": jnp.ones(2), "head": jlora.MISSING}
-      >>> combine(frozen, jlora.Trainable(full={"head": jnp.zeros(2)}))["head"]
-      Array([0., 0.], dtype=float32)
-    """
-    leaves, treedef = flatten_frozen(frozen)
-    check(leaves, trainable)
-    return treedef.unflatten(
-        trainable.full.get(path, leaf) for path, leaf in leaves.items()
-    )
-
-
-def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the leaves of `frozen` by path, holes among them, and the treedef.
-
-    The treedef has a leaf at each hole, so it unflattens to whole parameters.
-    """
-    return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
-
-
-def check(leaves: dict[str, Any], trainable: Trainable) -> None:
-    """Raises a TreeError that lists all that does not fit between the two sides."""
-    check_trainable(trainable)
-    wrong = []
-    for path, factors in trainable.lora.items():
-        if path not in leaves or isinstance(leaves[path], Missing):
-            near = paths.nearest(path, tuple(leaves), n=1)
-            wrong.append(
-                f"factors for {path!r}, which frozen does not have"
-                + (f" (nearest: {near[0]!r})" if near else "")
-            )
-        elif not isinstance(factors, Factors):
-            wrong.append(f"{path!r} holds {type(factors).__name__}, not Factors")
-        else:
-            wrong += _misfits(path, leaves[path], factors)
-    for path, x in trainable.full.items():
-        if path not in leaves:
-            wrong.append(f"a full leaf {path!r}, which frozen does not have")
-        elif is_array(leaves[path]) and leaves[path].shape != x.shape:
-            wrong.append(
-                f"a full leaf {path!r} of shape {x.shape}, where frozen has "
-                f"{leaves[path].shape}"
-            )
-    wrong += [
-        f"no leaf for the hole at {path!r}"
-        for path, leaf in leaves.items()
-        if isinstance(leaf, Missing) and path not in trainable.full
-    ]
-    if wrong:
-        raise TreeError(
-            f"frozen and trainable do not fit together: {listed(wrong)}. "
-            "Take both from one jlora.split."
-        )
-
-
-def check_trainable(trainable: Any) -> None:
-    """Raises a TreeError for what is no `Trainable`."""
-    if not isinstance(trainable, Trainable):
-        raise TreeError(
-            f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
-            "Take it from jlora.split; mind the order (frozen, trainable, *args)."
-        )
-
-
-def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
-    if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
-        return [f"{path!r} is no floating-point array, so it takes no factors"]
-    spec = factors.spec
-    if sorted(spec.axes.order) != list(range(w.ndim)):
-        n = len(spec.axes.order)
-        return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
-    if spec.shape and spec.shape != tuple(w.shape):
-        return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
-    odd = [
-        f"{name} of {path!r} is {getattr(x, 'dtype', type(x).__name__)}, it must be a "
-        "floating-point array"
-        for name in ("a", "b", "magnitude")
-        if (x := getattr(factors, name)) is not None
-        and not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating))
-    ]
-    if odd:
-        return odd
-    return misshapen(path, factors, tuple(w.shape))

@@ -5,15 +5,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-from ._checks import check_function, check_key
-from ._split import combine, flatten_frozen
-from .errors import ConfigError, MergeError, MergeWarning
-from .factors import Axes, Factors
-from .methods import method_of, plain
-from .transform.cost import Form
-from .transform.rewrite import rewrite
-from .transform.stage import stage
-from .transform.values import RANK, Term, Weight, leaf, leaf_dims
+from .._checks import check_function, check_key
+from ..errors import ConfigError, MergeError, MergeWarning
+from ..factors import Axes, Factors
+from ..methods import method_of, plain
+from ..transform.cost import Form
+from ..transform.rewrite import rewrite
+from ..transform.stage import stage
+from ..transform.values import RANK, Term, Weight, leaf, leaf_dims
+from .tree import combine, flatten_frozen
 
 OnMerge = Literal["allow", "warn", "error"]
 

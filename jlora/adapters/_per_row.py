@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._apply import OnMerge, apply_lora
-from .adapters._several import leaves_of
-from .adapters._stack import count, pick
-from .errors import TreeError
-from .factors import Trainable
+from .._core.apply import OnMerge, apply_lora
+from ..errors import TreeError
+from ..factors import Trainable
+from ._several import leaves_of
+from ._stack import count, pick
 
 
 def per_row(

@@ -8,17 +8,17 @@ from typing import Any
 
 import click
 
-from ._io.disk import reading
-from ._plan.plan import Plan, plan as make_plan
-from .config import LoraConfig
-from .errors import ConfigError, JloraError
+from .._io.disk import reading
+from .._plan.plan import Plan, plan as make_plan
+from ..config import LoraConfig
+from ..errors import ConfigError, JloraError
 
 
 def name_map(names: str | None) -> Any:
     """Returns the `NameMap` that `--names` means; None for none."""
     if names is None:
         return None
-    from .peft import NameMap, maps
+    from ..peft import NameMap, maps
 
     if ":" in names:
         found = attribute_of(names)

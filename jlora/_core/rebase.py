@@ -5,9 +5,9 @@ import math
 
 import jax.numpy as jnp
 
-from .errors import TreeError
-from .factors import Factors, Trainable
-from .methods import find_init
+from ..errors import TreeError
+from ..factors import Factors, Trainable
+from ..methods import find_init
 
 
 def to_plain(trainable: Trainable, initial: Trainable) -> Trainable:

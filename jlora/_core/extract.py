@@ -1,0 +1,124 @@
+"""The adapter nearest to what a full fine-tune changed."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import paths
+from .._numerics import at_least_float32, sqrt_halves
+from .._plan.plan import Plan
+from ..errors import ConfigError, TreeError
+from ..factors import Factors, Spec, Trainable
+from ..methods import method_of
+from ..methods.dora import column_norms
+from ..transform.stage import is_array
+from .tree import check_plan
+
+
+def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
+    """Returns the adapter of `plan` nearest to a full fine-tune's change.
+
+    Each adapted weight's difference is cut to its rank by a truncated SVD, the best
+    approximation in the Frobenius norm; the singular values are shared evenly by A and
+    B. Leaves that `plan` trains in full are taken over whole.
+
+    Args:
+      params: fine-tuned parameters.
+      base_params: the parameters the fine-tune began with.
+      plan: ranks and axes, from `jlora.plan`.
+
+    Raises:
+      TreeError: if the trees differ from each other or from `plan`.
+      ConfigError: if `plan` has methods other than LoRA and DoRA.
+
+    Warns:
+      UserWarning: names the leaves that changed although `plan` leaves them frozen;
+        their change is not in the adapter.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> base = {"w": jnp.zeros((3, 4))}
+      >>> fn = lambda p, x: x @ p["w"]
+      >>> config = jlora.LoraConfig(rank=1)
+      >>> plan = jlora.plan(fn, base, jnp.ones((1, 3)), config=config)
+      >>> tuned = {"w": jnp.ones((3, 4))}
+      >>> adapter = jlora.extract(tuned, base, plan)
+      >>> bool(jnp.allclose(jlora.merge(base, adapter)["w"], tuned["w"], atol=1e-6))
+      True
+
+    References:
+      Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
+    """
+    tuned, treedef = paths.flatten(params)
+    base, base_treedef = paths.flatten(base_params)
+    if treedef != base_treedef:
+        raise TreeError(
+            "params and base_params are trees of different structure: leaves "
+            f"{sorted(set(tuned) ^ set(base)) or 'equal, containers differ'}."
+        )
+    check_plan(base, plan)
+    check_plan(tuned, plan)
+    dtype = jnp.dtype(plan.config.dtype or "float32")
+    unable = [
+        row.path
+        for row in plan.rows()
+        if row.spec is not None and not _is_extractable(row.spec)
+    ]
+    if unable:
+        raise ConfigError(
+            f"extract finds factors for the methods lora and dora, not for those of "
+            f"{', '.join(map(repr, unable[:3]))}. Make the plan with method='lora'."
+        )
+    lora = {
+        row.path: _nearest(tuned[row.path], base[row.path], row.spec, dtype)
+        for row in plan.rows()
+        if row.spec is not None
+    }
+    left = [
+        path
+        for path, leaf in tuned.items()
+        if path not in lora and path not in plan.full and _differ(leaf, base[path])
+    ]
+    if left:
+        warnings.warn(
+            "These leaves changed, but the plan leaves them frozen, so the adapter "
+            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            stacklevel=2,
+        )
+    return Trainable(lora, {path: tuned[path] for path in plan.full})
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Returns whether two leaves are floating-point arrays with other numbers."""
+    if not is_array(a) or not jnp.issubdtype(a.dtype, jnp.inexact):
+        return False
+    return not bool(jnp.array_equal(a, b, equal_nan=True))
+
+
+def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
+    """Returns factors with the best approximation of `tuned - base` of their rank."""
+    axes = spec.axes
+    wide = at_least_float32(base.dtype)
+    change = tuned.astype(wide) - base.astype(wide)
+    _, n_in, n_out = axes.sizes(change.shape)
+    batch = [change.shape[i] for i in axes.batch]
+    matrix = jnp.transpose(change, axes.order).reshape(*batch, n_in, n_out)
+    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    r = spec.rank
+    a, b = sqrt_halves(u[..., :r], s[..., :r], vt[..., :r, :], spec.scale)
+    factors = Factors(
+        a.reshape(axes.a_shape(change.shape, spec.rank)).astype(dtype),
+        b.reshape(axes.b_shape(change.shape, spec.rank)).astype(dtype),
+        spec,
+    )
+    if method_of(spec).gain is None:
+        return factors
+    return dataclasses.replace(
+        factors, magnitude=column_norms(tuned.astype(wide), axes)
+    )
+
+
+def _is_extractable(spec: Spec) -> bool:
+    return spec.method in ("lora", "dora") and spec.parts is None and not spec.rows

@@ -1,0 +1,105 @@
+"""Factors added to weights for good, and taken off again."""
+
+import functools
+from typing import Any
+
+import jax
+
+from .. import paths
+from .._numerics import at_least_float32
+from ..errors import TreeError
+from ..factors import Factors, Trainable
+from ..methods import method_of
+from ..methods.dora import dense_gain
+from ..transform.compat import is_staging, placed_like
+from .algebra import delta
+from .tree import MISSING, check, check_trainable, combine, flatten_frozen
+
+
+def merge(frozen: Any, trainable: Trainable) -> Any:
+    """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
+
+    With DoRA, `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. Computed in
+    float32 (float64 for float64 weights) and rounded once to the weight's dtype. Tree,
+    dtypes and shardings are those of the original parameters, so
+    `fn(merge(frozen, trainable), ...)` costs what `fn` costs.
+
+    Args:
+      frozen: from `split`.
+      trainable: from `split`, trained.
+
+    Raises:
+      TreeError: if the two do not fit together; lists every misfit.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
+      >>> fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+      >>> config = jlora.LoraConfig(rank=2, targets="w")
+      >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
+      >>> frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+      >>> bool((jlora.merge(frozen, trainable)["w"] == params["w"]).all())
+      True
+    """
+    return _shift(combine(frozen, trainable), trainable, sign=1)
+
+
+def unmerge(params: Any, trainable: Trainable) -> Any:
+    """Returns `frozen` from merged parameters: the inverse of `merge`.
+
+    The inverse of `merge` up to one rounding of each adapted weight; in low precision
+    keep the original `frozen` instead.
+
+    Args:
+      params: from `merge`.
+      trainable: what was merged, unchanged.
+
+    Raises:
+      TreeError: if `trainable` does not fit `params`, or holds DoRA, whose merged
+        weights no longer tell the length that their columns had.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> head = jlora.Trainable(full={"head": jnp.ones(2)})
+      >>> unmerge({"w": jnp.ones(1), "head": jnp.ones(2)}, head)
+      {'head': Missing(), 'w': Array([1.], dtype=float32)}
+    """
+    check_trainable(trainable)
+    leaves, treedef = paths.flatten(params)
+    unknown = [path for path in trainable.full if path not in leaves]
+    if unknown:
+        raise TreeError(f"params has no leaf {', '.join(map(repr, unknown))}.")
+    frozen = treedef.unflatten(
+        MISSING if path in trainable.full else leaf for path, leaf in leaves.items()
+    )
+    check(flatten_frozen(frozen)[0], trainable)
+    rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
+    if rescaled:
+        raise TreeError(
+            f"{', '.join(map(repr, rescaled[:3]))} have a magnitude (DoRA): the merged "
+            "weights do not tell what they were. Keep frozen from jlora.split instead."
+        )
+    return _shift(frozen, trainable, sign=-1)
+
+
+def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
+    """Returns `tree` with `sign * delta` added to each adapted weight."""
+    leaves, treedef = flatten_frozen(tree)
+    for path, factors in trainable.lora.items():
+        leaves[path] = _add_delta(leaves[path], factors, sign)
+    return treedef.unflatten(leaves.values())
+
+
+def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
+    def add(w: Any, factors: Factors) -> jax.Array:
+        wide = at_least_float32(w.dtype)
+        own_delta = functools.partial(delta, dtype=wide)
+        total = w.astype(wide) + sign * placed_like(w, own_delta, factors)
+        if method_of(factors.spec).gain is not None:
+            total = total * dense_gain(factors, total)
+        return total.astype(w.dtype)
+
+    out = add(w, factors)
+    if isinstance(w, jax.Array) and not is_staging(out) and out.sharding != w.sharding:
+        return jax.device_put(out, w.sharding)
+    return out

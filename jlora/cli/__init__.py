@@ -1,0 +1,6 @@
+"""The `jlora` command: inspect, plan, merge, convert, diff, extract, validate.
+
+A thin layer: each command calls the functions of the same name. May import everything.
+"""
+
+from ._commands import main as main, run as run

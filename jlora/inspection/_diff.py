@@ -1,0 +1,143 @@
+"""How two adapters or models differ, without running a model."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._io.disk import Path, Progress
+from .._io.models import open_model
+from ..factors import Factors, Trainable
+from ._inspect import as_float64, matrices, norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where two adapters or models differ.
+
+    Attributes:
+      path: the leaf.
+      what: in words.
+      relative: norm of the difference over the larger norm; NaN if not comparable.
+    """
+
+    path: str
+    what: str
+    relative: float = math.nan
+
+
+def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
+    """Returns how two adapters differ; nothing if they are equal bit for bit.
+
+    Updates are compared, `scale * A B`: factors may differ although these agree.
+
+    Args:
+      a: an adapter.
+      b: another one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from jlora.factors import Spec
+      >>> f = Factors(jnp.ones((3, 1)), jnp.ones((1, 4)), Spec(rank=1, alpha=1))
+      >>> g = dataclasses.replace(f, b=2 * f.b)
+      >>> [(d.path, d.relative) for d in diff(Trainable({"w": f}), Trainable({"w": g}))]
+      [('w', 0.5)]
+    """
+    told = []
+    for path in dict.fromkeys([*a.lora, *b.lora, *a.full, *b.full]):
+        if path in a.lora and path in b.lora:
+            told += _factors_differ(path, a.lora[path], b.lora[path])
+        elif path in a.full and path in b.full:
+            told += _arrays_differ(path, a.full[path], b.full[path])
+        else:
+            told.append(Difference(path, f"{_kind(path, a)} → {_kind(path, b)}"))
+    return tuple(told)
+
+
+def diff_files(
+    a: Path, b: Path, *, progress: Progress = iter
+) -> tuple[Difference, ...]:
+    """Returns how two models on disk differ, one leaf of both in memory.
+
+    Args:
+      a: see `export.merge_files`.
+      b: the other.
+      progress: wraps the names as they are gone through.
+
+    Raises:
+      CheckpointError: if a file cannot be read.
+
+    Examples:
+      >>> import os, tempfile, numpy as np, jlora
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     a, b = (os.path.join(folder, f"{n}.safetensors") for n in "ab")
+      ...     jlora.export.safetensors(a, {"w": np.ones(2), "bias": np.ones(2)})
+      ...     jlora.export.safetensors(b, {"w": np.ones(2), "bias": np.zeros(2)})
+      ...     [(d.path, d.relative) for d in diff_files(a, b)]
+      [('bias', 1.0)]
+    """
+    one, other = open_model(a), open_model(b)
+    told = []
+    for name in progress(list(dict.fromkeys([*one.shapes, *other.shapes]))):
+        if name not in other.shapes or name not in one.shapes:
+            place = "first" if name in one.shapes else "second"
+            told.append(Difference(name, f"in the {place} alone"))
+        else:
+            told += _arrays_differ(name, one.read(name), other.read(name))
+    return tuple(told)
+
+
+def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
+    told = []
+    names = [field.name for field in dataclasses.fields(a.spec)]
+    for name in names:
+        one, other = getattr(a.spec, name), getattr(b.spec, name)
+        if one != other:
+            told.append(Difference(path, f"{name}: {one} → {other}"))
+    leaves = jax.tree.leaves(a), jax.tree.leaves(b)
+    if not told and len(leaves[0]) == len(leaves[1]) and all(map(_equal, *leaves)):
+        return []
+    pairs = matrices(a), matrices(b)
+    (a1, b1), (a2, b2) = pairs
+    if a1.shape[:-1] != a2.shape[:-1] or b1.shape[-1] != b2.shape[-1]:
+        return [*told, Difference(path, "factors of weights of different shapes")]
+    wide = np.concatenate([a.scale * a1, -b.scale * a2], axis=-1)
+    high = np.concatenate([b1, b2], axis=-2)
+    larger = max(a.scale * norm(a1, b1), b.scale * norm(a2, b2))
+    relative = norm(wide, high) / larger if larger else 0.0
+    told.append(Difference(path, f"update differs by {relative:.2e}", relative))
+    if a.magnitude is not None and b.magnitude is not None:
+        told += [
+            dataclasses.replace(d, what=f"magnitude: {d.what}")
+            for d in _arrays_differ(path, a.magnitude, b.magnitude)
+        ]
+    return told
+
+
+def _arrays_differ(path: str, a: Any, b: Any) -> list[Difference]:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        one, other = (f"{x.dtype}{list(x.shape)}" for x in (a, b))
+        return [Difference(path, f"{one} → {other}")]
+    if _equal(a, b):
+        return []
+    one, other = as_float64(a), as_float64(b)
+    with np.errstate(invalid="ignore"):
+        change = one - other
+        larger = max(np.linalg.norm(one.ravel()), np.linalg.norm(other.ravel()))
+        relative = float(np.linalg.norm(change.ravel()) / larger) if larger else 0.0
+    largest = float(np.abs(change).max())
+    what = f"differs by {relative:.2e}, one number by {largest:.2e}"
+    return [Difference(path, what, relative)]
+
+
+def _kind(path: str, adapter: Trainable) -> str:
+    if path in adapter.lora:
+        return "factors"
+    return "trained in full" if path in adapter.full else "absent"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

@@ -1,0 +1,117 @@
+"""Which leaves an optimizer treats alike: labels and masks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from ..factors import Factors, Trainable
+
+Label = str  # "a", "b", "magnitude", "full" or "frozen"
+
+
+def labels(tree: Any) -> Any:
+    """Returns `tree` with the name of its role at each leaf, for optax's partitions.
+
+    Args:
+      tree: a `Trainable`, or any pytree that holds some, as
+        `{"frozen": frozen, "trainable": trainable}`.
+
+    Returns:
+      A tree of the same structure; leaves of `Trainable`s are `"a"`, `"b"`,
+      `"magnitude"` or `"full"`, all others `"frozen"`.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> head = jlora.Trainable(full={"head": jnp.ones(2)})
+      >>> labels({"base": {"w": jnp.ones(2)}, "trained": head})
+      {'base': {'w': 'frozen'}, 'trained': Trainable(lora={}, full={'head': 'full'})}
+    """
+
+    def of_factors(factors: Factors) -> Factors:
+        named = Factors("a", "b", factors.spec, "magnitude")
+        return jax.tree.map(lambda _, name: name, factors, _prune(named, factors))
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return "frozen"
+        return Trainable(
+            {path: of_factors(factors) for path, factors in node.lora.items()},
+            {path: jax.tree.map(lambda _: "full", x) for path, x in node.full.items()},
+        )
+
+    return jax.tree.map(of, tree, is_leaf=is_trainable)
+
+
+def _prune(named: Factors, factors: Factors) -> Factors:
+    """Returns `named` without the leaves that `factors` does not have."""
+    a = None if factors.a is None else named.a
+    magnitude = None if factors.magnitude is None else named.magnitude
+    return Factors(a, named.b, named.spec, magnitude)
+
+
+def mask(tree: Any) -> Any:
+    """Returns `tree` with True at the leaves that are trained and False at all others.
+
+    Args:
+      tree: a `Trainable`, or any pytree that holds some.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> mask({"w": jnp.ones(2), "t": jlora.Trainable(full={"head": jnp.ones(2)})})
+      {'t': Trainable(lora={}, full={'head': True}), 'w': False}
+    """
+    return jax.tree.map(lambda label: label != "frozen", labels(tree))
+
+
+NO_DECAY = ("b", "beta", "bias", "gain", "gamma", "offset", "scale")
+
+
+def decay_mask(tree: Any) -> Any:
+    """Returns `tree` with True at the leaves that weight decay may shrink.
+
+    Those are the factors, and matrices trained in full. Not decayed are magnitudes,
+    factors that are vectors (VeRA), leaves trained in full that have fewer than two
+    axes, and biases and norms by name, since stacked layers and attention heads give
+    them more axes: the last component of the path ends in `bias`, or is `b`, `beta`,
+    `gain`, `gamma`, `offset` or `scale`, or a component contains `norm`. Frozen leaves
+    are False too.
+
+    Args:
+      tree: a `Trainable`, or any pytree that holds some.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jlora
+      >>> heads = {"head/kernel": jnp.ones((2, 2)), "q/bias": jnp.ones((2, 2))}
+      >>> decay_mask(jlora.Trainable(full=heads)).full
+      {'head/kernel': True, 'q/bias': False}
+      >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=jlora.decay_mask)
+    """
+
+    def of_factors(factors: Factors) -> Factors:
+        decays = factors.spec.method != "vera"
+        answers = jax.tree.map(lambda _: decays, factors)
+        if factors.magnitude is None:
+            return answers
+        return dataclasses.replace(answers, magnitude=False)
+
+    def of_full(path: str, leaf: Any) -> Any:
+        *outer, last = path.lower().split("/")
+        named = last in NO_DECAY or last.endswith("bias")
+        named = named or any("norm" in part for part in (*outer, last))
+        return jax.tree.map(lambda x: not named and x.ndim >= 2, leaf)
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return False
+        return Trainable(
+            {path: of_factors(factors) for path, factors in node.lora.items()},
+            {path: of_full(path, leaf) for path, leaf in node.full.items()},
+        )
+
+    return jax.tree.map(of, tree, is_leaf=is_trainable)
+
+
+def is_trainable(node: Any) -> bool:
+    """Returns whether a node of a tree is a `Trainable`."""
+    return isinstance(node, Trainable)

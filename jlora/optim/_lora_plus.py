@@ -1,0 +1,81 @@
+"""LoRA+: a higher learning rate for B."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from .._checks import check_positive
+from ..factors import Factors, Trainable
+from ._labels import is_trainable
+
+if TYPE_CHECKING:
+    import optax
+
+
+def lora_plus(
+    tx: "optax.GradientTransformation",
+    *,
+    ratio: float = 16.0,
+    embedding_ratio: float = 1.0,
+) -> "optax.GradientTransformationExtraArgs":
+    """Returns `tx` with a larger learning rate for B than for A.
+
+    Updates of B (and of magnitudes, and of vectors trained in full, as in PEFT) are
+    multiplied by `ratio`. For every optimizer whose update is proportional to its
+    learning rate (SGD, Adam, AdamW with its decay) that is a learning rate `ratio`
+    times as large. `tx` may have a schedule.
+
+    Args:
+      tx: any optax transformation, whose learning rate is that of A.
+      ratio: the learning rate of B over that of A.
+      embedding_ratio: multiplies the updates of both factors of an embedding table, in
+        place of `ratio`. PEFT's default is a fixed learning rate of 1e-6, which is
+        `1e-6 / learning_rate` here.
+
+    Raises:
+      ConfigError: if a ratio is not a positive number.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, jlora
+      >>> from jlora.factors import Factors, Spec
+      >>> own = Factors(jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
+      >>> t = jlora.Trainable({"w": own})
+      >>> tx = jlora.lora_plus(optax.sgd(0.5), ratio=4)
+      >>> updates, _ = tx.update(t, tx.init(t), t)
+      >>> float(updates.lora["w"].a[0, 0]), float(updates.lora["w"].b[0, 0])
+      (-0.5, -2.0)
+
+    References:
+      Hayou et al., 2024, LoRA+, https://arxiv.org/abs/2402.12354
+    """
+    import optax
+
+    check_positive(ratio=ratio, embedding_ratio=embedding_ratio)
+
+    def times(x: Any, factor: Any) -> Any:
+        return x * jnp.asarray(factor).astype(x.dtype)
+
+    def factors(own: Factors) -> Factors:
+        if own.spec.op == "embedding":
+            return jax.tree.map(lambda x: times(x, embedding_ratio), own)
+        fast = dataclasses.replace(own, a=None)
+        fast = jax.tree.map(lambda x: times(x, ratio), fast)
+        return dataclasses.replace(fast, a=own.a)
+
+    def scale(node: Any) -> Any:
+        if not isinstance(node, Trainable):
+            return node
+        full = {
+            path: jax.tree.map(lambda x: times(x, ratio) if x.ndim < 2 else x, leaf)
+            for path, leaf in node.full.items()
+        }
+        return Trainable({path: factors(own) for path, own in node.lora.items()}, full)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        updates, state = inner.update(updates, state, params, **extra)
+        return jax.tree.map(scale, updates, is_leaf=is_trainable), state
+
+    inner = optax.with_extra_args_support(tx)
+    return optax.GradientTransformationExtraArgs(inner.init, update)

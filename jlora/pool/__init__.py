@@ -1,0 +1,31 @@
+"""Adapters that come and go while one compiled program serves: a pool of slots.
+
+`Pool` is a stack of adapters of fixed capacity, a pytree with pure functions; `Cache`
+is the host's side: names, the least recently used slot, loading in the background.
+May import the vocabulary, `methods`, `_core` and `adapters`.
+"""
+
+from ._cache import Batch as Batch, Cache as Cache
+from ._pool import (
+    Pool as Pool,
+    bytes_of as bytes_of,
+    capacity_for as capacity_for,
+    create as create,
+    evict as evict,
+    fit as fit,
+    insert as insert,
+    lookup as lookup,
+)
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "Pool",
+    "bytes_of",
+    "capacity_for",
+    "create",
+    "evict",
+    "fit",
+    "insert",
+    "lookup",
+]
