@@ -1,4 +1,4 @@
-"""Writes the golden files of tests/test_peft_files.py, with torch and PEFT.
+"""Writes the golden files of tests/peft/test_peft_files.py, with torch and PEFT.
 
 Run once, in an environment with `torch`, `peft` and `transformers` 5:
 

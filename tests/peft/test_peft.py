@@ -19,7 +19,7 @@ from jlora import Axes, Factors, PeftError, Trainable
 from jlora.factors import Spec
 from jlora.peft import Entry, NameMap, maps
 from jlora.peft.tensors import pending, read_header, write_tensors
-from tests import fuzz_peft
+from tests.peft import fuzz_peft
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
@@ -800,7 +800,7 @@ def test_shards_stay_in_their_directory(name, tmp_path):
 
 
 def test_mutated_files_raise_nothing_but_peft_errors(tmp_path):
-    """A sample of what `tests/fuzz_peft.py` does by the hundred thousand."""
+    """A sample of what `tests/peft/fuzz_peft.py` does by the hundred thousand."""
     ends = fuzz_peft.fuzz(tmp_path, 2000, seed=0)
     assert set(ends) == {"PeftError", "report", "loaded"}
 
@@ -1024,7 +1024,7 @@ def test_broken_rules_are_refused(make, text):
 
 
 def test_untied_head_of_gpt2_that_peft_left_out_is_refused():
-    from tests.test_peft_files import GOLDEN
+    from tests.peft.test_peft_files import GOLDEN
 
     like = shapes(transformer__wte__embedding=(40, 16))
     folder = GOLDEN / "gpt2" / "untied"

@@ -12,13 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
-from test_checkpoint import normal, orbax_fails, same
 
 import jlora
 from jlora import export
 from jlora._io import models as _models
 from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
+from tests.io.test_checkpoint import normal, orbax_fails, same
 
 PARAMS = {
     "embed": normal((7, 4), 1),

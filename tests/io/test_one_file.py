@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_checkpoint import adapter, normal, same
 
 import jlora
 from jlora._io import describe as _describe, tensors as _tensors
 from jlora._io.disk import replacing
 from jlora.factors import Axes, Factors, Spec
 from jlora.methods import METHODS
+from tests.io.test_checkpoint import adapter, normal, same
 
 
 @pytest.fixture

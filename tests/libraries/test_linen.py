@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from library_cases import (
+
+from tests.libraries.library_cases import (
     FRESH,
     PLAN,
     RANDOM,

@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 
-GOLDEN = pathlib.Path(__file__).with_name("golden")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DATA = np.load(GOLDEN / "peft_inits.npz")
 LAYERS = ("first", "second")
 SCALE = 6 / 4

@@ -9,7 +9,7 @@ import nbclient
 import nbformat
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 GITHUB = "github.com/jlora/jlora"
 COLAB = "https://colab.research.google.com/github/jlora/jlora/blob/main/notebooks"

@@ -19,7 +19,7 @@ import jlora
 from jlora.peft import Entry, NameMap, maps
 from jlora.peft.tensors import read_header
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

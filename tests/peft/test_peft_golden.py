@@ -16,7 +16,7 @@ from jlora._core.algebra import delta
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
 
-FOLDER = pathlib.Path(__file__).parent / "golden"
+FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(FOLDER / "peft.npz")
 CASES = json.loads((FOLDER / "peft.json").read_text())["cases"]
 

@@ -1,6 +1,6 @@
 """Damaged adapter directories by the hundred thousand: only jlora's own errors.
 
-    python -m tests.fuzz_peft 100000 SEED
+    python -m tests.peft.fuzz_peft 100000 SEED
 
 Bytes, header fields and config fields are changed at random; each result is loaded.
 Prints how the loads ended and how much memory they took at most.

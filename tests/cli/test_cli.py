@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_checkpoint import normal, same
-from test_export import read_flat
 
 import jlora
 from jlora import cli, files, inspection
 from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
+from tests.io.test_checkpoint import normal, same
+from tests.io.test_export import read_flat
 
 SPEC = Spec(rank=2, alpha=4, axes=Axes())
 PARAMS = {"a": {"kernel": normal((4, 6), 1)}, "b": {"kernel": normal((6, 3), 2)}}
@@ -467,7 +467,7 @@ def test_peft_that_is_not_understood_is_refused(folder, call):
 
 # The page of the command.
 
-PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "cli.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
 def test_the_page_shows_what_the_command_prints(tmp_path, monkeypatch, call):

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from library_cases import (
+
+import jlora
+from tests.libraries.library_cases import (
     FRESH,
     PLAN,
     RANDOM,
@@ -24,8 +26,6 @@ from library_cases import (
     normal,
     params,
 )
-
-import jlora
 
 IDS = jnp.array([[0, 3, 1], [2, 2, 4]])
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from library_cases import (
+
+import jlora
+from tests.libraries.library_cases import (
     FRESH,
     PLAN,
     RANDOM,
@@ -25,8 +27,6 @@ from library_cases import (
     normal,
     params,
 )
-
-import jlora
 
 IDS = jnp.array([[0, 3, 1], [2, 2, 4]])
 

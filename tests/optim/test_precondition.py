@@ -14,7 +14,7 @@ from jlora.factors import Axes, Factors, Spec
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "peft.npz")
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "peft.npz")
 
 
 def golden(case, name):
