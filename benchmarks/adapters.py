@@ -117,9 +117,11 @@ def serving(
     one = one_of(stacked, 0)
     apply = jax.jit(jlora.apply_lora(model.apply, on_merge="error"))
     base = jax.jit(model.apply)
-    row_fn = jax.jit(jlora.per_row(model.apply, on_merge="error"))
+    row_fn = jax.jit(jlora.adapters.per_row(model.apply, on_merge="error"))
     ready = jax.jit(
-        lambda frozen, chosen, x: jlora.per_row(model.apply)(frozen, chosen, None, x)
+        lambda frozen, chosen, x: jlora.adapters.per_row(model.apply)(
+            frozen, chosen, None, x
+        )
     )
     merged = jax.jit(jlora.merge)(params, one)
     read = jax.jit(lambda tree: [leaf.sum() for leaf in jax.tree.leaves(tree)])
@@ -184,7 +186,7 @@ def pool(size: models.Size, rank: int, capacity: int, swaps: int) -> common.Figu
     like = common.adapter(model, params, x, rank)
     adapter = one_of(stacked_like(like, 1), 0)
     rows = jnp.zeros(x.shape[0], jnp.int32)
-    row_fn = jax.jit(jlora.per_row(model.apply))
+    row_fn = jax.jit(jlora.adapters.per_row(model.apply))
     with tempfile.TemporaryDirectory() as folder:
         jlora.checkpoint.save(Path(folder) / "adapter", adapter)
         with ocp.StandardCheckpointer() as files:

@@ -70,7 +70,7 @@ def optimizer(run: Run, head_lr: float) -> optax.GradientTransformation:
     slow, fast = optax.adamw(run.lr), optax.adamw(run.lr * run.ratio)
     return optax.multi_transform(
         {"a": slow, "b": fast, "magnitude": slow, "full": optax.adamw(whole)},
-        jlora.labels,
+        jlora.optim.labels,
     )
 
 

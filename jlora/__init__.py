@@ -10,17 +10,25 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
+import importlib.metadata
+
 from . import (
     adapters as adapters,
     checkpoint as checkpoint,
+    citations as citations,
     export as export,
+    files as files,
+    inspection as inspection,
+    methods as methods,
+    optim as optim,
+    paths as paths,
     peft as peft,
     pool as pool,
 )
 from ._core.apply import apply_lora as apply_lora
 from ._core.extract import extract as extract
 from ._core.merge import merge as merge, unmerge as unmerge
-from ._core.rebase import to_plain as to_plain
+from ._core.rebase import rebase as rebase
 from ._core.shardings import shardings as shardings
 from ._core.split import split as split
 from ._core.statistics import (
@@ -32,9 +40,8 @@ from ._io.adapter_file import load as load, save as save
 from ._plan.plan import Plan as Plan, plan as plan
 from ._plan.ranks import redistribute_ranks as redistribute_ranks
 from ._plan.row import Row as Row
-from .adapters._per_row import per_row as per_row
 from .citations import cite as cite
-from .config import LoraConfig as LoraConfig, Rows as Rows, Rule as Rule
+from .config import LoraConfig as LoraConfig, Rule as Rule, TokenRows as TokenRows
 from .errors import (
     CheckpointError as CheckpointError,
     ConfigError as ConfigError,
@@ -49,22 +56,17 @@ from .errors import (
 from .factors import (
     Axes as Axes,
     Factors as Factors,
-    Parts as Parts,
+    FusedParts as FusedParts,
+    Spec as Spec,
     Trainable as Trainable,
 )
-from .inspection import Report as Report, report as report
+from .inspection._report import Report as Report, report as report
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
-from .optim import (
-    adalora as adalora,
-    decay_mask as decay_mask,
-    labels as labels,
-    lora_fa as lora_fa,
-    lora_plus as lora_plus,
-    mask as mask,
-    masked as masked,
-    orthogonality_penalty as orthogonality_penalty,
-    riemannian as riemannian,
-)
+
+try:
+    __version__ = importlib.metadata.version("jlora")
+except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+    __version__ = "0+unknown"
 
 __all__ = [
     "MISSING",
@@ -72,52 +74,50 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Factors",
+    "FusedParts",
     "InputMoments",
     "JloraError",
     "LoraConfig",
     "MergeError",
     "MergeWarning",
-    "Parts",
     "PeftError",
     "Plan",
     "PoolError",
     "Report",
     "Row",
-    "Rows",
     "Rule",
+    "Spec",
     "Statistics",
     "TargetError",
+    "TokenRows",
     "Trainable",
     "TreeError",
+    "__version__",
     "activation_statistics",
-    "adalora",
     "adapters",
     "apply_lora",
     "checkpoint",
+    "citations",
     "cite",
     "combine",
-    "decay_mask",
     "export",
     "extract",
+    "files",
     "gradient_statistics",
-    "labels",
+    "inspection",
     "load",
-    "lora_fa",
-    "lora_plus",
-    "mask",
-    "masked",
     "merge",
-    "orthogonality_penalty",
+    "methods",
+    "optim",
+    "paths",
     "peft",
-    "per_row",
     "plan",
     "pool",
+    "rebase",
     "redistribute_ranks",
     "report",
-    "riemannian",
     "save",
     "shardings",
     "split",
-    "to_plain",
     "unmerge",
 ]

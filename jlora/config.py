@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ConfigError
-from .factors import Axes, Parts, tuples
+from .factors import Axes, FusedParts, tuples
 from .methods import INITS, METHODS, find_init, init_name
 
 Init = str | Callable[..., Any]
@@ -31,8 +31,9 @@ class Rule:
       dropout: see `LoraConfig`.
       axes: roles of the weight's axes, in place of what the trace found, as
         `Axes(batch=(0,), fan_in=(1,), fan_out=(2,))` for experts.
-      parts: LoRA on some slices of a fused weight, each with its rank, see `Parts`. The
-        scale of a part is `alpha / its rank`; without `alpha` the highest rank counts.
+      parts: LoRA on some slices of a fused weight, each with its rank, see
+        `FusedParts`. The scale of a part is `alpha / its rank`; without `alpha` the
+        highest rank counts.
 
     Examples:
       >>> Rule("**/mlp/**", rank=4).rank
@@ -46,15 +47,17 @@ class Rule:
     init: Init | None = None
     dropout: float | None = None
     axes: Axes | None = None
-    parts: Parts | None = None
+    parts: FusedParts | None = None
 
     def __post_init__(self):
         if not isinstance(self.pattern, str):
             raise ConfigError(f"Rule.pattern must be a glob, got {self.pattern!r}.")
         if isinstance(self.parts, dict):  # from JSON
-            object.__setattr__(self, "parts", Parts(**tuples(self.parts)))
-        if not isinstance(self.parts, Parts | None):
-            raise ConfigError(f"Rule.parts must be jlora.Parts, got {self.parts!r}.")
+            object.__setattr__(self, "parts", FusedParts(**tuples(self.parts)))
+        if not isinstance(self.parts, FusedParts | None):
+            raise ConfigError(
+                f"Rule.parts must be jlora.FusedParts, got {self.parts!r}."
+            )
         if self.parts is not None and self.rank is not None:
             raise ConfigError(
                 f"Rule({self.pattern!r}): parts have a rank each, so leave rank out."
@@ -67,8 +70,8 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of an embedding table to train, in `LoraConfig.train`; the others stay.
+class TokenRows:
+    """TokenRows of an embedding table to train, in `LoraConfig.train`; the others stay.
 
     Only these rows, as differences to the base's, exist in `trainable`.
 
@@ -77,7 +80,7 @@ class Rows:
       ids: which rows, each once; token ids as a rule.
 
     Examples:
-      >>> Rows("**/embedding", ids=(30522, 30523)).ids
+      >>> TokenRows("**/embedding", ids=(30522, 30523)).ids
       (30522, 30523)
     """
 
@@ -87,12 +90,14 @@ class Rows:
     def __post_init__(self):
         ids = self.ids if isinstance(self.ids, str) else tuple(self.ids)
         if not isinstance(self.pattern, str):
-            raise ConfigError(f"Rows.pattern must be a glob, got {self.pattern!r}.")
+            raise ConfigError(
+                f"TokenRows.pattern must be a glob, got {self.pattern!r}."
+            )
         whole = all(isinstance(i, int | np.integer) and i >= 0 for i in ids)
         if not ids or not whole or len(set(ids)) < len(ids):
             raise ConfigError(
-                f"Rows({self.pattern!r}): ids must be row numbers from 0, each once, "
-                f"got {self.ids!r}."
+                f"TokenRows({self.pattern!r}): ids must be row numbers from 0, each "
+                f"once, got {self.ids!r}."
             )
         object.__setattr__(self, "ids", tuple(int(i) for i in ids))
 
@@ -111,8 +116,8 @@ class LoraConfig:
         either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.
       exclude: globs of leaves that never get factors.
       rules: per-leaf settings; the last match wins.
-      train: globs of leaves trained in full (heads, biases, norms); `Rows` for single
-        rows of an embedding table.
+      train: globs of leaves trained in full (heads, biases, norms); `TokenRows` for
+        single rows of an embedding table.
       method: `"lora"`; `"dora"` trains the lengths of columns too; `"vera"` trains two
         vectors beside shared random factors; `"adalora"` has singular values that can
         be pruned.
@@ -145,7 +150,7 @@ class LoraConfig:
     targets: Targets = "all-linear"
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
-    train: tuple[str | Rows, ...] = ()
+    train: tuple[str | TokenRows, ...] = ()
     method: str = "lora"
     init: Init = "kaiming"
     rslora: bool = False
@@ -154,11 +159,11 @@ class LoraConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "exclude", _globs("exclude", self.exclude))
-        train = (self.train,) if isinstance(self.train, Rows) else self.train
-        of_rows: tuple[Rows, ...] = ()
+        train = (self.train,) if isinstance(self.train, TokenRows) else self.train
+        of_rows: tuple[TokenRows, ...] = ()
         if isinstance(train, tuple | list):
-            of_rows = tuple(t for t in train if isinstance(t, Rows))
-            train = tuple(t for t in train if not isinstance(t, Rows))
+            of_rows = tuple(t for t in train if isinstance(t, TokenRows))
+            train = tuple(t for t in train if not isinstance(t, TokenRows))
         object.__setattr__(self, "train", (*_globs("train", train), *of_rows))
         if not (callable(self.targets) or self.targets == "all-linear"):
             object.__setattr__(self, "targets", _globs("targets", self.targets))
@@ -182,9 +187,9 @@ class LoraConfig:
         return tuple(t for t in self.train if isinstance(t, str))
 
     @property
-    def train_rows(self) -> tuple[Rows, ...]:
-        """The `Rows` in `train`."""
-        return tuple(t for t in self.train if isinstance(t, Rows))
+    def train_rows(self) -> tuple[TokenRows, ...]:
+        """The `TokenRows` in `train`."""
+        return tuple(t for t in self.train if isinstance(t, TokenRows))
 
     def to_json(self) -> str:
         """Returns the config as JSON text that `from_json` reads back exactly.
@@ -225,7 +230,8 @@ class LoraConfig:
                 )
             rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
             train = tuple(
-                Rows(**t) if isinstance(t, dict) else t for t in fields.pop("train", ())
+                TokenRows(**t) if isinstance(t, dict) else t
+                for t in fields.pop("train", ())
             )
             return cls(**fields, rules=rules, train=train)
         except (json.JSONDecodeError, AttributeError, TypeError) as error:

@@ -63,7 +63,7 @@ class Axes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class FusedParts:
     """Slices of a fused weight along one axis, each with a rank of its own.
 
     Attributes:
@@ -75,7 +75,7 @@ class Parts:
     Examples:
       LoRA on q and v of a kernel `[64, 192]` that holds q, k and v:
 
-      >>> Parts(axis=-1, sizes=(64, 64, 64), ranks=(8, 0, 8)).rank
+      >>> FusedParts(axis=-1, sizes=(64, 64, 64), ranks=(8, 0, 8)).rank
       16
     """
 
@@ -131,7 +131,7 @@ class Spec:
     shape: tuple[int, ...] = ()
     seed: int = 0
     rows: tuple[int, ...] = ()
-    parts: Parts | None = None
+    parts: FusedParts | None = None
 
     @property
     def scale(self) -> float:
@@ -163,7 +163,7 @@ class Spec:
         fields = dict(fields)
         fields["axes"] = Axes(**tuples(fields["axes"]))
         if fields.get("parts") is not None:
-            fields["parts"] = Parts(**tuples(fields["parts"]))
+            fields["parts"] = FusedParts(**tuples(fields["parts"]))
         return cls(**tuples(fields))
 
 

@@ -29,7 +29,7 @@ NO_ENTRY = {
 }
 # Public names without an example of their own, and why.
 NO_EXAMPLE = {
-    "jlora.inspection._inspect.Leaf": "made by `inspect`; `Inspection` shows it",
+    "jlora.inspection._inspect.InspectedLeaf": "made by `inspect`, which shows it",
     "jlora.inspection._inspect.Difference": "made by `diff`, which shows it",
     "jlora.pool._pool.Batch": "made by `Cache.acquire`; `Cache` shows it",
     "jlora.pool._pool.Cache.close": "called by `with`",

@@ -13,7 +13,7 @@ import numpy as np
 from .data import PROMPT, Examples
 
 Step = Callable[..., Any]
-# How `jlora.per_row` finds the batch in `model.forward`'s arguments and results.
+# How `per_row` finds the batch in `model.forward`'s arguments and results.
 ROWS = {"in_axes": (0, 0, 1, None), "out_axes": (0, 1)}
 
 

@@ -119,7 +119,7 @@ def run(
 
 def _mixed(fn: Any) -> Any:
     """Returns the model for rows with an adapter each, selected beforehand."""
-    per_row = jlora.per_row(fn, **generate.ROWS)
+    per_row = jlora.adapters.per_row(fn, **generate.ROWS)
     return lambda frozen, rows, *args: per_row(frozen, rows, None, *args)
 
 

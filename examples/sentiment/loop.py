@@ -41,7 +41,8 @@ def make_optimizer(*, lr: float, full_lr: float) -> optax.GradientTransformation
     """Returns AdamW with one learning rate for the factors and one for whole leaves."""
     factors, full = optax.adamw(lr), optax.adamw(full_lr)
     return optax.multi_transform(
-        {"a": factors, "b": factors, "magnitude": factors, "full": full}, jlora.labels
+        {"a": factors, "b": factors, "magnitude": factors, "full": full},
+        jlora.optim.labels,
     )
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
 from ..factors import Factors, Spec
-from ..methods import method_of, plain
+from ..methods import low_rank_pair, method_of
 
 
 def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
@@ -35,7 +35,7 @@ def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
     if dense is not None:
         return dense(factors, dtype)
     axes = factors.spec.axes
-    a, b = plain(factors)
+    a, b = low_rank_pair(factors)
     batch = a.shape[: len(axes.batch)]
     fan_in = a.shape[len(axes.batch) : -1]
     fan_out = b.shape[len(axes.batch) + 1 :]
@@ -46,7 +46,7 @@ def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.transpose(product, [axes.order.index(i) for i in range(product.ndim)])
 
 
-def plain_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
+def lora_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
     """Returns the spec of plain LoRA with a scale of 1, for the weight of `like`."""
     return Spec(
         op=like.op,
@@ -76,7 +76,7 @@ def from_matrices(a: Any, b: Any, like: Factors, dropout: float | None) -> Facto
     return Factors(
         a.reshape(*batch, *fan_in, rank).astype(like.a.dtype),
         b.reshape(*batch, rank, *fan_out).astype(like.b.dtype),
-        plain_spec(like.spec, rank, dropout),
+        lora_spec(like.spec, rank, dropout),
     )
 
 
@@ -120,7 +120,7 @@ def join(several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
     return Factors(
         jnp.concatenate([f.a.astype(a_dtype) for f in several], axis=-1),
         jnp.concatenate(columns, axis=n).astype(b_dtype),
-        plain_spec(spec, rank, common_dropout(several)),
+        lora_spec(spec, rank, common_dropout(several)),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .._checks import check_function, check_key
 from ..errors import ConfigError, MergeError, MergeWarning
 from ..factors import Axes, Factors
-from ..methods import method_of, plain
+from ..methods import low_rank_pair, method_of
 from ..transform.cost import Form
 from ..transform.rewrite import rewrite
 from ..transform.stage import stage
@@ -112,7 +112,7 @@ def _weight(path: str, w: Any, factors: Factors) -> Weight:
         for role in (axes.batch, axes.fan_in, axes.fan_out)
     )
     term = Term(
-        *plain(factors),
+        *low_rank_pair(factors),
         (*batch, *fan_in, RANK),
         (*batch, RANK, *fan_out),
         factors.scale,

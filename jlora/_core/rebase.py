@@ -10,13 +10,13 @@ from ..factors import Factors, Trainable
 from ..methods import find_init
 
 
-def to_plain(trainable: Trainable, initial: Trainable) -> Trainable:
+def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
     """Returns an adapter for the original parameters: what `trainable` is for `frozen`.
 
     Where an init (`"pissa"`, `"olora"`, `"corda"`, `"lora_ga"`) took `s a0 b0` out of
     the weight, the factors become `a' = [a | a0]` and `b' = [b ; -b0]` of rank `2r`,
     alpha grows so that the scale stays, and
-    `merge(params, to_plain(trainable, initial))` is `merge(frozen, trainable)` up to
+    `merge(params, rebase(trainable, initial))` is `merge(frozen, trainable)` up to
     rounding. Other factors, and leaves trained in full, stay as they are. Share it,
     or use it beside other adapters, without a changed base.
 
@@ -35,7 +35,7 @@ def to_plain(trainable: Trainable, initial: Trainable) -> Trainable:
       >>> config = jlora.LoraConfig(rank=2, init="pissa")
       >>> plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
       >>> frozen, initial = jlora.split(jax.random.key(0), params, plan)
-      >>> plain = jlora.to_plain(initial, initial)
+      >>> plain = jlora.rebase(initial, initial)
       >>> plain.lora["w"].rank, plain.lora["w"].scale
       (4, 1.0)
       >>> bool(jnp.allclose(jlora.merge(params, plain)["w"], params["w"], atol=1e-6))

@@ -12,7 +12,7 @@ from .._checks import misshapen
 from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Factors, Spec, Trainable
-from ..methods import METHODS, plain
+from ..methods import METHODS, low_rank_pair
 
 _PARTS = ("a", "b", "magnitude")
 
@@ -144,7 +144,11 @@ def _weight_shape(factors: Factors) -> tuple[int, ...]:
     """Returns the shape of the weight that the factors are for."""
     axes = factors.spec.axes
     n, n_in, n_out = len(axes.batch), len(axes.fan_in), len(axes.fan_out)
-    a, b = jax.eval_shape(plain, factors) if factors.spec.parts else plain(factors)
+    a, b = (
+        jax.eval_shape(low_rank_pair, factors)
+        if factors.spec.parts
+        else low_rank_pair(factors)
+    )
     if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
         raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
     sizes = (*a.shape[:-1], *b.shape[n + 1 :])

@@ -138,7 +138,7 @@ def _shards(index: pathlib.Path) -> dict[pathlib.Path, set[str]]:
 
 
 def _of_files(files: Mapping[Any, set[str] | None]) -> Model:
-    places: dict[str, tuple[Any, tensors.Entry]] = {}
+    places: dict[str, tuple[Any, tensors.TensorInfo]] = {}
     metadata: dict[str, str] = {}
     for path, wanted in files.items():
         with reading(path) as file, naming(path):

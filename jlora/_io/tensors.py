@@ -54,7 +54,7 @@ _CHUNK = 16 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """Where a tensor is in its file, and what it is."""
 
     dtype: np.dtype
@@ -67,7 +67,7 @@ class Entry:
 class Header:
     """What a file says of itself: its tensors in the order of their bytes."""
 
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
@@ -107,7 +107,7 @@ def read_header(file: BinaryIO) -> Header:
     return Header(entries, metadata)
 
 
-def read(file: BinaryIO, entry: Entry) -> np.ndarray:
+def read(file: BinaryIO, entry: TensorInfo) -> np.ndarray:
     """Returns one tensor, in memory of its own that is not to be written to."""
     file.seek(entry.start)
     data = file.read(entry.stop - entry.start)
@@ -118,7 +118,7 @@ def read(file: BinaryIO, entry: Entry) -> np.ndarray:
     return np.frombuffer(data, entry.dtype).reshape(entry.shape)
 
 
-def chunks(file: BinaryIO, entry: Entry) -> Iterator[bytes]:
+def chunks(file: BinaryIO, entry: TensorInfo) -> Iterator[bytes]:
     """Yields the bytes of one tensor in pieces of bounded size."""
     file.seek(entry.start)
     left = entry.stop - entry.start
@@ -221,7 +221,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(name: str, value: Any, data: int) -> Entry:
+def _entry(name: str, value: Any, data: int) -> TensorInfo:
     match value:
         case {
             "dtype": str(dtype),
@@ -241,7 +241,7 @@ def _entry(name: str, value: Any, data: int) -> Entry:
             f"tensor {name!r} of {dtype}{shape!r:.100} does not take {stop - start} "
             "bytes"
         )
-    return Entry(DTYPES[dtype], tuple(shape), data + start, data + stop)
+    return TensorInfo(DTYPES[dtype], tuple(shape), data + start, data + stop)
 
 
 def _damaged(why: str) -> CheckpointError:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .. import paths
 from ..config import LoraConfig, Rule
 from ..errors import TargetError
-from ..factors import Axes, Parts, Spec
+from ..factors import Axes, FusedParts, Spec
 from ..methods import METHODS, init_clashes, init_name
 from ..transform.discover import FACTORED
 from .row import Row
@@ -30,7 +30,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
             spec = _spec(row, config, wrong)
             row = dataclasses.replace(row, status="adapted", spec=spec)
             if row.path in tables:
-                wrong.append(f"train: Rows of {row.path!r}, which has factors")
+                wrong.append(f"train: TokenRows of {row.path!r}, which has factors")
         elif row.path in tables:
             row = dataclasses.replace(row, status="adapted", spec=tables[row.path])
         elif row.path in trained:
@@ -172,7 +172,7 @@ def _hint(able: Sequence[Row]) -> str:
 def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
     """Returns how `row` is adapted: the config, its rules, and what the trace found."""
     settings = _settings(config, row.path)
-    parts: Parts | None = settings.get("parts")
+    parts: FusedParts | None = settings.get("parts")
     rank = parts.rank if parts else settings.get("rank", config.rank)
     alpha = settings.get("alpha", config.alpha)
     if alpha is None:
@@ -231,8 +231,8 @@ def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
 
 
 def _checked_parts(
-    parts: Parts, row: Row, axes: Axes, method: str, init: Any, wrong: list[str]
-) -> Parts:
+    parts: FusedParts, row: Row, axes: Axes, method: str, init: Any, wrong: list[str]
+) -> FusedParts:
     """Returns `parts` with its axis counted from the front; notes what cannot be."""
     name = f"parts of {row.path!r}"
     axis = parts.axis + len(row.shape) if parts.axis < 0 else parts.axis
@@ -269,7 +269,7 @@ def _tables(
     for entry in config.train_rows:
         for path in sorted(_match("train", (entry.pattern,), rows, wrong)):
             row = next(row for row in rows if row.path == path)
-            name = f"train: Rows({entry.pattern!r}): {path!r}"
+            name = f"train: TokenRows({entry.pattern!r}): {path!r}"
             axes = axes_of(row)
             if row.op != "embedding" or len(axes.fan_in) != 1 or not is_float(row):
                 wrong.append(f"{name} is no embedding table")

@@ -6,7 +6,6 @@ formed only where its entries are what a method is about (`ties`, `dare`,
 `magnitude_prune`). One adapter with a weight of 1 is that adapter.
 """
 
-from .._core.extract import extract as extract
 from ._combine import (
     add as add,
     average as average,
@@ -19,6 +18,7 @@ from ._combine import (
     truncate as truncate,
 )
 from ._measure import cosine as cosine, norms as norms, orthogonality as orthogonality
+from ._per_row import per_row as per_row
 from ._prune import dare as dare, magnitude_prune as magnitude_prune, ties as ties
 from ._stack import select as select, stack as stack, unstack as unstack
 
@@ -28,13 +28,13 @@ __all__ = [
     "concat",
     "cosine",
     "dare",
-    "extract",
     "interpolate",
     "linear",
     "magnitude_prune",
     "negate",
     "norms",
     "orthogonality",
+    "per_row",
     "scale",
     "select",
     "stack",

@@ -23,6 +23,7 @@ from ..transform.compat import is_staging
 from ._several import (
     DORA,
     FULL,
+    as_lora,
     base_weight,
     check_base,
     check_fit,
@@ -30,7 +31,6 @@ from ._several import (
     leaves_of,
     rescales,
     sequence,
-    to_plain,
     union,
     weights_for,
 )
@@ -332,7 +332,7 @@ def truncate(
     def shorten(path: str, factors: Factors) -> Factors:
         if rank is not None and factors.rank <= rank:
             return factors
-        own = to_plain(path, factors, base)
+        own = as_lora(path, factors, base)
         return _keep_energy(own, energy) if rank is None else cut(own, rank)
 
     return Trainable(
@@ -383,7 +383,7 @@ def to_lora(
     base = leaves_of(params)
     dora = [p for p, f in trainable.lora.items() if rescales(f.spec)]
     check_base("to_lora", dict.fromkeys(dora, DORA), base)
-    lora = {path: to_plain(path, f, base) for path, f in trainable.lora.items()}
+    lora = {path: as_lora(path, f, base) for path, f in trainable.lora.items()}
     out = Trainable(lora, trainable.full)
     return out if rank is None else truncate(out, rank)
 
@@ -465,7 +465,7 @@ def combine(
     check_base(name, needed, base)
 
     def plain_leaves(path: str, factors: Sequence[Factors]) -> list[Factors]:
-        return [to_plain(path, f, base) for f in factors]
+        return [as_lora(path, f, base) for f in factors]
 
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}

@@ -12,13 +12,13 @@ from ._several import (
     DORA,
     FULL,
     Base,
+    as_lora,
     base_weight,
     check_base,
     check_fit,
     leaves_of,
     rescales,
     sequence,
-    to_plain,
     union,
 )
 
@@ -43,7 +43,7 @@ def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
     """
     (trainable,) = sequence("norms", [trainable])
     base = _base("norms", [trainable], params)
-    lora = {path: norm(to_plain(path, f, base)) for path, f in trainable.lora.items()}
+    lora = {path: norm(as_lora(path, f, base)) for path, f in trainable.lora.items()}
     return lora | {
         path: jnp.linalg.norm(_change(trainable, path, base)) for path in trainable.full
     }
@@ -124,7 +124,7 @@ def orthogonality(
     check_base("orthogonality", dict.fromkeys(dora, DORA), base)
 
     def space(trainable: Trainable, path: str) -> tuple[jax.Array, jax.Array]:
-        u, s, _ = decompose(to_plain(path, trainable.lora[path], base))
+        u, s, _ = decompose(as_lora(path, trainable.lora[path], base))
         small = jnp.finfo(s.dtype).eps * max(u.shape[-2:])
         alive = (s > small * s[..., :1]) & (s > 0)
         return u * alive[..., None, :].astype(u.dtype), jnp.sum(alive, axis=-1)
@@ -151,7 +151,7 @@ def _base(name: str, trainables: list[Trainable], params: Any) -> Base:
 def _product(x: Trainable, y: Trainable, path: str, base: Base) -> jax.Array:
     """Returns the sum of products of the entries of two changes of one weight."""
     if path in x.lora and path in y.lora:
-        return inner(*(to_plain(path, t.lora[path], base) for t in (x, y)))
+        return inner(*(as_lora(path, t.lora[path], base) for t in (x, y)))
     return jnp.sum(_change(x, path, base) * _change(y, path, base))
 
 
@@ -161,4 +161,4 @@ def _change(trainable: Trainable, path: str, base: Base) -> jax.Array:
     dtype = at_least_float32(w.dtype)
     if path in trainable.full:
         return trainable.full[path].astype(dtype) - w.astype(dtype)
-    return delta(to_plain(path, trainable.lora[path], base), dtype)
+    return delta(as_lora(path, trainable.lora[path], base), dtype)

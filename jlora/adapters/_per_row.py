@@ -63,7 +63,7 @@ def per_row(
       ...                   Spec(rank=1, alpha=1.0))
       ...     return Trainable({"w": own})
       >>> stacked = jlora.adapters.stack([adapter(1.0), adapter(2.0)])
-      >>> row_fn = jlora.per_row(fn)
+      >>> row_fn = jlora.adapters.per_row(fn)
       >>> row_fn(params, stacked, jnp.array([1, -1, 0]), jnp.ones((3, 3)))[:, 0]
       Array([9., 3., 6.], dtype=float32)
     """

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._core.algebra import plain_spec
+from .._core.algebra import lora_spec
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import find_init, method_of, plain
+from ..methods import find_init, low_rank_pair, method_of
 
 
 def sequence(name: str, trainables: Any) -> list[Trainable]:
@@ -90,7 +90,7 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
 def _sizes(factors: Factors) -> tuple[int, ...]:
     """Returns the sizes that A and B tell of the weight."""
     spec = factors.spec
-    if is_plain(spec) or rescales(spec):
+    if is_lora(spec) or rescales(spec):
         a, b = tuple(factors.a.shape), tuple(factors.b.shape)
     else:
         a, b = _plain_shapes(factors)
@@ -100,7 +100,7 @@ def _sizes(factors: Factors) -> tuple[int, ...]:
 
 def _plain_shapes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the shapes of the plain factors of any method."""
-    a, b = jax.eval_shape(plain, factors)
+    a, b = jax.eval_shape(low_rank_pair, factors)
     return tuple(a.shape), tuple(b.shape)
 
 
@@ -121,7 +121,7 @@ def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
     if wrong:
         raise TreeError(
             f"{name} needs adapters of the original base, but these are for a changed "
-            f"one: {'; '.join(wrong)}. Take jlora.to_plain(adapter, initial) of each."
+            f"one: {'; '.join(wrong)}. Take jlora.rebase(adapter, initial) of each."
         )
 
 
@@ -151,7 +151,7 @@ def base_weight(base: Base, path: str) -> Any:
     return leaf
 
 
-def is_plain(spec: Spec) -> bool:
+def is_lora(spec: Spec) -> bool:
     """Returns whether the leaves of `spec` are A and B of the whole weight."""
     return spec.method == "lora" and not spec.rows and spec.parts is None
 
@@ -161,22 +161,22 @@ def rescales(spec: Spec) -> bool:
     return method_of(spec).gain is not None
 
 
-def to_plain(path: str, factors: Factors, base: Base) -> Factors:
+def as_lora(path: str, factors: Factors, base: Base) -> Factors:
     """Returns the leaf as plain LoRA with the same update; LoRA stays as it is.
 
     A magnitude over the whole weight (DoRA) has an update of full rank: it becomes one
     factor, beside an identity.
     """
     spec = factors.spec
-    if is_plain(spec):
+    if is_lora(spec):
         return factors
     if rescales(spec):
         return _dora_update(factors, base_weight(base, path))
-    a, b = plain(factors)
+    a, b = low_rank_pair(factors)
     rank = a.shape[-1]
     wide = at_least_float32(b.dtype)
     b = (b.astype(wide) * factors.scale).astype(b.dtype)
-    return Factors(a, b, plain_spec(spec, rank))
+    return Factors(a, b, lora_spec(spec, rank))
 
 
 def _dora_update(factors: Factors, w: Any) -> Factors:
@@ -193,7 +193,7 @@ def _dora_update(factors: Factors, w: Any) -> Factors:
     return Factors(
         a.reshape(axes.a_shape(w.shape, rank)).astype(factors.a.dtype),
         b.reshape(axes.b_shape(w.shape, rank)).astype(factors.b.dtype),
-        plain_spec(factors.spec, rank),
+        lora_spec(factors.spec, rank),
     )
 
 

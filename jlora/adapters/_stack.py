@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.algebra import common_dropout, factor_dtypes, plain_spec, widest
+from .._core.algebra import common_dropout, factor_dtypes, lora_spec, widest
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
@@ -21,16 +21,16 @@ from ._several import (
     DORA,
     FULL,
     Base,
+    as_lora,
     base_weight,
     changed_base,
     check_base,
     check_fit,
     check_one_base,
-    is_plain,
+    is_lora,
     leaves_of,
     rescales,
     sequence,
-    to_plain,
     union,
 )
 
@@ -118,7 +118,7 @@ def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors
     like = padded(present[0], rank, a_dtype, b_dtype)
     empty = Factors(jnp.zeros_like(like.a), jnp.zeros_like(like.b), like.spec)
     rows = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
-    spec = plain_spec(present[0].spec, rank, common_dropout(present))
+    spec = lora_spec(present[0].spec, rank, common_dropout(present))
     if magnitude is not None:
         spec = dataclasses.replace(spec, method="dora")
     if changed_base(present[0]):
@@ -141,7 +141,7 @@ def padded(factors: Factors, rank: int, a_dtype: Any, b_dtype: Any) -> Factors:
     return Factors(
         jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)]),
         jnp.pad(b, [(0, missing) if i == n else (0, 0) for i in range(b.ndim)]),
-        plain_spec(factors.spec, rank),
+        lora_spec(factors.spec, rank),
     )
 
 
@@ -149,7 +149,7 @@ def _without_magnitude(path: str, factors: Factors) -> Factors:
     if rescales(factors.spec):
         spec = dataclasses.replace(factors.spec, method="lora")
         return Factors(factors.a, factors.b, spec)
-    return to_plain(path, factors, None)
+    return as_lora(path, factors, None)
 
 
 def _magnitude(path: str, factors: Factors | None, axes: Axes, base: Base) -> jax.Array:
@@ -275,7 +275,7 @@ def count(stacked: Trainable) -> int:
     wrong = [
         path
         for path, f in stacked.lora.items()
-        if (is_plain(f.spec) or rescales(f.spec))
+        if (is_lora(f.spec) or rescales(f.spec))
         and f.a.ndim != len(f.spec.axes.batch) + len(f.spec.axes.fan_in) + 2
     ]
     if wrong:
@@ -330,7 +330,7 @@ def _trimmed(trainable: Trainable) -> Trainable:
 def _trim(factors: Factors) -> Factors | None:
     """Returns the factors without zeros at the end, or None if nothing is left."""
     spec = factors.spec
-    if not (is_plain(spec) or rescales(spec)):
+    if not (is_lora(spec) or rescales(spec)):
         return factors
     n = len(spec.axes.batch)
     a, b = np.asarray(factors.a), np.asarray(factors.b)

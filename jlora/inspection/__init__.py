@@ -5,22 +5,18 @@ May import the vocabulary, `methods`, `_core` and `_io`.
 
 from ._diff import Difference as Difference, diff as diff, diff_files as diff_files
 from ._inspect import (
+    InspectedLeaf as InspectedLeaf,
     Inspection as Inspection,
-    Leaf as Leaf,
     inspect as inspect,
     singular_values as singular_values,
 )
-from ._report import Entry as Entry, Report as Report, report as report
 
 __all__ = [
     "Difference",
-    "Entry",
+    "InspectedLeaf",
     "Inspection",
-    "Leaf",
-    "Report",
     "diff",
     "diff_files",
     "inspect",
-    "report",
     "singular_values",
 ]

@@ -11,11 +11,11 @@ from .._io.describe import arrays
 from .._numerics import is_finite
 from .._tables import count, nbytes, table
 from ..factors import Factors, Trainable
-from ..methods import plain
+from ..methods import low_rank_pair
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class InspectedLeaf:
     """One leaf of an adapter.
 
     Attributes:
@@ -65,7 +65,7 @@ class Inspection:
       ('no update yet (A or B is zero) in 1 of 1 leaves: w',)
     """
 
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[InspectedLeaf, ...]
     warnings: tuple[str, ...]
     trained_count: int
     nbytes: int
@@ -146,11 +146,11 @@ def singular_values(factors: Factors) -> np.ndarray:
     return abs(factors.scale) * np.sqrt(np.maximum(squares, 0))
 
 
-def _adapted(path: str, f: Factors) -> Leaf:
+def _adapted(path: str, f: Factors) -> InspectedLeaf:
     own = [x for x in (f.a, f.b, f.magnitude) if x is not None]
     finite = all(is_finite(np.asarray(x)) for x in own)
     values = singular_values(f) if finite else np.full((1, f.rank), math.nan)
-    return Leaf(
+    return InspectedLeaf(
         path=path,
         method=f.spec.method if f.spec.parts is None else "lora, parts",
         shape=" · ".join("×".join(map(str, x.shape)) for x in own),
@@ -164,8 +164,8 @@ def _adapted(path: str, f: Factors) -> Leaf:
     )
 
 
-def _full(path: str, x: Any) -> Leaf:
-    return Leaf(
+def _full(path: str, x: Any) -> InspectedLeaf:
+    return InspectedLeaf(
         path=path,
         method="full",
         shape="×".join(map(str, x.shape)),
@@ -189,7 +189,7 @@ def _effective_rank(values: np.ndarray) -> float:
     return float(np.exp(entropy).mean())
 
 
-def _oddities(leaves: list[Leaf]) -> list[str]:
+def _oddities(leaves: list[InspectedLeaf]) -> list[str]:
     adapted = [leaf for leaf in leaves if leaf.rank]
     groups = {
         "NaN or infinity in": [leaf for leaf in leaves if not leaf.finite],
@@ -211,14 +211,14 @@ def _oddities(leaves: list[Leaf]) -> list[str]:
     return told
 
 
-def _some(leaves: list[Leaf], n: int = 3) -> str:
+def _some(leaves: list[InspectedLeaf], n: int = 3) -> str:
     more = ", …" if len(leaves) > n else ""
     return ", ".join(leaf.path for leaf in leaves[:n]) + more
 
 
 def matrices(f: Factors) -> tuple[np.ndarray, np.ndarray]:
     """Returns A `[*batch, in, rank]` and B `[*batch, rank, out]`, for any method."""
-    a, b = map(as_float64, plain(f))
+    a, b = map(as_float64, low_rank_pair(f))
     batch = a.shape[: len(f.spec.axes.batch)]
     n, rank = len(batch), a.shape[-1]
     rows = math.prod(a.shape[n:-1])

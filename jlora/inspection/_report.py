@@ -12,7 +12,7 @@ from .._core.tree import Missing, check, flatten_frozen
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Trainable
-from ..methods import method_of, plain
+from ..methods import low_rank_pair, method_of
 from ..methods.dora import dense_gain
 from ..transform.stage import is_array
 
@@ -20,7 +20,7 @@ _HEAD = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class ReportedLeaf:
     """One trained leaf.
 
     Attributes:
@@ -62,7 +62,7 @@ class Report:
       (8, 40, 32)
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ReportedLeaf, ...]
     trained_count: int
     total_count: int
     adapter_bytes: int
@@ -142,10 +142,10 @@ def report(frozen: Any, trainable: Trainable) -> Report:
     )
 
 
-def _adapted(path: str, w: Any, f: Factors) -> Entry:
+def _adapted(path: str, w: Any, f: Factors) -> ReportedLeaf:
     norm = float(delta_norm(f) if method_of(f.spec).gain is None else _moved(w, f))
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
-    return Entry(
+    return ReportedLeaf(
         path=path,
         shape=tuple(w.shape),
         rank=f.rank,
@@ -156,8 +156,8 @@ def _adapted(path: str, w: Any, f: Factors) -> Entry:
     )
 
 
-def _full(path: str, x: Any) -> Entry:
-    return Entry(
+def _full(path: str, x: Any) -> ReportedLeaf:
+    return ReportedLeaf(
         path=path,
         shape=tuple(x.shape),
         rank=0,
@@ -187,7 +187,7 @@ def delta_norm(f: Factors) -> jax.Array:
       Array(3., dtype=float32)
     """
     n_batch = len(f.spec.axes.batch)
-    a, b = plain(f)
+    a, b = low_rank_pair(f)
     batch = a.shape[:n_batch]
     a = a.astype(jnp.float32).reshape(*batch, -1, f.rank)
     b = b.astype(jnp.float32).reshape(*batch, f.rank, -1)

@@ -5,6 +5,7 @@ from typing import Any
 from ..factors import Factors, Spec
 from .adalora import adalora
 from .dora import dora
+from .fused_parts import fused_parts
 from .init import Init as Init, residual as residual
 from .inits import (
     INITS as INITS,
@@ -13,8 +14,7 @@ from .inits import (
     init_name as init_name,
 )
 from .method import Method as Method
-from .parts import parts
-from .rows import rows
+from .token_rows import token_rows
 from .vera import vera
 
 METHODS = {
@@ -36,8 +36,8 @@ def method_of(spec: Spec) -> Method:
       True
     """
     if spec.rows:
-        return rows
-    return METHODS[spec.method] if spec.parts is None else parts
+        return token_rows
+    return METHODS[spec.method] if spec.parts is None else fused_parts
 
 
 def leaf_shapes(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -54,7 +54,7 @@ def leaf_shapes(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]
     return method_of(spec).shapes(spec, shape)
 
 
-def plain(factors: Factors) -> tuple[Any, Any]:
+def low_rank_pair(factors: Factors) -> tuple[Any, Any]:
     """Returns `(a, b)` with which the update is `scale * a @ b`, for any method.
 
     Shapes: `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`, differentiable
@@ -70,8 +70,9 @@ def plain(factors: Factors) -> tuple[Any, Any]:
       >>> import jax.numpy as jnp
       >>> spec = Spec(rank=2, alpha=2.0, method="adalora")
       >>> values = jnp.array([5.0, 0.0])
-      >>> a, b = plain(Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, values))
+      >>> factors = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), spec, values)
+      >>> a, b = low_rank_pair(factors)
       >>> a.shape, (a @ b)[0]
       ((3, 2), Array([5., 5., 5., 5.], dtype=float32))
     """
-    return method_of(factors.spec).plain(factors)
+    return method_of(factors.spec).pair(factors)

@@ -15,7 +15,7 @@ from .method import LeafAxes, Method, Shape, lora_axes
 DEVIATION = 0.02  # of the singular vectors at the start, as in the authors' code
 
 
-def _plain(factors: Factors) -> tuple[Any, Any]:
+def _pair(factors: Factors) -> tuple[Any, Any]:
     """The singular values, `magnitude`, scale the columns of A."""
     axes = factors.spec.axes
     n_batch = len(axes.batch)
@@ -44,6 +44,6 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
 
 adalora = Method(
     axes=_axes,
-    plain=_plain,
+    pair=_pair,
     start=_start,
 )

@@ -39,7 +39,7 @@ class Method:
       axes: `spec -> {leaf: axes}`, the leaves of its `Factors`: for each of a leaf's
         axes which axis of the weight it is, None for the rank axis.
       covered: `(spec, weight shape) -> shape`, the sizes of those axes.
-      plain: `factors -> (a, b)`, low-rank factors of shapes `[*batch, *fan_in, rank]`
+      pair: `factors -> (a, b)`, low-rank factors of shapes `[*batch, *fan_in, rank]`
         and `[*batch, rank, *fan_out]` with which the update is `scale * a @ b`.
       start: `(key, weight shape, spec, dtype) -> Factors` of a method that starts in
         its own way; None for those that `init` starts.
@@ -48,7 +48,7 @@ class Method:
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
       dense: `(factors, dtype) -> array`, the update as an array of the weight's shape,
-        where there is a cheaper way to it than the product of `plain`; None for that.
+        where there is a cheaper way to it than the product of `pair`; None for that.
 
     Examples:
       >>> spec = Spec(rank=2, alpha=2.0)
@@ -58,7 +58,7 @@ class Method:
 
     axes: Callable[[Spec], LeafAxes] = lora_axes
     covered: Callable[[Spec, Shape], Shape] = same_shape
-    plain: Callable[[Factors], tuple[Any, Any]] = lora_factors
+    pair: Callable[[Factors], tuple[Any, Any]] = lora_factors
     start: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
     finish: Callable[[Factors, Any], Factors] | None = None
     gain: Callable[[Factors, Any], Any] | None = None

@@ -34,7 +34,7 @@ def shared(spec: Spec, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return a, draw(of_b, (rank, *fan_out), rank)
 
 
-def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
+def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """The shared matrices, columns of A and of B scaled by the two vectors."""
     axes = factors.spec.axes
     n_batch = len(axes.batch)
@@ -64,6 +64,6 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
 
 vera = Method(
     axes=_axes,
-    plain=_plain,
+    pair=_pair,
     start=_start,
 )

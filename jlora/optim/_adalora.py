@@ -30,7 +30,7 @@ class RankBudgetState(NamedTuple):
       >>> from jlora.factors import Factors, Spec
       >>> spec = Spec(rank=2, alpha=2, method="adalora")
       >>> own = Factors(np.eye(3, 2), np.eye(2, 4), spec, np.ones(2))
-      >>> tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=10)
+      >>> tx = jlora.optim.adalora(optax.sgd(1.0), target_rank=1, steps=10)
       >>> tx.init(jlora.Trainable({"w": own})).kept
       [Array([ True,  True], dtype=bool)]
     """
@@ -86,7 +86,7 @@ def adalora(
       >>> config = jlora.LoraConfig(rank=4, method="adalora")
       >>> plan = jlora.plan(fn, params, jnp.ones((1, 8)), config=config)
       >>> _, trainable = jlora.split(jax.random.key(0), params, plan)
-      >>> tx = jlora.adalora(optax.adam(1e-2), target_rank=2, steps=2, final=1)
+      >>> tx = jlora.optim.adalora(optax.adam(1e-2), target_rank=2, steps=2, final=1)
       >>> state = tx.init(trainable)
       >>> update = jax.jit(tx.update)
       >>> for _ in range(2):

@@ -85,7 +85,7 @@ def decay_mask(tree: Any) -> Any:
       >>> heads = {"head/kernel": jnp.ones((2, 2)), "q/bias": jnp.ones((2, 2))}
       >>> decay_mask(jlora.Trainable(full=heads)).full
       {'head/kernel': True, 'q/bias': False}
-      >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=jlora.decay_mask)
+      >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=jlora.optim.decay_mask)
     """
 
     def of_factors(factors: Factors) -> Factors:

@@ -42,7 +42,7 @@ def lora_plus(
       >>> from jlora.factors import Factors, Spec
       >>> own = Factors(jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
       >>> t = jlora.Trainable({"w": own})
-      >>> tx = jlora.lora_plus(optax.sgd(0.5), ratio=4)
+      >>> tx = jlora.optim.lora_plus(optax.sgd(0.5), ratio=4)
       >>> updates, _ = tx.update(t, tx.init(t), t)
       >>> float(updates.lora["w"].a[0, 0]), float(updates.lora["w"].b[0, 0])
       (-0.5, -2.0)

@@ -31,7 +31,7 @@ def masked(
       ...     "frozen": {"w": jnp.ones(4)},
       ...     "trainable": jlora.Trainable(full={"head": jnp.ones(2)}),
       ... }
-      >>> tx = jlora.masked(optax.adamw(1e-3))
+      >>> tx = jlora.optim.masked(optax.adamw(1e-3))
       >>> state = tx.init(params)
       >>> [x.size for x in jax.tree.leaves(state)]  # count, and two moments of the head
       [1, 2, 2]

@@ -11,7 +11,7 @@ import numpy as np
 from .._checks import check_params, check_positive
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import plain
+from ..methods import low_rank_pair
 
 if TYPE_CHECKING:
     import optax
@@ -52,11 +52,12 @@ def lora_fa(
       >>> from jlora.factors import Factors, Spec
       >>> own = Factors(2 * jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
       >>> t = jlora.Trainable({"w": own})
-      >>> tx = jlora.lora_fa(optax.sgd(1.0))
+      >>> tx = jlora.optim.lora_fa(optax.sgd(1.0))
       >>> updates, _ = tx.update(t, tx.init(t), t)
       >>> updates.lora["w"].a.sum(), updates.lora["w"].b[0, 0]  # 1 / (2² + 2² + 2²)
       (Array(0., dtype=float32), Array(-0.08333334, dtype=float32))
-      >>> [x.shape for x in jax.tree.leaves(jlora.lora_fa(optax.trace(0.9)).init(t))]
+      >>> state = jlora.optim.lora_fa(optax.trace(0.9)).init(t)
+      >>> [x.shape for x in jax.tree.leaves(state)]
       [(1, 2)]
 
     References:
@@ -126,7 +127,7 @@ def riemannian(
       >>> from jlora.factors import Factors, Spec
       >>> own = Factors(2 * jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1))
       >>> t = jlora.Trainable({"w": own})
-      >>> tx = jlora.riemannian(optax.sgd(1.0), damping=1.0)
+      >>> tx = jlora.optim.riemannian(optax.sgd(1.0), damping=1.0)
       >>> updates, _ = tx.update(t, tx.init(t), t)
       >>> step = updates.lora["w"]  # -2 / (1² + 1² + 1) and -1 / (2² + 2² + 2² + 1)
       >>> round(float(step.a[0, 0]), 4), round(float(step.b[0, 0]), 4)
@@ -241,7 +242,7 @@ def _gram_a(own: Factors) -> jax.Array:
 def _gram_b(own: Factors) -> jax.Array:
     """Returns `B Bᵀ`, `[*batch, rank, rank]`, in float32; zero between parts."""
     batch = len(own.spec.axes.batch)
-    _, b = plain(own)  # parts of a weight lie side by side in it, times a share
+    _, b = low_rank_pair(own)  # parts of a weight lie side by side in it, times a share
     gram = _gram(b, batch, range(batch + 1, b.ndim))
     return _divided(gram, _scales(own.spec) / np.float32(own.scale))
 

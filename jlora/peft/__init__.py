@@ -9,13 +9,13 @@ from ._base import load_base as load_base, save_base as save_base
 from ._load import load as load
 from ._save import save as save
 from .names import GENERIC as GENERIC, Entry as Entry, NameMap as NameMap
-from .report import Report as Report
+from .report import LoadReport as LoadReport
 
 __all__ = [
     "GENERIC",
     "Entry",
+    "LoadReport",
     "NameMap",
-    "Report",
     "load",
     "load_base",
     "maps",

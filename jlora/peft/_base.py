@@ -14,7 +14,7 @@ from .. import paths
 from ..errors import PeftError
 from . import layers
 from .names import GENERIC, NameMap, Place, unnamed, untied
-from .report import Report
+from .report import LoadReport
 from .tensors import (
     FLOATS,
     NAMES,
@@ -110,7 +110,7 @@ def load_base(
         if array is not None:
             out[name] = array
     extra = [key for key in slots if key not in used and not names.ignores(key)]
-    report = Report(missing=tuple(missing), extra=tuple(extra), wrong=tuple(wrong))
+    report = LoadReport(missing=tuple(missing), extra=tuple(extra), wrong=tuple(wrong))
     tree = treedef.unflatten(out.values())
     if not strict:
         return tree, report

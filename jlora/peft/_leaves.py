@@ -12,7 +12,7 @@ from ..factors import Axes, Spec
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Leaf:
+class TargetLeaf:
     """A leaf of the model that an adapter may be for."""
 
     path: str
@@ -26,24 +26,24 @@ class Leaf:
     spec: Spec | None = None
 
 
-def leaves_of(params_or_plan: Any) -> list[Leaf]:
+def leaves_of(params_or_plan: Any) -> list[TargetLeaf]:
     """Returns the leaves of parameters, or of a plan with what it says of them."""
     if isinstance(params_or_plan, Plan):
         return [_planned(row) for row in params_or_plan.rows() if row.shape]
     found, _ = paths.flatten(params_or_plan)
     return [
-        Leaf(path, tuple(x.shape), x.dtype, x, "", None, None, "")
+        TargetLeaf(path, tuple(x.shape), x.dtype, x, "", None, None, "")
         for path, x in found.items()
         if hasattr(x, "shape") and hasattr(x, "dtype")
     ]
 
 
-def _planned(row: Any) -> Leaf:
+def _planned(row: Any) -> TargetLeaf:
     ops = [use for use in row.uses if use.route == "factored"]
     both = row.op == "embedding" and any(use.op != "gather" for use in ops)
     spec = row.spec
     axes = spec.axes if spec else axes_of(row) if ops else None
-    return Leaf(
+    return TargetLeaf(
         row.path,
         row.shape,
         jnp.dtype(row.dtype),

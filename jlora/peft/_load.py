@@ -10,7 +10,7 @@ from ._leaves import leaves_of
 from ._reading import Reading
 from .config import CONFIG, SIGNED, STEM, parse_config, signature
 from .names import GENERIC, NameMap
-from .report import Report
+from .report import LoadReport
 from .tensors import open_tensors, read_json, reading
 
 
@@ -33,7 +33,7 @@ def load(
     tied: bool | None = None,
     dtype: Any = None,
     strict: Literal[False],
-) -> tuple[Trainable, Report]: ...
+) -> tuple[Trainable, LoadReport]: ...
 def load(
     directory: str | os.PathLike,
     params_or_plan: Any,
@@ -42,7 +42,7 @@ def load(
     tied: bool | None = None,
     dtype: Any = None,
     strict: bool = True,
-) -> Trainable | tuple[Trainable, Report]:
+) -> Trainable | tuple[Trainable, LoadReport]:
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
     Works on whatever PEFT's LoRA writes for layers that the model has, see

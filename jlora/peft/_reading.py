@@ -14,11 +14,11 @@ from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
 from . import layers
 from ._contradictions import contradictions
-from ._leaves import Leaf
+from ._leaves import TargetLeaf
 from .config import PREFIX, PeftConfig, names_module, pattern_lookup
 from .layers import RAW, Layer, nested
 from .names import NameMap, Place, unnamed, untied
-from .report import Report
+from .report import LoadReport
 from .tensors import FLOATS, Slot
 
 _ADAPTER_LEAVES = (
@@ -68,9 +68,9 @@ class Reading:
         self.rank_of = pattern_lookup(self.file.rank_pattern)
         self.alpha_of = pattern_lookup(self.file.alpha_pattern)
 
-    def read(self, leaves: Sequence[Leaf]) -> None:
+    def read(self, leaves: Sequence[TargetLeaf]) -> None:
         """Reads what the leaves take."""
-        placed: list[tuple[Leaf, tuple[Place, ...]]] = []
+        placed: list[tuple[TargetLeaf, tuple[Place, ...]]] = []
         for leaf in leaves:
             try:
                 found = self.names.places(
@@ -115,8 +115,8 @@ class Reading:
         )
 
     def _with_prefix(
-        self, placed: list[tuple[Leaf, tuple[Place, ...]]]
-    ) -> list[tuple[Leaf, tuple[Place, ...]]]:
+        self, placed: list[tuple[TargetLeaf, tuple[Place, ...]]]
+    ) -> list[tuple[TargetLeaf, tuple[Place, ...]]]:
         """Returns the places under the names with or without prefix that fit more."""
         if not self.names.prefix:
             return placed
@@ -131,7 +131,7 @@ class Reading:
             return placed
         return [(leaf, tuple(map(turned, found))) for leaf, found in placed]
 
-    def _read_leaf(self, leaf: Leaf, places: tuple[Place, ...]) -> None:
+    def _read_leaf(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> None:
         if self._rows(leaf, places):
             return
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
@@ -166,7 +166,7 @@ class Reading:
             return None
         return array
 
-    def _layer(self, leaf: Leaf, place: Place) -> Layer | None:
+    def _layer(self, leaf: TargetLeaf, place: Place) -> Layer | None:
         """Returns the adapter of one module, if the file has it whole."""
         stem, kind = place.module, ("lora_A.weight", "lora_B.weight")
         if place.kind == "other":
@@ -211,7 +211,7 @@ class Reading:
         return layer
 
     def _take_tied(
-        self, leaf: Leaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
+        self, leaf: TargetLeaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
     ) -> None:
         """Reads the head's side of a tied embedding, which must be the same numbers."""
         if place.tied is None or place.kind != "embedding":
@@ -246,7 +246,7 @@ class Reading:
                 )
         self.left.pop(f"{head}.base_layer.weight", None)
 
-    def _rows(self, leaf: Leaf, places: tuple[Place, ...]) -> bool:
+    def _rows(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> bool:
         """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
         place, several = places[0], len(places) > 1
         key = f"{place.module}.token_adapter.trainable_tokens_delta"
@@ -305,7 +305,7 @@ class Reading:
         return rank, alpha / (math.sqrt(rank) if self.file.rslora else rank)
 
     def _factors(
-        self, leaf: Leaf, places: tuple[Place, ...], found: dict[str, Layer]
+        self, leaf: TargetLeaf, places: tuple[Place, ...], found: dict[str, Layer]
     ) -> None:
         axes = leaf.axes or places[0].axes()
         for place in places:
@@ -354,7 +354,7 @@ class Reading:
             jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
         )
 
-    def _planned_spec(self, leaf: Leaf, spec: Spec) -> Spec:
+    def _planned_spec(self, leaf: TargetLeaf, spec: Spec) -> Spec:
         """Returns the plan's own spec if the file's is the same adapter."""
         plan = leaf.spec
         if plan is None:
@@ -373,7 +373,7 @@ class Reading:
 
     def _parts(
         self,
-        leaf: Leaf,
+        leaf: TargetLeaf,
         spec: Spec,
         places: tuple[Place, ...],
         found: dict[str, Layer],
@@ -392,7 +392,7 @@ class Reading:
         )
         return True
 
-    def _whole(self, leaf: Leaf, place: Place, adapted: bool) -> Slot | None:
+    def _whole(self, leaf: TargetLeaf, place: Place, adapted: bool) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
@@ -404,7 +404,7 @@ class Reading:
                 return self.left.pop(key)
         return None
 
-    def _check_base(self, leaf: Leaf, place: Place) -> None:
+    def _check_base(self, leaf: TargetLeaf, place: Place) -> None:
         """Takes the copy of an adapted table that PEFT saves: the model's own."""
         key = f"{place.module}.base_layer.weight"
         slot = self.left.pop(key, None) if place.kind not in RAW else None
@@ -440,7 +440,7 @@ class Reading:
         )
 
     def _full(
-        self, leaf: Leaf, places: tuple[Place, ...], whole: dict[str, Slot]
+        self, leaf: TargetLeaf, places: tuple[Place, ...], whole: dict[str, Slot]
     ) -> None:
         absent = [p.name for p in places if p.name not in whole]
         if absent:
@@ -469,7 +469,7 @@ class Reading:
             layers.weight_in(place, arrays[place.name].astype(dtype), out)
         self.full[leaf.path] = jnp.asarray(out)
 
-    def result(self) -> tuple[Trainable, Report]:
+    def result(self) -> tuple[Trainable, LoadReport]:
         """Returns the adapter and the report."""
         extra = [
             f"{PREFIX}{name!s:.200}"
@@ -478,7 +478,7 @@ class Reading:
         ]
         if extra:  # what they belong to may be a leaf that could not be named
             self.missing += self.unplaced
-        report = Report(
+        report = LoadReport(
             tuple(dict.fromkeys(self.missing)),
             tuple(extra),
             tuple(dict.fromkeys(self.wrong)),

@@ -14,7 +14,7 @@ import numpy as np
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes, Factors, Trainable
-from ..methods import find_init, plain
+from ..methods import find_init, low_rank_pair
 from . import layers
 from .config import (
     CONFIG,
@@ -219,7 +219,7 @@ def _write_factors(
     if init is not None and init.changes_base:
         remedy = "save the merged model, its base is in no file of PEFT's"
         if init.base == "residual":
-            remedy = "call jlora.to_plain first, it gives an adapter for the original"
+            remedy = "call jlora.rebase first, it gives an adapter for the original"
         out.wrong.append(
             f"{path!r} began with {spec.init!r}, which changed the base weights: "
             f"{remedy}"
@@ -228,7 +228,7 @@ def _write_factors(
     if spec.rows:
         _write_rows(out, path, factors, names, base, cast)
         return
-    a, b = (cast(path, x) for x in plain(factors))
+    a, b = (cast(path, x) for x in low_rank_pair(factors))
     shape = _weight_shape(spec.axes, a.shape, b.shape)
     magnitude = None
     if spec.method == "dora":

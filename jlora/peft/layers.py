@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import PeftError
-from ..factors import Axes, Parts, Spec
+from ..factors import Axes, FusedParts, Spec
 from .names import Place
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
@@ -119,7 +119,7 @@ def layer_out(
     b: np.ndarray,
     magnitude: np.ndarray | None,
     scale: float,
-    parts: Parts | None = None,
+    parts: FusedParts | None = None,
 ) -> Layer:
     """Returns the layer at `place`, from the factors of a leaf of `shape`.
 
@@ -159,7 +159,7 @@ def layer_out(
     return Layer(layer_a, layer_b, scale, magnitude)
 
 
-def _columns(place: Place, parts: Parts) -> np.ndarray:
+def _columns(place: Place, parts: FusedParts) -> np.ndarray:
     """Returns for each rank of a fused weight whether its part lies in `place`."""
     at = place.index[parts.axis]
     first, last = (at, at + 1) if isinstance(at, int) else at or (0, sum(parts.sizes))
@@ -408,7 +408,7 @@ def by_part(
 
 
 def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
-    """Returns the B of `Parts` with each part's rows at its place, zeros elsewhere."""
+    """Returns the B of fused parts with each part's rows at its place, else zeros."""
     parts, axes = spec.parts, spec.axes
     assert parts is not None
     out = np.zeros(axes.b_shape(shape, spec.rank), b.dtype)
@@ -426,7 +426,7 @@ def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
     return out
 
 
-def apart(parts: Parts | None, places: Sequence[Place]) -> bool:
+def apart(parts: FusedParts | None, places: Sequence[Place]) -> bool:
     """Returns whether each of the parts has a place of its own."""
     if parts is None:
         return False
@@ -441,7 +441,7 @@ def apart(parts: Parts | None, places: Sequence[Place]) -> bool:
 def compact(
     spec: Spec, shape: tuple[int, ...], pairs: Sequence[tuple[int, Place, Layer]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A and B of `Parts`: in B each part has its own rows, from 0 on."""
+    """Returns A and B of `FusedParts`: in B each part has its own rows, from 0 on."""
     parts, axes = spec.parts, spec.axes
     assert parts is not None
     longest = max(parts.sizes[i] for i in parts.adapted)

@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class LoadReport:
     """What a directory had that does not fit; see `load` with `strict=False`.
 
     It is false if nothing was found.
@@ -16,8 +16,8 @@ class Report:
       config: fields of the config that jlora lacks, or that contradict the tensors.
 
     Examples:
-      >>> found = Report(missing=("q_proj.lora_A.weight",))
-      >>> len(found), bool(Report())
+      >>> found = LoadReport(missing=("q_proj.lora_A.weight",))
+      >>> len(found), bool(LoadReport())
       (1, False)
       >>> print(found)
         missing: q_proj.lora_A.weight

@@ -37,7 +37,7 @@ class Slot:
     """
 
     file: pathlib.Path
-    entry: _tensors.Entry
+    entry: _tensors.TensorInfo
 
     @property
     def dtype(self) -> str:

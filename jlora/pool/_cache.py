@@ -66,7 +66,7 @@ class Cache:
       ...     own = Factors(jnp.full((3, 1), value), jnp.ones((1, 2)),
       ...                   Spec(rank=1, alpha=1.0))
       ...     return Trainable({"w": own})
-      >>> row_fn = jlora.per_row(lambda p, x: x @ p["w"])
+      >>> row_fn = jlora.adapters.per_row(lambda p, x: x @ p["w"])
       >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
       ...     batch = cache.acquire(["two", None, "three"])
       ...     y = row_fn({"w": jnp.ones((3, 2))}, batch.adapters, jnp.array([0, -1]),

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.algebra import plain_spec
+from .._core.algebra import lora_spec
 from .._numerics import is_finite
 from ..adapters import to_lora
-from ..adapters._several import changed_base, is_plain, rescales
+from ..adapters._several import changed_base, is_lora, rescales
 from ..adapters._stack import pick
 from ..errors import PoolError
 from ..factors import Factors, Trainable
@@ -31,7 +31,7 @@ class Pool:
     """Slots for adapters, a pytree of device arrays.
 
     Attributes:
-      adapters: leaves `[capacity, ...]`, scale 1; for `jlora.per_row` and
+      adapters: leaves `[capacity, ...]`, scale 1; for `jlora.adapters.per_row` and
         `jlora.adapters.select`.
       occupied: `[capacity]`, whether a slot holds an adapter.
 
@@ -80,7 +80,7 @@ def create(like: Trainable, capacity: int) -> Pool:
     wrong += [
         f"{p!r} has method {f.spec.method!r}"
         for p, f in like.lora.items()
-        if not is_plain(f.spec)
+        if not is_lora(f.spec)
     ]
     if wrong:
         raise PoolError(
@@ -92,7 +92,7 @@ def create(like: Trainable, capacity: int) -> Pool:
         return jnp.zeros((capacity, *x.shape), x.dtype)
 
     lora = {
-        path: Factors(zeros(f.a), zeros(f.b), plain_spec(f.spec, f.rank, 0.0))
+        path: Factors(zeros(f.a), zeros(f.b), lora_spec(f.spec, f.rank, 0.0))
         for path, f in like.lora.items()
     }
     return Pool(Trainable(lora), jnp.zeros(capacity, bool))
@@ -296,8 +296,8 @@ def lookup(pool: Pool, ids: Any) -> Trainable:
       ids: an integer, or an integer array `[batch]`.
 
     Returns:
-      A `Trainable` of leaves `[...]`, or `[batch, ...]`, which `jlora.per_row` takes
-      with None for `ids`.
+      A `Trainable` of leaves `[...]`, or `[batch, ...]`, which
+      `jlora.adapters.per_row` takes with None for `ids`.
 
     Raises:
       TreeError: for ids that are no integers.

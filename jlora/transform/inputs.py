@@ -38,7 +38,7 @@ from .values import (
 )
 
 SECOND = Atom((-5,), 0)  # labels the probe's last axis; its size is never read
-Site = tuple[int, ...]
+CallPath = tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -52,10 +52,10 @@ class Trace:
       kept: keeps the code alive, so that ids stay its own.
     """
 
-    sites: dict[Site, tuple[tuple[str, ...], str]] = dataclasses.field(
+    sites: dict[CallPath, tuple[tuple[str, ...], str]] = dataclasses.field(
         default_factory=dict
     )
-    reached: set[Site] = dataclasses.field(default_factory=set)
+    reached: set[CallPath] = dataclasses.field(default_factory=set)
     missed: dict[str, str] = dataclasses.field(default_factory=dict)
     kept: list[Any] = dataclasses.field(default_factory=list)
 
@@ -148,7 +148,7 @@ def _context(trace: Trace) -> Context:
     )
 
 
-def _rules(trace: Trace, calls: Site) -> dict[str, Callable[..., Any]]:
+def _rules(trace: Trace, calls: CallPath) -> dict[str, Callable[..., Any]]:
     """Returns the rules for code that the equations `calls` lead to."""
 
     def nested(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,7 +175,7 @@ def _unseen(ctx: Context, eqn: Any, *operands: Any) -> Any:
     return NotImplemented
 
 
-def _watched(rule: Callable[..., Any], trace: Trace, calls: Site) -> Any:
+def _watched(rule: Callable[..., Any], trace: Trace, calls: CallPath) -> Any:
     """Returns `rule` with the inputs of the weight it meets tied to its probes."""
 
     def watched(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 import jlora
 from jlora import adapters
-from jlora.factors import Axes, Factors, Parts, Spec, Trainable
+from jlora.factors import Axes, Factors, FusedParts, Spec, Trainable
 
 TOKENS = jnp.array([[0, 3, 4], [2, 1, 0], [4, 4, 1], [1, 2, 3]])
 
@@ -39,7 +39,7 @@ def adapter(method, seed, rank=2):
         return Trainable({"embed": Factors(None, normal(seed, 2, 4), spec)})
     rules = ()
     if method == "parts":
-        parts = Parts(axis=-1, sizes=(1, 2), ranks=(0, 2))
+        parts = FusedParts(axis=-1, sizes=(1, 2), ranks=(0, 2))
         rules, method = (jlora.Rule("heads", parts=parts),), "lora"
     config = jlora.LoraConfig(
         rank=rank, alpha=3, method=method, targets="*", rules=rules
@@ -99,7 +99,7 @@ def test_stack_of_every_method_serves_rows(method):
     params = PARAMS if method == "dora" else None
     stacked = adapters.stack(several, params=params)
     ids = jnp.array([0, 1, -1, 2])
-    out = jax.jit(jlora.per_row(model))(PARAMS, stacked, ids, TOKENS)
+    out = jax.jit(jlora.adapters.per_row(model))(PARAMS, stacked, ids, TOKENS)
     for i, tokens, row in zip(ids, TOKENS, out, strict=True):
         own = several[i] if i >= 0 else Trainable()
         expected = model(jlora.merge(PARAMS, own), tokens[None])[0]
@@ -160,7 +160,7 @@ def test_adapters_of_a_changed_base_are_named():
     x = Trainable({"heads": dataclasses.replace(LORA.lora["heads"], spec=spec)})
     assert adapters.linear([x], [1]).lora["heads"] is x.lora["heads"]
     assert adapters.stack([x, x]).lora["heads"].spec.init == "pissa"
-    match = r"'heads' of adapter 0 started with 'pissa'.*jlora.to_plain"
+    match = r"'heads' of adapter 0 started with 'pissa'.*jlora.rebase"
     for combine in (adapters.linear, adapters.stack):
         with pytest.raises(jlora.TreeError, match=match):
             combine([x, LORA])

@@ -70,18 +70,18 @@ def own(i):
 
 
 def test_each_row_uses_its_adapter():
-    rows = jax.jit(jlora.per_row(model))(PARAMS, STACKED, IDS, TOKENS)
+    rows = jax.jit(jlora.adapters.per_row(model))(PARAMS, STACKED, IDS, TOKENS)
     for i, tokens, out in zip(IDS, TOKENS, rows, strict=True):
         expected = jlora.apply_lora(model)(PARAMS, own(i), tokens[None])[0]
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     picked = adapters.select(STACKED, IDS)
-    again = jax.jit(jlora.per_row(model))(PARAMS, picked, None, TOKENS)
+    again = jax.jit(jlora.adapters.per_row(model))(PARAMS, picked, None, TOKENS)
     np.testing.assert_allclose(again, rows, rtol=1e-5, atol=1e-6)
 
 
 def test_generation_with_a_cache_is_that_of_each_adapter():
     axes = {"in_axes": (0, 1, None), "out_axes": (0, 1)}
-    row_step = jlora.per_row(step, **axes)
+    row_step = jlora.adapters.per_row(step, **axes)
     rows = adapters.select(STACKED, IDS)
 
     @jax.jit
@@ -108,7 +108,9 @@ def test_multi_task_batch_trains_each_adapter_from_its_rows(standard_dtypes):
     @jax.jit
     @jax.value_and_grad
     def loss(stacked, ids):
-        return jnp.sum(jnp.square(jlora.per_row(model)(PARAMS, stacked, ids, TOKENS)))
+        return jnp.sum(
+            jnp.square(jlora.adapters.per_row(model)(PARAMS, stacked, ids, TOKENS))
+        )
 
     before, grads = loss(STACKED, IDS)
     padded = adapters.unstack(STACKED, trim=False)
@@ -135,7 +137,7 @@ def test_multi_task_batch_trains_each_adapter_from_its_rows(standard_dtypes):
 
 def test_a_bad_id_or_adapter_harms_its_own_rows_only():
     bad = jax.tree.map(lambda x: x * jnp.nan, SEVERAL[1])
-    row_fn = jax.jit(jlora.per_row(model))
+    row_fn = jax.jit(jlora.adapters.per_row(model))
     good = row_fn(PARAMS, STACKED, IDS, TOKENS)
     broken = adapters.stack([SEVERAL[0], bad, SEVERAL[2]])
     out = row_fn(PARAMS, broken, IDS, TOKENS)
@@ -153,7 +155,7 @@ def test_other_ids_and_adapters_compile_nothing():
         traces.append(1)
         return model(params, tokens)
 
-    row_fn = jax.jit(jlora.per_row(counted))
+    row_fn = jax.jit(jlora.adapters.per_row(counted))
     row_fn(PARAMS, STACKED, IDS, TOKENS)
     first = len(traces)
     row_fn(PARAMS, jax.tree.map(lambda x: x * 2, STACKED), -jnp.ones_like(IDS), TOKENS)
@@ -165,7 +167,7 @@ def test_dropout_draws_a_mask_for_each_row(key):
     spec = Spec(rank=1, alpha=1.0, dropout=0.5)
     one = Trainable({"head": Factors(jnp.ones((D, 1)), jnp.ones((1, 9)), spec)})
     x = jnp.ones((2, 3), "int32")
-    row_fn = jlora.per_row(model)
+    row_fn = jlora.adapters.per_row(model)
     stacked = adapters.stack([one])
     out = row_fn(PARAMS, stacked, jnp.array([0, 0]), x, lora_key=key, scale=2.0)
     assert (np.abs(out[0] - out[1]) > 1e-3).any()
@@ -174,16 +176,16 @@ def test_dropout_draws_a_mask_for_each_row(key):
 
 
 def test_what_does_not_fit_is_named():
-    row_fn = jlora.per_row(model)
+    row_fn = jlora.adapters.per_row(model)
     with pytest.raises(jlora.TreeError, match=r"5 rows, ids have shape \(2,\)"):
         row_fn(PARAMS, STACKED, jnp.array([0, 1]), TOKENS)
     with pytest.raises(jlora.TreeError, match=r"5 rows, the adapters \(3,\)"):
         row_fn(PARAMS, STACKED, None, TOKENS)
     with pytest.raises(jlora.TreeError, match=r"batches of \[2, 5\].*in_axes="):
-        jlora.per_row(step, in_axes=(0, 0, None))(
+        jlora.adapters.per_row(step, in_axes=(0, 0, None))(
             PARAMS, STACKED, IDS, TOKENS[:, 0], jnp.zeros((2, 5, 4, D)), 0
         )
     with pytest.raises(jlora.TreeError, match="2 entries for 1 arguments"):
-        jlora.per_row(model, in_axes=(0, 1))(PARAMS, STACKED, IDS, TOKENS)
+        jlora.adapters.per_row(model, in_axes=(0, 1))(PARAMS, STACKED, IDS, TOKENS)
     with pytest.raises(jlora.TreeError, match="ids must be integers"):
         row_fn(PARAMS, STACKED, jnp.ones(5), TOKENS)

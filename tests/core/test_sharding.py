@@ -80,7 +80,9 @@ def test_every_method_has_its_axes():
     _, trainable = jlora.split(jax.random.key(1), params, plan)
     own = specs(trainable)["layers"]
     assert (own["a"], own["b"]) == (P(None, None), P(None, "model"))
-    params, plan = setup(targets="out", train=(jlora.Rows("embed", (1, 2)), "heads"))
+    params, plan = setup(
+        targets="out", train=(jlora.TokenRows("embed", (1, 2)), "heads")
+    )
     _, trainable = jlora.split(jax.random.key(1), params, plan)
     assert specs(trainable)["embed"] == {
         "a": None,

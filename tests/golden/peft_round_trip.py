@@ -24,7 +24,7 @@ CLASSES = {
 
 def kinds(name: str) -> dict:
     """The configs to try on a model."""
-    from jlora import Axes, LoraConfig, Rows, Rule
+    from jlora import Axes, LoraConfig, Rule, TokenRows
 
     table = {
         "llama": "**/embed_tokens/embedding",
@@ -57,7 +57,7 @@ def kinds(name: str) -> dict:
         found["head"] = LoraConfig(**some, train=("classifier/*",))
         found["biases"] = LoraConfig(**some, train=("**/layer/0/**/bias",))
     if table and name != "t5":
-        found["rows"] = LoraConfig(**some, train=(Rows(table, ids=(2, 5, 21)),))
+        found["rows"] = LoraConfig(**some, train=(TokenRows(table, ids=(2, 5, 21)),))
         found["table"] = LoraConfig(**some, targets=(table, "**/{v_proj,c_attn}/kernel")
                                     if name != "bert" else table)  # fmt: skip
     return found

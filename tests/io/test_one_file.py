@@ -78,9 +78,9 @@ def test_every_method(path, method):
         return params["embed"][ids] @ params["qkv"]
 
     params = {"embed": normal((5, 4)), "qkv": normal((4, 6))}
-    rule = jlora.Rule("qkv", parts=jlora.Parts(-1, (2, 2, 2), (1, 0, 2)))
+    rule = jlora.Rule("qkv", parts=jlora.FusedParts(-1, (2, 2, 2), (1, 0, 2)))
     config = {
-        "rows": jlora.LoraConfig(rank=2, train=(jlora.Rows("embed", (1, 3)),)),
+        "rows": jlora.LoraConfig(rank=2, train=(jlora.TokenRows("embed", (1, 3)),)),
         "parts": jlora.LoraConfig(rank=2, rules=(rule,)),
     }.get(method) or jlora.LoraConfig(rank=2, method=method)
     plan = jlora.plan(fn, params, jnp.arange(3), config=config)

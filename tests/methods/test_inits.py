@@ -642,13 +642,13 @@ def test_to_plain_is_for_the_original_base(init, rslora, key):
     trained = jax.tree.map(lambda x: 1.1 * x, initial)
     factors = dataclasses.replace(trained.lora["w"], b=trained.lora["w"].b + noise)
     trained = dataclasses.replace(trained, lora={"w": factors})
-    plain = jlora.to_plain(trained, initial)
+    plain = jlora.rebase(trained, initial)
     got = plain.lora["w"]
     assert got.rank == (RANK if init == "kaiming" else 2 * RANK)
     assert got.scale == pytest.approx(factors.scale)
     want = jlora.merge(frozen, trained)["w"]
     np.testing.assert_allclose(jlora.merge(params, plain)["w"], want, atol=1e-4)
-    again = jlora.to_plain(plain, plain)
+    again = jlora.rebase(plain, plain)
     assert again.lora["w"].rank == got.rank
 
 
@@ -656,13 +656,13 @@ def test_to_plain_says_what_does_not_fit(key):
     _, params, plan, _ = plan_of("matrix", init="loftq")
     _, trainable = jlora.split(key, params, plan, quantize=coarse)
     with pytest.raises(jlora.TreeError, match=r"'w' started with 'loftq'"):
-        jlora.to_plain(trainable, trainable)
+        jlora.rebase(trainable, trainable)
     with pytest.raises(jlora.TreeError, match=r"'w' is in one of the two alone"):
-        jlora.to_plain(trainable, jlora.Trainable())
+        jlora.rebase(trainable, jlora.Trainable())
     _, _, plan, _ = plan_of("matrix", init="pissa")
     _, other = jlora.split(key, params, plan)
     with pytest.raises(jlora.TreeError, match="other settings"):
-        jlora.to_plain(other, trainable)
+        jlora.rebase(other, trainable)
 
 
 # Settings --------------------------------------------------------------------------
@@ -767,7 +767,7 @@ def test_dora_starts_as_the_base_does(init, key):
     merged = jlora.merge(frozen, trainable)["w"]
     np.testing.assert_allclose(merged, params["w"], atol=1e-4)
     trained = jax.tree.map(lambda x: 1.2 * x, trainable)
-    plain = jlora.to_plain(trained, trainable)
+    plain = jlora.rebase(trained, trainable)
     want = jlora.merge(frozen, trained)["w"]
     np.testing.assert_allclose(jlora.merge(params, plain)["w"], want, atol=1e-4)
 

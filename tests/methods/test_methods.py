@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jlora
-from jlora.methods import leaf_shapes, plain
+from jlora.methods import leaf_shapes, low_rank_pair
 from jlora.methods.vera import shared
 
 METHODS = ["lora", "dora", "vera", "adalora"]
@@ -126,7 +126,9 @@ def test_files_and_reports_know_every_method(method, tmp_path):
 def test_dora_is_the_formula_of_the_paper():
     _, _, frozen, trainable = adapt(method="dora")
     factors = trainable.lora["heads"]
-    w, a, b = (np.asarray(x, np.float64) for x in (frozen["heads"], *plain(factors)))
+    w, a, b = (
+        np.asarray(x, np.float64) for x in (frozen["heads"], *low_rank_pair(factors))
+    )
     total = w + 1.5 * np.einsum("dr,rhk->dhk", a, b)
     length = np.sqrt((total**2).sum(0))
     np.testing.assert_allclose(
@@ -196,7 +198,7 @@ def test_vera_shares_its_matrices_and_trains_vectors():
     assert one.a.shape == (2, 2)
     assert one.b.shape == (2, 6)
     a, b = shared(one.spec, jnp.float32)
-    x, y = plain(one)
+    x, y = low_rank_pair(one)
     np.testing.assert_allclose(x, a[None] * one.a[:, None, :], rtol=1e-6)
     np.testing.assert_allclose(y, b[None] * one.b[:, None, :], rtol=1e-6)
     again, _ = shared(other.spec, jnp.float32)
@@ -216,7 +218,7 @@ def test_vera_takes_a_rank_above_the_weights():
 def test_adalora_is_a_scaled_product():
     _, _, _, trainable = adapt(method="adalora", targets="heads")
     factors = trainable.lora["heads"]
-    a, b = plain(factors)
+    a, b = low_rank_pair(factors)
     expected = np.asarray(factors.a) * np.asarray(factors.magnitude)
     np.testing.assert_allclose(a, expected, rtol=1e-6)
     np.testing.assert_array_equal(b, factors.b)
@@ -224,7 +226,7 @@ def test_adalora_is_a_scaled_product():
 
 def rows_of(ids, **settings):
     config = jlora.LoraConfig(
-        rank=2, targets="heads", train=(jlora.Rows("embed", ids),), **settings
+        rank=2, targets="heads", train=(jlora.TokenRows("embed", ids),), **settings
     )
     params = weights()
     plan = jlora.plan(model, params, IDS, config=config)
@@ -251,9 +253,9 @@ def test_only_the_chosen_rows_exist_and_move():
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (jlora.Rows("embed", (11,)), "has 11 rows, so no row 11"),
-        (jlora.Rows("heads", (0,)), "is no embedding table"),
-        (jlora.Rows("emb", (0,)), "nearest: 'embed'"),
+        (jlora.TokenRows("embed", (11,)), "has 11 rows, so no row 11"),
+        (jlora.TokenRows("heads", (0,)), "is no embedding table"),
+        (jlora.TokenRows("emb", (0,)), "nearest: 'embed'"),
     ],
 )
 def test_rows_that_cannot_be(rows, words):
@@ -265,7 +267,7 @@ def test_rows_that_cannot_be(rows, words):
 @pytest.mark.parametrize("ids", [(), (1, 1), (-1,), (0.5,), "12"])
 def test_rows_are_numbers_each_once(ids):
     with pytest.raises(jlora.ConfigError, match="row numbers"):
-        jlora.Rows("embed", ids)
+        jlora.TokenRows("embed", ids)
 
 
 def fused(p, x):
@@ -277,7 +279,7 @@ def fused(p, x):
 def test_parts_of_a_fused_weight_have_ranks_of_their_own():
     params = {"qkv": jax.random.normal(jax.random.key(0), (6, 16))}
     x = jax.random.normal(jax.random.key(1), (3, 6))
-    parts = jlora.Parts(axis=-1, sizes=(8, 4, 4), ranks=(2, 0, 1))
+    parts = jlora.FusedParts(axis=-1, sizes=(8, 4, 4), ranks=(2, 0, 1))
     config = jlora.LoraConfig(alpha=4, rules=(jlora.Rule("qkv", parts=parts),))
     plan = jlora.plan(fused, params, x, config=config)
     assert plan.trained_count == 3 * (6 + 8)
@@ -307,11 +309,11 @@ def test_parts_of_a_fused_weight_have_ranks_of_their_own():
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (jlora.Parts(0, (6,), (1,)), "none of its fan-out axes"),
-        (jlora.Parts(1, (8, 4), (1, 1)), "add up to 16"),
-        (jlora.Parts(1, (8, 8), (1,)), "a rank for each"),
-        (jlora.Parts(1, (8, 8), (0, 0)), "must be in 0 to"),
-        (jlora.Parts(1, (12, 4), (1, 5)), "must be in 0 to"),
+        (jlora.FusedParts(0, (6,), (1,)), "none of its fan-out axes"),
+        (jlora.FusedParts(1, (8, 4), (1, 1)), "add up to 16"),
+        (jlora.FusedParts(1, (8, 8), (1,)), "a rank for each"),
+        (jlora.FusedParts(1, (8, 8), (0, 0)), "must be in 0 to"),
+        (jlora.FusedParts(1, (12, 4), (1, 5)), "must be in 0 to"),
     ],
 )
 def test_parts_that_cannot_be(parts, words):
@@ -354,12 +356,14 @@ def test_adalora_prunes_to_its_budget_and_trains(standard_dtypes):
     _, trainable = jlora.split(jax.random.key(0), params, plan)
     goal = model(params, IDS) + 1.0
     steps = 12
-    tx = jlora.adalora(optax.adam(3e-2), target_rank=1, steps=steps, warmup=2, final=4)
+    tx = jlora.optim.adalora(
+        optax.adam(3e-2), target_rank=1, steps=steps, warmup=2, final=4
+    )
     lora_fn = jlora.apply_lora(model, on_merge="error")
 
     def loss(trainable):
         error = jnp.mean((lora_fn(frozen, trainable, IDS) - goal) ** 2)
-        return error + 0.1 * jlora.orthogonality_penalty(trainable)
+        return error + 0.1 * jlora.optim.orthogonality_penalty(trainable)
 
     @jax.jit
     def step(trainable, state):
@@ -382,16 +386,16 @@ def test_adalora_prunes_to_its_budget_and_trains(standard_dtypes):
 
 def test_adalora_wants_its_method():
     _, _, _, trainable = adapt()
-    tx = jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2)
+    tx = jlora.optim.adalora(optax.sgd(1.0), target_rank=1, steps=2)
     with pytest.raises(jlora.TreeError, match="method='adalora'"):
         tx.init(trainable)
     _, _, _, trainable = adapt(method="adalora", targets="heads")
     rest = dict.fromkeys(("b", "magnitude"), optax.sgd(1.0))
-    apart = optax.multi_transform({"a": tx, **rest}, jlora.labels)
+    apart = optax.multi_transform({"a": tx, **rest}, jlora.optim.labels)
     with pytest.raises(jlora.TreeError, match="singular values together"):
         apart.init(trainable)
     with pytest.raises(jlora.ConfigError, match="must fit in 2 steps"):
-        jlora.adalora(optax.sgd(1.0), target_rank=1, steps=2, warmup=3)
+        jlora.optim.adalora(optax.sgd(1.0), target_rank=1, steps=2, warmup=3)
 
 
 def test_the_orthogonality_penalty_is_the_mean_of_norms():
@@ -403,5 +407,5 @@ def test_the_orthogonality_penalty_is_the_mean_of_norms():
             a, b = np.asarray(a).reshape(-1, 2), np.asarray(b).reshape(2, -1)
             expected += [np.linalg.norm(a.T @ a - np.eye(2))]
             expected += [np.linalg.norm(b @ b.T - np.eye(2))]
-    actual = jlora.orthogonality_penalty(trainable)
+    actual = jlora.optim.orthogonality_penalty(trainable)
     np.testing.assert_allclose(actual, np.mean(expected), rtol=1e-5)

@@ -90,7 +90,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_leaves_stay_bit_identical_and_trained_ones_move(name):
     before = parts()
-    state = train(jlora.masked(OPTIMIZERS[name]()))
+    state = train(jlora.optim.masked(OPTIMIZERS[name]()))
     assert bits(state.params["frozen"]) == bits(before["frozen"])
     old, new = before["trainable"], state.params["trainable"]
     assert jax.tree.structure(old) == jax.tree.structure(new)
@@ -103,7 +103,7 @@ def test_frozen_leaves_stay_bit_identical_and_trained_ones_move(name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trained_leaves_move_as_without_the_frozen_side(name):
     """`masked(tx)` on both sides does what `tx` does on the trainable alone."""
-    state = train(jlora.masked(OPTIMIZERS[name]()))
+    state = train(jlora.optim.masked(OPTIMIZERS[name]()))
     tree = parts()
     tx = OPTIMIZERS[name]()
     opt_state = tx.init(tree["trainable"])
@@ -136,7 +136,7 @@ def sizes(state):
     [("sgd", 0, 0), ("momentum", 1, 0), ("adamw", 2, 1), ("MultiSteps", 3, 3)],
 )
 def test_state_exists_for_trained_leaves_alone(name, copies, scalars):
-    tx = jlora.masked(OPTIMIZERS[name]())
+    tx = jlora.optim.masked(OPTIMIZERS[name]())
     leaves = [8, 12, 12] * copies
     found = [n for n in sizes(tx.init(parts())) if n > 1]
     assert found == sorted(leaves)
@@ -149,7 +149,7 @@ def test_state_exists_for_trained_leaves_alone(name, copies, scalars):
 def test_the_global_norm_is_that_of_the_trained_gradients():
     tree = parts()
     grads = jax.tree.map(jnp.ones_like, tree)
-    tx = jlora.masked(optax.clip_by_global_norm(1.0))
+    tx = jlora.optim.masked(optax.clip_by_global_norm(1.0))
     updates, _ = tx.update(grads, tx.init(tree), tree)
     norm = optax.tree.norm(updates["trainable"])
     assert float(norm) == pytest.approx(1.0)
@@ -163,7 +163,7 @@ def test_updates_of_frozen_leaves_are_minus_zero():
     tree = parts()
     # Outside `jit`, XLA rounds subnormal numbers to zero in any sum.
     tree["frozen"]["bias"] = jnp.array([-0.0, 0.0, 1e-30, -3.0, 1e38, 0.5])
-    tx = jlora.masked(optax.adamw(0.1, weight_decay=1.0))
+    tx = jlora.optim.masked(optax.adamw(0.1, weight_decay=1.0))
     grads = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), tree)
     grads["trainable"] = jax.tree.map(jnp.ones_like, tree["trainable"])
     updates, _ = tx.update(grads, tx.init(tree), tree)
@@ -185,7 +185,7 @@ def test_integer_leaves_stay_too():
         y = lora_fn(params["frozen"], params["trainable"], jnp.ones((3, 4)))
         return jnp.sum(y**2)
 
-    tx = jlora.masked(optax.adamw(0.1))
+    tx = jlora.optim.masked(optax.adamw(0.1))
 
     @jax.jit
     def step(tree):
@@ -199,7 +199,7 @@ def test_integer_leaves_stay_too():
 
 def test_gradients_of_frozen_leaves_are_not_computed_under_jit():
     """What nothing needs, XLA removes: no product with a result like `w` is left."""
-    tx = jlora.masked(optax.adamw(0.1))
+    tx = jlora.optim.masked(optax.adamw(0.1))
     tree = parts()
     state = tx.init(tree)
     lora_fn = jlora.apply_lora(model)
@@ -219,7 +219,7 @@ def test_gradients_of_frozen_leaves_are_not_computed_under_jit():
 
 def test_masked_works_on_a_bare_trainable():
     trainable = parts()["trainable"]
-    tx = jlora.masked(optax.adam(0.1))
+    tx = jlora.optim.masked(optax.adam(0.1))
     grads = jax.tree.map(jnp.ones_like, trainable)
     updates, _ = tx.update(grads, tx.init(trainable), trainable)
     plain = optax.adam(0.1)
@@ -235,7 +235,7 @@ def test_masked_passes_extra_arguments_on():
         return updates, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    tx = jlora.masked(inner)
+    tx = jlora.optim.masked(inner)
     tree = parts()
     tx.update(tree, tx.init(tree), tree, value=3.0, more=1)
     assert seen == [(3.0, {"more": 1})]
@@ -243,7 +243,7 @@ def test_masked_passes_extra_arguments_on():
 
 def test_masked_inside_other_transformations():
     """A chain around `masked` works as well as one inside it."""
-    tx = optax.chain(jlora.masked(optax.adamw(0.1)), optax.scale(1.0))
+    tx = optax.chain(jlora.optim.masked(optax.adamw(0.1)), optax.scale(1.0))
     before = parts()
     state = train(tx)
     assert bits(state.params["frozen"]) == bits(before["frozen"])
@@ -254,27 +254,27 @@ def test_masked_inside_other_transformations():
 
 def test_labels_have_the_trees_structure_and_name_every_leaf():
     tree = parts()
-    named = jlora.labels(tree)
+    named = jlora.optim.labels(tree)
     assert jax.tree.structure(named) == jax.tree.structure(tree)
     assert set(jax.tree.leaves(named["frozen"])) == {"frozen"}
     factors = named["trainable"].lora["w"]
     assert (factors.a, factors.b, factors.magnitude) == ("a", "b", None)
     assert named["trainable"].full == {"head": "full"}
-    assert jlora.labels(tree["trainable"]) == named["trainable"]
+    assert jlora.optim.labels(tree["trainable"]) == named["trainable"]
 
 
 def test_labels_of_a_magnitude():
     factors = dataclasses.replace(
         parts()["trainable"].lora["w"], magnitude=jnp.ones((6,))
     )
-    named = jlora.labels(jlora.Trainable(lora={"w": factors}))
+    named = jlora.optim.labels(jlora.Trainable(lora={"w": factors}))
     assert named.lora["w"].magnitude == "magnitude"
     assert jax.tree.leaves(named) == ["a", "b", "magnitude"]
 
 
 def test_mask_is_true_for_trained_leaves_alone():
     tree = parts()
-    chosen = jlora.mask(tree)
+    chosen = jlora.optim.mask(tree)
     assert jax.tree.structure(chosen) == jax.tree.structure(tree)
     assert jax.tree.leaves(chosen["trainable"]) == [True] * 3
     assert jax.tree.leaves(chosen["frozen"]) == [False] * 5
@@ -285,13 +285,13 @@ def test_mask_is_true_for_trained_leaves_alone():
 def test_several_trainables_in_one_tree():
     one = parts()["trainable"]
     tree = {"base": jnp.ones(2), "adapters": [one, {"second": one}]}
-    assert sum(jax.tree.leaves(jlora.mask(tree))) == 6
-    assert jlora.labels(tree)["base"] == "frozen"
+    assert sum(jax.tree.leaves(jlora.optim.mask(tree))) == 6
+    assert jlora.optim.labels(tree)["base"] == "frozen"
 
 
 def test_trees_without_trainables_are_frozen():
-    assert jlora.mask({"w": jnp.ones(2), "n": None}) == {"w": False, "n": None}
-    assert jax.tree.leaves(jlora.labels(jlora.Trainable())) == []
+    assert jlora.optim.mask({"w": jnp.ones(2), "n": None}) == {"w": False, "n": None}
+    assert jax.tree.leaves(jlora.optim.labels(jlora.Trainable())) == []
 
 
 def test_multi_transform_gives_each_role_its_own_rate():
@@ -299,7 +299,7 @@ def test_multi_transform_gives_each_role_its_own_rate():
     rates = {"a": 0.01, "b": 0.16, "full": 0.5, "magnitude": 1.0}
     transforms = {name: optax.sgd(rate) for name, rate in rates.items()}
     transforms["frozen"] = optax.set_to_zero()
-    tx = optax.multi_transform(transforms, jlora.labels)
+    tx = optax.multi_transform(transforms, jlora.optim.labels)
     tree = parts()
     grads = jax.tree.map(jnp.ones_like, tree)
     updates, _ = tx.update(grads, tx.init(tree), tree)
@@ -313,10 +313,10 @@ def test_multi_transform_gives_each_role_its_own_rate():
 
 
 def test_multi_transform_inside_masked():
-    tx = jlora.masked(
+    tx = jlora.optim.masked(
         optax.multi_transform(
             {"a": optax.adam(0.1), "b": optax.adam(0.2), "full": optax.adamw(0.3)},
-            lambda tree: jlora.labels(tree),
+            lambda tree: jlora.optim.labels(tree),
         )
     )
     before = parts()
@@ -350,12 +350,12 @@ def test_lora_plus_is_one_optimizer_for_a_and_a_faster_one_for_b():
 
     table = jax.tree.map(lambda _: "embedding", trainable.lora["table"])
     groups = jlora.Trainable(
-        {"table": table, "w": jlora.labels(trainable).lora["w"]},
+        {"table": table, "w": jlora.optim.labels(trainable).lora["w"]},
         {"bias": "b", "head": "a"},
     )
     by_group = {"a": adamw(1.0), "b": adamw(ratio), "embedding": adamw(embedding)}
     expected = optax.multi_transform(by_group, groups)
-    actual = jlora.lora_plus(adamw(1.0), ratio=ratio, embedding_ratio=embedding)
+    actual = jlora.optim.lora_plus(adamw(1.0), ratio=ratio, embedding_ratio=embedding)
     ours = theirs = trainable
     state, expected_state = actual.init(ours), expected.init(theirs)
     for i in range(3):
@@ -372,7 +372,7 @@ def test_lora_plus_is_one_optimizer_for_a_and_a_faster_one_for_b():
 
 
 def test_lora_plus_composes_with_masked():
-    tx = jlora.masked(jlora.lora_plus(optax.adamw(1e-2), ratio=4))
+    tx = jlora.optim.masked(jlora.optim.lora_plus(optax.adamw(1e-2), ratio=4))
     tree = parts()
     after = train(tx, tree=tree).params
     assert bits(after["frozen"]) == bits(tree["frozen"])
@@ -382,4 +382,4 @@ def test_lora_plus_composes_with_masked():
 @pytest.mark.parametrize("name", ["ratio", "embedding_ratio"])
 def test_lora_plus_checks_its_ratios(name):
     with pytest.raises(ValueError, match=f"{name} must be a positive number"):
-        jlora.lora_plus(optax.sgd(1.0), **{name: 0})
+        jlora.optim.lora_plus(optax.sgd(1.0), **{name: 0})

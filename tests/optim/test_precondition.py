@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import jlora
+from jlora import optim
 from jlora.factors import Axes, Factors, Spec
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
@@ -65,11 +66,11 @@ def near(got, want, tolerance=1e-5):
 
 ADAMW = optax.adamw(1e-2, weight_decay=1e-2)  # torch's default decay
 SAME = {
-    "riemannian_sgd": jlora.riemannian(optax.sgd(1e-2)),
-    "riemannian": jlora.riemannian(ADAMW),
-    "lora_plus": jlora.lora_plus(optax.adamw(1e-2, weight_decay=0.0)),
+    "riemannian_sgd": optim.riemannian(optax.sgd(1e-2)),
+    "riemannian": optim.riemannian(ADAMW),
+    "lora_plus": optim.lora_plus(optax.adamw(1e-2, weight_decay=0.0)),
     # PEFT's Adam adds eps before the bias correction, so no eps is the same in both.
-    "lora_fa": jlora.lora_fa(optax.adam(1e-2, eps=0)),
+    "lora_fa": optim.lora_fa(optax.adam(1e-2, eps=0)),
 }
 
 
@@ -88,7 +89,7 @@ def test_lora_fa_gives_the_optimizer_the_gradient_that_peft_gives_it(case, error
     trainable = factors_of(case)
     gradient = jnp.asarray(golden(case, "grad.lora_B").T)
     own = dataclasses.replace(trainable.lora["w"], b=gradient)
-    tx = jlora.lora_fa(optax.identity())
+    tx = optim.lora_fa(optax.identity())
     updates, _ = tx.update(jlora.Trainable({"w": own}), tx.init(trainable), trainable)
     got, want = updates.lora["w"].b, golden(case, "corrected.lora_B").T
     near(got, want, error)
@@ -137,16 +138,16 @@ def test_every_axis_role_is_a_matrix_a_batch_entry(name):
     own, gradient = random_factors(shape, axes), random_factors(shape, axes, 1)
     a, b = matrices(own, shape)
     g_a, g_b = matrices(gradient, shape)
-    got = matrices(on_one(jlora.lora_fa(optax.identity()), gradient, own), shape)
+    got = matrices(on_one(optim.lora_fa(optax.identity()), gradient, own), shape)
     want = np.linalg.inv(a.mT @ a) @ g_b / 1.5**2
     np.testing.assert_allclose(got[1], want, rtol=1e-4, atol=1e-5)
     assert not got[0].any()
     table = dataclasses.replace(own, spec=dataclasses.replace(own.spec, op="embedding"))
-    got = matrices(on_one(jlora.lora_fa(optax.identity()), gradient, table), shape)
+    got = matrices(on_one(optim.lora_fa(optax.identity()), gradient, table), shape)
     want = g_a @ np.linalg.inv(b @ b.mT) / 1.5**2
     np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-5)
     assert not got[1].any()
-    tx = jlora.riemannian(optax.identity(), damping=0.5)
+    tx = optim.riemannian(optax.identity(), damping=0.5)
     got = matrices(on_one(tx, gradient, own), shape)
     eye = 0.5 * np.eye(2)
     np.testing.assert_allclose(
@@ -159,7 +160,7 @@ def test_every_axis_role_is_a_matrix_a_batch_entry(name):
 
 def test_parts_of_a_fused_weight_are_corrected_each_by_itself():
     shape, axes = (6, 9), Axes()
-    parts = jlora.Parts(axis=1, sizes=(2, 4, 3), ranks=(1, 0, 2))
+    parts = jlora.FusedParts(axis=1, sizes=(2, 4, 3), ranks=(1, 0, 2))
     spec = Spec(axes=axes, rank=3, alpha=4, parts=parts)
     rng = np.random.default_rng(0)
     own, gradient = (
@@ -170,8 +171,8 @@ def test_parts_of_a_fused_weight_are_corrected_each_by_itself():
         )
         for _ in range(2)
     )
-    corrected = on_one(jlora.lora_fa(optax.identity()), gradient, own)
-    tx = jlora.riemannian(optax.identity(), damping=0.5)
+    corrected = on_one(optim.lora_fa(optax.identity()), gradient, own)
+    tx = optim.riemannian(optax.identity(), damping=0.5)
     preconditioned = on_one(tx, gradient, own)
     assert jlora._merge.delta(own).shape == shape
     for ranks, size in ((slice(0, 1), 2), (slice(1, 3), 3)):
@@ -180,7 +181,7 @@ def test_parts_of_a_fused_weight_are_corrected_each_by_itself():
         alone, its_gradient = (
             Factors(f.a[:, ranks], f.b[ranks, :size], part) for f in (own, gradient)
         )
-        want = on_one(jlora.lora_fa(optax.identity()), its_gradient, alone)
+        want = on_one(optim.lora_fa(optax.identity()), its_gradient, alone)
         np.testing.assert_allclose(corrected.b[ranks, :size], want.b, rtol=1e-4)
         want = on_one(tx, its_gradient, alone)
         np.testing.assert_allclose(preconditioned.a[:, ranks], want.a, rtol=1e-4)
@@ -195,7 +196,7 @@ def test_riemannian_step_does_not_depend_on_how_the_product_is_shared():
 
     def change(own):
         gradient = dataclasses.replace(own, a=w @ own.b.T, b=own.a.T @ w)
-        step = on_one(jlora.riemannian(optax.sgd(1.0), damping=1e-9), gradient, own)
+        step = on_one(optim.riemannian(optax.sgd(1.0), damping=1e-9), gradient, own)
         return step.a @ own.b + own.a @ step.b
 
     np.testing.assert_allclose(change(own), change(other), rtol=1e-4, atol=1e-4)
@@ -208,7 +209,7 @@ def test_lora_fa_is_the_best_step_of_b():
     scale = own.scale
     gradient = dataclasses.replace(own, b=jnp.asarray(scale * own.a.T @ dense))
     gradient = jax.tree.map(lambda x: x.astype("float32"), gradient)
-    got = on_one(jlora.lora_fa(optax.identity()), gradient, own).b
+    got = on_one(optim.lora_fa(optax.identity()), gradient, own).b
     want = np.linalg.lstsq(scale * np.asarray(own.a), dense, rcond=None)[0]
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
@@ -216,7 +217,10 @@ def test_lora_fa_is_the_best_step_of_b():
 def test_dependent_columns_of_a_give_finite_steps():
     own = random_factors((6, 5), Axes())
     own = dataclasses.replace(own, a=jnp.tile(own.a[:, :1], (1, 2)))
-    for tx in (jlora.lora_fa(optax.sgd(1.0)), jlora.riemannian(optax.sgd(1.0))):
+    for tx in (
+        optim.lora_fa(optax.sgd(1.0)),
+        optim.riemannian(optax.sgd(1.0)),
+    ):
         step = on_one(tx, own, own)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(step))
 
@@ -255,7 +259,7 @@ def mixed():
 
 def test_lora_fa_keeps_state_for_what_is_trained_and_no_other_leaf_changes():
     trainable = mixed()
-    tx = jlora.lora_fa(optax.adam(0.1))
+    tx = optim.lora_fa(optax.adam(0.1))
     state = tx.init(trainable)
     trained = sum(x.size for x in jax.tree.leaves(trainable)) - 6 * 2 - 2 * 3
     assert sum(x.size for x in jax.tree.leaves(state)) == 1 + 2 * trained
@@ -279,14 +283,14 @@ def test_lora_fa_keeps_state_for_what_is_trained_and_no_other_leaf_changes():
         jax.tree.map(np.testing.assert_array_equal, updates.lora[part], want.lora[part])
 
 
-@pytest.mark.parametrize("wrap", [jlora.lora_fa, jlora.riemannian])
+@pytest.mark.parametrize("wrap", [optim.lora_fa, optim.riemannian])
 def test_wrappers_compose_with_masked_schedules_and_lora_plus(wrap):
     schedule = optax.linear_schedule(0.1, 0.0, 10)
     chain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
     plus = optax.inject_hyperparams(
-        lambda ratio: jlora.lora_plus(wrap(chain), ratio=ratio)
+        lambda ratio: optim.lora_plus(wrap(chain), ratio=ratio)
     )
-    tx = jlora.masked(plus(ratio=4.0))
+    tx = optim.masked(plus(ratio=4.0))
     trainable = mixed()
     tree = {"frozen": {"w": jnp.ones(7)}, "trainable": trainable}
     state = tx.init(tree)
@@ -299,21 +303,24 @@ def test_wrappers_compose_with_masked_schedules_and_lora_plus(wrap):
 
 def test_preconditioners_need_params_and_a_positive_damping():
     trainable = mixed()
-    for tx, name in ((jlora.lora_fa, "lora_fa"), (jlora.riemannian, "riemannian")):
+    for tx, name in (
+        (optim.lora_fa, "lora_fa"),
+        (optim.riemannian, "riemannian"),
+    ):
         own = tx(optax.sgd(1.0))
         with pytest.raises(ValueError, match=f"{name} needs the factors themselves"):
             own.update(trainable, own.init(trainable))
         rest = dict.fromkeys(("a", "magnitude", "full"), optax.sgd(1.0))
-        apart = optax.multi_transform({"b": own, **rest}, jlora.labels)
+        apart = optax.multi_transform({"b": own, **rest}, optim.labels)
         with pytest.raises(jlora.TreeError, match=f"{name} needs A and B together"):
             apart.update(trainable, apart.init(trainable), trainable)
     with pytest.raises(ValueError, match="damping must be a positive number, got 0"):
-        jlora.riemannian(optax.sgd(1.0), damping=0)
+        optim.riemannian(optax.sgd(1.0), damping=0)
 
 
 def test_decay_mask_leaves_out_magnitudes_vectors_biases_and_norms():
     tree = {"frozen": {"w": jnp.ones((2, 2))}, "trainable": mixed()}
-    mask = jlora.decay_mask(tree)
+    mask = optim.decay_mask(tree)
     assert jax.tree.structure(mask) == jax.tree.structure(tree)
     assert mask["frozen"] == {"w": False}
     got = mask["trainable"]
@@ -327,11 +334,11 @@ def test_decay_mask_leaves_out_magnitudes_vectors_biases_and_norms():
 
 def test_decay_mask_in_adamw_decays_the_factors_alone():
     trainable = mixed()
-    tx = optax.adamw(0.1, weight_decay=0.5, mask=jlora.decay_mask)
+    tx = optax.adamw(0.1, weight_decay=0.5, mask=optim.decay_mask)
     nothing = jax.tree.map(jnp.zeros_like, trainable)
     updates, _ = tx.update(nothing, tx.init(trainable), trainable)
     moved = jax.tree.map(lambda x: bool(x.any()), updates)
-    assert moved == jlora.decay_mask(trainable)
+    assert moved == optim.decay_mask(trainable)
 
 
 def test_lora_fa_learns_in_a_tied_embedding_from_a_fresh_start():
@@ -349,7 +356,7 @@ def test_lora_fa_learns_in_a_tied_embedding_from_a_fresh_start():
     @jax.jit
     def step(trainable):
         gradient = jax.grad(lambda t: jnp.mean(lora_fn(frozen, t, ids) ** 2))(trainable)
-        tx = jlora.lora_fa(optax.sgd(0.1))
+        tx = optim.lora_fa(optax.sgd(0.1))
         updates, _ = tx.update(gradient, tx.init(trainable), trainable)
         return updates
 

@@ -191,7 +191,7 @@ def test_parts_are_written_to_the_modules_they_are(tmp_path):
         return x @ p["qkv"]["kernel"]
 
     params = {"qkv": {"kernel": normal((4, 12))}}
-    parts = jlora.Parts(axis=-1, sizes=(6, 3, 3), ranks=(2, 0, 1))
+    parts = jlora.FusedParts(axis=-1, sizes=(6, 3, 3), ranks=(2, 0, 1))
     config = jlora.LoraConfig(rules=(jlora.Rule("**", parts=parts),))
     plan = jlora.plan(fn, params, jnp.ones((1, 4)), config=config)
     frozen, adapter = jlora.split(jax.random.key(0), params, plan)
@@ -434,7 +434,7 @@ def wrong_adapters():
     nan = dataclasses.replace(lora, a=lora.a.at[0, 0].set(jnp.nan))
     stack = factors((3, 4, 6), STACK)
     return {
-        "jlora.to_plain first": (up(init="pissa"), {}),
+        "jlora.rebase first": (up(init="pissa"), {}),
         "all adapted modules or none": (
             Trainable({"a/kernel": lora, "b/kernel": dora}),
             {},

@@ -110,7 +110,7 @@ def config_of(case, **fields):
     about = CASES[case]
     method = about.get("method", "lora")
     if method == "rows":
-        train = jlora.Rows("w", about["rows"])
+        train = jlora.TokenRows("w", about["rows"])
         return jlora.LoraConfig(targets=(), train=train, **fields)
     return jlora.LoraConfig(
         rank=about["r"],
@@ -449,7 +449,7 @@ def two_weights(prefix):
 
 def test_adalora_prunes_what_peft_prunes():
     about = CASES["adalora-schedule"]
-    tx = jlora.adalora(
+    tx = jlora.optim.adalora(
         optax.sgd(0.05),
         target_rank=about["target_r"],
         steps=about["total_step"],
@@ -473,5 +473,5 @@ def test_adalora_prunes_what_peft_prunes():
 
 
 def test_orthogonality_penalty_is_that_of_peft():
-    penalty = jlora.orthogonality_penalty(two_weights(""))
+    penalty = jlora.optim.orthogonality_penalty(two_weights(""))
     near(penalty, golden("adalora-schedule", "orthogonality"))

@@ -49,7 +49,7 @@ def load(name):
     return adapter(number, rank=1 + number % 3, alpha=1 + number % 5)
 
 
-ROW_FN = jax.jit(jlora.per_row(model))
+ROW_FN = jax.jit(jlora.adapters.per_row(model))
 
 
 def served(batch):
@@ -65,7 +65,7 @@ def test_pure_functions_on_slots():
     np.testing.assert_array_equal(two.occupied, [False, True, False])
     rows = jax.jit(pool.lookup)(two, jnp.array([1, -1, 0, 3, -2]))
     x = jnp.ones((5, 4))
-    out = np.asarray(jlora.per_row(model)(PARAMS, rows, None, x))[:, 0]
+    out = np.asarray(jlora.adapters.per_row(model)(PARAMS, rows, None, x))[:, 0]
     np.testing.assert_allclose(out[:2], [20, 0], rtol=1e-6)
     assert np.isnan(out[2:]).all()
     gone = pool.lookup(pool.evict(two, 1), 1)
@@ -222,7 +222,7 @@ def test_directories_of_peft_are_served(tmp_path):
     def load(name):
         return jlora.peft.load(tmp_path / name, params)
 
-    row_fn = jlora.per_row(lambda p, x: x @ p["up"]["kernel"])
+    row_fn = jlora.adapters.per_row(lambda p, x: x @ p["up"]["kernel"])
     with pool.Cache(load, trained(0), capacity=2) as cache:
         batch = cache.acquire(["2", "none", None, "1"])
     out = row_fn(params, batch.adapters, batch.ids, jnp.ones((4, 4)))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..factors import Factors, Parts, Spec
+from ..factors import Factors, FusedParts, Spec
 from .kaiming import kaiming
 from .method import Method, Shape
 
@@ -21,7 +21,7 @@ def _cut(spec: Spec, shape: Shape) -> Shape:
     return tuple(longest if i == own.axis else n for i, n in enumerate(shape))
 
 
-def _parts(spec: Spec) -> Parts:
+def _parts(spec: Spec) -> FusedParts:
     assert spec.parts is not None
     return spec.parts
 
@@ -30,7 +30,7 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
     return Factors(*kaiming(key, _cut(spec, shape), spec, dtype), spec)
 
 
-def _plain(factors: Factors) -> tuple[Any, Any]:
+def _pair(factors: Factors) -> tuple[Any, Any]:
     """Returns A, and B with each part's rows at that part's place, zeros elsewhere."""
     spec = factors.spec
     own = _parts(spec)
@@ -52,4 +52,4 @@ def _plain(factors: Factors) -> tuple[Any, Any]:
     return factors.a, jnp.concatenate(rows, axis=of_rank)
 
 
-parts = Method(covered=_cut, plain=_plain, start=_start)
+fused_parts = Method(covered=_cut, pair=_pair, start=_start)

@@ -9,7 +9,7 @@ from ..factors import Factors, Spec
 from .method import LeafAxes, Method, Shape, lora_axes
 
 
-def _plain(factors: Factors) -> tuple[jax.Array, jax.Array]:
+def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """A picks the rows, one-hot, and B is what is added to them."""
     spec = factors.spec
     (axis,) = spec.axes.fan_in
@@ -34,7 +34,7 @@ def _axes(spec: Spec) -> LeafAxes:
 
 def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
-    return Factors(None, jnp.zeros(rows.shapes(spec, shape)["b"], dtype), spec)
+    return Factors(None, jnp.zeros(token_rows.shapes(spec, shape)["b"], dtype), spec)
 
 
-rows = Method(axes=_axes, plain=_plain, start=_start, dense=_dense)
+token_rows = Method(axes=_axes, pair=_pair, start=_start, dense=_dense)
