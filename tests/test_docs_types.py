@@ -1,4 +1,4 @@
-"""The code of the README and of the docs has no error in an editor that checks types."""
+"""The code of the README and of the docs has no type error in an editor."""
 
 import json
 import pathlib
