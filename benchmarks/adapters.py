@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 import jlora
 from jlora._tables import nbytes
+from jlora.pool._cache import insert_in_place
 
 from . import common, models
 
@@ -206,7 +207,7 @@ def pool(size: models.Size, rank: int, capacity: int, swaps: int) -> common.Figu
             for i in range(capacity):  # full
                 cache.put(str(i), fitted)
             jax.block_until_ready(row_fn(params, cache.pool.adapters, rows, x))
-            before = row_fn._cache_size(), jlora.pool._insert_in_place._cache_size()
+            before = row_fn._cache_size(), insert_in_place._cache_size()
 
             def swap(i: int) -> Any:
                 cache.put(f"new {i}", adapter)
@@ -221,7 +222,7 @@ def pool(size: models.Size, rank: int, capacity: int, swaps: int) -> common.Figu
                 "reload": median_time(lambda _: reload(), 3),
             }
             jax.block_until_ready(row_fn(params, cache.pool.adapters, rows, x))
-            after = row_fn._cache_size(), jlora.pool._insert_in_place._cache_size()
+            after = row_fn._cache_size(), insert_in_place._cache_size()
         start = time.perf_counter()
         jax.jit(lambda *args: model.apply(*args)).lower(params, x).compile()
         times["compile the model"] = time.perf_counter() - start

@@ -22,7 +22,6 @@ METHODS = sorted((API.parent / "methods").glob("*.md"))
 PACKAGE = pathlib.Path(jlora.__file__).parent
 # Public names without an entry in docs/api.md, whole modules among them, and why.
 NO_ENTRY = {
-    "jlora._tables": "text of reports, for jlora's own modules",
     "jlora.cli": "docs/cli.md",
     "jlora.factors.tuples": "lists of JSON, for jlora's own modules",
     "jlora.citations.entry_of": "a look-up of `cite`",

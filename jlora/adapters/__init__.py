@@ -3,7 +3,8 @@
 An adapter is a `Trainable`, its update is what `merge` adds to the weights. All
 functions are exact in that update and work on factors: the dense change of a weight is
 formed only where its entries are what a method is about (`ties`, `dare`,
-`magnitude_prune`). One adapter with a weight of 1 is that adapter.
+`magnitude_prune`). One adapter with a weight of 1 is that adapter. May import the
+vocabulary, `methods` and `_core`.
 """
 
 from ._combine import (

@@ -1,4 +1,7 @@
-"""How weights are adapted, and how factors start: one file a method or init."""
+"""What a method or an initialisation is: pure functions, one file each.
+
+May import the vocabulary below `config`.
+"""
 
 from typing import Any
 

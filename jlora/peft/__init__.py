@@ -2,6 +2,7 @@
 
 `save` and `load` are for adapters, `save_base` and `load_base` for models. What a leaf
 is called in torch is data, a `NameMap`; `jlora.peft.maps` holds those of common models.
+May import the vocabulary, `methods`, `_plan`, `_core` and `_io`.
 """
 
 from . import maps as maps

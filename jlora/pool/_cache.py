@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert_in_place(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
+def insert_in_place(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
     return insert(pool, slot, trainable)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _evict_in_place(pool: Pool, slot: Any) -> Pool:
+def evict_in_place(pool: Pool, slot: Any) -> Pool:
     return evict(pool, slot)
 
 
@@ -183,7 +183,7 @@ class Cache:
             self._loading.pop(name, None)
             slot = self._slots.pop(name, None)
             if slot is not None:
-                self._pool = _evict_in_place(self._pool, np.int32(slot))
+                self._pool = evict_in_place(self._pool, np.int32(slot))
                 self._free.append(slot)
 
     def close(self) -> None:
@@ -229,5 +229,5 @@ class Cache:
                     "larger."
                 )
             slot = self._slots.pop(victim)
-        self._pool = _insert_in_place(self._pool, np.int32(slot), fitted)
+        self._pool = insert_in_place(self._pool, np.int32(slot), fitted)
         self._slots[name] = slot

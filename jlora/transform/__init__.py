@@ -1,4 +1,7 @@
-"""The jaxpr transform: which rule serves which primitive."""
+"""A jaxpr in, a jaxpr with low-rank terms out: which rule serves which primitive.
+
+May import `_numerics`, `errors` and `factors`.
+"""
 
 from . import control, linear, several, structure
 

@@ -11,6 +11,7 @@ import pytest
 import jlora
 from jlora import adapters, pool
 from jlora.factors import Axes, Factors, Spec, Trainable
+from jlora.pool._cache import insert_in_place
 
 LAYERS = Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
 PARAMS = {"w": jnp.zeros((4, 3)), "layers": jnp.zeros((2, 3, 3))}
@@ -93,8 +94,8 @@ def test_random_swaps_and_mixed_batches_never_give_a_wrong_adapter():
                     assert np.isnan(out[row]).all()
                     assert not name.isdigit() or len(good) > 5
             if i == 0:
-                compiled = ROW_FN._cache_size(), pool._insert_in_place._cache_size()
-        assert (ROW_FN._cache_size(), pool._insert_in_place._cache_size()) == compiled
+                compiled = ROW_FN._cache_size(), insert_in_place._cache_size()
+        assert (ROW_FN._cache_size(), insert_in_place._cache_size()) == compiled
         assert len(cache.resident) == 5
 
 
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_listed():
         pool.fit(made, Trainable({"w": wide}))
     with pytest.raises(jlora.PoolError, match="a dict"):
         pool.fit(made, {})
-    with pytest.raises(jlora.PoolError, match=r"jlora.pool._pool.fit\(pool, adapter\)"):
+    with pytest.raises(jlora.PoolError, match=r"jlora.pool.fit\(pool, adapter\)"):
         pool.insert(made, 0, adapter(1))
     with pytest.raises(jlora.PoolError, match="'head' is trained in full"):
         pool.create(Trainable(full={"head": jnp.ones(2)}), 2)
