@@ -8,11 +8,9 @@ from typing import Literal
 from ..factors import Spec
 from ..methods import leaf_shapes
 from ..transform.discover import FACTORED, MERGED, Use
+from ..transform.primitives import OPERATIONS
 
 Status = Literal["adapted", "full", "frozen", "unused"]
-
-
-_OPS = {"gather": "embedding", "conv_general_dilated": "conv"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +52,11 @@ class Row:
     @property
     def op(self) -> str:
         """`"linear"`, `"embedding"`, `"conv"`, `"merged"`, or `""` if not a weight."""
-        ops = [_OPS.get(use.op, "linear") for use in self.uses if use.route == FACTORED]
+        ops = [
+            OPERATIONS.get(use.op, "linear")
+            for use in self.uses
+            if use.route == FACTORED
+        ]
         if "embedding" in ops:
             return "embedding"
         if ops:

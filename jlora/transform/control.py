@@ -14,6 +14,7 @@ from jax import lax
 
 from . import compat
 from .interpret import Context, interpret, is_special
+from .primitives import CALLS
 from .values import Labels, Weight
 
 
@@ -72,12 +73,12 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     code = compat.inner_code(eqn)
     n_consts, n_carry = compat.scan_counts(eqn)
     length = eqn.params["length"]
-    settled = _merge_before(ctx, eqn, scan, values, n_consts + n_carry)
-    consts, carry, xs = _cut(settled, n_consts, n_carry)
+    materialised = _merge_before(ctx, eqn, scan, values, n_consts + n_carry)
+    consts, carry, xs = _cut(materialised, n_consts, n_carry)
     fixed = _hoist(ctx, eqn, code, carry, n_consts)
     init = [None if i in fixed else v for i, v in enumerate(carry)]
     xs = [
-        ctx.settle(x, eqn) if isinstance(x, Weight) and len(x.dims[0]) > 1 else x
+        ctx.materialise(x, eqn) if isinstance(x, Weight) and len(x.dims[0]) > 1 else x
         for x in xs
     ]
     for j in range(n_carry, len(code.outvars)):
@@ -98,7 +99,7 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
         state = [fixed.get(i, v) for i, v in enumerate(state)]
         out = interpret(inner, code, [*consts, *state, *layers])
         plain = [
-            None if i in fixed else inner.settle(v, eqn) for i, v in enumerate(out)
+            None if i in fixed else inner.materialise(v, eqn) for i, v in enumerate(out)
         ]
         return plain[:n_carry], plain[n_carry:]
 
@@ -117,9 +118,9 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     """`lax.while_loop`: constant weights, and carries handed on, stay factored."""
     cond = compat.inner_code(eqn, "cond_jaxpr")
     body = compat.inner_code(eqn, "body_jaxpr")
-    settled = _merge_before(ctx, eqn, while_loop, values, len(values))
+    materialised = _merge_before(ctx, eqn, while_loop, values, len(values))
     cond_consts, body_consts, carry = _cut(
-        settled, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        materialised, eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     )
     fixed = _hoist(ctx, eqn, body, carry, len(body_consts))
     init = [None if i in fixed else v for i, v in enumerate(carry)]
@@ -133,7 +134,7 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
         inner = ctx.within(now)
         out = interpret(inner, body, [*body_consts, *fill(state)])
         return key, [
-            None if i in fixed else inner.settle(v, eqn) for i, v in enumerate(out)
+            None if i in fixed else inner.materialise(v, eqn) for i, v in enumerate(out)
         ]
 
     def go_on(loop: tuple[Any, list[Any]]) -> Any:
@@ -146,13 +147,13 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
 
 def cond(ctx: Context, eqn: Any, index: Any, *values: Any) -> list[Any]:
     """`lax.cond` and `lax.switch`: every branch gets the weights with their factors."""
-    index = ctx.settle(index, eqn)
+    index = ctx.materialise(index, eqn)
     key = ctx.next_key()
 
     def branch(code: compat.Code) -> Any:
         def run(key: Any, *values: Any) -> list[Any]:
             inner = ctx.within(key)
-            return [inner.settle(v, eqn) for v in interpret(inner, code, values)]
+            return [inner.materialise(v, eqn) for v in interpret(inner, code, values)]
 
         return run
 
@@ -172,17 +173,17 @@ def _merge_before(
         return values
     reasons: dict[str, Any] = {}
 
-    def settle(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Any) -> Any:
         if not isinstance(value, Weight):
             return value
-        if not value.is_rows:
+        if not value.is_lookup:
             reasons.update((part.path, eqn) for part in value.parts)
         return value.w
 
-    dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, settle=settle)
+    dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, materialise=materialise)
     jax.eval_shape(lambda values: rule(dry, eqn, *values), list(values))
     return [
-        ctx.settle(v, reasons[v.parts[0].path])
+        ctx.materialise(v, reasons[v.parts[0].path])
         if i < n and isinstance(v, Weight) and v.parts[0].path in reasons
         else v
         for i, v in enumerate(values)
@@ -199,7 +200,7 @@ def shard_map(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     mesh = eqn.params["mesh"]
     code = compat.inner_code(eqn)
     operands = [
-        ctx.settle(v, eqn)
+        ctx.materialise(v, eqn)
         if isinstance(v, Weight) and any(len(g) > 1 for g in v.dims)
         else v
         for v in values
@@ -211,7 +212,7 @@ def shard_map(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
             for v, var in zip(values, code.invars, strict=True)
         ]
         results = interpret(ctx.within(None), code, local)
-        return [ctx.settle(v, eqn) for v in results]
+        return [ctx.materialise(v, eqn) for v in results]
 
     specs = [
         _specs(v, spec) if isinstance(v, Weight) else spec
@@ -265,20 +266,15 @@ def _cut(values: Sequence[Any], *counts: int) -> list[list[Any]]:
 def _hoist(
     ctx: Context, eqn: Any, body: compat.Code, carry: list[Any], n_consts: int
 ) -> dict[int, Any]:
-    """Returns the weights among `carry` that the body hands on; settles the others."""
+    """Returns the weights in `carry` that the body hands on; materialises others."""
     fixed = {}
     for i, value in enumerate(carry):
         if is_special(value):
             if source(body.jaxpr, i) == n_consts + i:
                 fixed[i] = value
             else:
-                carry[i] = ctx.settle(value, eqn)
+                carry[i] = ctx.materialise(value, eqn)
     return fixed
-
-
-_CALLS = frozenset(
-    {"checkpoint", "closed_call", "core_call", "jit", "pjit", "remat", "remat2"}
-)
 
 
 def source(jaxpr: Any, j: int) -> int | None:
@@ -288,7 +284,7 @@ def source(jaxpr: Any, j: int) -> int | None:
         if var in jaxpr.invars:
             return jaxpr.invars.index(var)
         made = [e for e in jaxpr.eqns if any(v is var for v in e.outvars)]
-        if not made or made[0].primitive.name not in _CALLS:
+        if not made or made[0].primitive.name not in CALLS:
             return None
         (eqn,) = made
         k = next(k for k, v in enumerate(eqn.outvars) if v is var)

@@ -1,14 +1,15 @@
 """Finding out how a function uses each of its parameters, without running it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from . import CONTROL, LINEAR, STRUCTURE, compat
-from .interpret import Context, interpret
+from .interpret import Context, Rule, interpret
+from .primitives import JOINS, POINTWISE, SCALES
 from .values import Atom, Derived, Part, Weight, leaf
 
 FACTORED, MERGED = "factored", "merged"
@@ -16,40 +17,6 @@ DERIVED, ELEMENTWISE = "derived", "elementwise"
 
 Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _NONE: Roles = ((), (), ())
-
-# Where one of these meets a parameter and data, the parameter is a bias, a norm's
-# scale, a position table or the like, not the weight of a linear operation.
-_POINTWISE = frozenset(
-    {
-        "add",
-        "add_any",
-        "and",
-        "atan2",
-        "clamp",
-        "concatenate",
-        "div",
-        "dynamic_update_slice",
-        "eq",
-        "ge",
-        "gt",
-        "le",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "nextafter",
-        "or",
-        "pad",
-        "pow",
-        "rem",
-        "scatter",
-        "scatter-add",
-        "select_n",
-        "sub",
-        "xor",
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +48,8 @@ class Use:
     forms: tuple[str, ...] = ()
 
 
-_JOINS = frozenset({"add", "add_any", "concatenate", "stack", "sub"})
-
-
 def discover(
-    code: compat.Code, inputs: Sequence[Any], paths: Sequence[Any]
+    code: compat.Code, inputs: Sequence[Any], paths: Sequence[str | None]
 ) -> list[Use]:
     """Returns every use of the leaves in `code`, in order, each once.
 
@@ -95,22 +59,61 @@ def discover(
       paths: for each input the leaf's path, or None for data.
     """
     shapes = {p: x.shape for p, x in zip(paths, inputs, strict=True) if p is not None}
-    uses: dict[Use, None] = {}
+    found = _Discovery(shapes)
+    ctx = found.context()
+
+    def run(arrays: Sequence[Any]) -> list[Any]:
+        values = [
+            x if path is None else leaf(path, x)
+            for x, path in zip(arrays, paths, strict=True)
+        ]
+        outs = interpret(ctx, code, values)
+        return [found.materialise(v, None) for v in outs]
+
+    jax.eval_shape(run, list(inputs))
+    return list(found.uses)
+
+
+class _Discovery:
+    """The context of a trace that notes every use of a leaf.
+
+    Attributes:
+      shapes: of the leaves, by path.
+      uses: what was found, in order.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
+        self.shapes = shapes
+        self.uses: dict[Use, None] = {}
+
+    def context(self) -> Context:
+        """Returns the context in which `interpret` tells this object what it meets."""
+        guarded = {k: self.unless_derived(r) for k, r in (LINEAR | STRUCTURE).items()}
+        return Context(
+            rules=guarded | {k: _with_constants(rule) for k, rule in CONTROL.items()},
+            used=self.used,
+            fallback=self.fallback,
+            materialise=self.materialise,
+            constant=lambda x: Derived(x, ()),
+        )
 
     def record(
+        self,
         path: str,
         op: str,
         route: str,
         eqn: Any,
-        roots: Roles = _NONE,
+        roles: Roles = _NONE,
         forms: Sequence[str] = (),
     ) -> None:
+        """Notes one use of the leaf `path`; `eqn` is None where it is returned."""
         where, scope = "", ""
         if eqn is not None:
             where, scope = compat.where(eqn), compat.scope(eqn)
-        uses[Use(path, op, route, *roots, where, scope, tuple(forms))] = None
+        self.uses[Use(path, op, route, *roles, where, scope, tuple(forms))] = None
 
     def used(
+        self,
         weight: Weight,
         op: str,
         *,
@@ -119,107 +122,100 @@ def discover(
         eqn: Any,
         forms: Sequence[str] = (),
     ) -> None:
+        """Notes a linear use of each leaf that `weight` comes from."""
         for part in weight.parts:
             roles = _roles(
-                weight, part, shapes[part.path], fan_in, batch, op == "gather"
+                weight, part, self.shapes[part.path], fan_in, batch, op == "gather"
             )
-            record(part.path, op, FACTORED, eqn, roles, forms)
+            self.record(part.path, op, FACTORED, eqn, roles, forms)
 
-    def settle(value: Any, eqn: Any) -> Any:
+    def materialise(self, value: Any, eqn: Any) -> Any:
+        """Returns `value` as an array, and notes why a weight had to become one."""
         if isinstance(value, Weight):
-            if value.is_rows:
-                used(value, "gather", fan_in=(), batch=(), eqn=eqn)
+            if value.is_lookup:
+                self.used(value, "gather", fan_in=(), batch=(), eqn=eqn)
             else:
                 op = "return" if eqn is None else eqn.primitive.name
                 for path in _sources(value):
-                    record(path, op, MERGED, eqn)
-        return value.w if isinstance(value, Weight | Derived) else value
+                    self.record(path, op, MERGED, eqn)
+        return _array(value)
 
-    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    def fallback(self, ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        """Returns the results of an equation that has no rule, and notes its route."""
         operands = [
-            settle(v, eqn) if isinstance(v, Weight) and v.is_rows else v
+            self.materialise(v, eqn) if isinstance(v, Weight) and v.is_lookup else v
             for v in operands
         ]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
-        results = compat.bind(
-            eqn, *(v.w if isinstance(v, Weight | Derived) else v for v in operands)
-        )
+        results = compat.bind(eqn, *map(_array, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
-            route = ELEMENTWISE if name in _POINTWISE else MERGED
+            route = ELEMENTWISE if name in POINTWISE else MERGED
             for path in sources:
-                record(path, name, route, eqn)
+                self.record(path, name, route, eqn)
             return results
         for v in operands:
             for path in _sources(v) if isinstance(v, Weight) else ():
-                record(path, name, DERIVED, eqn)
+                self.record(path, name, DERIVED, eqn)
         return [Derived(x, tuple(sources)) for x in results]
 
-    def unless_derived(rule):
-        def guarded(ctx, eqn, *operands):
+    def unless_derived(self, rule: Rule) -> Rule:
+        """Returns `rule` for weights that no array computed from weights meets."""
+
+        def guarded(ctx: Context, eqn: Any, *operands: Any) -> Any:
             name = eqn.primitive.name
-            scales = name in ("mul", "div")
-            sources = [path for v in operands for path in _sources(v)]
-            operands = [
+            scales = name in SCALES
+            values = [
                 v.w if isinstance(v, Derived) and (scales or not v.paths) else v
                 for v in operands
             ]
-            if name in _JOINS and not all(isinstance(v, Weight) for v in operands):
+            if name in JOINS and not all(isinstance(v, Weight) for v in values):
                 return NotImplemented  # with data: a bias, a position table, a token
-            derived = [v for v in operands if isinstance(v, Derived)]
-            if derived and name in LINEAR:  # learned queries, normalised: activations
-                operands = [v.w if isinstance(v, Derived) else v for v in operands]
-            elif derived:
+            derived = [v for v in values if isinstance(v, Derived)]
+            if derived and name not in LINEAR:
                 return NotImplemented
-            if not any(isinstance(v, Weight) for v in operands):
+            # Learned queries, or normalised ones, are activations.
+            values = [v.w if isinstance(v, Derived) else v for v in values]
+            if not any(isinstance(v, Weight) for v in values):
                 return NotImplemented
-            results = rule(ctx, eqn, *operands)
-            if derived and results is not NotImplemented:
+            results = rule(ctx, eqn, *values)
+            if results is NotImplemented:
+                return results
+            if derived:
                 made_of = dict.fromkeys(path for v in derived for path in v.paths)
                 return [Derived(x, tuple(made_of)) for x in results]
-            if scales and results is not NotImplemented:
-                scaled = _sources(results[0])
-                for path in sources:
-                    if path not in scaled:
-                        record(path, name, ELEMENTWISE, eqn)
+            if scales:
+                self.record_scales(eqn, operands, _sources(results[0]))
             return results
 
         return guarded
 
-    def with_constants(rule):
-        """A literal that enters inner code is a constant there, too."""
+    def record_scales(
+        self, eqn: Any, operands: Sequence[Any], scaled: Sequence[str]
+    ) -> None:
+        """Notes the leaves that scale a weight, which is made of `scaled`."""
+        for path in (path for v in operands for path in _sources(v)):
+            if path not in scaled:
+                self.record(path, eqn.primitive.name, ELEMENTWISE, eqn)
 
-        def guarded(ctx, eqn, *operands):
-            return rule(
-                ctx,
-                eqn,
-                *(
-                    Derived(v, ()) if isinstance(atom, compat.Literal) else v
-                    for v, atom in zip(operands, eqn.invars, strict=True)
-                ),
-            )
 
-        return guarded
+def _with_constants(rule: Rule) -> Rule:
+    """Returns `rule` for inner code, in which a literal operand is a constant too."""
 
-    rules = {k: unless_derived(rule) for k, rule in (LINEAR | STRUCTURE).items()}
-    ctx = Context(
-        rules=rules | {k: with_constants(rule) for k, rule in CONTROL.items()},
-        used=used,
-        fallback=fallback,
-        settle=settle,
-        constant=lambda x: Derived(x, ()),
-    )
+    def guarded(ctx: Context, eqn: Any, *operands: Any) -> Any:
+        pairs = zip(operands, eqn.invars, strict=True)
+        return rule(
+            ctx,
+            eqn,
+            *(Derived(v, ()) if isinstance(a, compat.Literal) else v for v, a in pairs),
+        )
 
-    def run(arrays: Sequence[Any]) -> list[Any]:
-        values = [
-            x if path is None else leaf(path, x)
-            for x, path in zip(arrays, paths, strict=True)
-        ]
-        outs = interpret(ctx, code, values)
-        return [settle(v, None) for v in outs]
+    return guarded
 
-    jax.eval_shape(run, list(inputs))
-    return list(uses)
+
+def _array(value: Any) -> Any:
+    """Returns the frozen array of `value`, or `value` itself."""
+    return value.w if isinstance(value, Weight | Derived) else value
 
 
 def _sources(value: Any) -> tuple[str, ...]:

@@ -3,10 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import CONTROL, LINEAR, compat
-
-_CALLS = frozenset(CONTROL) - {"cond", "scan", "while"}
-_BIAS = frozenset(["add", "add_any", "sub"])
+from . import LINEAR, compat
+from .primitives import BIASES, CALLS, MAPPED_CALLS
 
 
 def output_heads(code: compat.Code, paths: Sequence[str | None]) -> frozenset[str]:
@@ -60,7 +58,7 @@ def _walk(
         params = frozenset().union(
             *(made_of.get(v, ()) for v in eqn.invars if isinstance(v, compat.Var))
         )
-        if eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in CALLS | MAPPED_CALLS:
             inner = compat.inner_code(eqn)
             known = {
                 var: made_of[outer]
@@ -76,5 +74,5 @@ def _walk(
         if params and not later and eqn.primitive.name in LINEAR:
             heads |= params
         for var in eqn.invars:
-            mark(var, later or bool(params and eqn.primitive.name not in _BIAS))
+            mark(var, later or bool(params and eqn.primitive.name not in BIASES))
     return acts

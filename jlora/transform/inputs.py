@@ -94,7 +94,7 @@ def input_moments(
         for slot, (path, axes) in weights.items():
             placed[slot] = _probed(path, values[slot], axes, probes[path])
         ctx = _context(trace)
-        outs = [ctx.settle(v, None) for v in interpret(ctx, code, placed)]
+        outs = [ctx.materialise(v, None) for v in interpret(ctx, code, placed)]
         floats = [x for x in outs if jnp.issubdtype(x.dtype, jnp.inexact)]
         sums = [jnp.sum(jnp.real(x)).astype(jnp.float32) for x in floats]
         return sum(sums, jnp.zeros((), jnp.float32))
@@ -128,7 +128,7 @@ def _probed(path: str, w: Any, axes: Axes, probe: jax.Array) -> Weight:
 
 
 def _context(trace: Trace) -> Context:
-    def settle(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Any) -> Any:
         if not isinstance(value, Weight):
             return value
         if value.terms and eqn is not None:
@@ -138,13 +138,13 @@ def _context(trace: Trace) -> Context:
         return value.w
 
     def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        return compat.bind(eqn, *(ctx.settle(v, eqn) for v in operands))
+        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
 
     return Context(
         rules=_rules(trace, ()),
         used=lambda *_, **__: None,
         fallback=fallback,
-        settle=settle,
+        materialise=materialise,
     )
 
 
@@ -191,7 +191,7 @@ def _watched(rule: Callable[..., Any], trace: Trace, calls: CallPath) -> Any:
             if not isinstance(weight, Weight) or not weight.terms:
                 continue
             if not any(bare[side] is seen for seen in met):
-                ctx.settle(weight, eqn)  # an activation by now
+                ctx.materialise(weight, eqn)  # an activation by now
                 continue
             x = bare[1 - side]
             x = x.w if isinstance(x, Weight) else x

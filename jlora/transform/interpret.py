@@ -25,7 +25,7 @@ class Context:
       used: told of every linear use of a weight:
         `(weight, op, fan_in atoms, batch atoms, eqn)`, of a product also its forms.
       fallback: `(ctx, eqn, values) -> results` where no rule holds.
-      settle: `(value, eqn) -> array`, the plain array of a weight, recorded.
+      materialise: `(value, eqn) -> array`, the plain array of a weight, recorded.
       constant: `array -> value`, what the code closes over, or computes from that.
       hoist: whether a weight that a loop would merge is merged before the loop.
       form: how to compute a product, see `cost`.
@@ -38,7 +38,7 @@ class Context:
     rules: Mapping[str, Rule]
     used: Callable[..., None]
     fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
-    settle: Callable[[Any, Any], Any]
+    materialise: Callable[[Any, Any], Any]
     constant: Callable[[Any], Any] = lambda x: x
     hoist: bool = False
     form: Form = "auto"

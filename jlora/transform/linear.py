@@ -9,6 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -42,8 +43,8 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     they are in both the first product leaves what the second one sums.
     """
     (contracted, batch) = eqn.params["dimension_numbers"]
-    operands = [
-        ctx.settle(v, eqn)
+    operands: list[Any] = [
+        ctx.materialise(v, eqn)
         if isinstance(v, Weight) and v.looked_up and not _indexes_batch(v, axes)
         else v
         for v, axes in zip((lhs, rhs), batch, strict=True)
@@ -55,36 +56,12 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         repeated = [i for i in sides if _is_repeated(operands[i])]
         if len(repeated) != 1:
             return NotImplemented
-        operands[repeated[0]] = ctx.settle(operands[repeated[0]], eqn)
+        operands[repeated[0]] = ctx.materialise(operands[repeated[0]], eqn)
         sides.remove(repeated[0])
-    side = sides[0]
-    weight: Any = operands[side]
-    x: Any = operands[1 - side]
-    x_axes = dict(zip(contracted[1 - side], contracted[side], strict=True))
-    x_batch = dict(zip(batch[1 - side], batch[side], strict=True))
-    whole, weight = weight, join_groups(weight)
-    x_groups: list[Group] = [
-        weight.dims[{**x_axes, **x_batch}[i]]
-        if i in x_axes or i in x_batch
-        else (Atom((OTHER, i), n),)
-        for i, n in enumerate(x.shape)
-    ]
-    used = {*contracted[side], *batch[side]}
-    w_free = [g for i, g in enumerate(weight.dims) if i not in used]
-    x_free = [g for i, g in enumerate(x_groups) if i not in {**x_axes, **x_batch}]
-    want = [
-        *(weight.dims[i] for i in batch[side]),
-        *((w_free + x_free) if side == 0 else (x_free + w_free)),
-    ]
-    out = eqn.outvars[0].aval
-    site = Site(
-        tuple(x_groups),
-        want=tuple(atom for group in want for atom in group),
-        x_first=side == 1,
-        shape=out.shape,
-        dtype=out.dtype,
-        precision=eqn.params["precision"],
-    )
+    (side,) = sides
+    whole, x = operands[side], operands[1 - side]
+    weight = join_groups(whole)
+    site = _site(eqn, weight, x, side)
     ctx.used(
         whole,
         "dot_general",
@@ -100,23 +77,51 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
         if not set(weight.gain_labels) <= set(site.x_labels):
             return NotImplemented
         x = rescaled(x, weight, site.x_labels)
-        operands[1 - side] = x
         weight = weight.replace(gain=None, gain_labels=())
     if not all(gain_fits(term, weight) for term in weight.terms):
         return NotImplemented
-    operands[side] = weight.w
+    return [_adapted_product(ctx, eqn, x, weight, site)]
+
+
+def _site(eqn: Any, weight: Weight, x: Any, side: int) -> Site:
+    """Returns where `x` meets `weight`, which is operand `side`: labels and shapes."""
+    (contracted, batch) = eqn.params["dimension_numbers"]
+    met = dict(zip(contracted[1 - side], contracted[side], strict=True))
+    met |= dict(zip(batch[1 - side], batch[side], strict=True))
+    x_groups: list[Group] = [
+        weight.dims[met[i]] if i in met else (Atom((OTHER, i), n),)
+        for i, n in enumerate(x.shape)
+    ]
+    w_free = [g for i, g in enumerate(weight.dims) if i not in met.values()]
+    x_free = [g for i, g in enumerate(x_groups) if i not in met]
+    free = w_free + x_free if side == 0 else x_free + w_free
+    want = [*(weight.dims[i] for i in batch[side]), *free]
+    out = eqn.outvars[0].aval
+    return Site(
+        tuple(x_groups),
+        want=tuple(atom for group in want for atom in group),
+        x_first=side == 1,
+        shape=out.shape,
+        dtype=out.dtype,
+        precision=eqn.params["precision"],
+    )
+
+
+def _adapted_product(
+    ctx: Context, eqn: Any, x: Any, weight: Weight, site: Site
+) -> jax.Array:
+    """Returns the product of `x` and an adapted weight, in one of its forms."""
     (first, *more) = weight.terms
     form = form_of(x, weight, site, ctx.form)
     if form is not None and not more and not ctx.drops(first.dropout):
-        y = adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
-    else:
-        (y,) = bind(eqn, *operands)
-        y = rescaled(y, weight, site.want)
-        product = functools.partial(low_rank_product, site=site)
-        for term in weight.terms:
-            own = gained(term, weight)
-            y = y + placed_like(y, product, ctx.drop(x, term.dropout), own)
-    return [y]
+        return adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
+    (y,) = bind(eqn, *((x, weight.w) if site.x_first else (weight.w, x)))
+    y = rescaled(y, weight, site.want)
+    product = functools.partial(low_rank_product, site=site)
+    for term in weight.terms:
+        own = gained(term, weight)
+        y = y + placed_like(y, product, ctx.drop(x, term.dropout), own)
+    return y
 
 
 def _is_repeated(weight: Weight) -> bool:
@@ -184,35 +189,22 @@ def ragged_dot_general(
 
     Rows of `x` are multiplied by the matrix of their group: A and B are per group.
     """
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    plain = (((1,), (1,)), ((), ()))
-    if (
-        not isinstance(weight, Weight)
-        or any(isinstance(v, Weight) for v in (x, sizes, *offset))
-        or weight.looked_up
-        or _tuples(numbers.dot_dimension_numbers) != plain
-        or tuple(numbers.lhs_ragged_dimensions) != (0,)
-        or tuple(numbers.rhs_group_dimensions) != (0,)
-    ):
+    if any(isinstance(v, Weight) for v in (x, sizes, *offset)):
+        return NotImplemented
+    if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
         return NotImplemented
     joined = join_groups(weight)
     if any(len(group) != 1 for group in joined.dims):
         return NotImplemented
     group, ins, outs = (g[0] for g in joined.dims)
-    factors = []
-    for term in joined.terms:
-        a, a_labels, b, b_labels = term.a, term.a_labels, term.b, term.b_labels
-        if ins not in a_labels:
-            a, a_labels, b, b_labels = b, b_labels, a, a_labels
-        if set(a_labels) != {group, ins, RANK} or set(b_labels) != {group, RANK, outs}:
-            return NotImplemented
-        a = regroup(a, a_labels, [(group,), (ins,), (RANK,)])
-        b = regroup(b, b_labels, [(group,), (RANK,), (outs,)])
-        factors.append((term, a, b))
+    pairs = [_grouped_factors(term, group, ins, outs) for term in joined.terms]
+    factors = [pair for pair in pairs if pair is not None]
+    if len(factors) < len(pairs):
+        return NotImplemented
     gain = joined.gain
     if gain is not None:
-        is_offset = offset or eqn.params["group_offset"] is not None
-        if is_offset or set(joined.gain_labels) != {group, outs}:
+        has_offset = offset or eqn.params["group_offset"] is not None
+        if has_offset or set(joined.gain_labels) != {group, outs}:
             return NotImplemented
         gain = regroup(gain, joined.gain_labels, [(group,), (outs,)])
     ctx.used(
@@ -223,27 +215,48 @@ def ragged_dot_general(
         eqn=eqn,
     )
     (base,) = bind(eqn, x, weight.w, sizes, *offset)
-    settings = {
-        "precision": eqn.params["precision"],
-        "group_offset": offset[0] if offset else eqn.params["group_offset"],
-    }
-    for term, a, b in factors:
+    ragged_dot = functools.partial(
+        lax.ragged_dot,
+        group_sizes=sizes,
+        precision=eqn.params["precision"],
+        group_offset=offset[0] if offset else eqn.params["group_offset"],
+    )
+    wide = at_least_float32(x.dtype)
+    for term, (a, b) in zip(joined.terms, factors, strict=True):
         kept = ctx.drop(x, term.dropout)
-        t = lax.ragged_dot(
-            kept,
-            a.astype(x.dtype),
-            sizes,
-            preferred_element_type=at_least_float32(x.dtype),
-            **settings,
-        )
+        t = ragged_dot(kept, a.astype(x.dtype), preferred_element_type=wide)
         t = (t * term.scale).astype(x.dtype)
-        base = base + lax.ragged_dot(
-            t, b.astype(x.dtype), sizes, preferred_element_type=base.dtype, **settings
-        )
+        y = ragged_dot(t, b.astype(x.dtype), preferred_element_type=base.dtype)
+        base = base + y
     if gain is not None:
         rows = jnp.repeat(gain, sizes, axis=0, total_repeat_length=base.shape[0])
         base = (base.astype(rows.dtype) * rows).astype(base.dtype)
     return [base]
+
+
+def _is_grouped(eqn: Any) -> bool:
+    """Returns whether each row is multiplied by a matrix of `[group, in, out]`."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    return (
+        _tuples(numbers.dot_dimension_numbers) == (((1,), (1,)), ((), ()))
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+
+
+def _grouped_factors(
+    term: Term, group: Atom, ins: Atom, outs: Atom
+) -> tuple[jax.Array, jax.Array] | None:
+    """Returns the factors as `[group, in, rank]` and `[group, rank, out]`, or None."""
+    own = term if ins in term.a_labels else term.swapped()
+    if set(own.a_labels) != {group, ins, RANK}:
+        return None
+    if set(own.b_labels) != {group, RANK, outs}:
+        return None
+    return (
+        regroup(own.a, own.a_labels, [(group,), (ins,), (RANK,)]),
+        regroup(own.b, own.b_labels, [(group,), (RANK,), (outs,)]),
+    )
 
 
 def _tuples(nested: Any) -> Any:

@@ -27,28 +27,28 @@ def rewrite(
       merged: told `(path, why)` of each weight merged on the fly.
     """
 
-    def settle(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Any) -> Any:
         if not isinstance(value, Weight):
             return value
-        if not value.is_rows:
+        if not value.is_lookup:
             for part in value.parts:
                 merged(part.path, _why(eqn))
         return dense(value)
 
     def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        return compat.bind(eqn, *(ctx.settle(v, eqn) for v in operands))
+        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
 
     ctx = Context(
         rules=RULES,
         used=lambda *_, **__: None,
         fallback=fallback,
-        settle=settle,
+        materialise=materialise,
         key=key,
         hoist=True,
         form=form,
         share=key is None,  # with dropout each weight meets an activation of its own
     )
-    return [settle(v, None) for v in interpret(ctx, code, values)]
+    return [materialise(v, None) for v in interpret(ctx, code, values)]
 
 
 def _why(eqn: Any) -> str:

@@ -15,6 +15,7 @@ from jax import lax
 
 from .._numerics import at_least_float32
 from .compat import Equation, Var, has_typed_placement
+from .primitives import PREPARES
 from .thin import thin_dot
 from .values import RANK, Group, Term, Weight, regroup
 
@@ -22,19 +23,13 @@ from .values import RANK, Group, Term, Weight, regroup
 Site = tuple[Any, tuple[int, ...], Any]
 Uses = Mapping[Site, Sequence[tuple[int, int]]]
 
-# What stands between a parameter and its product, as a rule.
-_PREPARES = frozenset(
-    {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze"}
-    | {"transpose"}
-)
-
 
 def weights_first(eqns: Sequence[Equation], weights: Iterable[Any]) -> list[Equation]:
     """Returns `eqns` with what only prepares `weights` (casts) at the front."""
     ready: set[Any] = set(weights)
     early, late = [], []
     for eqn in eqns:
-        if eqn.primitive.name in _PREPARES and all(
+        if eqn.primitive.name in PREPARES and all(
             isinstance(v, Var) and v in ready for v in eqn.invars
         ):
             ready.update(eqn.outvars)

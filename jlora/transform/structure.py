@@ -5,8 +5,9 @@ concerned, which is small. What a factor cannot express returns NotImplemented.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -269,77 +270,100 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
     """
     if isinstance(indices, Weight):
         return NotImplemented
-    numbers = eqn.params["dimension_numbers"]
-    sizes, shape = eqn.params["slice_sizes"], weight.w.shape
-    clamps = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
-    columns = {  # axis of `w`: column of `indices`
-        i: k
-        for k, i in enumerate(numbers.start_index_map)
-        if not (clamps and sizes[i] == shape[i])  # a whole slice starts at zero
-    }
-    batching = dict(  # axis of `w`: axis of `indices` that goes along with it
-        zip(
-            numbers.operand_batching_dims,
-            numbers.start_indices_batching_dims,
-            strict=True,
-        )
-    )
-    whole = [i for i in range(weight.w.ndim) if i not in {*columns, *batching}]
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    columns, along = _picked_axes(eqn, weight.w.shape)
+    moved = {*columns, *along}
     if (
-        any(sizes[i] != shape[i] for i in whole)
-        or any(sizes[i] != 1 for i in columns)
-        or any(len(weight.dims[i]) != 1 for i in {*columns, *batching})
+        any(sizes[i] != 1 for i in columns)
+        or any(len(weight.dims[i]) != 1 for i in moved)
+        or any(sizes[i] != n for i, n in enumerate(weight.w.shape) if i not in moved)
     ):
         return NotImplemented
     (w,) = bind(eqn, weight.w, indices)
-    positions = [i for i in range(w.ndim) if i not in numbers.offset_dims]
-    along = {j: weight.dims[i][0] for i, j in batching.items()}
+    paired = {j: weight.dims[i][0] for i, j in along.items()}
     atoms: list[Atom] = []
     for j, n in enumerate(indices.shape[:-1]):
         known = weight.replace(dims=(*weight.dims, tuple(atoms)))
-        atoms.append(along.get(j) or new_atom(known, INDEX, n))
-
-    def pick(x: Any, labels: Labels) -> tuple[Any, Labels]:
-        held = {
-            labels.index(weight.dims[i][0]): k
-            for i, k in columns.items()
-            if weight.dims[i][0] in labels
-        }
-        if not held:
-            return x, labels
-        axes = list(held)
-        pairs = {labels.index(a): j for j, a in along.items() if a in labels}
-        rest = [i for i in range(x.ndim) if i not in {*axes, *pairs}]
-        # A promise about whole index vectors says nothing of some of their entries.
-        promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
-        picked = lax.gather(
-            x,
-            jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
-                collapsed_slice_dims=tuple(sorted(axes)),
-                start_index_map=tuple(axes),
-                operand_batching_dims=tuple(sorted(pairs)),
-                start_indices_batching_dims=tuple(pairs[i] for i in sorted(pairs)),
-            ),
-            slice_sizes=[n if i in rest else 1 for i, n in enumerate(x.shape)],
-            unique_indices=promised and eqn.params["unique_indices"],
-            indices_are_sorted=promised and eqn.params["indices_are_sorted"],
-            mode=eqn.params["mode"],
-            fill_value=0,
-        )
-        return picked, (*atoms, *(labels[i] for i in rest))
-
+        atoms.append(paired.get(j) or new_atom(known, INDEX, n))
+    pick = functools.partial(
+        _pick,
+        eqn=eqn,
+        indices=indices,
+        columns={weight.dims[i][0]: k for i, k in columns.items()},
+        along={atom: j for j, atom in paired.items()},
+        atoms=tuple(atoms),
+    )
     dims: list[Group] = [()] * w.ndim
+    positions = [i for i in range(w.ndim) if i not in numbers.offset_dims]
     for i, atom in zip(positions, atoms, strict=True):
         dims[i] = (atom,)
-    gone = {*numbers.collapsed_slice_dims, *batching}
+    gone = {*numbers.collapsed_slice_dims, *along}
     kept = [i for i in range(weight.w.ndim) if i not in gone]
     for i, j in zip(kept, numbers.offset_dims, strict=True):
         dims[j] = () if i in columns else weight.dims[i]
     out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
     pairs = zip(weight.terms, out.terms, strict=True)
     return [out.replace(terms=tuple(_drop_rows(ctx, *p, len(atoms)) for p in pairs))]
+
+
+def _picked_axes(
+    eqn: Any, shape: Sequence[int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Returns which axes of the operand a `gather` indexes, and which go along.
+
+    The first gives the column of the indices for an axis, the second the axis of the
+    indices that a batching axis is paired with.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    clamps = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    columns = {
+        i: k
+        for k, i in enumerate(numbers.start_index_map)
+        if not (clamps and sizes[i] == shape[i])  # a whole slice starts at zero
+    }
+    batching = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    return columns, dict(zip(*batching, strict=True))
+
+
+def _pick(
+    x: Any,
+    labels: Labels,
+    *,
+    eqn: Any,
+    indices: Any,
+    columns: Mapping[Atom, int],
+    along: Mapping[Atom, int],
+    atoms: Labels,
+) -> tuple[Any, Labels]:
+    """Returns the entries of a factor at `indices`, whose axes `atoms` come first.
+
+    `columns` and `along` are those of `_picked_axes`, by label. A factor without an
+    indexed axis stays as it is.
+    """
+    held = {labels.index(atom): k for atom, k in columns.items() if atom in labels}
+    if not held:
+        return x, labels
+    pairs = {labels.index(atom): j for atom, j in along.items() if atom in labels}
+    rest = [i for i in range(x.ndim) if i not in {*held, *pairs}]
+    # A promise about whole index vectors says nothing of some of their entries.
+    promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
+    picked = lax.gather(
+        x,
+        jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
+            collapsed_slice_dims=tuple(sorted(held)),
+            start_index_map=tuple(held),
+            operand_batching_dims=tuple(sorted(pairs)),
+            start_indices_batching_dims=tuple(pairs[i] for i in sorted(pairs)),
+        ),
+        slice_sizes=[n if i in rest else 1 for i, n in enumerate(x.shape)],
+        unique_indices=promised and eqn.params["unique_indices"],
+        indices_are_sorted=promised and eqn.params["indices_are_sorted"],
+        mode=eqn.params["mode"],
+        fill_value=0,
+    )
+    return picked, (*atoms, *(labels[i] for i in rest))
 
 
 def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:

@@ -135,7 +135,7 @@ class Weight:
         return self.replace(terms=terms, **changes)
 
     @property
-    def is_rows(self) -> bool:
+    def is_lookup(self) -> bool:
         """Whether this is looked-up rows, an embedding's result, and no matrix."""
         return self.looked_up and (
             bool(self.index_atoms) or sum(map(bool, self.dims)) <= 1
