@@ -1,6 +1,6 @@
 """Names of primitives that choose what the transform does, besides the table of rules.
 
-Each name exists in the oldest or in the newest supported JAX; a test looks them up.
+Each name exists in a supported JAX; a test looks them up.
 """
 
 # Where one of these meets a parameter and data, the parameter is a bias, a norm's
@@ -26,8 +26,7 @@ PREPARES = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "resha
 PREPARES |= {"squeeze", "transpose"}
 
 # These run inner code once, on their own operands in their own order.
-CALLS = frozenset(["checkpoint", "closed_call", "core_call", "jit", "pjit"])
-CALLS |= {"remat", "remat2"}
+CALLS = frozenset(["closed_call", "jit", "remat2"])
 
 # As CALLS, but for other shapes or devices than outside.
 MAPPED_CALLS = frozenset(["custom_vmap_call", "shard_map"])
