@@ -23,7 +23,8 @@ from jlora._io import describe as _describe, tensors as _tensors
 from jlora._io.disk import replacing
 from jlora.factors import Axes, Factors, Spec
 from jlora.methods import METHODS
-from tests.io.test_checkpoint import adapter, normal, same
+from tests.helpers import normal, same
+from tests.io.helpers import adapter
 
 
 @pytest.fixture
