@@ -161,8 +161,8 @@ def tpu_section(found: common.Figures) -> str:
         (
             "## A training step on one TPU v5e chip\n",
             f"{source(found['environment'])}\nTPU's own compiler compiled each step "
-            "ahead of time. Nothing was run, so the figures repeat exactly. The model has "
-            f"{model['layers']} scanned, rematerialised, gated layers of width "
+            "ahead of time. Nothing was run, so the figures repeat exactly. The model "
+            f"has {model['layers']} scanned, rematerialised, gated layers of width "
             f"{model['width']}, rank {found['rows'][0]['rank']}, {model['batch']} × "
             f"{model['length']} tokens, {model['dtype']}. The compiler counts the body "
             "of a scan once in FLOPs and bytes.\n",
@@ -189,8 +189,8 @@ def peers_section(found: common.Figures) -> str:
             f"*{found['cpu']}, {found['threads']} threads, {found['date']}, commit "
             f"{found['commit']}; {found['rounds']} round(s) of {found['steps']} steps, "
             "each library in a process and an environment of its own.*\n\nThe model is "
-            f"one decoder, rank {found['rank']} on all linear weights, {found['batch']} × "
-            f"{found['length']} tokens, float32. All start with the same weights, "
+            f"one decoder, rank {found['rank']} on all linear weights, "
+            f"{found['batch']} × {found['length']} tokens, float32. All start with the same weights, "
             "factors and data. *Off by* is the largest relative difference of a loss "
             "from the side path written by hand, over all steps.\n",
             *tables,
@@ -223,8 +223,8 @@ def overheads_section(found: common.Figures) -> str:
         (
             "## Overheads\n",
             f"{source(found['environment'])}\nThe model is a Linen decoder of width "
-            f"{case['width']}, rank {case['rank']}, with {case['layers']} layers written "
-            f"out for tracing and `plan`, {case['compiled_layers']} for compiling and "
+            f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
+            f"written out for tracing and `plan`, {case['compiled_layers']} for compiling and "
             f"files. The base of a gradient is the gradient of *{common.STRICT}*.\n",
             markdown(overheads.columns(found)),
         )
@@ -254,8 +254,8 @@ def quality_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## What they learn\n",
-            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon review "
-            f"sentences, for {settings['epochs']} epoch(s) of batches of "
+            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon "
+            f"review sentences, for {settings['epochs']} epoch(s) of batches of "
             f"{settings['batch']}, {settings['dtype']}, AdamW. The test set has 600 "
             "sentences of other reviews, so one standard error is about 1.4 points. "
             f"The seeds are {', '.join(map(str, seeds))}. The learning rate is 1e-2 "
@@ -296,8 +296,8 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "serving" in found:
         parts += [
-            "The time of a batch (rows × tokens of each) whose rows use different "
-            "adapters, as a multiple of the time with one adapter that all share. The "
+            "These are times of a batch (rows × tokens of each) whose rows use different "
+            "adapters, as multiples of the time with one adapter that all share. The "
             "factors are selected in the same call, or before it, as in a loop over "
             "tokens. *Read* is the time to sum up the numbers of as many adapters as "
             "there are batch rows.\n",
@@ -316,8 +316,8 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "products" in found:
         parts += [
-            "The time of the low-rank product of batch rows of one token, sorted by "
-            "adapter, as a multiple of the frozen product's. On a CPU `ragged_dot` is "
+            "These are times of the low-rank product of batch rows of one token, sorted "
+            "by adapter, as multiples of the frozen product's. On a CPU `ragged_dot` is "
             "not faster than a masked product with all adapters, so `per_row` "
             "gathers.\n",
             markdown(adapters.product_columns(found["products"]), 0),
