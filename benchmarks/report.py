@@ -190,9 +190,9 @@ def peers_section(found: common.Figures) -> str:
             f"{found['commit']}; {found['rounds']} round(s) of {found['steps']} steps, "
             "each library in a process and an environment of its own.*\n\nThe model is "
             f"one decoder, rank {found['rank']} on all linear weights, "
-            f"{found['batch']} × {found['length']} tokens, float32. All start with the same weights, "
-            "factors and data. *Off by* is the largest relative difference of a loss "
-            "from the side path written by hand, over all steps.\n",
+            f"{found['batch']} × {found['length']} tokens, float32. All start with "
+            "the same weights, factors and data. *Off by* is the largest relative "
+            "difference of a loss from the side path written by hand, over all steps.\n",
             *tables,
         )
     )
@@ -224,8 +224,8 @@ def overheads_section(found: common.Figures) -> str:
             "## Overheads\n",
             f"{source(found['environment'])}\nThe model is a Linen decoder of width "
             f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
-            f"written out for tracing and `plan`, {case['compiled_layers']} for compiling and "
-            f"files. The base of a gradient is the gradient of *{common.STRICT}*.\n",
+            "written out for tracing and `plan`, and "
+            f"{case['compiled_layers']} for compiling and files. The base of a gradient is the gradient of *{common.STRICT}*.\n",
             markdown(overheads.columns(found)),
         )
     )
@@ -296,8 +296,8 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "serving" in found:
         parts += [
-            "These are times of a batch (rows × tokens of each) whose rows use different "
-            "adapters, as multiples of the time with one adapter that all share. The "
+            "These are times of a batch (rows × tokens of each) whose rows use "
+            "different adapters, as multiples of the time with one adapter that all share. The "
             "factors are selected in the same call, or before it, as in a loop over "
             "tokens. *Read* is the time to sum up the numbers of as many adapters as "
             "there are batch rows.\n",
@@ -316,9 +316,9 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "products" in found:
         parts += [
-            "These are times of the low-rank product of batch rows of one token, sorted "
-            "by adapter, as multiples of the frozen product's. On a CPU `ragged_dot` is "
-            "not faster than a masked product with all adapters, so `per_row` "
+            "These are times of the low-rank product of batch rows of one token, "
+            "sorted by adapter, as multiples of the frozen product's. On a CPU "
+            "`ragged_dot` is not faster than a masked product with all adapters, so `per_row` "
             "gathers.\n",
             markdown(adapters.product_columns(found["products"]), 0),
         ]
