@@ -192,7 +192,8 @@ def peers_section(found: common.Figures) -> str:
             f"one decoder, rank {found['rank']} on all linear weights, "
             f"{found['batch']} × {found['length']} tokens, float32. All start with "
             "the same weights, factors and data. *Off by* is the largest relative "
-            "difference of a loss from the side path written by hand, over all steps.\n",
+            "difference of a loss from the side path written by hand, over all "
+            "steps.\n",
             *tables,
         )
     )
@@ -225,7 +226,8 @@ def overheads_section(found: common.Figures) -> str:
             f"{source(found['environment'])}\nThe model is a Linen decoder of width "
             f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
             "written out for tracing and `plan`, and "
-            f"{case['compiled_layers']} for compiling and files. The base of a gradient is the gradient of *{common.STRICT}*.\n",
+            f"{case['compiled_layers']} for compiling and files. The base of a "
+            f"gradient is the gradient of *{common.STRICT}*.\n",
             markdown(overheads.columns(found)),
         )
     )
@@ -297,8 +299,8 @@ def adapters_section(found: common.Figures) -> str:
     if "serving" in found:
         parts += [
             "These are times of a batch (rows × tokens of each) whose rows use "
-            "different adapters, as multiples of the time with one adapter that all share. The "
-            "factors are selected in the same call, or before it, as in a loop over "
+            "different adapters, as multiples of the time with one adapter that all "
+            "share. The factors are selected in the same call, or before it, as in a loop over "
             "tokens. *Read* is the time to sum up the numbers of as many adapters as "
             "there are batch rows.\n",
             markdown(adapters.serving_columns(found["serving"]), 0),
@@ -318,8 +320,8 @@ def adapters_section(found: common.Figures) -> str:
         parts += [
             "These are times of the low-rank product of batch rows of one token, "
             "sorted by adapter, as multiples of the frozen product's. On a CPU "
-            "`ragged_dot` is not faster than a masked product with all adapters, so `per_row` "
-            "gathers.\n",
+            "`ragged_dot` is not faster than a masked product with all adapters, so "
+            "`per_row` gathers.\n",
             markdown(adapters.product_columns(found["products"]), 0),
         ]
     if "pool" in found:

@@ -92,7 +92,7 @@ def _show(labels: list[str], texts: list[str], width: int) -> None:
 def tokens_per_second(
     runs: dict[str, Callable[[], Iterator[np.ndarray]]], rows: int, rounds: int = 3
 ) -> dict[str, float]:
-    """Returns the median of the tokens that all rows write a second; runs take turns."""
+    """Returns the median of the tokens that all rows write a second, for each run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
