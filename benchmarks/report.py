@@ -300,9 +300,9 @@ def adapters_section(found: common.Figures) -> str:
         parts += [
             "These are times of a batch (rows × tokens of each) whose rows use "
             "different adapters, as multiples of the time with one adapter that all "
-            "share. The factors are selected in the same call, or before it, as in a loop over "
-            "tokens. *Read* is the time to sum up the numbers of as many adapters as "
-            "there are batch rows.\n",
+            "share. The factors are selected in the same call, or before it, as in a "
+            "loop over tokens. *Read* is the time to sum up the numbers of as many "
+            "adapters as there are batch rows.\n",
             markdown(adapters.serving_columns(found["serving"]), 0),
         ]
     if "serving" in kept:
