@@ -8,7 +8,7 @@ import numpy as np
 
 import jlora
 from jlora._tables import table
-from tests.transform.test_transform import ADAPTABLE, Case, build
+from tests.transform.cases import ADAPTABLE, Case, build
 
 
 def errors(case: Case) -> tuple[str, float, float]:

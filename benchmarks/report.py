@@ -28,30 +28,34 @@ The *floor* is a training step of the same frozen model that sends gradients thr
 every layer to the model's input and computes none for a weight. A LoRA step needs no
 gradient of the first layer's input: *{common.STRICT}* stops at the outputs of the
 first linear layers, and no LoRA of all linear weights can be cheaper. Steps take turns
-in one process and times are medians; FLOPs, bytes and memory are the compiler's own
+in one process, and times are medians. FLOPs, bytes and memory are the compiler's own
 figures. All steps use AdamW and donate their state.
 """
 CLAIMS = """\
-What the papers claim beside it, on far larger models and tasks: LoRA with well under
-1 % of the parameters as good as full fine-tuning (RoBERTa-base on GLUE 87.2 against
-86.4 on average), and ranks of 1 to 8 enough; rsLoRA learns more at high ranks than
-`alpha / r`; DoRA above LoRA (Llama-7B on commonsense tasks 78.4 against 76.3); PiSSA
-above LoRA (Mistral-7B on GSM8K 72.9 against 67.7); LoRA+ 1 to 2 points and up to twice
-as fast; VeRA as good as LoRA with a tenth of its parameters or fewer. Differences of a
-point are below the noise of this test set.
+The papers claim the following, on far larger models and tasks. Differences of a point
+are below the noise of the test set above.
+
+- LoRA with well under 1 % of the parameters is as good as full fine-tuning
+  (RoBERTa-base on GLUE: 87.2 against 86.4 on average), and ranks of 1 to 8 are enough.
+- rsLoRA learns more at high ranks than `alpha / r` does.
+- DoRA is above LoRA (Llama-7B on commonsense tasks: 78.4 against 76.3).
+- PiSSA is above LoRA (Mistral-7B on GSM8K: 72.9 against 67.7).
+- LoRA+ gains 1 to 2 points and is up to twice as fast.
+- VeRA is as good as LoRA with a tenth of its parameters or fewer.
 """
 REASONS = """\
 ## What is left above the floor
 
 - *Memory.* The gradient of A is `x^T u`, so the input `x` of each adapted layer is kept
-  from the forward to the backward pass; the frozen model need not keep it. Nothing
-  weight-sized is. Under `jax.checkpoint` on an accelerator the inputs are computed
+  from the forward to the backward pass. The frozen model need not keep it. Nothing
+  weight-sized is kept. Under `jax.checkpoint` on an accelerator the inputs are computed
   again with the layer.
 - *Bytes on a TPU.* The rank-sized products read each `x` twice (`x A`, and the gradient
-  of A) and each `dy` twice (`dy B^T`, and the gradient of B): one more pass over the
-  activations than the model makes. Weights that share an input share those passes.
-- *Time on a CPU* at small widths is the same passes, beside matrix products that are
-  small themselves.
+  of A) and each `dy` twice (`dy B^T`, and the gradient of B). That is one more pass
+  over the activations than the model makes. Weights that share an input share those
+  passes.
+- *Time on a CPU* at small widths goes to the same passes, because the matrix products
+  are small themselves.
 """
 COLORS = {
     common.FLOOR: "#64748b",
@@ -156,9 +160,9 @@ def tpu_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## A training step on one TPU v5e chip\n",
-            f"{source(found['environment'])}\nCompiled ahead of time by TPU's own "
-            "compiler, not run, so the figures repeat exactly. "
-            f"{model['layers']} scanned, rematerialised, gated layers of width "
+            f"{source(found['environment'])}\nTPU's own compiler compiled each step "
+            "ahead of time. Nothing was run, so the figures repeat exactly. The model "
+            f"has {model['layers']} scanned, rematerialised, gated layers of width "
             f"{model['width']}, rank {found['rows'][0]['rank']}, {model['batch']} × "
             f"{model['length']} tokens, {model['dtype']}. The compiler counts the body "
             "of a scan once in FLOPs and bytes.\n",
@@ -184,11 +188,12 @@ def peers_section(found: common.Figures) -> str:
             "## Beside other libraries\n",
             f"*{found['cpu']}, {found['threads']} threads, {found['date']}, commit "
             f"{found['commit']}; {found['rounds']} round(s) of {found['steps']} steps, "
-            f"each library in a process and an environment of its own.*\n\nOne "
-            f"decoder, rank {found['rank']} on all linear weights, {found['batch']} × "
-            f"{found['length']} tokens, float32, the same weights, factors and data; "
-            "*off by* is the largest relative difference of a loss from the side path "
-            "written by hand, over all steps.\n",
+            "each library in a process and an environment of its own.*\n\nThe model is "
+            f"one decoder, rank {found['rank']} on all linear weights, "
+            f"{found['batch']} × {found['length']} tokens, float32. All start with "
+            "the same weights, factors and data. *Off by* is the largest relative "
+            "difference of a loss from the side path written by hand, over all "
+            "steps.\n",
             *tables,
         )
     )
@@ -200,10 +205,11 @@ def growth_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## How cost grows\n",
-            f"{source(found['environment'])}\nA Linen decoder from width "
+            f"{source(found['environment'])}\nA Linen decoder grows from width "
             f"{base['width']}, {base['layers']} layers and "
-            f"{base['batch'] * base['length']} tokens up, one axis at a time. A slope "
-            "is that of a line through the logarithms: 1 is cost in proportion, 0 none."
+            f"{base['batch'] * base['length']} tokens, along one axis at a time. A "
+            "slope is that of a line through the logarithms: with 1, cost grows in "
+            "proportion; with 0, it does not grow."
             f" *{growth.ADDED}* is what LoRA adds to *{common.STRICT}*.\n",
             picture("growth", "Cost of a step against tokens, width, rank and depth"),
             markdown(growth.columns(found["slopes"]), left=2),
@@ -217,10 +223,11 @@ def overheads_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## Overheads\n",
-            f"{source(found['environment'])}\nA Linen decoder of width "
-            f"{case['width']}, rank {case['rank']}, {case['layers']} layers one by one "
-            f"for tracing and `plan`, {case['compiled_layers']} for compiling and "
-            f"files. The base of a gradient is that of *{common.STRICT}*.\n",
+            f"{source(found['environment'])}\nThe model is a Linen decoder of width "
+            f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
+            "written out for tracing and `plan`, and "
+            f"{case['compiled_layers']} for compiling and files. The base of a "
+            f"gradient is the gradient of *{common.STRICT}*.\n",
             markdown(overheads.columns(found)),
         )
     )
@@ -232,11 +239,11 @@ def methods_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## What a method costs\n",
-            f"{source(found['environment'])}\nA training step of a Linen decoder of "
+            f"{source(found['environment'])}\nThese are steps of a Linen decoder of "
             f"width {case['width']}, {case['layers']} layers, rank {case['rank']} on "
-            f"all linear weights, {case['batch'] * case['length']} tokens. DoRA's "
-            "magnitude takes its gradient from the scaled output of each layer, which "
-            "plain LoRA need not keep.\n",
+            f"all linear weights, {case['batch'] * case['length']} tokens. The "
+            "gradient of DoRA's magnitude is computed from the scaled output of each "
+            "layer, which plain LoRA need not keep.\n",
             markdown(methods.columns(found["training"])),
         )
     )
@@ -249,15 +256,16 @@ def quality_section(found: common.Figures) -> str:
     return "\n".join(
         (
             "## What they learn\n",
-            f"{source(found['environment'])}\nMiniLM-L6 on 2,000 Amazon review "
-            f"sentences, {settings['epochs']} epoch(s) of batches of "
-            f"{settings['batch']}, {settings['dtype']}, AdamW; 600 sentences of other "
-            "reviews to test, so one standard error is about 1.4 points; seeds "
-            f"{', '.join(map(str, seeds))}. The head's rate is 1e-2, that of factors "
-            "1e-3 (LoRA+ 2.5e-4 for A and sixteen times that for B, VeRA 1e-2), of "
-            "full fine-tuning 5e-5; alpha is 16 in every row but VeRA's, whose scale "
-            "is 1; nothing was tuned for each row. Runs shared the machine with other "
-            "work: compare costs above, not these seconds.\n",
+            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon "
+            f"review sentences, for {settings['epochs']} epoch(s) of batches of "
+            f"{settings['batch']}, {settings['dtype']}, AdamW. The test set has 600 "
+            "sentences of other reviews, so one standard error is about 1.4 points. "
+            f"The seeds are {', '.join(map(str, seeds))}. The learning rate is 1e-2 "
+            "for the head, 1e-3 for factors (LoRA+: 2.5e-4 for A and sixteen times "
+            "that for B; VeRA: 1e-2), and 5e-5 for full fine-tuning. Alpha is 16 in "
+            "every row but VeRA's, whose scale is 1. Nothing was tuned for single "
+            "rows. Runs shared the machine with other work: compare costs above, not "
+            "these seconds.\n",
             picture("quality", "Test accuracy of each run, and training loss of some"),
             markdown(quality.columns(quality.rows(found["results"]))),
             CLAIMS,
@@ -271,28 +279,30 @@ def adapters_section(found: common.Figures) -> str:
     parts = ["## Many adapters\n", source(found["environment"])]
     if "sweep" in found:
         parts += [
-            "Adapters of all linear weights trained in one program on one base, beside "
-            "as many steps one after another; tokens are those of each adapter. *Floor "
-            "of all* is *floor, input left out* for the tokens of all together, so a "
-            "sweep of all linear weights can come near *at most*. Memory is the "
-            "compiler's, of one step and of the program for all.\n",
+            "Adapters of all linear weights are trained in one program on one base, "
+            "beside as many steps one after another. Tokens are those of each adapter. "
+            "*Floor of all* is *floor, input left out* for the tokens of all together; "
+            "*at most* is how much faster a sweep could be at that floor. Memory is "
+            "the compiler's figure for one step and for the program of all.\n",
             markdown(adapters.sweep_columns(found["sweep"]), 0),
         ]
     if "sweep" in kept:
         settings = " ".join(f"{k}={v}" for k, v in adapters.KEEP.items())
         parts += [
             "The same with glibc told to keep memory, by the environment variables "
-            f"`{settings}`: else it returns a step's large blocks to the system, which "
-            "hands them out anew at the next step, zeroed a page at a time. The "
-            "smallest steps are below the size where that begins, sweeps above it.\n",
+            f"`{settings}`. Otherwise glibc returns a step's large blocks to the "
+            "system. The system hands them out again at the next step, and zeroes "
+            "them a page at a time. The smallest steps are below the size where that "
+            "begins; sweeps are above it.\n",
             markdown(adapters.sweep_columns(kept["sweep"]), 0),
         ]
     if "serving" in found:
         parts += [
-            "A batch (rows × tokens of each) whose rows use different adapters, as a "
-            "multiple of one adapter that all rows share; factors gathered in the same "
-            "call, and before it as in a loop over tokens. *Read* is the time to sum "
-            "up the numbers of as many adapters as there are rows.\n",
+            "These are times of a batch (rows × tokens of each) whose rows use "
+            "different adapters, as multiples of the time with one adapter that all "
+            "share. The factors are selected in the same call, or before it, as in a "
+            "loop over tokens. *Read* is the time to sum up the numbers of as many "
+            "adapters as there are batch rows.\n",
             markdown(adapters.serving_columns(found["serving"]), 0),
         ]
     if "serving" in kept:
@@ -302,22 +312,24 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "serving" in found:
         parts += [
-            "At one token a row the factors of 32 adapters are read for it alone, and "
-            "reading them is most of what they add.\n",
+            "With one token a batch row, each row reads its adapter's factors for that "
+            "one token. Reading the factors of 32 adapters is then most of the cost "
+            "that they add.\n",
         ]
     if "products" in found:
         parts += [
-            "The low-rank product of rows of one token, sorted by adapter, as a "
-            "multiple of the frozen product. `ragged_dot` is no faster than a masked "
-            "product with all adapters on a CPU, so `per_row` gathers.\n",
+            "These are times of the low-rank product of batch rows of one token, "
+            "sorted by adapter, as multiples of the frozen product's. On a CPU "
+            "`ragged_dot` is not faster than a masked product with all adapters, so "
+            "`per_row` gathers.\n",
             markdown(adapters.product_columns(found["products"]), 0),
         ]
     if "pool" in found:
         pool = found["pool"]
         parts += [
             f"A pool of {pool['capacity']:,} adapters of {nbytes(pool['slot_bytes'])} "
-            f"takes {nbytes(pool['pool_bytes'])}, the base "
-            f"{nbytes(pool['base_bytes'])}. A reload reads the base and merges; swaps "
+            f"takes {nbytes(pool['pool_bytes'])}; the base takes "
+            f"{nbytes(pool['base_bytes'])}. A reload reads the base and merges. Swaps "
             f"compiled {pool['compiled']} programs.\n",
             markdown(adapters.pool_columns(pool)),
         ]

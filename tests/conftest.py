@@ -43,6 +43,15 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci")
 
+# So that an `assert` in these shows its values too.
+pytest.register_assert_rewrite(
+    "tests.helpers",
+    "tests.io.helpers",
+    "tests.libraries.library_cases",
+    "tests.peft.models",
+    "tests.transform.cases",
+)
+
 collect_ignore_glob = ["golden/*.py"]  # these make golden files; they need torch
 
 

@@ -32,7 +32,7 @@ PROMPT, ANSWER = 64, 16  # tokens
 
 
 class Pair(NamedTuple):
-    """A text and what the task's adapter is to answer."""
+    """A text, and the answer that the task's adapter learns."""
 
     text: str
     answer: str
@@ -99,7 +99,7 @@ def encode(tokenizer: Tokenizer, task: str, pairs: Sequence[Pair]) -> Examples:
 
 
 def prompts(examples: Examples) -> Examples:
-    """Returns the prompts alone, with room for an answer."""
+    """Returns only the prompts, with room for an answer."""
     tokens, mask = examples.tokens.copy(), examples.mask.copy()
     tokens[:, PROMPT:], mask[:, PROMPT:] = 0, False
     return Examples(tokens, mask)

@@ -1,4 +1,4 @@
-"""Greedy generation with a KV cache for a batch whose rows use different adapters."""
+"""Greedy generation with a KV cache in a batch whose rows use different adapters."""
 
 import functools
 import sys
@@ -92,7 +92,7 @@ def _show(labels: list[str], texts: list[str], width: int) -> None:
 def tokens_per_second(
     runs: dict[str, Callable[[], Iterator[np.ndarray]]], rows: int, rounds: int = 3
 ) -> dict[str, float]:
-    """Returns written tokens a second of all rows; runs take turns, the median."""
+    """Returns the median of the tokens that all rows write a second, for each run."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():

@@ -49,7 +49,7 @@ def forward(
         before; None if these tokens are all there is.
       start: the place of the first of `tokens`.
       sizes: static.
-      last: how many of the logits are wanted; the head is the largest product.
+      last: how many logits to compute; the head is the largest product.
     """
     batch, count = tokens.shape
     length = mask.shape[1]

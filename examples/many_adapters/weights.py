@@ -89,8 +89,8 @@ def from_gguf(tensors: dict[str, np.ndarray], sizes: Sizes, layers: int) -> dict
 def halves(w: np.ndarray, heads: int) -> np.ndarray:
     """Returns `[out, in]` with the rows of each head as two halves.
 
-    GGUF keeps rotary pairs side by side, rows 0 and 1, 2 and 3; here one half of a head
-    turns with the other.
+    GGUF keeps rotary pairs side by side, rows 0 and 1, 2 and 3; here the first half of
+    a head is rotated with the second.
     """
     rows, columns = w.shape
     pairs = w.reshape(heads, rows // heads // 2, 2, columns)

@@ -26,7 +26,7 @@ class Asset:
       version: the version that was checked.
       filename: what the index calls the archive.
       sha256: digest of the archive.
-      megabytes: its size, to tell what is coming.
+      megabytes: its size, to say how large the download is.
       inside: members to descend through before the files: archives, in order.
       prefix: what precedes every file name in the innermost archive.
     """
@@ -81,8 +81,8 @@ Download = Callable[[Asset, Path], None]
 def pip_download(asset: Asset, directory: Path) -> None:
     """Downloads `asset` into `directory` with the running interpreter's pip.
 
-    pip reads the metadata of an sdist by building it, so that one needs setuptools;
-    build isolation stays on, for a fresh virtual environment has none.
+    pip builds an sdist to read its metadata, which needs setuptools. Build isolation
+    stays on, because a fresh virtual environment has no setuptools.
 
     Raises:
       AssetError: if pip fails, with the end of what it said.
@@ -145,7 +145,7 @@ def fetch_any(
     One that is in the cache goes first.
 
     Raises:
-      AssetError: if none can be had; the message tells of each.
+      AssetError: if none can be had; the message says why, for each.
     """
     errors = []
     for asset in sorted(

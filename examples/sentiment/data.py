@@ -1,4 +1,4 @@
-"""Review sentences as padded token arrays, and the order training sees them in."""
+"""Review sentences as padded token arrays, in the order of training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class Examples(NamedTuple):
 
     Attributes:
       ids: `[N, T]` int32 token ids.
-      mask: `[N, T]` bool, true where a token is no padding.
+      mask: `[N, T]` bool, true where a token is not padding.
       labels: `[N]` int32 indices into `CLASSES`.
     """
 
@@ -91,8 +91,8 @@ def make_tokenizer(spec: bytes, *, length: int) -> Tokenizer:
 def batch_at(examples: Examples, step: int, *, size: int, seed: int) -> Examples:
     """Returns the batch of training step `step`, counted from 0 over all epochs.
 
-    Each epoch is a fresh permutation, its rest that fills no batch left out. The
-    batch is a function of `seed` and `step` alone, so a resumed run sees what an
+    Each epoch is a new permutation. The rest that does not fill a batch is left out.
+    The batch is a function of only `seed` and `step`, so a resumed run sees what an
     uninterrupted one would have seen.
     """
     epoch, position = divmod(step, len(examples.labels) // size)

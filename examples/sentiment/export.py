@@ -22,7 +22,7 @@ def export_safetensors(file: Path, params: Mapping) -> None:
     """Writes `params` to one file under Hugging Face names, the head as `classifier`.
 
     Raises:
-      RuntimeError: if what the file gives back differs in any bit.
+      RuntimeError: if the tensors read back differ in any bit.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     # Readers of the Hugging Face format ask for this tag, whoever wrote the file.

@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 class History(NamedTuple):
-    """What was measured so far: each training step, evaluations, wall time in all."""
+    """What was measured so far: training steps, evaluations, total wall time."""
 
     train: tuple[Point, ...] = ()
     test: tuple[Point, ...] = ()

@@ -36,7 +36,7 @@ def layer_norm(x: jax.Array, epsilon: float, name: str) -> jax.Array:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of every token to every token that is no padding."""
+    """Multi-head attention of every token to every token that is not padding."""
 
     config: BertConfig
     dtype: DTypeLike = jnp.float32

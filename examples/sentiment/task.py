@@ -15,7 +15,7 @@ TRAIN_SENTENCES, TEST_SENTENCES = 2000, 600
 
 
 class Task(NamedTuple):
-    """A model, its pretrained variables and data; `files` go along with an export."""
+    """A model, its pretrained variables and data; an export adds `files`."""
 
     model: SentenceClassifier
     variables: Any
@@ -55,8 +55,8 @@ def load_task(
 def pretrained(model: SentenceClassifier, encoder: dict, key: jax.Array) -> Any:
     """Returns variables of `model`: the weights in `encoder` and a new head.
 
-    The head alone is drawn from `key`: what else `init` makes is only looked at for
-    its shapes.
+    Only the head is drawn from `key`. Of the rest that `init` makes, only the shapes
+    are used.
     """
     ids, mask = jnp.zeros((1, LENGTH), jnp.int32), jnp.ones((1, LENGTH), bool)
     template = jax.eval_shape(model.init, key, ids, mask)["params"]

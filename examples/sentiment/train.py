@@ -48,8 +48,8 @@ def configs(options: Options) -> dict[str, jlora.LoraConfig]:
 def merge_and_check(task: Task, result: Result, options: Options) -> Any:
     """Returns the merged variables, after comparing their logits with the adapter's.
 
-    Both sides multiply in full precision here, or a TPU's or GPU's fast float32
-    products would hide what is compared.
+    Both sides multiply in full precision here. Otherwise the fast float32 products
+    of a TPU or GPU would hide what is compared.
 
     Raises:
       RuntimeError: if a logit differs by more than `TOLERANCE`.

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jlora
 from jlora import adapters
 from jlora.factors import Axes, Factors, Spec, Trainable
+from tests.helpers import update
 
 SHAPES = {
     "linear": ((6, 5), Axes()),
@@ -45,19 +46,6 @@ def adapter(seed, *, names=tuple(SHAPES), rank=2, **spec):
 X = adapter(0, rank=2, alpha=3.0)
 Y = adapter(1, rank=3, alpha=5.0, rslora=True)
 Z = adapter(2, names=("linear", "conv"), rank=1)
-
-
-def update(f):
-    """`scale * a @ b` in float64, from the definition, axes in the weight's order."""
-    axes = f.spec.axes
-    letters = {axis: chr(ord("a") + axis) for axis in axes.order}
-    batch, fan_in, fan_out = (
-        "".join(letters[i] for i in role)
-        for role in (axes.batch, axes.fan_in, axes.fan_out)
-    )
-    out = "".join(sorted(letters.values()))
-    a, b = (np.asarray(x, np.float64) for x in (f.a, f.b))
-    return f.scale * np.einsum(f"{batch}{fan_in}z,{batch}z{fan_out}->{out}", a, b)
 
 
 def updates(trainable):

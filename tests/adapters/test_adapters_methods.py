@@ -10,6 +10,7 @@ import pytest
 import jlora
 from jlora import adapters
 from jlora.factors import Axes, Factors, FusedParts, Spec, Trainable
+from tests.helpers import normal
 
 TOKENS = jnp.array([[0, 3, 4], [2, 1, 0], [4, 4, 1], [1, 2, 3]])
 
@@ -20,14 +21,10 @@ def model(p, ids):
     return jnp.einsum("bld,dhk->blhk", x, p["heads"])
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
-
-
 PARAMS = {
-    "embed": normal(0, 5, 4),
-    "layers": normal(1, 2, 4, 4),
-    "heads": normal(2, 4, 2, 3),
+    "embed": normal((5, 4), 0),
+    "layers": normal((2, 4, 4), 1),
+    "heads": normal((4, 2, 3), 2),
 }
 
 
@@ -36,7 +33,7 @@ def adapter(method, seed, rank=2):
         spec = Spec(
             op="embedding", rank=2, alpha=2, rows=(1, 4), shape=(5, 4), axes=Axes()
         )
-        return Trainable({"embed": Factors(None, normal(seed, 2, 4), spec)})
+        return Trainable({"embed": Factors(None, normal((2, 4), seed), spec)})
     rules = ()
     if method == "parts":
         parts = FusedParts(axis=-1, sizes=(1, 2), ranks=(0, 2))
@@ -48,7 +45,7 @@ def adapter(method, seed, rank=2):
     trainable = jlora.split(jax.random.key(seed), PARAMS, plan)[1]
     leaves, treedef = jax.tree.flatten(trainable)
     return treedef.unflatten(
-        x + 0.5 * normal(seed + i, *x.shape) for i, x in enumerate(leaves)
+        x + 0.5 * normal(x.shape, seed + i) for i, x in enumerate(leaves)
     )
 
 

@@ -9,18 +9,15 @@ import pytest
 import jlora
 from jlora import adapters
 from jlora.factors import Axes, Factors, Spec, Trainable
+from tests.helpers import normal
 
 D = 6
 
 
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
-
-
 PARAMS = {
-    "embed": normal(0, 9, D),
-    "attn": normal(1, 2, D, D),  # scanned layers
-    "head": normal(2, D, 9),
+    "embed": normal((9, D), 0),
+    "attn": normal((2, D, D), 1),  # scanned layers
+    "head": normal((D, 9), 2),
 }
 LAYERS = Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
 
@@ -28,7 +25,7 @@ LAYERS = Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
 def adapter(seed, rank=2):
     def factors(op, axes, a_shape, b_shape):
         spec = Spec(op=op, axes=axes, rank=rank, alpha=3.0)
-        return Factors(normal(seed, *a_shape), normal(seed + 50, *b_shape), spec)
+        return Factors(normal(a_shape, seed), normal(b_shape, seed + 50), spec)
 
     lora = {
         "embed": factors("embedding", Axes(), (9, rank), (rank, D)),

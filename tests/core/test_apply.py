@@ -18,6 +18,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jlora
+from tests.helpers import bits, close, normal, random_like
+
+small = functools.partial(normal, scale=0.3)
+small_like = functools.partial(random_like, scale=0.3)
 
 # Sizes that no other axis has, so that a weight-shaped array is known by its shape.
 IN, MID, OUT, ROWS, LAYERS = 5, 11, 13, 7, 3
@@ -44,25 +48,7 @@ def deep_params():
         "head": (OUT, 2),
         "bias": (2,),
     }
-    return normal(shapes)
-
-
-def normal(shapes, seed=0, dtype="float32"):
-    """Arrays of the shapes in a tree, normal with standard deviation 0.3."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda s: jnp.asarray(rng.normal(size=s) * 0.3, dtype),
-        shapes,
-        is_leaf=lambda s: isinstance(s, tuple),
-    )
-
-
-def random_like(tree, seed=1):
-    """`tree` with normal numbers in place of its arrays."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), tree
-    )
+    return small(shapes)
 
 
 def adapt(fn, params, *args, config=None, **kwargs):
@@ -70,24 +56,14 @@ def adapt(fn, params, *args, config=None, **kwargs):
     config = jlora.LoraConfig(**{"rank": 2, "alpha": 3, **(config or {})})
     plan = jlora.plan(fn, params, *args, config=config, **kwargs)
     frozen, trainable = jlora.split(jax.random.key(0), params, plan)
-    return frozen, dataclasses.replace(trainable, lora=random_like(trainable.lora))
-
-
-def close(actual, expected, tolerance=1e-5):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def bits(tree):
-    return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
+    return frozen, dataclasses.replace(trainable, lora=small_like(trainable.lora))
 
 
 @pytest.fixture(scope="module")
 def setting():
     """`(x, frozen, trainable, factored, merged)` of the deep model; a full head."""
     params = deep_params()
-    x = normal((ROWS, IN), seed=4)
+    x = small((ROWS, IN), seed=4)
     config = {"targets": "{first,mid,layers/*}", "train": "{head,bias}"}
     frozen, trainable = adapt(deep, params, x, config=config)
     factored = jlora.apply_lora(deep, on_merge="error")
@@ -123,7 +99,7 @@ def grad_of_frozen(fn, x, frozen, trainable):
 
 
 def jvp(fn, x, frozen, trainable):
-    tangents = (random_like(trainable, 7), random_like(x, 8))
+    tangents = (small_like(trainable, 7), small_like(x, 8))
 
     def run(trainable, x):
         return fn(frozen, trainable, x)
@@ -132,7 +108,7 @@ def jvp(fn, x, frozen, trainable):
 
 
 def hessian_vector(fn, x, frozen, trainable):
-    tangent = random_like(trainable, 7)
+    tangent = small_like(trainable, 7)
     grad = jax.grad(loss_of(fn, frozen, x))
     return jax.jit(lambda t: jax.jvp(grad, (t,), (tangent,)))(trainable)
 
@@ -178,7 +154,7 @@ def checkpoint_that_saves_dots(fn, x, frozen, trainable):
 
 def linearize(fn, x, frozen, trainable):
     y, push = jax.linearize(lambda t: fn(frozen, t, x), trainable)
-    return y, push(random_like(trainable, 7))
+    return y, push(small_like(trainable, 7))
 
 
 def without_jit(fn, x, frozen, trainable):
@@ -321,7 +297,7 @@ def test_jit_traces_once_whatever_the_values(setting):
     step = jax.jit(jax.value_and_grad(loss_of(jlora.apply_lora(counted), frozen, x)))
     first, grads = step(trainable)
     second, _ = step(jax.tree.map(lambda p, g: p - 0.1 * g, trainable, grads))
-    step(random_like(trainable, 9))
+    step(small_like(trainable, 9))
     assert len(traces) == 1
     assert first != second
 
@@ -354,8 +330,8 @@ def test_equations_that_no_weight_reaches_stay_as_they_are():
         z = lax.scan(lambda c, v: (c + jnp.sin(v), c), x[0], x, unroll=2)
         return y, z, jnp.linalg.qr(x)[0], jax.nn.relu(x)
 
-    x = normal((4, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x)
+    x = small((4, 4))
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x)
     before = [str(e) for e in jax.make_jaxpr(fn)(frozen, x).eqns]
     jaxpr = jax.make_jaxpr(jlora.apply_lora(fn))(frozen, trainable, x)
     after = [e.primitive.name for e in jaxpr.eqns]
@@ -414,8 +390,8 @@ def test_any_pytree_in_and_out():
         more = {"mode": mode, "none": None, "n": 3, "i": batch["ids"] + 1, "o": other}
         return Out(y, [more, (jnp.sum(y), "text")])
 
-    params = Out({"w": normal((4, 6))}, None)
-    args = ({"x": normal((3, 4)), "ids": jnp.arange(3)}, 0.5, "gelu")
+    params = Out({"w": small((4, 6))}, None)
+    args = ({"x": small((3, 4)), "ids": jnp.arange(3)}, 0.5, "gelu")
     kwargs = {"train": True, "other": np.arange(2)}
     frozen, trainable = adapt(fn, params, *args, **kwargs)
     assert list(trainable.lora) == ["y/w"]
@@ -436,8 +412,8 @@ def test_random_keys_and_integers_pass():
         noise = jax.random.normal(key, x.shape)
         return (x + noise) @ p["w"], jax.random.split(key)[0], n + 1
 
-    x, key = normal((3, 4)), jax.random.key(3)
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x, key, 1)
+    x, key = small((3, 4)), jax.random.key(3)
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x, key, 1)
     out = jax.jit(jlora.apply_lora(fn))(frozen, trainable, x, key, 1)
     expected = fn(jlora.merge(frozen, trainable), x, key, 1)
     close(out[0], expected[0])
@@ -446,13 +422,13 @@ def test_random_keys_and_integers_pass():
 
 
 def test_leaves_that_are_no_arrays_reach_the_function():
-    params = {"w": normal((4, 6)), "act": jnp.tanh, "eps": 0.5, "name": "mlp"}
+    params = {"w": small((4, 6)), "act": jnp.tanh, "eps": 0.5, "name": "mlp"}
 
     def fn(p, x):
         assert p["name"] == "mlp"
         return p["act"](x @ p["w"]) + p["eps"]
 
-    x = normal((3, 4))
+    x = small((3, 4))
     frozen, trainable = adapt(fn, params, x)
     out = jlora.apply_lora(fn)(frozen, trainable, x)
     close(out, fn(jlora.merge(frozen, trainable), x))
@@ -463,9 +439,9 @@ def test_keyword_arguments_of_any_name():
         y = x @ p["w"]
         return (y if trainable and not frozen else -y) * params * fn
 
-    x = normal((3, 4))
+    x = small((3, 4))
     kwargs = {"frozen": True, "trainable": False, "params": 2.0, "fn": 3.0}
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x)
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x)
     out = jlora.apply_lora(fn)(frozen, trainable, x, **kwargs)
     close(out, fn(jlora.merge(frozen, trainable), x, **kwargs))
 
@@ -487,8 +463,8 @@ def test_low_precision(weight, activation, factors):
         y = x @ p["w"].astype(x.dtype)
         return jnp.einsum("td,dhk->thk", y, p["v"].astype(x.dtype))
 
-    x = normal((3, 8), dtype=activation)
-    params = normal({"w": (8, 8), "v": (8, 2, 4)}, dtype=weight)
+    x = small((3, 8), dtype=activation)
+    params = small({"w": (8, 8), "v": (8, 2, 4)}, dtype=weight)
     frozen, trainable = adapt(fn, params, x, config={"targets": "*", "dtype": factors})
     run = jax.jit(jlora.apply_lora(fn, on_merge="error"))
     out = run(frozen, trainable, x)
@@ -542,7 +518,7 @@ class Linen(nn.Module):
 
 
 def test_linen_with_rngs_mutable_and_method():
-    x = normal((8, 4))
+    x = small((8, 4))
     module = Linen()
     variables = module.init(jax.random.key(0), x, train=False)
     kwargs = {"rngs": {"dropout": jax.random.key(1)}, "mutable": ["batch_stats"]}
@@ -578,7 +554,7 @@ def test_nnx_there_and_back():
             h = jax.nn.gelu(self.norm(self.up(x)))
             return self.down(h + self.drop(self.attention(h)))
 
-    x = normal((2, 5, 4))
+    x = small((2, 5, 4))
     model = Model(nnx.Rngs(0))
     model.eval()
 
@@ -651,8 +627,8 @@ def test_a_users_gradient_of_activations_survives(rule, inside):
     def fn(p, x):
         return wrap(p["w"], x)
 
-    x = normal((3, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 4))}, x)
+    x = small((3, 4))
+    frozen, trainable = adapt(fn, {"w": small((4, 4))}, x)
 
     def plain(w, x):
         return jnp.sin(x @ w)
@@ -670,8 +646,8 @@ def test_a_users_gradient_of_the_weight_survives():
     def fn(p, x):
         return product(x, p["w"])
 
-    x = normal((3, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x, config={"targets": "w"})
+    x = small((3, 4))
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x, config={"targets": "w"})
     lora_fn = jlora.apply_lora(fn, on_merge="allow")
     actual = jax.grad(lambda t: lora_fn(frozen, t, x).sum())(trainable)
     plain = jax.grad(lambda t: (x @ jlora.merge(frozen, t)["w"]).sum())(trainable)
@@ -692,7 +668,7 @@ def test_debug_prints_come_once_and_in_order(jit, capsys):
         return x
 
     x = jnp.ones((2, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 4))}, x)
+    frozen, trainable = adapt(fn, {"w": small((4, 4))}, x)
     jax.effects_barrier()
     capsys.readouterr()
     lora_fn = jlora.apply_lora(fn)
@@ -708,7 +684,7 @@ def test_planning_prints_nothing(capsys):
         jax.debug.print("x {}", x[0, 0])
         return x @ p["w"]
 
-    adapt(fn, {"w": normal((4, 4))}, jnp.ones((2, 4)))
+    adapt(fn, {"w": small((4, 4))}, jnp.ones((2, 4)))
     jax.effects_barrier()
     assert capsys.readouterr().out == ""
 
@@ -722,8 +698,8 @@ def test_callbacks_see_the_adapted_values():
             lambda y: seen.append(np.asarray(y)) or np.asarray(y), y, y
         )
 
-    x = normal((3, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x)
+    x = small((3, 4))
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x)
     out = jax.jit(jlora.apply_lora(fn))(frozen, trainable, x)
     expected = x @ jlora.merge(frozen, trainable)["w"]
     close(out, expected)
@@ -743,8 +719,8 @@ def test_profiler_scopes_and_source_lines_survive():
         with jax.named_scope("loop"):
             return lax.scan(body, x, None, 2)[0]
 
-    x = normal((3, 4))
-    params = normal({"w": (4, 4), "v": (4, 4)})
+    x = small((3, 4))
+    params = small({"w": (4, 4), "v": (4, 4)})
     frozen, trainable = adapt(fn, params, x, config={"targets": "*"})
     lora_fn = jlora.apply_lora(fn, on_merge="error")
     text = jax.jit(lora_fn).lower(frozen, trainable, x).as_text(debug_info=True)
@@ -777,8 +753,8 @@ def odd(p, x):
 
 @pytest.fixture
 def odd_setting():
-    x = normal((3, 4))
-    params = normal({"w": (4, 6), "v": (4, 5)})
+    x = small((3, 4))
+    params = small({"w": (4, 6), "v": (4, 5)})
     frozen, trainable = adapt(odd, params, x, config={"targets": "*"})
     return x, frozen, trainable
 
@@ -827,8 +803,8 @@ def test_a_returned_weight_is_merged_and_said_to_be():
     def fn(p, x):
         return x @ p["w"], p["w"]
 
-    x = normal((3, 4))
-    frozen, trainable = adapt(fn, {"w": normal((4, 6))}, x)
+    x = small((3, 4))
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x)
     with pytest.warns(jlora.MergeWarning, match="w: it is returned by the function"):
         out = jlora.apply_lora(fn)(frozen, trainable, x)
     close(out[1], jlora.merge(frozen, trainable)["w"])
@@ -1016,7 +992,7 @@ def call_error(frozen, trainable, message):
 
 
 def test_trees_that_do_not_fit_are_refused_when_called():
-    frozen, trainable = adapt(use, {"w": normal((4, 6))}, jnp.ones((2, 4)))
+    frozen, trainable = adapt(use, {"w": small((4, 6))}, jnp.ones((2, 4)))
     call_error(trainable, frozen, r"must be a jlora\.Trainable, got dict.*the order")
     call_error(frozen, None, r"must be a jlora\.Trainable, got NoneType")
     call_error({"ww": frozen["w"]}, trainable, r"'w', which .*\(nearest: 'ww'\)")

@@ -14,6 +14,7 @@ from hypothesis import given, strategies as st
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jlora
+from tests.helpers import bits, random_like, update
 
 X = jnp.ones((2, 4))
 
@@ -37,33 +38,6 @@ def plan_of(params, fn=product, **config):
     leaves = [w for w in jax.tree.leaves(params) if hasattr(w, "dtype")]
     x = X.astype(next(w.dtype for w in leaves if w.ndim > 1))
     return jlora.plan(fn, params, x, config=jlora.LoraConfig(**{"rank": 2, **config}))
-
-
-def random_like(tree, seed=1):
-    """`tree` with normal numbers in place of its arrays."""
-    leaves, treedef = jax.tree.flatten(tree)
-    rng = np.random.default_rng(seed)
-    new = [jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves]
-    return treedef.unflatten(new)
-
-
-def bits(tree):
-    return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
-
-
-def update(factors):
-    """`scale * a @ b` in float64, axes in the weight's order; from the definition."""
-    axes = factors.spec.axes
-    letters = {axis: chr(ord("a") + axis) for axis in axes.order}
-    batch, fan_in, fan_out = (
-        "".join(letters[i] for i in role)
-        for role in (axes.batch, axes.fan_in, axes.fan_out)
-    )
-    subscripts = (
-        f"{batch}{fan_in}z,{batch}z{fan_out}->{''.join(sorted(letters.values()))}"
-    )
-    a, b = (np.asarray(x, np.float64) for x in (factors.a, factors.b))
-    return factors.scale * np.einsum(subscripts, a, b)
 
 
 # Merge.

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 
 import jlora
 from jlora.factors import Spec
+from tests.helpers import bits
 
 X = jnp.ones((2, 4))
 
@@ -65,10 +66,6 @@ TREES = {
 
 def plan_of(params, fn=product, **config):
     return jlora.plan(fn, params, X, config=jlora.LoraConfig(**{"rank": 2, **config}))
-
-
-def bits(tree):
-    return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 @pytest.mark.parametrize("train", [(), "**/v", "**"], ids=["none", "one", "all"])

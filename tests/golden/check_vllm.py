@@ -114,7 +114,7 @@ def of_models() -> dict:
 
     import jlora
     from tests.golden.peft_round_trip import CLASSES, kinds
-    from tests.peft.test_peft_files import BASE_NAMES, model
+    from tests.peft.models import BASE_NAMES, model
 
     found = {}
     for name in (*CLASSES, "moe"):

@@ -69,7 +69,7 @@ def write(folder: pathlib.Path) -> None:
 
     import jlora
     from jlora.peft.tensors import pending, write_tensors
-    from tests.peft.test_peft_files import BASE_NAMES, OWN, as_users, call, model
+    from tests.peft.models import BASE_NAMES, OWN, as_users, call, model
 
     for name in (*CLASSES, *OWN):
         m = model(name)

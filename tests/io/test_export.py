@@ -18,7 +18,8 @@ from jlora import export
 from jlora._io import models as _models
 from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
-from tests.io.test_checkpoint import normal, orbax_fails, same
+from tests.helpers import normal, same
+from tests.io.helpers import orbax_fails, read_flat
 
 PARAMS = {
     "embed": normal((7, 4), 1),
@@ -52,11 +53,6 @@ ADAPTER = jlora.Trainable(
 
 def flat(tree):
     return jlora.paths.flatten(tree)[0]
-
-
-def read_flat(file):
-    model = open_model(file)
-    return {name: model.read(name) for name in sorted(model.shapes)}
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from jlora._io.disk import replacing
 from jlora._plan import serial
 from jlora.factors import Axes, Factors, Spec
 from jlora.methods import METHODS
-from tests.io.test_checkpoint import adapter, normal, same
+from tests.helpers import normal, same
+from tests.io.helpers import adapter
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import jlora
+from tests.helpers import close, comparable
 
 PLAN, FRESH, RANDOM = "plan", "fresh", "random"
 
@@ -185,8 +186,8 @@ def check_random(case: Case) -> None:
     expected_gradient, expected = value_and_gradient(
         lambda f, t, *args: model.fn(jlora.merge(f, t), *args, **model.kwargs)
     )
-    close(out, expected, case.tolerance)
-    close(gradient, expected_gradient, case.tolerance)
+    near(out, expected, case.tolerance)
+    near(gradient, expected_gradient, case.tolerance)
     for path, factors in gradient.lora.items():
         assert np.abs(factors.a).max() > 0, path
         assert np.abs(factors.b).max() > 0, path
@@ -195,30 +196,12 @@ def check_random(case: Case) -> None:
 def equal(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(plain(a), plain(b))
+        np.testing.assert_array_equal(comparable(a), comparable(b))
 
 
-def close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Compares leaves, to `tolerance` of the largest entry of each."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(actual),
-        jax.tree.leaves(expected),
-        strict=True,
-    )
-    for (path, a), b in pairs:
-        a, b = plain(a), plain(b)
-        scale = max(float(np.abs(b).max(initial=0)), 1e-3)
-        np.testing.assert_allclose(
-            a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
-        )
-
-
-def plain(x: Any) -> np.ndarray:
-    """Returns an array that numpy can compare; the data of a random key."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return np.asarray(x, np.float32 if jnp.issubdtype(x.dtype, jnp.floating) else None)
+def near(actual: Any, expected: Any, tolerance: float) -> None:
+    """Asserts that leaves agree to `tolerance` of the largest entry of each."""
+    close(actual, expected, rtol=0, atol=tolerance * 1e-3, largest=tolerance)
 
 
 def fill(shapes: Any, seed: int = 0) -> Any:
@@ -234,7 +217,3 @@ def fill(shapes: Any, seed: int = 0) -> Any:
         return jnp.asarray(rng.normal(size=leaf.shape, scale=0.5), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(value, shapes)
-
-
-def normal(*shape: int, seed: int = 3) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 import jlora
+from tests.helpers import normal
 from tests.libraries.library_cases import (
     FRESH,
     PLAN,
@@ -23,7 +24,6 @@ from tests.libraries.library_cases import (
     check_random,
     equal,
     fill,
-    normal,
     params,
 )
 
@@ -54,33 +54,36 @@ class Network:
 
 
 def tuples():
-    params = [(normal(4, 6), normal(6)), (normal(6, 3), normal(3))]
+    params = [(normal((4, 6)), normal((6,))), (normal((6, 3)), normal((3,)))]
 
     def fn(params, x):
         for w, b in params:
             x = jnp.tanh(x @ w + b)
         return x
 
-    return fn, params, (normal(5, 4),)
+    return fn, params, (normal((5, 4)),)
 
 
 def named_tuples():
-    params = {"up": Layer(normal(4, 6), normal(6)), "down": Layer(normal(6, 3), None)}
+    params = {
+        "up": Layer(normal((4, 6)), normal((6,))),
+        "down": Layer(normal((6, 3)), None),
+    }
 
     def fn(params, x):
         return jnp.tanh(x @ params["up"].weight + params["up"].bias) @ (
             params["down"].weight
         )
 
-    return fn, params, (normal(5, 4),)
+    return fn, params, (normal((5, 4)),)
 
 
 def one_array():
-    return lambda w, x: jnp.tanh(x @ w), normal(4, 3), (normal(5, 4),)
+    return lambda w, x: jnp.tanh(x @ w), normal((4, 3)), (normal((5, 4)),)
 
 
 def data_class():
-    layers = [Layer(normal(4, 6), normal(6)), Layer(normal(6, 4), normal(4))]
+    layers = [Layer(normal((4, 6)), normal((6,))), Layer(normal((6, 4)), normal((4,)))]
 
     def fn(network, ids):
         x = network.embed[ids]
@@ -88,7 +91,7 @@ def data_class():
             x = network.activation(x @ layer.weight + layer.bias)
         return x @ network.embed.T
 
-    return fn, Network(normal(5, 4), layers, jnp.tanh), (IDS,)
+    return fn, Network(normal((5, 4)), layers, jnp.tanh), (IDS,)
 
 
 def mixed_leaves():
@@ -100,7 +103,7 @@ def mixed_leaves():
         "rate": 0.5,
         "depth": 2,
         "flag": True,
-        "w": normal(4, 4),
+        "w": normal((4, 4)),
         "table": jnp.arange(4),
     }
 
@@ -111,7 +114,7 @@ def mixed_leaves():
             x = params["activation"](x @ params["w"]) * params["rate"]
         return {"x": x if params["flag"] else None, "name": None}
 
-    return fn, params, (normal(5, 4),)
+    return fn, params, (normal((5, 4)),)
 
 
 # Haiku
@@ -260,7 +263,7 @@ def equinox_statistics():
         )
         return batched(x, state)
 
-    return fn, model, (state, normal(5, 4))
+    return fn, model, (state, normal((5, 4)))
 
 
 def equinox_stacked():
@@ -277,7 +280,7 @@ def equinox_stacked():
 
         return lax.scan(step, x, arrays)[0]
 
-    return fn, layers, (normal(5, 4),)
+    return fn, layers, (normal((5, 4)),)
 
 
 def equinox_ensemble(layers, x):
@@ -297,7 +300,7 @@ def equinox_spectral():
         call = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))
         return call(x, state)
 
-    return fn, model, (state, normal(5, 4))
+    return fn, model, (state, normal((5, 4)))
 
 
 def equinox_filtered():
@@ -309,7 +312,7 @@ def equinox_filtered():
         call = eqx.filter_jit(eqx.filter_checkpoint(lambda m, x: jax.vmap(m)(x)))
         return call(model, x)
 
-    return fn, model, (normal(5, 4),)
+    return fn, model, (normal((5, 4)),)
 
 
 # transformers
@@ -427,7 +430,7 @@ def resnet(training: bool) -> Callable:
             out, statistics = model(x, params=params, train=True)
             return out.logits, statistics["batch_stats"]
 
-        return fn, fill(shapes), (normal(4, 3, 8, 8),)
+        return fn, fill(shapes), (normal((4, 3, 8, 8)),)
 
     return build
 
@@ -440,16 +443,16 @@ CASES = [
     Case("leaves that are no arrays", mixed_leaves, "w"),
     Case(
         "Haiku MLP",
-        haiku(lambda hk: lambda x: hk.nets.MLP([6, 3])(x), normal(5, 4)),
+        haiku(lambda hk: lambda x: hk.nets.MLP([6, 3])(x), normal((5, 4))),
         "mlp/~/linear_{0,1}/w",
     ),
     Case("Haiku, tied", haiku(haiku_tied, IDS), "embed/embeddings"),
     Case(
         "Haiku, convolutions and state",
-        haiku(haiku_convnet, normal(2, 6, 6, 4), state=True),
+        haiku(haiku_convnet, normal((2, 6, 6, 4)), state=True),
         "{conv2_d,conv2_d_transpose,depthwise_conv2_d,linear}/w",
     ),
-    Case("Haiku LSTM", haiku(haiku_lstm, normal(3, 2, 4)), "lstm/linear/w"),
+    Case("Haiku LSTM", haiku(haiku_lstm, normal((3, 2, 4))), "lstm/linear/w"),
     Case(
         "Haiku attention",
         haiku(
@@ -458,26 +461,28 @@ CASES = [
                     2, 3, w_init=hk.initializers.VarianceScaling(1.0)
                 )(x, x, x)
             ),
-            normal(2, 3, 8),
+            normal((2, 3, 8)),
         ),
         "multi_head_attention/{query,key,value,linear}/w",
     ),
     Case(
         "Haiku layer_stack",
-        haiku(haiku_stack, normal(5, 4)),
+        haiku(haiku_stack, normal((5, 4))),
         "**/mid/w",
         axes={"**/w": ((0,), (1,), (2,))},
         rounds=True,
     ),
-    Case("Haiku, control flow", haiku(haiku_control, normal(5, 4)), "*/w", rounds=True),
+    Case(
+        "Haiku, control flow", haiku(haiku_control, normal((5, 4))), "*/w", rounds=True
+    ),
     Case(
         "Haiku, static_unroll",
-        haiku(haiku_unrolled, normal(3, 2, 4)),
+        haiku(haiku_unrolled, normal((3, 2, 4))),
         ("gru/{w_i,w_h}", "lstm/linear/w"),
     ),
     Case(
         "Equinox MLP",
-        equinox(lambda e, key: e.nn.MLP(4, 3, 6, 1, key=key), each, normal(5, 4)),
+        equinox(lambda e, key: e.nn.MLP(4, 3, 6, 1, key=key), each, normal((5, 4))),
         "layers/{0,1}/weight",
         axes={"**/weight": OUT_IN},
     ),
@@ -495,7 +500,7 @@ CASES = [
         equinox(
             lambda e, key: e.nn.Conv2d(4, 6, (3, 2), groups=2, stride=2, key=key),
             each,
-            normal(2, 4, 7, 6),
+            normal((2, 4, 7, 6)),
         ),
         "weight",
     ),
@@ -504,7 +509,7 @@ CASES = [
         equinox(
             lambda e, key: e.nn.ConvTranspose1d(4, 6, 3, stride=2, key=key),
             each,
-            normal(2, 4, 7),
+            normal((2, 4, 7)),
         ),
         "weight",
     ),
@@ -513,21 +518,21 @@ CASES = [
         equinox(
             lambda e, key: e.nn.MultiheadAttention(2, 8, key=key),
             lambda model, x: jax.vmap(model)(x, x, x),
-            normal(2, 3, 8),
+            normal((2, 3, 8)),
         ),
         "{query,key,value,output}_proj/weight",
     ),
     Case(
         "Equinox LSTM",
         equinox(
-            lambda e, key: e.nn.LSTMCell(4, 6, key=key), equinox_lstm, normal(2, 3, 4)
+            lambda e, key: e.nn.LSTMCell(4, 6, key=key), equinox_lstm, normal((2, 3, 4))
         ),
         ("weight_ih", "weight_hh"),
     ),
     Case(
         "Equinox GRU",
         equinox(
-            lambda e, key: e.nn.GRUCell(4, 6, key=key), equinox_gru, normal(2, 3, 4)
+            lambda e, key: e.nn.GRUCell(4, 6, key=key), equinox_gru, normal((2, 3, 4))
         ),
         ("weight_ih", "weight_hh"),
         rounds=True,
@@ -546,7 +551,7 @@ CASES = [
                 jax.random.split(key, 3)
             ),
             equinox_ensemble,
-            normal(5, 4),
+            normal((5, 4)),
         ),
         "layers/{0,1}/weight",
         axes={  # the members' first layers are one wide layer: they share the input
@@ -559,7 +564,7 @@ CASES = [
         equinox(
             lambda e, key: e.nn.WeightNorm(e.nn.Linear(4, 6, key=key)),
             each,
-            normal(5, 4),
+            normal((5, 4)),
         ),
         "layer/weight",
         merged="layer/weight",
@@ -606,7 +611,7 @@ CASES = [
         transformers(
             "ViTForImageClassification",
             {**VISION, "num_labels": 3},
-            normal(2, 3, 4, 4),
+            normal((2, 3, 4, 4)),
             shape=(1, 4, 4, 3),
             output="logits",
         ),
@@ -629,7 +634,7 @@ CASES = [
                 "projection_dim": 6,
             },
             TOKENS,
-            normal(2, 3, 4, 4),
+            normal((2, 3, 4, 4)),
             shape=((1, 4), (1, 4, 4, 3)),
             output="logits_per_image",
         ),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from tests.helpers import normal
 from tests.libraries.library_cases import (
     FRESH,
     PLAN,
@@ -18,7 +19,6 @@ from tests.libraries.library_cases import (
     check_plan,
     check_random,
     fill,
-    normal,
     params,
 )
 
@@ -325,7 +325,7 @@ def attention(**settings: Any) -> nn.Module:
 def decode():
     """Attention a token at a time, its cache carried by `lax.scan`."""
     module = attention(decode=True)
-    tokens = normal(2, 4, 8)
+    tokens = normal((2, 4, 8))
     shapes = jax.eval_shape(module.init, jax.random.key(0), tokens)
     variables = fill(shapes)
 
@@ -344,7 +344,7 @@ def decode():
 def decode_variables():
     """As `decode`, all variables in one tree, the third step only."""
     module = attention(decode=True)
-    tokens = normal(2, 4, 8)
+    tokens = normal((2, 4, 8))
     variables = fill(jax.eval_shape(module.init, jax.random.key(0), tokens))
     variables["cache"]["cache_index"] += 2
     return module.apply, variables, (tokens[:, :1],), {"mutable": ["cache"]}
@@ -354,7 +354,7 @@ def conv(features: int, window: tuple[int, ...], **settings: Any) -> Any:
     sizes = (7, 6, 5)[: len(window)]
     channels = settings.pop("channels", 4)
     module = settings.pop("module", nn.Conv)
-    return linen(module(features, window, **settings), normal(2, *sizes, channels))
+    return linen(module(features, window, **settings), normal((2, *sizes, channels)))
 
 
 LSTM = ("params/cell/{ii,if,ig,io,hi,hf,hg,ho}/kernel",)
@@ -362,47 +362,47 @@ UP_DOWN = "params/**/{up,down}/kernel"
 STACKED = {UP_DOWN: ((0,), (1,), (2,))}
 
 CASES = [
-    Case("Dense", linen(nn.Dense(5), normal(2, 3, 4)), "params/kernel"),
+    Case("Dense", linen(nn.Dense(5), normal((2, 3, 4))), "params/kernel"),
     Case(
         "Dense in bfloat16",
-        linen(nn.Dense(5, dtype=jnp.bfloat16), normal(2, 3, 4)),
+        linen(nn.Dense(5, dtype=jnp.bfloat16), normal((2, 3, 4))),
         tolerance=0.05,
     ),
     Case(
         "Dense, parameters in bfloat16",
         linen(
-            nn.Dense(5, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), normal(2, 3, 4)
+            nn.Dense(5, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16), normal((2, 3, 4))
         ),
         tolerance=0.05,
     ),
     Case(
         "DenseGeneral, axes out",
-        linen(nn.DenseGeneral((2, 3)), normal(2, 4)),
+        linen(nn.DenseGeneral((2, 3)), normal((2, 4))),
         axes={"**/kernel": ((), (0,), (1, 2))},
     ),
     Case(
         "DenseGeneral, axes in",
-        linen(nn.DenseGeneral(6, axis=(-2, -1)), normal(5, 2, 3)),
+        linen(nn.DenseGeneral(6, axis=(-2, -1)), normal((5, 2, 3))),
         axes={"**/kernel": ((), (0, 1), (2,))},
     ),
     Case(
         "DenseGeneral, axes in and out",
-        linen(nn.DenseGeneral((3, 2), axis=(1, -1)), normal(5, 2, 3, 4)),
+        linen(nn.DenseGeneral((3, 2), axis=(1, -1)), normal((5, 2, 3, 4))),
         axes={"**/kernel": ((), (0, 1), (2, 3))},
     ),
     Case(
         "DenseGeneral, batch axes",
-        linen(nn.DenseGeneral(6, batch_dims=(0,)), normal(3, 5, 4)),
+        linen(nn.DenseGeneral(6, batch_dims=(0,)), normal((3, 5, 4))),
         axes={"**/kernel": ((0,), (1,), (2,))},
     ),
     Case(
         "Einsum",
-        linen(nn.Einsum((4, 2, 3), "...d,dhk->...hk"), normal(2, 5, 4)),
+        linen(nn.Einsum((4, 2, 3), "...d,dhk->...hk"), normal((2, 5, 4))),
         axes={"**/kernel": ((), (0,), (1, 2))},
     ),
     Case(
         "Einsum, experts",
-        linen(nn.Einsum((3, 4, 6), "etd,edf->etf", use_bias=False), normal(3, 5, 4)),
+        linen(nn.Einsum((3, 4, 6), "etd,edf->etf", use_bias=False), normal((3, 5, 4))),
         axes={"**/kernel": ((0,), (1,), (2,))},
     ),
     Case("Embed", linen(nn.Embed(5, 4), IDS), "params/embedding"),
@@ -412,7 +412,7 @@ CASES = [
         "params/Embed_0/embedding",
         axes={"**": ((), (0,), (1,))},
     ),
-    Case("own parameters in einsum", linen(RawEinsum, normal(5, 4)), "params/*"),
+    Case("own parameters in einsum", linen(RawEinsum, normal((5, 4))), "params/*"),
     Case(
         "Conv, 1-D, stride",
         conv(6, (3,), strides=2),
@@ -442,7 +442,7 @@ CASES = [
         conv(6, (3,), mask=jnp.tril(jnp.ones((3, 4, 6)))),
         merged="params/kernel",
     ),
-    Case("Conv, batch of two axes", linen(nn.Conv(6, (3,)), normal(2, 3, 7, 4))),
+    Case("Conv, batch of two axes", linen(nn.Conv(6, (3,)), normal((2, 3, 7, 4)))),
     Case("ConvTranspose, 1-D", conv(6, (3,), strides=(2,), module=nn.ConvTranspose)),
     Case(
         "ConvTranspose, 2-D, dilated",
@@ -471,23 +471,25 @@ CASES = [
     ),
     Case(
         "norms, statistics updated",
-        linen(Norms, normal(5, 4), mutable=["batch_stats"]),
+        linen(Norms, normal((5, 4)), mutable=["batch_stats"]),
     ),
-    Case("norms, statistics used", linen(Norms, normal(5, 4), train=False)),
-    Case("Dropout", linen(Dropped, normal(5, 4), rngs={"dropout": jax.random.key(2)})),
+    Case("norms, statistics used", linen(Norms, normal((5, 4)), train=False)),
+    Case(
+        "Dropout", linen(Dropped, normal((5, 4)), rngs={"dropout": jax.random.key(2)})
+    ),
     Case(
         "method=",
-        linen(Methods, normal(5, 4), method="encode"),
+        linen(Methods, normal((5, 4)), method="encode"),
         "params/encoder/kernel",
     ),
     Case(
         "kernel used again, transposed",
-        linen(Transposed, normal(5, 4)),
+        linen(Transposed, normal((5, 4))),
         axes={"**/kernel": ((), (0,), (1,))},
     ),
     Case(
         "attention",
-        linen(attention(), normal(2, 3, 8)),
+        linen(attention(), normal((2, 3, 8))),
         "params/{query,key,value,out}/kernel",
         axes={
             "params/{query,key,value}/kernel": ((), (0,), (1, 2)),
@@ -498,29 +500,29 @@ CASES = [
         "attention, normalised, dropout",
         linen(
             attention(normalize_qk=True, dropout_rate=0.3, deterministic=False),
-            normal(2, 3, 8),
+            normal((2, 3, 8)),
             rngs={"dropout": jax.random.key(2)},
         ),
         "params/{query,key,value,out}/kernel",
     ),
     Case(
         "attention, learned queries",
-        linen(Pooled, normal(2, 4, 8)),
+        linen(Pooled, normal((2, 4, 8))),
         ("params/{first,second}/{query,key,value,out}/kernel", "params/probe"),
         merged="params/probe",
     ),
     Case("attention, decoding in scan", decode, "{query,key,value,out}/kernel"),
     Case("attention, decoding, one tree", decode_variables, "params/*/kernel"),
     Case("Transformer", linen(Transformer, IDS), ("params/**/kernel", "**/embedding")),
-    Case("LSTM", linen(nn.RNN(nn.LSTMCell(6)), normal(2, 3, 4)), LSTM),
+    Case("LSTM", linen(nn.RNN(nn.LSTMCell(6)), normal((2, 3, 4))), LSTM),
     Case(
         "LSTM, optimised",
-        linen(nn.RNN(nn.OptimizedLSTMCell(6)), normal(2, 3, 4)),
+        linen(nn.RNN(nn.OptimizedLSTMCell(6)), normal((2, 3, 4))),
         LSTM,
     ),
     Case(
         "GRU",
-        linen(nn.RNN(nn.GRUCell(6)), normal(2, 3, 4)),
+        linen(nn.RNN(nn.GRUCell(6)), normal((2, 3, 4))),
         "params/cell/{ir,iz,in,hr,hz,hn}/kernel",
     ),
     Case(
@@ -529,7 +531,7 @@ CASES = [
             nn.Sequential(
                 [nn.RNN(nn.MGUCell(6)), nn.RNN(nn.SimpleCell(4), reverse=True)]
             ),
-            normal(2, 3, 4),
+            normal((2, 3, 4)),
         ),
         "params/layers_*/cell/**/kernel",
         rounds=True,
@@ -538,28 +540,28 @@ CASES = [
         "Bidirectional",
         linen(
             nn.Bidirectional(nn.RNN(nn.SimpleCell(6)), nn.RNN(nn.SimpleCell(6))),
-            normal(2, 3, 4),
+            normal((2, 3, 4)),
         ),
         rounds=True,
     ),
     Case(
         "ConvLSTM",
-        linen(nn.RNN(nn.ConvLSTMCell(3, (2, 2))), normal(2, 3, 4, 4, 2)),
+        linen(nn.RNN(nn.ConvLSTMCell(3, (2, 2))), normal((2, 3, 4, 4, 2))),
         "params/cell/{ih,hh}/kernel",
     ),
-    Case("scan", linen(Scanned, normal(5, 4)), UP_DOWN, axes=STACKED),
+    Case("scan", linen(Scanned, normal((5, 4))), UP_DOWN, axes=STACKED),
     Case(
         "scan, layers last",
-        linen(Scanned(axis=-1), normal(5, 4)),
+        linen(Scanned(axis=-1), normal((5, 4))),
         UP_DOWN,
         axes={UP_DOWN: ((2,), (0,), (1,))},
     ),
-    Case("scan and remat", linen(Scanned(remat=True), normal(5, 4)), UP_DOWN),
+    Case("scan and remat", linen(Scanned(remat=True), normal((5, 4))), UP_DOWN),
     Case(
         "scan, statistics, dropout",
         linen(
             ScannedStatistics,
-            normal(5, 4),
+            normal((5, 4)),
             mutable=["batch_stats"],
             rngs={"dropout": jax.random.key(2)},
         ),
@@ -567,54 +569,54 @@ CASES = [
     ),
     Case(
         "scan, shared layer",
-        linen(SharedScan, normal(5, 4)),
+        linen(SharedScan, normal((5, 4))),
         UP_DOWN,
         axes={UP_DOWN: ((), (0,), (1,))},
     ),
-    Case("remat", linen(Remat, normal(5, 4)), UP_DOWN),
+    Case("remat", linen(Remat, normal((5, 4))), UP_DOWN),
     Case(
         "remat, policy",
-        linen(Remat(jax.checkpoint_policies.dots_saveable), normal(5, 4)),
+        linen(Remat(jax.checkpoint_policies.dots_saveable), normal((5, 4))),
         UP_DOWN,
     ),
     Case(
         "remat_scan",
-        linen(RematScan, normal(5, 4)),
+        linen(RematScan, normal((5, 4))),
         UP_DOWN,
         axes={UP_DOWN: ((0, 1), (2,), (3,))},
     ),
-    Case("vmap, ensemble", linen(Ensemble, normal(5, 4)), UP_DOWN, axes=STACKED),
-    Case("vmap, shared", linen(SharedVmap, normal(5, 4)), UP_DOWN),
-    Case("jit", linen(Jitted, normal(5, 4)), UP_DOWN),
-    Case("cond and switch", linen(Branches, normal(5, 4)), "params/{a,b}/kernel"),
-    Case("while_loop", linen(Looped, normal(5, 4)), "params/layer/kernel"),
+    Case("vmap, ensemble", linen(Ensemble, normal((5, 4))), UP_DOWN, axes=STACKED),
+    Case("vmap, shared", linen(SharedVmap, normal((5, 4))), UP_DOWN),
+    Case("jit", linen(Jitted, normal((5, 4))), UP_DOWN),
+    Case("cond and switch", linen(Branches, normal((5, 4))), "params/{a,b}/kernel"),
+    Case("while_loop", linen(Looped, normal((5, 4))), "params/layer/kernel"),
     Case(
         "WeightNorm",
-        linen(WeightNormed, normal(5, 4)),
+        linen(WeightNormed, normal((5, 4))),
         merged="params/Dense_1/kernel",
     ),
     Case(
         "SpectralNorm",
-        linen(SpectralNormed, normal(5, 4), mutable=["batch_stats"]),
+        linen(SpectralNormed, normal((5, 4)), mutable=["batch_stats"]),
         merged="params/Dense_1/kernel",
     ),
     Case(
         "map_variables",
-        linen(Mapped, normal(5, 4)),
+        linen(Mapped, normal((5, 4))),
         axes={"**/kernel": ((), (1,), (0,))},
     ),
     Case(
         "map_variables, masked",
-        linen(Mapped(mask=True), normal(5, 6)),
+        linen(Mapped(mask=True), normal((5, 6))),
         merged="**/kernel",
     ),
     Case(
         "custom_vjp",
-        linen(OwnGradient, normal(5, 4)),
+        linen(OwnGradient, normal((5, 4))),
         "params/{up,own}/kernel",
         merged="params/own/kernel",
     ),
-    Case("Partitioned", linen(Boxed, normal(5, 4)), "params/Dense_{0,1}/kernel"),
+    Case("Partitioned", linen(Boxed, normal((5, 4))), "params/Dense_{0,1}/kernel"),
 ]
 
 

@@ -11,6 +11,7 @@ from flax import linen as nn
 import jlora
 from jlora.methods import INITS, find_init
 from jlora.methods.moments import InputMoments, Statistics
+from tests.helpers import normal
 
 N_IN, N_OUT, RANK = 12, 10, 4
 TAKES_A_PART = ("pissa", "pissa_niter_6", "olora", "corda", "corda_kpm", "lora_ga")
@@ -28,18 +29,14 @@ def heads(x):
     return x.reshape(-1, 3, 4)
 
 
-def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
-
-
 def inputs(n=40):
     """Inputs that are long in some directions, with a mean."""
-    return normal(7, n, N_IN) * jnp.linspace(3, 0.5, N_IN)[None] + 1
+    return normal((n, N_IN), 7) * jnp.linspace(3, 0.5, N_IN)[None] + 1
 
 
 def plan_of(name, dtype=jnp.float32, **config):
     shape, use = LEAVES[name]
-    params = {"w": normal(1, *shape).astype(dtype)}
+    params = {"w": normal(shape, 1).astype(dtype)}
     if name == "experts":
         axes = jlora.Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
         config["rules"] = jlora.Rule("w", axes=axes)
@@ -432,7 +429,7 @@ def assert_moments(found, x):
     np.testing.assert_allclose(found.count, len(x))
 
 
-X = normal(3, 6, 4)
+X = normal((6, 4), 3)
 USES = {
     "sliced": (lambda w, x: x[:, 1:3] @ w[1:3], X * np.array([[0, 1, 1, 0]])),
     "scaled": (lambda w, x: x @ (-2.0 * w), -2 * X),
@@ -638,7 +635,7 @@ def test_to_plain_is_for_the_original_base(init, rslora, key):
     name = "experts" if init == "pissa" else "matrix"
     fn, params, plan, x = plan_of(name, init=init, rslora=rslora)
     frozen, initial = split(key, fn, params, plan, x)
-    noise = normal(9, *initial.lora["w"].b.shape)
+    noise = normal(initial.lora["w"].b.shape, 9)
     trained = jax.tree.map(lambda x: 1.1 * x, initial)
     factors = dataclasses.replace(trained.lora["w"], b=trained.lora["w"].b + noise)
     trained = dataclasses.replace(trained, lora={"w": factors})
@@ -805,8 +802,8 @@ def test_statistics_of_another_shape(key):
 @pytest.mark.parametrize("op", ["embedding", "conv"])
 def test_pissa_of_lookups_and_convolutions(op, key):
     shape = {"embedding": (16, 8), "conv": (3, 4, 8)}[op]
-    params = {"w": normal(2, *shape)}
-    ids, x = jnp.arange(5), normal(4, 2, 9, 4)
+    params = {"w": normal(shape, 2)}
+    ids, x = jnp.arange(5), normal((2, 9, 4), 4)
 
     def fn(p, x):
         if op == "embedding":

@@ -10,6 +10,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import jlora
+from tests.helpers import bits
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
 
@@ -38,10 +39,6 @@ def parts():
     plan = jlora.plan(model, params, x, config=config)
     frozen, trainable = jlora.split(jax.random.key(0), params, plan)
     return {"frozen": frozen, "trainable": trainable}
-
-
-def bits(tree):
-    return [(x.dtype, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
 def train(tx, steps=3, tree=None):

@@ -19,14 +19,12 @@ from jlora import Axes, Factors, PeftError, Trainable
 from jlora.factors import Spec
 from jlora.peft import Entry, NameMap, maps
 from jlora.peft.tensors import pending, read_header, write_tensors
+from tests.helpers import normal, same
 from tests.peft import fuzz_peft
+from tests.peft.models import GOLDEN
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
-
-
-def normal(shape, seed=0, dtype="float32"):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def factors(shape, axes=None, rank=2, alpha=3.0, seed=0, **fields):
@@ -59,13 +57,6 @@ def shapes(**leaves):
         k.replace("__", "/"): jax.ShapeDtypeStruct(s, "float32")
         for k, s in leaves.items()
     }
-
-
-def same(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 def up(rank=2, **fields):
@@ -1024,8 +1015,6 @@ def test_broken_rules_are_refused(make, text):
 
 
 def test_untied_head_of_gpt2_that_peft_left_out_is_refused():
-    from tests.peft.test_peft_files import GOLDEN
-
     like = shapes(transformer__wte__embedding=(40, 16))
     folder = GOLDEN / "gpt2" / "untied"
     _, report = jlora.peft.load(folder, like, names=maps.GPT2, tied=True, strict=False)

@@ -13,13 +13,10 @@ from hypothesis import assume, given, reject, settings, strategies as st
 from jax import lax
 
 import jlora
+from tests.helpers import normal
 
 EXAMPLES = max(settings().max_examples, min(300, 5 * settings().max_examples))
 SIZES = st.lists(st.integers(1, 3), max_size=2)
-
-
-def normal(shape, seed):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), "float32")
 
 
 def check(fn, shape, x_shape, *, on_merge, rank=1):
