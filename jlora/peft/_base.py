@@ -11,20 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import paths
+from .._io.disk import reading, replacing_files, write_text
+from .._io.shards import Pending, Slot, open_tensors, write_tensors
+from .._io.tensors import NAMES
 from ..errors import PeftError
 from . import layers
+from .config import FLOATS
 from .names import GENERIC, NameMap, Place, unnamed, untied
 from .report import LoadReport
-from .tensors import (
-    FLOATS,
-    NAMES,
-    Pending,
-    Slot,
-    open_tensors,
-    replacing,
-    write_tensors,
-    write_text,
-)
 
 STEM = "model"
 _CONFIG = "config.json"
@@ -66,7 +60,7 @@ def load_base(
     """
     names = names or GENERIC
     leaves, treedef = paths.flatten(params)
-    slots, _ = open_tensors(pathlib.Path(path), STEM)
+    slots, _ = open_tensors(path, STEM, fault=PeftError)
     missing: list[str] = []
     wrong: list[str] = []
     placed: dict[str, tuple[Place, ...]] = {}
@@ -248,7 +242,7 @@ def save_base(
         raise PeftError("This model has no form in torch: " + "; ".join(wrong) + ".")
     directory = pathlib.Path(directory)
     about = _config_fields(config)
-    with replacing(directory, (f"{STEM}*.safetensors*",)) as new:
+    with replacing_files(directory, f"{STEM}*.safetensors*", PeftError) as new:
         write_tensors(
             new, STEM, tensors, metadata={"format": "pt"}, max_bytes=max_shard_bytes
         )
@@ -268,7 +262,5 @@ def _config_fields(config: Any) -> str | None:
         return None
     if isinstance(config, Mapping):
         return json.dumps(config, indent=2) + "\n"
-    try:
-        return pathlib.Path(config).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PeftError(f"{config} cannot be read: {error}.") from error
+    with reading(config, PeftError) as file:
+        return file.read().decode()

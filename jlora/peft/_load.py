@@ -4,6 +4,8 @@ import os
 import pathlib
 from typing import Any, Literal, overload
 
+from .._io.disk import read_json, told
+from .._io.shards import open_tensors
 from ..errors import PeftError
 from ..factors import Trainable
 from ._leaves import leaves_of
@@ -11,7 +13,6 @@ from ._reading import Reading
 from .config import CONFIG, SIGNED, STEM, parse_config, signature
 from .names import GENERIC, NameMap
 from .report import LoadReport
-from .tensors import open_tensors, read_json, reading
 
 
 @overload
@@ -80,12 +81,12 @@ def load(
     """
     directory = pathlib.Path(directory)
     names = names or GENERIC
-    with reading(directory):
+    with told(f"{str(directory)!r} cannot be read", PeftError):
         if not directory.is_dir():
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
-    fields = read_json(directory / CONFIG)
+    fields = read_json(directory / CONFIG, PeftError)
     config, odd = parse_config(fields)
-    slots, metadata = open_tensors(directory, STEM)
+    slots, metadata = open_tensors(directory, STEM, fault=PeftError)
     if SIGNED in metadata and metadata[SIGNED] != signature(fields):
         odd.append(
             "rank, alpha or their patterns are not those that the tensors were written "

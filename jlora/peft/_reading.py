@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._io.shards import Slot
 from ..errors import PeftError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
 from . import layers
 from ._contradictions import contradictions
 from ._leaves import TargetLeaf
-from .config import PREFIX, PeftConfig, names_module, pattern_lookup
+from .config import FLOATS, PREFIX, PeftConfig, names_module, pattern_lookup
 from .layers import RAW, Layer, nested
 from .names import NameMap, Place, unnamed, untied
 from .report import LoadReport
-from .tensors import FLOATS, Slot
 
 _ADAPTER_LEAVES = (
     "lora_A.weight",
@@ -158,7 +158,7 @@ class Reading:
         if slot is None:
             return None
         if floats and slot.dtype not in FLOATS:
-            self.wrong.append(f"{name} is {slot.dtype}, no floating-point type")
+            self.wrong.append(f"{name} is {slot.dtype}, not a floating-point type")
             return None
         array = slot.read()
         if slot.dtype in FLOATS and not np.isfinite(array).all():

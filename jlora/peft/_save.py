@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import paths
+from .._io.disk import replacing_files, write_text
+from .._io.shards import pending, write_tensors
+from .._io.tensors import NAMES
 from ..errors import PeftError
 from ..factors import Axes, Factors, Trainable
 from ..methods import find_init, low_rank_pair
 from . import layers
 from .config import (
     CONFIG,
+    FLOATS,
     PREFIX,
     SIGNED,
     STEM,
@@ -29,7 +33,6 @@ from .config import (
 )
 from .layers import RAW, Layer, nested
 from .names import GENERIC, NameMap, Place, unnamed
-from .tensors import NAMES, pending, replacing, write_tensors, write_text
 
 
 def save(
@@ -96,7 +99,7 @@ def save(
     )
     metadata = {"format": "pt", SIGNED: signature(fields)}
     directory = pathlib.Path(directory)
-    with replacing(directory, (f"{STEM}*.safetensors*",)) as new:
+    with replacing_files(directory, f"{STEM}*.safetensors*", PeftError) as new:
         write_tensors(
             new,
             STEM,
@@ -135,7 +138,7 @@ def _tensors(
         raise PeftError(
             f"trainable must be a jlora.Trainable, got {type(trainable).__name__}."
         )
-    if dtype is not None and np.dtype(dtype) not in {np.dtype(t) for t in _FLOAT_TYPES}:
+    if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
     out = _Writing()
     cast = _caster(dtype, out.wrong)
@@ -182,7 +185,6 @@ def _tensors(
     return out.tensors, config, out.conv1d
 
 
-_FLOAT_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 _AS_IS = ("lora", "dora")
 
 

@@ -68,7 +68,7 @@ def write(folder: pathlib.Path) -> None:
     import numpy as np
 
     import jlora
-    from jlora.peft.tensors import pending, write_tensors
+    from jlora._io.shards import pending, write_tensors
     from tests.peft.test_peft_files import BASE_NAMES, OWN, as_users, call, model
 
     for name in (*CLASSES, *OWN):
