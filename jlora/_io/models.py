@@ -15,14 +15,13 @@ from numpy.typing import DTypeLike
 from .. import paths
 from .._tables import listed
 from ..errors import CheckpointError
+from ..paths import PyTree
 from . import tensors as tensors
 from .disk import Path, told
 from .shards import find_tensors, open_tensors
 
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointer
-
-PyTree = Any
 
 _GROUP = 32 * 2**20  # bytes of an Orbax checkpoint to read at once
 

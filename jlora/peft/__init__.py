@@ -5,8 +5,12 @@ is called in torch is data, a `NameMap`; `jlora.peft.maps` holds those of common
 """
 
 from . import maps as maps
-from ._base import load_base as load_base, save_base as save_base
-from ._load import load as load
+from ._base import (
+    load_base as load_base,
+    load_base_partial as load_base_partial,
+    save_base as save_base,
+)
+from ._load import load as load, load_partial as load_partial
 from ._save import save as save
 from .names import GENERIC as GENERIC, Entry as Entry, NameMap as NameMap
 from .report import LoadReport as LoadReport
@@ -18,6 +22,8 @@ __all__ = [
     "NameMap",
     "load",
     "load_base",
+    "load_base_partial",
+    "load_partial",
     "maps",
     "save",
     "save_base",

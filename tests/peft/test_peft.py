@@ -467,7 +467,7 @@ def wrong_adapters():
         ),
         "a jlora.Trainable, got dict": ({}, {}),
         "must be a float type": (up(), {"dtype": "int8"}),
-        "give the frozen parameters as base=": (
+        "give the frozen parameters as params=": (
             Trainable(
                 {
                     "e/embedding": Factors(
@@ -670,7 +670,7 @@ def test_every_misfit_is_listed(tmp_path):
         "config: the file has whole.weight whole, but modules_to_save is []",
     ):
         assert text in str(error.value)
-    adapter, report = jlora.peft.load(tmp_path, like, strict=False)
+    adapter, report = jlora.peft.load_partial(tmp_path, like)
     assert set(adapter.lora) == {"up/kernel"}
     assert set(adapter.full) == {"whole/kernel"}
     assert len(report) == 5
@@ -961,7 +961,7 @@ def test_base_model_misfits_are_listed(tmp_path):
         "extra: head.weight",
     ):
         assert text in str(error.value)
-    params, report = jlora.peft.load_base(tmp_path, like, strict=False)
+    params, report = jlora.peft.load_base_partial(tmp_path, like)
     assert len(report) == 3
     np.testing.assert_array_equal(params["down"]["kernel"], DENSE["down"]["kernel"])
     with pytest.raises(PeftError, match="one-dimensional convolution or has heads"):
@@ -1029,5 +1029,5 @@ def test_untied_head_of_gpt2_that_peft_left_out_is_refused():
 
     like = shapes(transformer__wte__embedding=(40, 16))
     folder = GOLDEN / "gpt2" / "untied"
-    _, report = jlora.peft.load(folder, like, names=maps.GPT2, tied=True, strict=False)
+    _, report = jlora.peft.load_partial(folder, like, names=maps.GPT2, tied=True)
     assert any("jlora has one adapter for both" in text for text in report.config)
