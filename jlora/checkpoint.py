@@ -20,8 +20,8 @@ from ._io.write_step import (
     contents,
     open_manager,
     run_of,
+    saving,
     sweep,
-    told,
     write_step,
 )
 from ._plan.plan import Plan
@@ -94,7 +94,7 @@ def save(
         if step in manager.all_steps() and overwrite:
             manager.delete(step)
         write_step(manager, step, about, items)
-        with told(f"Step {step} is not saved in {str(directory)!r}"):
+        with saving(f"Step {step} is not saved in {str(directory)!r}"):
             manager.wait_until_finished()
     sweep(directory)
 
@@ -307,5 +307,5 @@ class Checkpoints:
         Raises:
           CheckpointError: if a save has failed in the background.
         """
-        with told(f"A step is not saved in {str(self._directory)!r}"):
+        with saving(f"A step is not saved in {str(self._directory)!r}"):
             self._manager.wait_until_finished()

@@ -9,9 +9,10 @@ import numpy as np
 
 from . import checkpoint
 from ._io import adapter_file as _file, tensors as tensors
-from ._io.disk import Path, naming, reading
+from ._io.disk import Path, read_json, reading
 from ._io.models import is_orbax_tree, open_model
-from .errors import CheckpointError
+from ._io.shards import open_tensors
+from .errors import CheckpointError, PeftError
 from .factors import Axes, Factors, Spec, Trainable
 
 Format = Literal["file", "peft", "orbax", "model"]
@@ -40,7 +41,7 @@ def detect(path: Path) -> Format:
     """
     place = pathlib.Path(path)
     if not place.is_dir():
-        with reading(path) as file, naming(path):
+        with reading(path) as file:
             header = tensors.read_header(file)
         return "file" if _file.is_adapter(header.metadata) else "model"
     if (place / "adapter_config.json").exists():
@@ -161,14 +162,7 @@ def describe(path: Path, *, step: int | None = None) -> dict[str, Any]:
     """
     match detect(path):
         case "peft":
-            with reading(pathlib.Path(path) / "adapter_config.json") as file:
-                try:
-                    fields = json.loads(file.read(20_000_000))
-                except (ValueError, RecursionError) as error:
-                    raise CheckpointError(
-                        f"{str(path)!r}: adapter_config.json is no JSON ({error})."
-                    ) from error
-            return fields if isinstance(fields, dict) else {}
+            return read_json(pathlib.Path(path) / "adapter_config.json")
         case "orbax":
             read = checkpoint.restore(path, step=step)
             config = read.config and json.loads(read.config.to_json())
@@ -190,11 +184,10 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     embeddings, DoRA of linear layers, modules saved whole.
     """
     from .peft.config import CONFIG, PREFIX, STEM, parse_config, pattern_lookup
-    from .peft.tensors import open_tensors, read_json
 
-    fields = read_json(folder / CONFIG)
+    fields = read_json(folder / CONFIG, PeftError)
     config, wrong = parse_config(fields)
-    slots, _ = open_tensors(folder, STEM)
+    slots, _ = open_tensors(folder, STEM, fault=PeftError)
     turned = bool(fields.get("fan_in_fan_out"))
     ranks, alphas = map(pattern_lookup, (config.rank_pattern, config.alpha_pattern))
     lora: dict[str, Factors] = {}

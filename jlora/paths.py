@@ -13,6 +13,8 @@ import jax
 
 from .errors import TreeError
 
+PyTree = Any  # a user's tree of arrays or shapes
+
 
 def flatten(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None

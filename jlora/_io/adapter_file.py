@@ -13,7 +13,7 @@ from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
 from .describe import arrays, describe, rebuild
-from .disk import Path, naming, reading
+from .disk import Path, reading
 
 FORMAT = "jlora"
 
@@ -92,7 +92,7 @@ def load(path: Path) -> Trainable:
       jlora.errors.CheckpointError: 'there is none' cannot be read: No such file or
       directory.
     """
-    with reading(path) as file, naming(path):
+    with reading(path) as file:
         header = tensors.read_header(file)
         about = _about(header.metadata)
         named = {k: tensors.read(file, e) for k, e in header.entries.items()}

@@ -1,70 +1,130 @@
 """Files read only if they are regular, and written whole or not at all."""
 
+import collections
 import contextlib
+import errno
+import json
 import os
 import pathlib
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from ..errors import CheckpointError
+from .._tables import listed
+from ..errors import CheckpointError, JloraError
 
 Path = str | os.PathLike[str]
 Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps names, as tqdm does
+Fault = type[JloraError]  # the class of the errors that the caller's user sees
+
+_MAX_JSON = 20_000_000
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[BinaryIO]:
-    """Yields the open file `path`; what the system refuses is a `CheckpointError`.
+def told(
+    what: str,
+    fault: Fault = CheckpointError,
+    *,
+    catch: type[Exception] | tuple[type[Exception], ...] = OSError,
+    then: str = "",
+) -> Iterator[None]:
+    """Raises what goes wrong in the block as a `fault`.
 
-    Raises:
-      CheckpointError: if it is missing, a directory or a device, or must not be read.
+    jlora's own errors pass as they are; only a `CheckpointError` changes its class.
+
+    Args:
+      what: begins the message, "'x.json' cannot be read"; the reason follows.
+      fault: the class to raise.
+      catch: the errors that are not jlora's to catch.
+      then: a last sentence, " The old file is still there."
     """
     try:
-        # Opening a pipe would wait for its other end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            kind = "a directory" if os.path.isdir(path) else "no regular file"
-            raise CheckpointError(
-                f"{_name(path)} is {kind}. Give the path of a file that was saved."
-            )
-        with open(path, "rb") as file:
-            yield file
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
+        yield
+    except JloraError as error:
+        if isinstance(error, fault) or not isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"{_name(path)} cannot be read: {_why(error)}."
-        ) from error
+        raise fault(str(error)) from error
+    except catch as error:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise fault(f"{what}: {why.rstrip('.')}.{then}") from error
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before the text of a `CheckpointError`."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{_name(path)}: {error}") from error
+def reading(path: Path, fault: Fault = CheckpointError) -> Iterator[BinaryIO]:
+    """Yields the open file `path`, and names it in each error of the block.
+
+    Raises:
+      fault: if it is missing, a directory or a device, or must not be read.
+    """
+    name = repr(os.fspath(path))
+    with told(f"{name} cannot be read", fault, catch=(OSError, ValueError)):
+        # Opening a pipe would wait for its other end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(
+                f"{name} is {_kind(path)}. Give the path of a file that was saved."
+            )
+        with open(path, "rb") as file:
+            try:
+                yield file
+            except CheckpointError as error:
+                raise CheckpointError(f"{name}: {error}") from error
+
+
+def read_json(path: Path, fault: Fault = CheckpointError) -> dict[str, Any]:
+    """Returns the JSON object in the file `path`.
+
+    Raises:
+      fault: if it cannot be read, is not a JSON object, or names a field twice.
+    """
+    with reading(path, fault) as file:
+        data = file.read(_MAX_JSON + 1)
+        if len(data) > _MAX_JSON:
+            raise CheckpointError(f"it has over {_MAX_JSON} bytes, too many for JSON.")
+        try:
+            value = json.loads(data.decode(), object_pairs_hook=fields_once)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"it is not JSON: {error}.") from error
+        if not isinstance(value, dict):
+            kind = type(value).__name__
+            raise CheckpointError(f"it is not a JSON object but a {kind}.")
+        return value
+
+
+def fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the fields of a JSON object.
+
+    Raises:
+      ValueError: if a name stands there twice.
+    """
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = [f"{name!r:.100}" for name, n in counts.items() if n > 1]
+        raise ValueError(f"it names {listed(twice, 5, ', ')} twice")
+    return fields
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file that takes the place of `path` when the block ends well.
 
-    The bytes go to a file of another name in the same directory, reach the disk, and
-    then the name changes in one step: whoever reads `path`, also after a crash, finds
+    The bytes go to a file of another name in the same directory and reach the disk.
+    Then the name changes in one step: whoever reads `path`, also after a crash, finds
     the old file or the new one, whole. After an error the old file is as it was.
 
     Raises:
       CheckpointError: if it cannot be written (no such directory, no permission, disk
         full), or `path` is something else than a regular file.
     """
+    name = repr(os.fspath(path))
     target = pathlib.Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        kind = "a directory" if target.is_dir() else "no regular file"
-        raise CheckpointError(f"Not saved: {_name(path)} is {kind}.")
+        raise CheckpointError(f"Not saved: {name} is {_kind(target)}.")
     part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.part")
-    try:
+    then = " What was there before is still there."
+    with told(f"Not saved: {name} cannot be written", then=then):
         try:
             with open(part, "xb") as file:
                 yield file
@@ -75,16 +135,66 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
-        sync_directory(target.parent)
-    except OSError as error:
-        raise CheckpointError(
-            f"Not saved: {_name(path)} cannot be written: {_why(error)}. What was "
-            "there before is still there."
-        ) from error
+        _sync(target.parent)
 
 
-def sync_directory(directory: pathlib.Path) -> None:
-    """Makes the new name last; not every system can."""
+def write_text(file: pathlib.Path, text: str) -> None:
+    """Writes `text` and waits until it is on the disk."""
+    with open(file, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def replacing_files(
+    directory: pathlib.Path, stale: str, fault: Fault = CheckpointError
+) -> Iterator[pathlib.Path]:
+    """Yields a new folder whose files move into `directory` when the block ends well.
+
+    A directory that is not there yet appears whole. In one that is there each file is
+    replaced by a rename, tensors before JSON files. Former files that match the glob
+    `stale` are deleted if nothing replaces them. After an error all is as it was.
+
+    Raises:
+      fault: if it cannot be written, or `directory` is a file.
+    """
+    then = " What was there before is still there."
+    with told(f"Not saved: {str(directory)!r} cannot be written", fault, then=then):
+        if directory.exists() and not directory.is_dir():
+            raise OSError(errno.ENOTDIR, "it is a file, not a directory")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        new = directory.parent / f".{directory.name}.{secrets.token_hex(8)}"
+        new.mkdir()
+        try:
+            yield new
+            _move_into(new, directory, stale)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _move_into(new: pathlib.Path, directory: pathlib.Path, stale: str) -> None:
+    if not directory.exists():
+        os.rename(new, directory)
+    else:
+        files = sorted(new.iterdir(), key=lambda file: (file.suffix == ".json", file))
+        names = {file.name for file in files}
+        old = [p for p in directory.glob(stale) if p.name not in names]
+        for file in files:
+            if not _same(file, directory / file.name):
+                os.replace(file, directory / file.name)
+        for file in old:
+            file.unlink()
+    _sync(directory)
+
+
+def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
+    """Returns whether both are the same small file, which need not be replaced."""
+    return a.suffix == ".json" and b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def _sync(directory: pathlib.Path) -> None:
+    """Waits until the new names in a directory are on the disk, where that works."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -93,9 +203,5 @@ def sync_directory(directory: pathlib.Path) -> None:
             os.close(handle)
 
 
-def _name(path: Path) -> str:
-    return repr(os.fspath(path))
-
-
-def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+def _kind(path: Path) -> str:
+    return "a directory" if os.path.isdir(path) else "not a regular file"

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import CheckpointError
-from .disk import Path, replacing
+from .disk import Path, fields_once, replacing
+
+Buffer = bytes | memoryview
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -39,17 +41,10 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-
-
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-
 _HEADER_LIMIT = 100_000_000  # as in the reference implementation
-
-
 _SIZE_LIMIT = 2**48
-
-
 _CHUNK = 16 * 2**20
 
 
@@ -133,7 +128,7 @@ def chunks(file: BinaryIO, entry: TensorInfo) -> Iterator[bytes]:
 def write(
     path: Path,
     tensors: Mapping[str, Any],
-    pieces: Callable[[str], Iterable[Any]],
+    pieces: Callable[[str], Iterable[Buffer]],
     metadata: Mapping[str, str],
 ) -> None:
     """Writes a file whole or not at all, asking for one tensor at a time.
@@ -205,20 +200,13 @@ def _parse(text: bytes) -> dict[str, Any]:
     if len(text) > 10**6 and text.count(b"[") + text.count(b"{") > len(text) // 10:
         raise _damaged("its header has more brackets than tensors take")
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=_table)
+        fields = json.loads(text.decode(), object_pairs_hook=fields_once)
         if not isinstance(fields, dict):
             raise ValueError("no table")
         "".join(fields).encode()  # no half surrogates
     except (ValueError, RecursionError) as error:
         raise _damaged(f"its header is no JSON table ({error})") from error
     return fields
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name twice")
-    return table
 
 
 def _entry(name: str, value: Any, data: int) -> TensorInfo:

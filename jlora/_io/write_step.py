@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,14 +18,13 @@ from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
 from ..config import LoraConfig
-from ..errors import CheckpointError, JloraError
+from ..errors import CheckpointError
 from ..factors import Trainable
 from .describe import arrays, describe, key_to_dict
+from .disk import told
 from .fingerprint import Fingerprint, fingerprint
 
 FORMAT = 1
-
-
 _DELETED = ".deleted"
 
 
@@ -64,7 +63,7 @@ def open_manager(
         )
     if write:
         sweep(directory)
-    with told(f"{str(directory)!r} cannot be opened for checkpoints"):
+    with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
         if pathlib.Path(directory).is_file():
             raise NotADirectoryError("it is a file")
         return ocp.CheckpointManager(
@@ -173,7 +172,7 @@ def write_step(
     for name, tree in trees.items():
         if tree:  # Orbax refuses an item without arrays
             items[name] = ocp.args.StandardSave(tree)
-    with told(f"Step {step} is not saved in {str(manager.directory)!r}"):
+    with saving(f"Step {step} is not saved in {str(manager.directory)!r}"):
         manager.save(
             int(step),
             args=ocp.args.Composite(**items),
@@ -182,18 +181,10 @@ def write_step(
         )
 
 
-@contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turns whatever Orbax raises into a `CheckpointError`."""
-    try:
-        yield
-    except JloraError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{what} ({type(error).__name__}: {error}). The steps that were saved "
-            "before are as they were."
-        ) from error
+def saving(what: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which whatever Orbax raises is a `CheckpointError`."""
+    then = " The steps that were saved before are as they were."
+    return told(what, catch=Exception, then=then)
 
 
 def shapes_of(named: dict[str, Any]) -> dict[str, list[Any]]:

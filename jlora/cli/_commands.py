@@ -306,7 +306,7 @@ def convert(
             "tied": tied,
             "base_model": base_model,
             "portable": portable,
-            "base": base and open_model(base).arrays(),
+            "params": base and open_model(base).arrays(),
         }
     files.write(out, trainable, to, **options)
     done({"out": out, "from": kind, "to": to, **counts(trainable)}, as_json)

@@ -6,8 +6,12 @@ May import the vocabulary, `methods`, `_plan`, `_core` and `_io`.
 """
 
 from . import maps as maps
-from ._base import load_base as load_base, save_base as save_base
-from ._load import load as load
+from ._base import (
+    load_base as load_base,
+    load_base_partial as load_base_partial,
+    save_base as save_base,
+)
+from ._load import load as load, load_partial as load_partial
 from ._save import save as save
 from .names import GENERIC as GENERIC, Entry as Entry, NameMap as NameMap
 from .report import LoadReport as LoadReport
@@ -19,6 +23,8 @@ __all__ = [
     "NameMap",
     "load",
     "load_base",
+    "load_base_partial",
+    "load_partial",
     "maps",
     "save",
     "save_base",

@@ -1,46 +1,41 @@
 """Whole models as Hugging Face safetensors: `load_base` and `save_base`."""
 
 import json
-import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
-from .. import paths
+from .._io.disk import Path, reading, replacing_files, write_text
+from .._io.shards import Pending, Slot, open_tensors, write_tensors
+from .._io.tensors import NAMES
 from ..errors import PeftError
+from ..paths import PyTree, flatten
 from . import layers
+from ._leaves import Shaped, is_shaped
+from .config import FLOATS
 from .names import GENERIC, NameMap, Place, unnamed, untied
-from .report import LoadReport
-from .tensors import (
-    FLOATS,
-    NAMES,
-    Pending,
-    Slot,
-    open_tensors,
-    replacing,
-    write_tensors,
-    write_text,
-)
+from .report import LoadReport, check
 
 STEM = "model"
 _CONFIG = "config.json"
 
 
 def load_base(
-    path: str | os.PathLike,
-    params: Any,
+    path: Path,
+    params: PyTree,
     *,
     names: NameMap | None = None,
-    dtype: Any = None,
-    strict: bool = True,
-) -> Any:
+    dtype: DTypeLike | None = None,
+) -> PyTree:
     """Returns the parameters of a model from Hugging Face safetensors, leaf by leaf.
 
-    Beside the result no more than one leaf and its tensors are in memory.
+    Beside the result no more than one leaf and its tensors are in memory. For a file
+    that need not fit in all, see `load_base_partial`.
 
     Args:
       path: a directory with `model.safetensors` or its shards, or such a file.
@@ -48,12 +43,10 @@ def load_base(
         a sharding is put there.
       names: what the leaves are called in torch, see `jlora.peft.save`.
       dtype: type of all floating-point leaves; None means that of `params`.
-      strict: False keeps leaves of `params` that the file lacks, takes what fits, and
-        returns `(params, report)`.
 
     Raises:
-      PeftError: if a file is missing or damaged; with `strict`, lists all tensors that
-        are missing, extra or misshapen.
+      PeftError: if a file is missing or damaged; lists all tensors that are missing,
+        extra or misshapen.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -64,132 +57,167 @@ def load_base(
       >>> read["up"]["kernel"].tolist()
       [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     """
+    read, report = load_base_partial(path, params, names=names, dtype=dtype)
+    check(report, f"The model in {str(path)!r}", "load_base_partial")
+    return read
+
+
+def load_base_partial(
+    path: Path,
+    params: PyTree,
+    *,
+    names: NameMap | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[PyTree, LoadReport]:
+    """Returns what `load_base` reads of a model that need not fit, and what does not.
+
+    Leaves that the file lacks, or has in another shape or type, stay as in `params`.
+
+    Args:
+      path: see `load_base`.
+      params: see `load_base`.
+      names: see `load_base`.
+      dtype: see `load_base`.
+
+    Returns:
+      `(params, report)`; the report is false if everything fits.
+
+    Raises:
+      PeftError: if a file is missing or damaged.
+
+    Examples:
+      >>> import tempfile, numpy as np, jlora
+      >>> like = {"up": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.peft.save_base(folder, {"up": {"bias": np.ones(3)}})
+      ...     read, report = jlora.peft.load_base_partial(folder, like)
+      >>> read["up"]["bias"].tolist(), report.missing
+      ([1.0, 1.0, 1.0], ("up.weight for 'up/kernel'",))
+    """
     names = names or GENERIC
-    leaves, treedef = paths.flatten(params)
-    slots, _ = open_tensors(pathlib.Path(path), STEM)
-    missing: list[str] = []
-    wrong: list[str] = []
-    placed: dict[str, tuple[Place, ...]] = {}
-    for name, leaf in leaves.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+    leaves, treedef = flatten(params)
+    arrays = {name: x for name, x in leaves.items() if is_shaped(x)}
+    slots, _ = open_tensors(path, STEM, fault=PeftError)
+    placed, missing, wrong = _placed(arrays, names)
+    # A tied model has one tensor, whichever of its two names that bears.
+    twins = {p.tied: p.name for places in placed.values() for p in places if p.tied}
+    used: set[str] = set()
+    for name, places in zip(placed, untied(placed.values()), strict=True):
+        keys = {place: _key(place, slots, names, twins) for place in places}
+        found = {place: key for place, key in keys.items() if key is not None}
+        if len(found) < len(places):
+            absent = (place.name for place in places if place not in found)
+            missing += [f"{key} for {name!r}" for key in absent]
             continue
+        copies = _copies(found, slots)
+        used |= {*found.values(), *copies}
+        misfits = _misfits(name, arrays[name], found, slots)
+        if not misfits:
+            leaves[name] = _read_leaf(arrays[name], found, slots, dtype)
+        wrong += misfits
+        wrong += [
+            f"{twin} and {key} are one leaf, their numbers differ"
+            for twin, key in copies.items()
+            if not np.array_equal(slots[twin].read(), slots[key].read())
+        ]
+    extra = [key for key in slots if key not in used and not names.ignores(key)]
+    report = LoadReport(missing=tuple(missing), extra=tuple(extra), wrong=tuple(wrong))
+    return treedef.unflatten(leaves.values()), report
+
+
+def _placed(
+    arrays: Mapping[str, Shaped], names: NameMap
+) -> tuple[dict[str, tuple[Place, ...]], list[str], list[str]]:
+    """Returns the torch tensors of each leaf, and in words which leaves have none.
+
+    The first list is of leaves without a rule, the second of those that their rule does
+    not fit.
+    """
+    placed: dict[str, tuple[Place, ...]] = {}
+    nameless: list[str] = []
+    wrong: list[str] = []
+    for path, x in arrays.items():
         try:
-            found = names.places(name, tuple(leaf.shape))
+            found = names.places(path, tuple(x.shape))
         except PeftError as error:
             wrong.append(str(error).rstrip("."))
             continue
-        if not found:
-            missing.append(unnamed(name, names))
-        placed[name] = found
-    aliases = {
-        twin: place.name
-        for places in placed.values()
-        for place in places
-        for twin in (place.tied,)
-        if twin is not None
-    }
-    placed = dict(zip(placed, untied(placed.values()), strict=True))
-    resolve = _resolver(slots, names, aliases)
-    used: set[str] = set()
-    out = dict(leaves)
-    for name, found in placed.items():
-        chosen = {place: resolve(place) for place in found}
-        absent = [place.name for place, key in chosen.items() if key is None]
-        if absent or not found:
-            missing += [f"{key} for {name!r}" for key in absent]
-            continue
-        keys = {place: key for place, key in chosen.items() if key is not None}
-        used |= set(keys.values())
-        array = _read_leaf(name, leaves[name], keys, slots, dtype, wrong)
-        for place, key in keys.items():
-            twin = _twin(place, key, slots, names)
-            if twin is not None:
-                used.add(twin)
-                if not np.array_equal(slots[twin].read(), slots[key].read()):
-                    wrong.append(f"{twin} and {key} are one leaf, their numbers differ")
-        if array is not None:
-            out[name] = array
-    extra = [key for key in slots if key not in used and not names.ignores(key)]
-    report = LoadReport(missing=tuple(missing), extra=tuple(extra), wrong=tuple(wrong))
-    tree = treedef.unflatten(out.values())
-    if not strict:
-        return tree, report
-    if report:
-        raise PeftError(
-            f"The model in {str(path)!r} does not fit, {len(report)} findings:\n"
-            f"{report}\nstrict=False takes what fits."
-        )
-    return tree
+        if found:
+            placed[path] = found
+        else:
+            nameless.append(unnamed(path, names))
+    return placed, nameless, wrong
 
 
-def _resolver(
-    slots: Mapping[str, Slot], names: NameMap, aliases: Mapping[str, str]
-) -> Callable[[Place], str | None]:
-    def resolve(place: Place) -> str | None:
-        """Returns the tensor's name in the file, which may lack the model's prefix."""
-        tried = [place.name, names.other_prefix(place.name)]
-        # A tied model has one tensor, whichever of its two names that bears.
-        other = place.tied or aliases.get(place.name)
-        if other is not None:
-            tried += [other, names.other_prefix(other)]
-        return next((name for name in tried if name in slots), None)
-
-    return resolve
-
-
-def _twin(
-    place: Place, key: str, slots: Mapping[str, Slot], names: NameMap
+def _key(
+    place: Place,
+    slots: Mapping[str, Slot],
+    names: NameMap,
+    twins: Mapping[str, str],
 ) -> str | None:
-    """Returns the name of a second copy of a tied tensor, if the file has one."""
-    if place.tied is None or place.tied == key:
-        return None
-    return place.tied if place.tied in slots else None
+    """Returns the tensor's name in the file, which may lack the model's prefix."""
+    tried = [place.name, place.tied or twins.get(place.name)]
+    both = (name for own in tried if own for name in (own, names.other_prefix(own)))
+    return next((name for name in both if name in slots), None)
+
+
+def _copies(keys: Mapping[Place, str], slots: Mapping[str, Slot]) -> dict[str, str]:
+    """Returns the second copies of tied tensors, with the names of the first."""
+    return {
+        place.tied: key
+        for place, key in keys.items()
+        if place.tied in slots and place.tied not in (None, key)
+    }
+
+
+def _misfits(
+    name: str, leaf: Shaped, keys: Mapping[Place, str], slots: Mapping[str, Slot]
+) -> list[str]:
+    """Returns in words where the tensors have another shape or type than the leaf."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    found = []
+    for place, key in keys.items():
+        slot, wanted = slots[key], place.shape(tuple(leaf.shape))
+        if slot.shape != wanted:
+            found.append(f"{key} is {list(slot.shape)}, {name!r} needs {list(wanted)}")
+        elif floating != (slot.dtype in FLOATS):
+            found.append(f"{key} is {slot.dtype}, {name!r} is {leaf.dtype}")
+    return found
 
 
 def _read_leaf(
-    name: str,
-    leaf: Any,
+    leaf: Shaped,
     keys: Mapping[Place, str],
     slots: Mapping[str, Slot],
-    dtype: Any,
-    wrong: list[str],
-) -> Any:
-    shape = tuple(leaf.shape)
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    wanted = np.dtype(dtype) if dtype is not None and floating else leaf.dtype
-    before = len(wrong)
+    dtype: DTypeLike | None,
+) -> jax.Array:
+    out = np.zeros(tuple(leaf.shape), _dtype(leaf, dtype))
     for place, key in keys.items():
-        slot = slots[key]
-        if slot.shape != place.shape(shape):
-            wrong.append(
-                f"{key} is {list(slot.shape)}, "
-                f"{name!r} needs {list(place.shape(shape))}"
-            )
-        elif floating != (slot.dtype in FLOATS):
-            wrong.append(f"{key} is {slot.dtype}, {name!r} is {leaf.dtype}")
-    if len(wrong) > before:
-        return None
-    out = np.zeros(shape, wanted)
-    for place, key in keys.items():
-        layers.weight_in(place, slots[key].read().astype(wanted), out)
+        layers.weight_in(place, slots[key].read().astype(out.dtype), out)
     sharding = getattr(leaf, "sharding", None)
     return jnp.asarray(out) if sharding is None else jax.device_put(out, sharding)
 
 
+def _dtype(leaf: Shaped, dtype: DTypeLike | None) -> np.dtype:
+    """Returns the type to read or write a leaf in; `dtype` is for floats only."""
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return np.dtype(dtype if dtype is not None and floating else leaf.dtype)
+
+
 def save_base(
-    directory: str | os.PathLike,
-    params: Any,
+    directory: Path,
+    params: PyTree,
     *,
     names: NameMap | None = None,
-    config: Mapping[str, Any] | str | os.PathLike | None = None,
+    config: Mapping[str, Any] | Path | None = None,
     tied: bool = False,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_shard_bytes: int | None = 5_000_000_000,
 ) -> None:
     """Writes a model, merged or not, as safetensors that `transformers` loads.
 
-    One leaf at a time is turned and written, so memory is bounded by the largest leaf.
-    The files appear whole or not at all.
+    One leaf at a time is transposed and written, so memory is bounded by the largest
+    leaf. The files appear whole or not at all.
 
     Args:
       directory: made if it does not exist.
@@ -216,59 +244,47 @@ def save_base(
       {'mlp.up.weight': (3, 2)}
     """
     names = names or GENERIC
-    leaves, _ = paths.flatten(params)
+    leaves, _ = flatten(params)
+    arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
+    placed, nameless, wrong = _placed(arrays, names)
+    wrong += [f"{path!r} is not an array" for path in leaves if path not in arrays]
+    wrong += nameless
     tensors: dict[str, Pending] = {}
-    wrong: list[str] = []
-    placed: dict[str, tuple[Place, ...]] = {}
-    for path, leaf in leaves.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            wrong.append(f"{path!r} is no array")
-            continue
-        try:
-            placed[path] = names.places(path, tuple(leaf.shape))
-        except PeftError as error:
-            wrong.append(str(error).rstrip("."))
-            continue
-        if not placed[path]:
-            wrong.append(unnamed(path, names))
-    for path, found in zip(placed, untied(placed.values()), strict=True):
-        leaf = leaves[path]
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        own = np.dtype(dtype if dtype is not None and floating else leaf.dtype)
+    for path, places in zip(placed, untied(placed.values()), strict=True):
+        own = _dtype(arrays[path], dtype)
         if own not in NAMES:
             wrong.append(f"{path!r} is {own}, which torch files do not have")
             continue
-        for place in found:
-            own_names = [place.name, *([place.tied] if tied and place.tied else [])]
-            for name in own_names:
+        for place in places:
+            tensor = _pending(place, arrays[path], own)
+            for name in (place.name, place.tied) if tied else (place.name,):
                 if name in tensors:
                     wrong.append(f"two leaves are {name} in torch")
-                tensors[name] = _pending(place, leaf, own)
+                if name is not None:
+                    tensors[name] = tensor
     if wrong:
-        raise PeftError("This model has no form in torch: " + "; ".join(wrong) + ".")
-    directory = pathlib.Path(directory)
-    about = _config_fields(config)
-    with replacing(directory, (f"{STEM}*.safetensors*",)) as new:
-        write_tensors(
-            new, STEM, tensors, metadata={"format": "pt"}, max_bytes=max_shard_bytes
-        )
+        raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
+    about = _config_text(config)
+    with replacing_files(
+        pathlib.Path(directory), f"{STEM}*.safetensors*", PeftError
+    ) as new:
+        metadata = {"format": "pt"}
+        write_tensors(new, STEM, tensors, metadata=metadata, max_bytes=max_shard_bytes)
         if about is not None:
             write_text(new / _CONFIG, about)
 
 
-def _pending(place: Place, leaf: Any, dtype: np.dtype) -> Pending:
+def _pending(place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
     def make() -> np.ndarray:
         return layers.weight_out(place, np.asarray(leaf).astype(dtype))
 
     return Pending(dtype, place.shape(tuple(leaf.shape)), make)
 
 
-def _config_fields(config: Any) -> str | None:
+def _config_text(config: Mapping[str, Any] | Path | None) -> str | None:
     if config is None:
         return None
     if isinstance(config, Mapping):
         return json.dumps(config, indent=2) + "\n"
-    try:
-        return pathlib.Path(config).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PeftError(f"{config} cannot be read: {error}.") from error
+    with reading(config, PeftError) as file:
+        return file.read().decode()

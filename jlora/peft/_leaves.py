@@ -1,14 +1,24 @@
 """The leaves of a model that an adapter may be for."""
 
 import dataclasses
-from typing import Any
+from typing import TypeGuard
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .. import paths
 from .._plan.plan import Plan
 from .._plan.resolve import axes_of
-from ..factors import Axes, Spec
+from .._plan.row import Row
+from ..factors import Axes, Leaf, Spec
+from ..paths import PyTree, flatten
+
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+
+def is_shaped(x: Leaf) -> TypeGuard[Shaped]:
+    """Returns whether a leaf of parameters is an array or the shape of one."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,8 +27,8 @@ class TargetLeaf:
 
     path: str
     shape: tuple[int, ...]
-    dtype: Any
-    value: Any
+    dtype: np.dtype
+    value: Shaped | None  # None for a plan
     op: str
     axes: Axes | None
     tied: bool | None
@@ -26,19 +36,19 @@ class TargetLeaf:
     spec: Spec | None = None
 
 
-def leaves_of(params_or_plan: Any) -> list[TargetLeaf]:
+def leaves_of(params_or_plan: PyTree | Plan) -> list[TargetLeaf]:
     """Returns the leaves of parameters, or of a plan with what it says of them."""
     if isinstance(params_or_plan, Plan):
         return [_planned(row) for row in params_or_plan.rows() if row.shape]
-    found, _ = paths.flatten(params_or_plan)
+    found, _ = flatten(params_or_plan)
     return [
         TargetLeaf(path, tuple(x.shape), x.dtype, x, "", None, None, "")
         for path, x in found.items()
-        if hasattr(x, "shape") and hasattr(x, "dtype")
+        if is_shaped(x)
     ]
 
 
-def _planned(row: Any) -> TargetLeaf:
+def _planned(row: Row) -> TargetLeaf:
     ops = [use for use in row.uses if use.route == "factored"]
     both = row.op == "embedding" and any(use.op != "gather" for use in ops)
     spec = row.spec

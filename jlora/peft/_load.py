@@ -1,52 +1,35 @@
 """`load`: the adapter in a Hugging Face PEFT directory."""
 
-import os
 import pathlib
-from typing import Any, Literal, overload
 
+from numpy.typing import DTypeLike
+
+from .._io.disk import Path, read_json, told
+from .._io.shards import open_tensors
+from .._plan.plan import Plan
 from ..errors import PeftError
 from ..factors import Trainable
+from ..paths import PyTree
 from ._leaves import leaves_of
 from ._reading import Reading
 from .config import CONFIG, SIGNED, STEM, parse_config, signature
 from .names import GENERIC, NameMap
-from .report import LoadReport
-from .tensors import open_tensors, read_json, reading
+from .report import LoadReport, check
 
 
-@overload
 def load(
-    directory: str | os.PathLike,
-    params_or_plan: Any,
+    directory: Path,
+    params_or_plan: PyTree | Plan,
     *,
     names: NameMap | None = None,
     tied: bool | None = None,
-    dtype: Any = None,
-    strict: Literal[True] = True,
-) -> Trainable: ...
-@overload
-def load(
-    directory: str | os.PathLike,
-    params_or_plan: Any,
-    *,
-    names: NameMap | None = None,
-    tied: bool | None = None,
-    dtype: Any = None,
-    strict: Literal[False],
-) -> tuple[Trainable, LoadReport]: ...
-def load(
-    directory: str | os.PathLike,
-    params_or_plan: Any,
-    *,
-    names: NameMap | None = None,
-    tied: bool | None = None,
-    dtype: Any = None,
-    strict: bool = True,
-) -> Trainable | tuple[Trainable, LoadReport]:
+    dtype: DTypeLike | None = None,
+) -> Trainable:
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
     Works on whatever PEFT's LoRA writes for layers that the model has, see
-    `docs/peft.md`. Nothing is unpickled, and no file outside `directory` is opened.
+    `docs/peft.md`. Nothing is unpickled, and no file outside `directory` is opened. For
+    an adapter that need not fit as a whole, see `load_partial`.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards.
@@ -56,50 +39,75 @@ def load(
       names: what the leaves are called in torch, see `save`.
       tied: whether the embedding table is the output head too; a plan tells itself.
       dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
-      strict: False returns what does fit, and a report of what does not.
-
-    Returns:
-      The adapter, with `strict=False` `(adapter, report)`.
 
     Raises:
-      PeftError: if a file is missing, damaged or no LoRA adapter; with `strict`, lists
-        all that is missing, extra, misshapen or of a wrong type, every field of the
-        config that jlora lacks, and every contradiction between config and tensors.
+      PeftError: if a file is missing, damaged or not a LoRA adapter; lists all that is
+        missing, extra, misshapen or of a wrong type, every field of the config that
+        jlora lacks, and every contradiction between config and tensors.
 
     Examples:
       >>> import tempfile, numpy as np, jlora
       >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 6), np.float32)
-      >>> own = jlora.Factors(a, b, jlora.factors.Spec(rank=2, alpha=4))
-      >>> up, down = {"kernel": np.ones((4, 6))}, {"kernel": np.ones((6, 4))}
+      >>> own = jlora.Factors(a, b, jlora.Spec(rank=2, alpha=4))
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     jlora.peft.save(folder, jlora.Trainable({"up/kernel": own}))
-      ...     adapter = load(folder, {"up": up, "down": down})
-      ...     fewer, report = load(folder, {"down": down}, strict=False)
-      >>> adapter.lora["up/kernel"].scale, fewer, len(report.extra)
-      (2.0, Trainable(lora={}, full={}), 2)
+      ...     adapter = load(folder, {"up": {"kernel": np.ones((4, 6))}})
+      >>> adapter.lora["up/kernel"].scale
+      2.0
     """
-    directory = pathlib.Path(directory)
-    names = names or GENERIC
-    with reading(directory):
-        if not directory.is_dir():
+    trainable, report = load_partial(
+        directory, params_or_plan, names=names, tied=tied, dtype=dtype
+    )
+    check(report, f"The adapter in {str(directory)!r}", "load_partial")
+    return trainable
+
+
+def load_partial(
+    directory: Path,
+    params_or_plan: PyTree | Plan,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Trainable, LoadReport]:
+    """Returns what fits of an adapter that `load` reads, and a report of the rest.
+
+    Args:
+      directory: see `load`.
+      params_or_plan: see `load`.
+      names: see `load`.
+      tied: see `load`.
+      dtype: see `load`.
+
+    Returns:
+      `(adapter, report)`; the report is false if everything fits.
+
+    Raises:
+      PeftError: if a file is missing, damaged or not a LoRA adapter.
+
+    Examples:
+      >>> import tempfile, numpy as np, jlora
+      >>> a, b = np.ones((4, 2), np.float32), np.ones((2, 6), np.float32)
+      >>> own = jlora.Factors(a, b, jlora.Spec(rank=2, alpha=4))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     jlora.peft.save(folder, jlora.Trainable({"up/kernel": own}))
+      ...     read, report = load_partial(folder, {"down": {"kernel": np.ones((6, 4))}})
+      >>> read, len(report.extra)
+      (Trainable(lora={}, full={}), 2)
+    """
+    folder = pathlib.Path(directory)
+    with told(f"{str(directory)!r} cannot be read", PeftError):
+        if not folder.is_dir():
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
-    fields = read_json(directory / CONFIG)
+    fields = read_json(folder / CONFIG, PeftError)
     config, odd = parse_config(fields)
-    slots, metadata = open_tensors(directory, STEM)
+    slots, metadata = open_tensors(folder, STEM, fault=PeftError)
     if SIGNED in metadata and metadata[SIGNED] != signature(fields):
         odd.append(
             "rank, alpha or their patterns are not those that the tensors were written "
             f"with ({metadata[SIGNED]:.200}): the config was changed later"
         )
-    found = Reading(config, slots, names, tied, dtype)
+    found = Reading(config, slots, names or GENERIC, tied, dtype)
     found.config += odd
     found.read(leaves_of(params_or_plan))
-    trainable, report = found.result()
-    if not strict:
-        return trainable, report
-    if report:
-        raise PeftError(
-            f"The adapter in {str(directory)!r} does not fit, {len(report)} findings:\n"
-            f"{report}\nstrict=False takes what fits."
-        )
-    return trainable
+    return found.result()

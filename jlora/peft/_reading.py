@@ -3,49 +3,55 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
+from .._io.shards import Slot
 from ..errors import PeftError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
 from . import layers
 from ._contradictions import contradictions
 from ._leaves import TargetLeaf
-from .config import PREFIX, PeftConfig, names_module, pattern_lookup
+from .config import FLOATS, PREFIX, PeftConfig, names_module, pattern_lookup
 from .layers import RAW, Layer, nested
 from .names import NameMap, Place, unnamed, untied
 from .report import LoadReport
-from .tensors import FLOATS, Slot
 
+_MAGNITUDES = (layers.MAGNITUDE, f"{layers.MAGNITUDE}.weight")
 _ADAPTER_LEAVES = (
-    "lora_A.weight",
-    "lora_B.weight",
+    *layers.ENDS["linear"],
+    *layers.ENDS["embedding"],
+    *_MAGNITUDES,
     "lora_B.bias",
-    "lora_embedding_A",
-    "lora_embedding_B",
-    "lora_magnitude_vector",
-    "lora_magnitude_vector.weight",
 )
 
 
 @dataclasses.dataclass
 class Reading:
-    """One load: what is left of the file, and what was found to be wrong."""
+    """One load: what is left of the file, and what was found to be wrong.
+
+    Attributes:
+      file: the config.
+      slots: the tensors by name.
+      names: what the leaves are called in torch.
+      tied: whether the embedding table is the output head too.
+      dtype: type of A and B; None takes the file's.
+    """
 
     file: PeftConfig
     slots: dict[str, Slot]
     names: NameMap
     tied: bool | None
-    dtype: Any
+    dtype: DTypeLike | None
     left: dict[str, Slot] = dataclasses.field(default_factory=dict)
     stems: dict[Place, str] = dataclasses.field(default_factory=dict)
     used: set[tuple[str, str]] = dataclasses.field(default_factory=set)
     lora: dict[str, Factors] = dataclasses.field(default_factory=dict)
-    full: dict[str, Any] = dataclasses.field(default_factory=dict)
+    full: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
     tables: list[str] = dataclasses.field(default_factory=list)
     unplaced: list[str] = dataclasses.field(default_factory=list)
@@ -55,11 +61,11 @@ class Reading:
     config: list[str] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
-        outside = [name for name in self.slots if not name.startswith(PREFIX)]
-        if outside:
-            self.wrong += [
-                f"{name!r:.200} does not begin with {PREFIX!r}" for name in outside
-            ]
+        self.wrong += [
+            f"{name!r:.200} does not begin with {PREFIX!r}"
+            for name in self.slots
+            if not name.startswith(PREFIX)
+        ]
         self.left = {
             name.removeprefix(PREFIX): slot
             for name, slot in self.slots.items()
@@ -70,38 +76,20 @@ class Reading:
 
     def read(self, leaves: Sequence[TargetLeaf]) -> None:
         """Reads what the leaves take."""
-        placed: list[tuple[TargetLeaf, tuple[Place, ...]]] = []
-        for leaf in leaves:
-            try:
-                found = self.names.places(
-                    leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
-                )
-            except PeftError as error:
-                reason = str(error).rstrip(".")
-                if leaf.planned in ("adapted", "full"):
-                    self.missing.append(reason)
-                else:
-                    self.unplaced.append(reason)
-                continue
-            if found:
-                placed.append((leaf, found))
-            elif leaf.planned in ("adapted", "full"):
-                self.missing.append(unnamed(leaf.path, self.names))
-        leaves = [leaf for leaf, _ in placed]
+        named = [(leaf, found) for leaf in leaves if (found := self._places(leaf))]
         if self.file.tying:  # PEFT adapts a tied head without naming it
-            self.heads = {
-                p.tied.removesuffix(".weight") for _, t in placed for p in t if p.tied
-            }
-        placed = list(zip(leaves, untied(found for _, found in placed), strict=True))
-        placed = self._with_prefix(placed)
-        raw = [
+            tied = {place.tied for _, found in named for place in found if place.tied}
+            self.heads = {name.removesuffix(".weight") for name in tied}
+        own = untied(found for _, found in named)
+        leaves = [leaf for leaf, _ in named]
+        placed = self._with_prefix(list(zip(leaves, own, strict=True)))
+        self.stems = nested(
             place
             for _, found in placed
             for place in found
             if place.kind in RAW
             and any(names_module(t, place.name) for t in self.file.parameters)
-        ]
-        self.stems = nested(raw)
+        )
         for leaf, found in placed:
             self._read_leaf(leaf, found)
         self.config += contradictions(
@@ -114,6 +102,18 @@ class Reading:
             embedding=any(name.endswith("lora_embedding_A") for name in self.slots),
         )
 
+    def _places(self, leaf: TargetLeaf) -> tuple[Place, ...]:
+        """Returns the torch tensors that a leaf is; without one, notes why."""
+        wanted = leaf.planned in ("adapted", "full")
+        try:
+            found = self.names.places(leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes)
+        except PeftError as error:
+            (self.missing if wanted else self.unplaced).append(str(error).rstrip("."))
+            return ()
+        if wanted and not found:
+            self.missing.append(unnamed(leaf.path, self.names))
+        return found
+
     def _with_prefix(
         self, placed: list[tuple[TargetLeaf, tuple[Place, ...]]]
     ) -> list[tuple[TargetLeaf, tuple[Place, ...]]]:
@@ -121,15 +121,15 @@ class Reading:
         if not self.names.prefix:
             return placed
 
-        def turned(place: Place) -> Place:
+        def other(place: Place) -> Place:
             return dataclasses.replace(place, name=self.names.other_prefix(place.name))
 
         modules = {end for name in self.left for end in _beginnings(name)}
-        plain = sum(p.module in modules for _, found in placed for p in found)
-        other = sum(turned(p).module in modules for _, found in placed for p in found)
-        if other <= plain:
+        places = [place for _, found in placed for place in found]
+        as_is = sum(place.module in modules for place in places)
+        if sum(other(place).module in modules for place in places) <= as_is:
             return placed
-        return [(leaf, tuple(map(turned, found))) for leaf, found in placed]
+        return [(leaf, tuple(map(other, found))) for leaf, found in placed]
 
     def _read_leaf(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> None:
         if self._rows(leaf, places):
@@ -158,7 +158,7 @@ class Reading:
         if slot is None:
             return None
         if floats and slot.dtype not in FLOATS:
-            self.wrong.append(f"{name} is {slot.dtype}, no floating-point type")
+            self.wrong.append(f"{name} is {slot.dtype}, not a floating-point type")
             return None
         array = slot.read()
         if slot.dtype in FLOATS and not np.isfinite(array).all():
@@ -168,29 +168,20 @@ class Reading:
 
     def _layer(self, leaf: TargetLeaf, place: Place) -> Layer | None:
         """Returns the adapter of one module, if the file has it whole."""
-        stem, kind = place.module, ("lora_A.weight", "lora_B.weight")
-        if place.kind == "other":
+        stem = place.module
+        if place.kind == "other" or (place.kind in RAW and place not in self.stems):
             return None
-        if place.kind == "embedding":
-            kind = ("lora_embedding_A", "lora_embedding_B")
         if place.kind in RAW:
-            if place not in self.stems:
-                return None
             stem = self.stems[place]
-        keys = [f"{stem}.{k}" for k in kind]
-        magnitude = [
-            key
-            for key in (
-                f"{stem}.lora_magnitude_vector",
-                f"{stem}.lora_magnitude_vector.weight",
-            )
-            if key in self.left
-        ]
+        ends = layers.ENDS["embedding" if place.kind == "embedding" else "linear"]
+        keys = [f"{stem}.{end}" for end in ends]
+        lengths = [f"{stem}.{end}" for end in _MAGNITUDES]
+        magnitude = [key for key in lengths if key in self.left]
         if not any(key in self.left for key in (*keys, *magnitude)):
             return None
         absent = [key for key in keys if key not in self.left]
         if self.file.dora and not magnitude:
-            absent.append(f"{stem}.lora_magnitude_vector")
+            absent.append(lengths[0])
         if magnitude and not self.file.dora:
             self.config.append(f"use_dora is false, the file has {magnitude[0]}")
         a, b = (self._take(key) for key in keys)
@@ -198,7 +189,8 @@ class Reading:
         self.missing += absent
         self.modules.append(place.module)
         self._check_base(leaf, place)
-        rank, scale = self._rank_and_scale(place.module)
+        rank, alpha = self._rank_and_alpha(place.module)
+        scale = alpha / (math.sqrt(rank) if self.file.rslora else rank)
         self._take_tied(leaf, place, a, b)
         if a is None or b is None or absent or bool(magnitude) != (m is not None):
             return None
@@ -248,39 +240,26 @@ class Reading:
 
     def _rows(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> bool:
         """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
-        place, several = places[0], len(places) > 1
-        key = f"{place.module}.token_adapter.trainable_tokens_delta"
+        place = places[0]
+        module = place.module
+        key = f"{module}.token_adapter.trainable_tokens_delta"
         if key not in self.left:
             return False
         rows = self._take(key)
-        module = place.module
         self.tables.append(module)
         tokens = (i for n, i in self.file.tokens if not n or names_module(n, module))
-        ids = next(tokens, None)
+        ids = next(tokens, ())
         if rows is None:
             return True
-        reason = ""
-        if ids is None:
-            reason = "trainable_token_indices does not say which rows they are"
-        elif several or place.kind != "embedding":
-            reason = "the leaf is no embedding table"
-        elif rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
-            reason = f"{list(rows.shape)} for {len(ids)} token ids"
-        elif max(ids, default=0) >= leaf.shape[place.groups[0][0]]:
-            reason = f"row {max(ids)} of a table of {list(leaf.shape)}"
-        elif isinstance(leaf.value, jax.ShapeDtypeStruct | None):
-            reason = "the file has rows, not differences: give the parameters' arrays"
-        elif leaf.planned and leaf.planned != "adapted":
-            reason = f"in the plan {leaf.path!r} is {leaf.planned}"
-        if reason or ids is None:
+        reason = _rows_misfit(leaf, places, rows, ids)
+        if reason:
             self.wrong.append(f"{key}: {reason}")
             return True
-        axes = leaf.axes or place.axes()
         base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
-        b = rows.astype(np.float32) - base.astype(np.float32)
+        (b,) = self._placed(rows.astype(np.float32) - base.astype(np.float32))
         spec = Spec(
             op="embedding",
-            axes=axes,
+            axes=leaf.axes or place.axes(),
             rank=len(ids),
             alpha=float(len(ids)),
             method="rows",
@@ -288,59 +267,49 @@ class Reading:
             shape=leaf.shape,
             rows=ids,
         )
-        b = jnp.asarray(b.astype(self.dtype or b.dtype))
         self.lora[leaf.path] = Factors(None, b, spec)
         return True
 
-    def _rank_and_scale(self, module: str) -> tuple[int, float]:
-        rank, alpha = self.file.r, self.file.alpha
-        hit = self.rank_of(module)
-        if hit:
-            rank = hit[1]
-            self.used.add(("rank_pattern", hit[0]))
-        hit = self.alpha_of(module)
-        if hit:
-            alpha = hit[1]
-            self.used.add(("alpha_pattern", hit[0]))
-        return rank, alpha / (math.sqrt(rank) if self.file.rslora else rank)
+    def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
+        dtype = self.dtype or arrays[0].dtype
+        return [jnp.asarray(x.astype(dtype)) for x in arrays]
+
+    def _rank_and_alpha(self, module: str) -> tuple[int, float]:
+        rank, alpha = self.rank_of(module), self.alpha_of(module)
+        hits = {"rank_pattern": rank, "alpha_pattern": alpha}
+        self.used |= {(field, hit[0]) for field, hit in hits.items() if hit}
+        return rank[1] if rank else self.file.r, alpha[1] if alpha else self.file.alpha
 
     def _factors(
         self, leaf: TargetLeaf, places: tuple[Place, ...], found: dict[str, Layer]
     ) -> None:
         axes = leaf.axes or places[0].axes()
-        for place in places:
-            reason = layers.misfit(place, axes)
-            if reason:
-                self.wrong.append(f"{leaf.path!r}: {reason}")
-                return
-        if self.file.dora and len(found) < len(places):
-            absent = [p.module for p in places if p.name not in found]
+        misfits = [r for place in places if (r := layers.misfit(place, axes))]
+        if misfits:
+            self.wrong.append(f"{leaf.path!r}: {misfits[0]}")
+            return
+        absent = [place.module for place in places if place.name not in found]
+        if self.file.dora and absent:
             self.missing.append(f"DoRA of {', '.join(absent)}, parts of {leaf.path!r}")
             return
-        if (
-            leaf.spec
-            and leaf.spec.parts
-            and self._parts(leaf, leaf.spec, places, found)
-        ):
+        parts = self._parts(leaf, places, found)
+        if parts is not None:
+            self.lora[leaf.path] = parts
             return
         try:
             a, b, m, scale = layers.assemble(places, axes, leaf.shape, found)
         except PeftError as error:
             self.wrong.append(str(error))
             return
-        rank = a.shape[-1]
-        only = next(p for p in places if p.name in found)
-        own_rank, _ = self._rank_and_scale(only.module)
-        hit = self.alpha_of(only.module)
-        if rank == own_rank:
-            rslora, alpha = self.file.rslora, hit[1] if hit else self.file.alpha
-        else:
-            rslora, alpha = False, scale * rank
-        dtype = self.dtype or a.dtype
+        only = next(place for place in places if place.name in found)
+        rank, alpha = self._rank_and_alpha(only.module)
+        rslora = self.file.rslora
+        if a.shape[-1] != rank:  # ranks of several modules beside each other
+            rank, rslora = a.shape[-1], False
+            alpha = scale * rank
+        kind = only.kind if only.kind in ("embedding", "conv") else "linear"
         spec = Spec(
-            op=leaf.op
-            if leaf.op in ("linear", "embedding", "conv")
-            else {"embedding": "embedding", "conv": "conv"}.get(only.kind, "linear"),
+            op=leaf.op if leaf.op in ("linear", "embedding", "conv") else kind,
             axes=axes,
             rank=rank,
             alpha=float(alpha),
@@ -348,11 +317,10 @@ class Reading:
             dropout=self.file.dropout,
             method="dora" if m is not None else "lora",
         )
-        spec = self._planned_spec(leaf, spec)
+        own_a, own_b = self._placed(a, b)
         magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
-        self.lora[leaf.path] = Factors(
-            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec, magnitude
-        )
+        spec = self._planned_spec(leaf, spec)
+        self.lora[leaf.path] = Factors(own_a, own_b, spec, magnitude)
 
     def _planned_spec(self, leaf: TargetLeaf, spec: Spec) -> Spec:
         """Returns the plan's own spec if the file's is the same adapter."""
@@ -372,25 +340,20 @@ class Reading:
         return plan
 
     def _parts(
-        self,
-        leaf: TargetLeaf,
-        spec: Spec,
-        places: tuple[Place, ...],
-        found: dict[str, Layer],
-    ) -> bool:
-        """Reads a fused leaf part by part as the plan has it; returns if it fits."""
+        self, leaf: TargetLeaf, places: tuple[Place, ...], found: dict[str, Layer]
+    ) -> Factors | None:
+        """Returns a fused leaf part by part as the plan has it, None if none fits."""
+        spec = leaf.spec
+        if spec is None or spec.parts is None:
+            return None
         pairs = layers.by_part(spec, places, found)
         if pairs is None or not all(
             layer.a.shape[0] == rank and layer.scale == spec.part_scale(rank)
             for rank, _, layer in pairs
         ):
-            return False
-        a, b = layers.compact(spec, leaf.shape, pairs)
-        dtype = self.dtype or a.dtype
-        self.lora[leaf.path] = Factors(
-            jnp.asarray(a.astype(dtype)), jnp.asarray(b.astype(dtype)), spec
-        )
-        return True
+            return None
+        a, b = self._placed(*layers.compact(spec, leaf.shape, pairs))
+        return Factors(a, b, spec)
 
     def _whole(self, leaf: TargetLeaf, place: Place, adapted: bool) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
@@ -485,6 +448,26 @@ class Reading:
             tuple(dict.fromkeys(self.config)),
         )
         return Trainable(self.lora, self.full), report
+
+
+def _rows_misfit(
+    leaf: TargetLeaf, places: tuple[Place, ...], rows: np.ndarray, ids: tuple[int, ...]
+) -> str:
+    """Returns in words why the rows `ids` of a table are not the leaf's, or nothing."""
+    place = places[0]
+    if not ids:
+        return "trainable_token_indices does not say which rows they are"
+    if len(places) > 1 or place.kind != "embedding":
+        return "the leaf is not an embedding table"
+    if rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
+        return f"{list(rows.shape)} for {len(ids)} token ids"
+    if max(ids) >= leaf.shape[place.groups[0][0]]:
+        return f"row {max(ids)} of a table of {list(leaf.shape)}"
+    if isinstance(leaf.value, jax.ShapeDtypeStruct | None):
+        return "the file has rows, not differences: give the parameters' arrays"
+    if leaf.planned and leaf.planned != "adapted":
+        return f"in the plan {leaf.path!r} is {leaf.planned}"
+    return ""
 
 
 def _beginnings(name: str) -> Iterable[str]:

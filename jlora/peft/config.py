@@ -7,12 +7,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from ..errors import PeftError
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"  # the tensors' file without its suffix
 PREFIX = "base_model.model."  # before the name of each tensor
 SIGNED = "jlora_config"  # key of the signature in the tensors' metadata
+FLOATS = tuple(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 
 # Fields that say nothing about the adapter's numbers.
 _NOTES = {

@@ -12,6 +12,11 @@ from ..factors import Axes, FusedParts, Spec
 from .names import Place
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
+ENDS = {  # what PEFT calls A and B of a module
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+}
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +107,7 @@ def _labels(axes: Axes) -> tuple[list[Any], list[Any]]:
     return [*axes.batch, *axes.fan_in, "r"], [*axes.batch, "r", *axes.fan_out]
 
 
-def _dims(place: Place, sizes: Sequence[int], role: str) -> list[int]:
+def dims(place: Place, sizes: Sequence[int], role: str) -> list[int]:
     """Returns the tensor's sizes of the axes with `role`."""
     return [
         math.prod(sizes[i] for i in group)
@@ -136,7 +141,7 @@ def layer_out(
         a, b = _trimmed(a, b, place, len(axes.batch))
     sizes = place.sizes(shape)
     experts, fan_in, fan_out = _split(place, axes)
-    ins, outs = _dims(place, sizes, "i"), _dims(place, sizes, "o")
+    ins, outs = dims(place, sizes, "i"), dims(place, sizes, "o")
     rank = a.shape[-1]
     if place.kind in RAW:
         a = _arranged(a, labels_a, [*experts, "r", *fan_in])
@@ -252,9 +257,9 @@ def _ungrouped(
 def check_layer(place: Place, shape: tuple[int, ...], layer: Layer, rank: int) -> str:
     """Returns in words what is wrong with the layer's shapes, or nothing."""
     sizes = place.sizes(shape)
-    ins, outs = _dims(place, sizes, "i"), _dims(place, sizes, "o")
+    ins, outs = dims(place, sizes, "i"), dims(place, sizes, "o")
     n_out = math.prod(outs)
-    count = math.prod(_dims(place, sizes, "e"))
+    count = math.prod(dims(place, sizes, "e"))
     want_a, want_b = (rank * count, *ins), (n_out, rank * count)
     if place.kind == "conv":
         groups = max(1, layer.a.shape[1] // max(1, ins[0])) if layer.a.ndim > 1 else 1
@@ -289,7 +294,7 @@ def layer_in(
     a, b = layer.a, layer.b
     if place.kind == "conv":
         b = b.reshape(b.shape[:2])
-        a, b = _ungrouped(place, a, b, _dims(place, sizes, "i")[0])
+        a, b = _ungrouped(place, a, b, dims(place, sizes, "i")[0])
     split_in, split_out = [sizes[i] for i in fan_in], [sizes[i] for i in fan_out]
     many = [sizes[i] for i in experts]
     count = math.prod(many)

@@ -2,10 +2,12 @@
 
 import dataclasses
 
+from ..errors import PeftError
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a directory had that does not fit; see `load` with `strict=False`.
+    """What a directory had that does not fit; see `load_partial`.
 
     It is false if nothing was found.
 
@@ -39,3 +41,15 @@ class LoadReport:
         ]
         more = len(lines) - 200
         return "\n".join(lines[:200] + ([f"  and {more} more"] if more > 0 else []))
+
+
+def check(report: LoadReport, what: str, partial: str) -> None:
+    """Raises a PeftError that lists the findings, if there are any.
+
+    `what` says what was read, `partial` which function takes what fits.
+    """
+    if report:
+        raise PeftError(
+            f"{what} does not fit, {len(report)} findings:\n{report}\n"
+            f"jlora.peft.{partial} takes what fits."
+        )

@@ -444,7 +444,7 @@ def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
         spec, method="rows", init="zeros", rows=(2, 5), shape=(9, 4), alpha=2.0
     )
     jlora.save("rows", jlora.Trainable({path: Factors(None, normal((2, 4)), rows)}))
-    fails(call("convert", "rows", "r", *to_peft), 1, "as base=")
+    fails(call("convert", "rows", "r", *to_peft), 1, "as params=")
     fine(call("convert", "rows", "r", *to_peft, "--base", "flax"))
     fine(call("convert", "r", "again", *to_file))
     for name in ("rows", "again"):

@@ -68,7 +68,7 @@ def write(folder: pathlib.Path) -> None:
     import numpy as np
 
     import jlora
-    from jlora.peft.tensors import pending, write_tensors
+    from jlora._io.shards import pending, write_tensors
     from tests.peft.models import BASE_NAMES, OWN, as_users, call, model
 
     for name in (*CLASSES, *OWN):
@@ -90,7 +90,7 @@ def write(folder: pathlib.Path) -> None:
                 out = call(m, jlora.merge(frozen, adapter))
             here = folder / name / kind
             tied = name == "gpt2"
-            jlora.peft.save(here, adapter, names=m.names, tied=tied, base=m.params)
+            jlora.peft.save(here, adapter, names=m.names, tied=tied, params=m.params)
             back = jlora.peft.load(
                 here, m.params, names=m.names, **({"tied": tied} if tied else {})
             )

@@ -21,7 +21,7 @@ import safetensors.numpy
 import jlora
 from jlora._io import tensors as _tensors
 from jlora._io.disk import replacing
-from jlora._plan import serial
+from jlora._plan.serial import plan_from_dict, plan_to_dict
 from jlora.factors import Axes, Factors, Spec
 from jlora.methods import METHODS
 from tests.helpers import normal, same
@@ -90,8 +90,8 @@ def test_every_method(path, method):
     trainable = jax.tree.map(lambda x: normal(x.shape, 3), trainable)
     jlora.save(path, trainable)
     same(jlora.load(path), trainable)
-    about = json.loads(json.dumps(serial.plan_to_dict(plan)))
-    assert serial.plan_from_dict(about) == plan
+    about = json.loads(json.dumps(plan_to_dict(plan)))
+    assert plan_from_dict(about) == plan
     same(jlora.merge(frozen, jlora.load(path)), jlora.merge(frozen, trainable))
 
 
@@ -466,9 +466,9 @@ def test_a_missing_file_and_a_directory_are_named(path, tmp_path):
 def test_pipes_and_devices_are_not_waited_for(path):
     os.mkfifo(path)
     for other in (path, "/dev/null"):
-        with pytest.raises(jlora.CheckpointError, match="is no regular file"):
+        with pytest.raises(jlora.CheckpointError, match="is not a regular file"):
             jlora.load(other)
-        with pytest.raises(jlora.CheckpointError, match="is no regular file"):
+        with pytest.raises(jlora.CheckpointError, match="is not a regular file"):
             jlora.save(other, adapter())
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora._io.shards import read_header
 from jlora.peft import Entry, NameMap, maps
-from jlora.peft.tensors import read_header
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "peft"
 

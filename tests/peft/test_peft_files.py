@@ -45,13 +45,13 @@ def test_second_round_trip_is_bit_stable(name, kind, tmp_path):
     m = model(name)
     options = {"names": m.names, **tied(name)}
     first = jlora.peft.load(m.folder / kind, m.params, **options)
-    jlora.peft.save(tmp_path / "1", first, **options, base=m.params)
+    jlora.peft.save(tmp_path / "1", first, **options, params=m.params)
     second = jlora.peft.load(tmp_path / "1", m.params, **options)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
-    jlora.peft.save(tmp_path / "2", second, **options, base=m.params)
+    jlora.peft.save(tmp_path / "2", second, **options, params=m.params)
     for file in (tmp_path / "1").iterdir():
         assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
 
@@ -61,7 +61,7 @@ def test_tensors_are_those_that_peft_wrote(name, kind, tmp_path):
     m = model(name)
     options = {"names": m.names, **tied(name)}
     adapter = jlora.peft.load(m.folder / kind, m.params, **options)
-    jlora.peft.save(tmp_path, adapter, **options, base=m.params)
+    jlora.peft.save(tmp_path, adapter, **options, params=m.params)
     ours = tensors(tmp_path / "adapter_model.safetensors")
     theirs = tensors(m.folder / kind / "adapter_model.safetensors")
     copies = {k for k in theirs if k.endswith("base_layer.weight")}

@@ -1,0 +1,291 @@
+"""An adapter's leaves, as the tensors and the config of PEFT."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from .._io.tensors import NAMES
+from .._tables import listed
+from ..errors import PeftError
+from ..factors import Axes, Factors, Spec, Trainable
+from ..methods import find_init, low_rank_pair
+from . import layers
+from .config import PeftConfig, most_common, patterns
+from .layers import RAW, Layer, nested
+from .names import NameMap, Place, unnamed
+
+_AS_IS = ("lora", "dora")  # methods that PEFT has, with the same alpha
+
+
+@dataclasses.dataclass
+class Writing:
+    """One save: the tensors by name, and what the config has to say of them.
+
+    Attributes:
+      names: what the leaves are called in torch.
+      tied: whether an adapted embedding table is the output head too.
+      params: the base's leaves by path, as far as they are known.
+      dtype: float type to write in; None keeps that of each array.
+    """
+
+    names: NameMap
+    tied: bool | None
+    params: Mapping[str, ArrayLike]
+    dtype: DTypeLike | None
+    rslora: bool = False
+    tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    alphas: dict[str, float] = dataclasses.field(default_factory=dict)
+    targets: list[str] = dataclasses.field(default_factory=list)
+    raw: dict[Place, Layer] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    saved: list[str] = dataclasses.field(default_factory=list)
+    bias: str = "none"
+    tying: bool = False
+    conv1d: bool = False
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def write(self, trainable: Trainable) -> PeftConfig:
+        """Gathers the tensors of an adapter and returns its config.
+
+        Raises:
+          PeftError: lists every leaf without a name in torch or a form in PEFT.
+        """
+        low_rank = {p: f for p, f in trainable.lora.items() if not f.spec.rows}
+        specs = [f.spec for f in low_rank.values()]
+        as_is = (spec.rslora and spec.method in _AS_IS for spec in specs)
+        self.rslora = bool(specs) and all(as_is)
+        for path, factors in trainable.lora.items():
+            self._factors(path, factors)
+        for place, stem in nested(self.raw).items():
+            self.tensors[f"{stem}.lora_A.weight"] = self.raw[place].a
+            self.tensors[f"{stem}.lora_B.weight"] = self.raw[place].b
+        self._full(trainable.full)
+        drops = {spec.dropout for spec in specs}
+        if len(drops) > 1:
+            self.wrong.append(
+                f"dropout differs between leaves ({sorted(drops)}), PEFT has one for "
+                "all"
+            )
+        others = sorted(p for p, f in low_rank.items() if f.spec.method != "dora")
+        dora = len(others) < len(low_rank)
+        if dora and others:
+            self.wrong.append(
+                "PEFT has DoRA for all adapted modules or none, these are without: "
+                + listed(others, 5, ", ")
+            )
+        if self.wrong:
+            raise PeftError(
+                f"This adapter has no form as PEFT files: {'; '.join(self.wrong)}."
+            )
+        rank = most_common(self.ranks.values()) if self.ranks else 8
+        alpha = most_common(self.alphas.values()) if self.alphas else float(rank)
+        return PeftConfig(
+            r=rank,
+            alpha=alpha,
+            rank_pattern=patterns(self.ranks, rank),
+            alpha_pattern=patterns(self.alphas, alpha),
+            rslora=self.rslora,
+            dora=dora,
+            dropout=max(drops, default=0.0),
+            bias=self.bias,
+            targets=tuple(self.targets),
+            parameters=tuple(place.name for place in self.raw),
+            saved=tuple(self.saved),
+            tokens=tuple(self.tokens.items()),
+            tying=self.tying,
+        )
+
+    def _places(
+        self, path: str, shape: tuple[int, ...], op: str = "", axes: Axes | None = None
+    ) -> tuple[Place, ...]:
+        """Returns the torch tensors that a leaf is; without one, notes why."""
+        try:
+            places = self.names.places(path, shape, op=op, axes=axes)
+        except PeftError as error:
+            self.wrong.append(str(error).rstrip("."))
+            return ()
+        if not places:
+            self.wrong.append(unnamed(path, self.names))
+        return places
+
+    def _cast(self, path: str, x: ArrayLike) -> np.ndarray:
+        array = np.asarray(x)
+        if array.dtype not in NAMES:
+            self.wrong.append(
+                f"{path!r} is {array.dtype}, which torch files do not have"
+            )
+            return np.zeros(array.shape, np.float32)
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        finite = np.isfinite(array).all()
+        if not finite:
+            self.wrong.append(f"{path!r} holds NaN or infinity")
+        with np.errstate(over="ignore"):
+            out = array if self.dtype is None else array.astype(self.dtype)
+        if finite and not np.isfinite(out).all():
+            self.wrong.append(
+                f"{path!r} holds numbers too large for {np.dtype(self.dtype)}"
+            )
+        return out
+
+    def _factors(self, path: str, factors: Factors) -> None:
+        spec = factors.spec
+        init = find_init(spec.init)
+        if init is not None and init.changes_base:
+            remedy = "save the merged model, its base is in no file of PEFT's"
+            if init.base == "residual":
+                remedy = "call jlora.rebase first, it gives an adapter for the original"
+            self.wrong.append(
+                f"{path!r} began with {spec.init!r}, which changed the base weights: "
+                f"{remedy}"
+            )
+        elif spec.rows:
+            self._rows(path, factors)
+        else:
+            self._low_rank(path, factors)
+
+    def _low_rank(self, path: str, factors: Factors) -> None:
+        spec = factors.spec
+        a, b = (self._cast(path, x) for x in low_rank_pair(factors))
+        dora = spec.method == "dora"
+        magnitude = self._cast(path, factors.magnitude) if dora else None
+        shape = _weight_shape(spec.axes, a.shape, b.shape)
+        places = self._places(path, shape, spec.op, spec.axes)
+        misfits = [r for place in places if (r := layers.misfit(place, spec.axes))]
+        if misfits or not places:
+            self.wrong += [f"{path!r}: {reason}" for reason in misfits[:1]]
+            return
+        apart = layers.apart(spec.parts, places)
+        if apart:  # the part's own numbers, not those of the whole
+            b = layers.spread(spec, shape, self._cast(path, factors.b))
+        found: dict[Place, Layer] = {}
+        for place in places:
+            layer = layers.layer_out(
+                place, spec.axes, shape, a, b, magnitude, factors.scale, spec.parts
+            )
+            if len(places) == 1 or dora or not layers.is_empty(layer):
+                found[place] = layer
+        if not found:
+            self.wrong.append(f"{path!r} is zero in A and in B, so it adapts nothing")
+        for place, layer in layers.in_use(found).items():
+            experts = layers.dims(place, place.sizes(shape), "e")
+            rank = layer.a.shape[0] // (math.prod(experts) if place.kind in RAW else 1)
+            self.ranks[place.module] = rank
+            self.alphas[place.module] = self._alpha(spec, rank, apart)
+            if place.kind in RAW:
+                self._raw(path, place, layer, spec.dropout)
+            else:
+                self._layer(path, place, layer)
+
+    def _alpha(self, spec: Spec, rank: int, apart: bool) -> float:
+        """Returns the alpha of a module with `rank` of the leaf's ranks.
+
+        `apart` says that the module is one of the leaf's parts, with their scales.
+        """
+        own = apart or (rank == spec.rank and spec.parts is None)
+        if own and spec.method in _AS_IS and spec.rslora == self.rslora:
+            return spec.alpha
+        scale = spec.part_scale(rank) if apart else spec.scale
+        return scale * (math.sqrt(rank) if self.rslora else rank)
+
+    def _raw(self, path: str, place: Place, layer: Layer, dropout: float) -> None:
+        """Adds a bare parameter, whose tensors are named when all are known."""
+        self.raw[place] = layer
+        if dropout:
+            self.wrong.append(f"{path!r}: PEFT has no dropout on a bare parameter")
+        if layer.magnitude is not None:
+            self.wrong.append(f"{path!r}: PEFT has no DoRA on a bare parameter")
+
+    def _layer(self, path: str, place: Place, layer: Layer) -> None:
+        """Adds one module, for a tied embedding the output head as well."""
+        module = place.module
+        a, b = layers.ENDS["embedding" if place.kind == "embedding" else "linear"]
+        self.conv1d |= place.kind == "conv1d"
+        self.targets.append(module)
+        self.tensors |= {f"{module}.{a}": layer.a, f"{module}.{b}": layer.b}
+        if layer.magnitude is not None:
+            self.tensors[f"{module}.{layers.MAGNITUDE}"] = layer.magnitude
+        if place.kind != "embedding" or place.tied is None or self.tied is False:
+            return
+        if self.tied is None:
+            self.wrong.append(
+                f"{path!r} may be the output head too ({place.tied}). Say tied=True if "
+                "the model uses it as both, tied=False if not"
+            )
+            return
+        head = place.tied.removesuffix(".weight")
+        a, b = layers.ENDS["linear"]
+        self.tying = True
+        self.targets.append(head)
+        self.tensors[f"{head}.{a}"] = np.ascontiguousarray(layer.b.T)
+        self.tensors[f"{head}.{b}"] = np.ascontiguousarray(layer.a.T)
+        self.ranks[head], self.alphas[head] = self.ranks[module], self.alphas[module]
+        if layer.magnitude is not None:
+            self.wrong.append(f"{path!r}: PEFT has no DoRA on a tied head")
+
+    def _rows(self, path: str, factors: Factors) -> None:
+        """Adds the trained rows of a table, which PEFT keeps whole, not as changes."""
+        spec = factors.spec
+        places = self._places(path, spec.shape, "embedding", spec.axes)
+        if not places:
+            return
+        place, *others = places
+        if others or layers.misfit(place, spec.axes):
+            self.wrong.append(
+                f"{path!r} has trained rows, but is not an embedding in torch"
+            )
+        elif path not in self.params:
+            self.wrong.append(
+                f"{path!r} has trained rows: give the frozen parameters as params=, "
+                "PEFT keeps rows, not differences"
+            )
+        else:
+            table = layers.weight_out(place, np.asarray(self.params[path]))
+            rows = table[list(spec.rows)].astype(np.float32)
+            rows = rows + np.asarray(factors.b, np.float32)
+            module = place.module
+            name = f"{module}.token_adapter.trainable_tokens_delta"
+            self.tensors[name] = self._cast(path, rows)
+            self.tokens[module] = spec.rows
+
+    def _full(self, full: Mapping[str, ArrayLike]) -> None:
+        """Adds the leaves trained in full, as `modules_to_save` or as biases."""
+        modules: dict[str, dict[str, np.ndarray]] = {}
+        for path, leaf in full.items():
+            array = self._cast(path, leaf)
+            for place in self._places(path, array.shape):
+                module, _, end = place.name.rpartition(".")
+                own = np.ascontiguousarray(layers.weight_out(place, array))
+                modules.setdefault(module, {})[end] = own
+        adapted = set(self.targets)
+        for module, leaves in sorted(modules.items()):
+            ends = ", ".join(leaves)
+            if module in adapted:
+                if ends != "bias":
+                    self.wrong.append(
+                        f"{module} is adapted and its {ends} trained in full, PEFT "
+                        "does one or the other"
+                    )
+                self.bias = "lora_only" if self.bias == "none" else self.bias
+            elif ends == "bias":
+                self.bias = "all"
+            elif not module:
+                self.wrong.append(f"{ends} belongs to no module of torch's")
+            else:
+                self.saved.append(module)
+            inner = ".base_layer" if module in adapted else ""
+            stem = f"{module}{inner}." if module else ""
+            self.tensors |= {f"{stem}{end}": x for end, x in leaves.items()}
+
+
+def _weight_shape(
+    axes: Axes, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Returns the shape of the weight whose factors have the shapes `a` and `b`."""
+    sizes = (*a[:-1], *b[len(axes.batch) + 1 :])
+    return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
