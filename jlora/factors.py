@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+PyTree = Any  # the user's: parameters, arguments, results
 Leaf = Any  # an array, or what a tree_map put there: a shape, a PartitionSpec, None
 
 

@@ -9,6 +9,7 @@ from typing import Any, assert_type
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jlora
 from jlora import FusedParts, LoraConfig, Rule, TokenRows
@@ -41,3 +42,32 @@ def test_config_takes_what_is_documented_and_keeps_tuples():
         LoraConfig(dtype=dtype)
     Rule("**/qkv", parts=FusedParts(-1, (4, 4, 4), (2, 0, 2)), alpha=4)
     assert LoraConfig.from_json(config.to_json()) == config
+
+
+def fn(params: dict[str, jax.Array], x: jax.Array, *, double: bool = False):
+    return {"y": (x @ params["w"]) * (2.0 if double else 1.0)}
+
+
+def test_apply_lora_keeps_the_result_and_checks_the_arguments(key: jax.Array):
+    params = {"w": jnp.ones((4, 4))}
+    x = jnp.ones((3, 4))
+    plan = jlora.plan(fn, params, x, config=LoraConfig(rank=2))
+    frozen, trainable = jlora.split(key, params, plan)
+    lora_fn = jlora.apply_lora(fn)
+    assert_type(lora_fn(frozen, trainable, x), dict[str, jax.Array])
+    assert_type(lora_fn(frozen, trainable, x, double=True), dict[str, jax.Array])
+    assert_type(lora_fn(frozen, trainable, x, lora_key=key), dict[str, jax.Array])
+    with pytest.raises(TypeError, match="bool"):
+        lora_fn(frozen, trainable, x, bool=True)  # pyright: ignore[reportCallIssue]
+
+    def loss(frozen: Any, trainable: jlora.Trainable) -> jax.Array:
+        return lora_fn(frozen, trainable, x)["y"].sum()
+
+    jax.grad(loss, argnums=1)(frozen, trainable)
+    stacked = jlora.adapters.stack([trainable, trainable])
+    row_fn = jlora.adapters.per_row(fn)
+    ids = jnp.array([0, 1, -1])
+    assert_type(row_fn(frozen, stacked, ids, x), dict[str, jax.Array])
+    assert_type(row_fn(frozen, stacked, ids, x, lora_key=key), dict[str, jax.Array])
+    with pytest.raises(TypeError, match="multiple values"):
+        row_fn(frozen, stacked, ids, x, x=x)  # pyright: ignore[reportCallIssue]
