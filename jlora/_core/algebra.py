@@ -1,17 +1,19 @@
-"""Low-rank algebra on plain factors: matrices, joins, truncation, inner products.
+"""Low-rank algebra: matrices of factors, joins, truncation, norms, inner products.
 
-The update of a leaf is `scale * a @ b`. Nothing here forms it: a sum of updates is a
-longer rank axis, and its singular values are those of a small core between two
-orthogonal factors (QR of A, QR of B, then an SVD of rank x rank entries).
+The update of a leaf is `scale * a @ b`. Only `delta` and `dense` form it: a sum of
+updates is a longer rank axis, and its singular values are those of a small core
+between two orthogonal factors (QR of A, QR of B, then an SVD of rank x rank entries).
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
 from ..factors import Factors, Spec
@@ -57,15 +59,33 @@ def lora_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
     )
 
 
-def matrices(factors: Factors) -> tuple[jax.Array, jax.Array]:
-    """Returns A `[*batch, in, rank]` and `scale * B` `[*batch, rank, out]`, wide."""
+def matrices(factors: Factors) -> tuple[Any, Any]:
+    """Returns A `[*batch, in, rank]` and `scale * B` `[*batch, rank, out]`, wide.
+
+    The matrices are JAX or NumPy arrays, as the leaves of `factors` are.
+    """
     n = len(factors.spec.axes.batch)
-    a, b = factors.a, factors.b
+    a, b = low_rank_pair(factors)
     wide = at_least_float32(a.dtype, b.dtype)
     batch, rank = a.shape[:n], a.shape[-1]
     rows = a.astype(wide).reshape(*batch, math.prod(a.shape[n:-1]), rank)
     columns = b.astype(wide).reshape(*batch, rank, math.prod(b.shape[n + 1 :]))
     return rows, columns * factors.scale
+
+
+def on_host(factors: Factors) -> Factors:
+    """Returns factors of plain LoRA with the same update, float64 arrays of NumPy.
+
+    What a DoRA magnitude does is not in them.
+    """
+    a, b = map(as_float64, low_rank_pair(factors))
+    own = lora_spec(factors.spec, a.shape[-1])
+    return Factors(a, b * factors.scale, own)
+
+
+def as_float64(x: Any) -> np.ndarray:
+    """Returns an array as float64 on the host."""
+    return np.asarray(jax.device_get(x)).astype(np.float64)
 
 
 def from_matrices(a: Any, b: Any, like: Factors, dropout: float | None) -> Factors:
@@ -146,14 +166,35 @@ def decompose(factors: Factors) -> tuple[jax.Array, jax.Array, jax.Array]:
     Shapes: `[*batch, in, k]`, `[*batch, k]`, `[*batch, k, out]`, where `k` is the rank
     or what the weight's own size leaves of it.
     """
-    a, b = matrices(factors)
-    qa, ra = jnp.linalg.qr(a)
-    qb, rb = jnp.linalg.qr(jnp.swapaxes(b, -1, -2))
-    core = jnp.matmul(ra, jnp.swapaxes(rb, -1, -2), precision=HIGHEST)
+    qa, core, qb = _core(factors)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    u = jnp.matmul(qa, u, precision=HIGHEST)
-    vt = jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=HIGHEST)
-    return u, s, vt
+    return _dot(qa, u), s, _dot(vt, jnp.swapaxes(qb, -1, -2))
+
+
+def singular_values(factors: Factors, xp: ModuleType = jnp) -> Any:
+    """Returns those of the update of each matrix, largest first, `[*batch, k]`.
+
+    `k` is as in `decompose`. `xp` is `numpy` for factors from `on_host`.
+    """
+    _, core, _ = _core(factors, xp)
+    return xp.linalg.svd(core, compute_uv=False)
+
+
+def _core(factors: Factors, xp: ModuleType = jnp) -> tuple[Any, Any, Any]:
+    """Returns `(qa, core, qb)`: the update is `qa core qbᵀ`, `qa` and `qb` have
+    orthonormal columns.
+    """
+    a, b = matrices(factors)
+    qa, ra = xp.linalg.qr(a)
+    qb, rb = xp.linalg.qr(xp.swapaxes(b, -1, -2))
+    return qa, _dot(ra, xp.swapaxes(rb, -1, -2)), qb
+
+
+def _dot(x: Any, y: Any) -> Any:
+    if isinstance(x, np.ndarray):
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity go on
+            return x @ y
+    return jnp.matmul(x, y, precision=HIGHEST)
 
 
 def cut(factors: Factors, rank: int) -> Factors:
@@ -174,14 +215,14 @@ def dense(factors: Factors) -> jax.Array:
     return jnp.matmul(*matrices(factors), precision=HIGHEST)
 
 
-def norm(factors: Factors) -> jax.Array:
+def norm(factors: Factors, xp: ModuleType = jnp) -> Any:
     """Returns the Frobenius norm of the update; parts that cancel leave no residue.
 
     `|A B| = |R B|` with `A = Q R`: what cancels does so before anything is squared.
+    `xp` is `numpy` for factors from `on_host`.
     """
     a, b = matrices(factors)
-    core = jnp.matmul(jnp.linalg.qr(a, mode="r"), b, precision=HIGHEST)
-    return jnp.linalg.norm(core)
+    return xp.linalg.norm(_dot(xp.linalg.qr(a, mode="r"), b))
 
 
 def inner(x: Factors, y: Factors) -> jax.Array:
@@ -190,6 +231,6 @@ def inner(x: Factors, y: Factors) -> jax.Array:
     ay, by = matrices(y)
     wide = widest([ax.dtype, ay.dtype])
     ax, bx, ay, by = (m.astype(wide) for m in (ax, bx, ay, by))
-    left = jnp.matmul(jnp.swapaxes(ax, -1, -2), ay, precision=HIGHEST)
-    right = jnp.matmul(bx, jnp.swapaxes(by, -1, -2), precision=HIGHEST)
+    left = _dot(jnp.swapaxes(ax, -1, -2), ay)
+    right = _dot(bx, jnp.swapaxes(by, -1, -2))
     return jnp.sum(left * right)

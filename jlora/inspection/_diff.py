@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._core.algebra import as_float64, lora_spec, norm, on_host
 from .._io.disk import Path, Progress
 from .._io.models import open_model
 from ..factors import Factors, Trainable
-from ._inspect import as_float64, matrices, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +99,21 @@ def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
     leaves = jax.tree.leaves(a), jax.tree.leaves(b)
     if not told and len(leaves[0]) == len(leaves[1]) and all(map(_equal, *leaves)):
         return []
-    pairs = matrices(a), matrices(b)
-    (a1, b1), (a2, b2) = pairs
-    if a1.shape[:-1] != a2.shape[:-1] or b1.shape[-1] != b2.shape[-1]:
+    one, other = on_host(a), on_host(b)
+    n = len(a.spec.axes.batch)
+    if (
+        a.spec.axes != b.spec.axes
+        or one.a.shape[:-1] != other.a.shape[:-1]
+        or one.b.shape[n + 1 :] != other.b.shape[n + 1 :]
+    ):
         return [*told, Difference(path, "factors of weights of different shapes")]
-    wide = np.concatenate([a.scale * a1, -b.scale * a2], axis=-1)
-    high = np.concatenate([b1, b2], axis=-2)
-    larger = max(a.scale * norm(a1, b1), b.scale * norm(a2, b2))
-    relative = norm(wide, high) / larger if larger else 0.0
+    change = Factors(
+        np.concatenate([one.a, other.a], axis=-1),
+        np.concatenate([one.b, -other.b], axis=n),
+        lora_spec(a.spec, one.rank + other.rank),
+    )
+    larger = max(norm(one, np), norm(other, np))
+    relative = float(norm(change, np) / larger) if larger else 0.0
     told.append(Difference(path, f"update differs by {relative:.2e}", relative))
     if a.magnitude is not None and b.magnitude is not None:
         told += [

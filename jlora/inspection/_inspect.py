@@ -4,14 +4,13 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
+from .._core import algebra
 from .._io.describe import arrays
 from .._numerics import is_finite
-from .._tables import count, nbytes, table
+from .._tables import count, listed, nbytes, table
 from ..factors import Factors, Trainable
-from ..methods import low_rank_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +91,8 @@ class Inspection:
 def inspect(trainable: Trainable) -> Inspection:
     """Returns what an adapter is: its leaves, norms, effective ranks, and warnings.
 
-    Norms and singular values come from the Gram matrices of A and B, in float64 on the
-    host; no update is formed. What a DoRA magnitude does is not in them.
+    Norms and singular values come from QR decompositions of A and B, in float64 on the
+    host. No update is formed. What a DoRA magnitude does is not in them.
 
     Args:
       trainable: the adapter.
@@ -138,12 +137,9 @@ def singular_values(factors: Factors) -> np.ndarray:
       >>> singular_values(f)
       array([8., 6.])
     """
-    gram_a, gram_b = grams(*matrices(factors))
-    values, vectors = np.linalg.eigh(gram_a)
-    half = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
-    middle = np.swapaxes(half, -1, -2) @ gram_b @ half
-    squares = np.linalg.eigvalsh(middle)[..., ::-1]
-    return abs(factors.scale) * np.sqrt(np.maximum(squares, 0))
+    values = algebra.singular_values(algebra.on_host(factors), np)
+    missing = factors.rank - values.shape[-1]  # above what the weight's size allows
+    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, missing)])
 
 
 def _adapted(path: str, f: Factors) -> InspectedLeaf:
@@ -173,7 +169,7 @@ def _full(path: str, x: Any) -> InspectedLeaf:
         scale=math.nan,
         trained=x.size,
         dtype=str(x.dtype),
-        norm=float(np.linalg.norm(as_float64(x).ravel())),
+        norm=float(np.linalg.norm(algebra.as_float64(x).ravel())),
         effective_rank=math.nan,
         finite=is_finite(np.asarray(x)),
     )
@@ -201,7 +197,8 @@ def _oddities(leaves: list[InspectedLeaf]) -> list[str]:
         ],
     }
     told = [
-        f"{what} {len(found)} of {len(leaves)} leaves: {_some(found)}"
+        f"{what} {len(found)} of {len(leaves)} leaves: "
+        + listed([leaf.path for leaf in found], 3, ", ")
         for what, found in groups.items()
         if found
     ]
@@ -209,31 +206,3 @@ def _oddities(leaves: list[InspectedLeaf]) -> list[str]:
     if len(dtypes) > 1:
         told.append(f"factors of several dtypes: {', '.join(dtypes)}")
     return told
-
-
-def _some(leaves: list[InspectedLeaf], n: int = 3) -> str:
-    more = ", …" if len(leaves) > n else ""
-    return ", ".join(leaf.path for leaf in leaves[:n]) + more
-
-
-def matrices(f: Factors) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A `[*batch, in, rank]` and B `[*batch, rank, out]`, for any method."""
-    a, b = map(as_float64, low_rank_pair(f))
-    batch = a.shape[: len(f.spec.axes.batch)]
-    n, rank = len(batch), a.shape[-1]
-    rows = math.prod(a.shape[n:-1])
-    columns = math.prod(b.shape[n + 1 :])
-    return a.reshape(*batch, rows, rank), b.reshape(*batch, rank, columns)
-
-
-def grams(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.swapaxes(a, -1, -2) @ a, b @ np.swapaxes(b, -1, -2)
-
-
-def norm(a: np.ndarray, b: np.ndarray) -> float:
-    gram_a, gram_b = grams(a, b)
-    return float(np.sqrt(max(np.sum(gram_a * gram_b), 0)))
-
-
-def as_float64(x: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(x)).astype(np.float64)

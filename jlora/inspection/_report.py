@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.algebra import delta
+from .._core.algebra import delta, norm, on_host
 from .._core.tree import Missing, check, flatten_frozen
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Trainable
-from ..methods import low_rank_pair, method_of
+from ..methods import method_of
 from ..methods.dora import dense_gain
 from ..transform.stage import is_array
 
@@ -101,8 +101,9 @@ class Report:
 def report(frozen: Any, trainable: Trainable) -> Report:
     """Returns what is trained, its size, and how far it moved each weight.
 
-    The norm of an update comes from the Gram matrices of A and B; the dense update is
-    never formed.
+    The norm of an update comes from a QR decomposition of A, in float64 on the host, so
+    it is right where updates cancel (see `rebase`). The dense update is formed only for
+    DoRA.
 
     Args:
       frozen: from `split`.
@@ -143,15 +144,15 @@ def report(frozen: Any, trainable: Trainable) -> Report:
 
 
 def _adapted(path: str, w: Any, f: Factors) -> ReportedLeaf:
-    norm = float(delta_norm(f) if method_of(f.spec).gain is None else _moved(w, f))
+    moved = _norm(f) if method_of(f.spec).gain is None else float(_moved(w, f))
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
     return ReportedLeaf(
         path=path,
         shape=tuple(w.shape),
         rank=f.rank,
         trained=sum(x.size for x in jax.tree.leaves(f)),
-        update=norm,
-        relative=norm / base if base else float("nan"),
+        update=moved,
+        relative=moved / base if base else float("nan"),
         finite=all(map(is_finite, jax.tree.leaves(f))),
     )
 
@@ -175,23 +176,9 @@ def _moved(w: Any, f: Factors) -> jax.Array:
     return jnp.linalg.norm((total * dense_gain(f, total) - w).ravel())
 
 
-def delta_norm(f: Factors) -> jax.Array:
-    """Returns the Frobenius norm of `scale * a @ b` without forming it.
-
-    `‖A B‖² = sum((Aᵀ A) * (B Bᵀ))`, over all batch axes.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from jlora.factors import Factors, Spec
-      >>> delta_norm(Factors(jnp.ones((3, 1)), jnp.ones((1, 3)), Spec(rank=1, alpha=1)))
-      Array(3., dtype=float32)
-    """
-    n_batch = len(f.spec.axes.batch)
-    a, b = low_rank_pair(f)
-    batch = a.shape[:n_batch]
-    a = a.astype(jnp.float32).reshape(*batch, -1, f.rank)
-    b = b.astype(jnp.float32).reshape(*batch, f.rank, -1)
-    exact = jax.lax.Precision.HIGHEST
-    gram_a = jnp.einsum("...ir,...is->...rs", a, a, precision=exact)
-    gram_b = jnp.einsum("...ro,...so->...rs", b, b, precision=exact)
-    return f.scale * jnp.sqrt(jnp.maximum(jnp.sum(gram_a * gram_b), 0))
+def _norm(f: Factors) -> float:
+    """Returns the norm of the update, in float64 if this host holds all of it."""
+    leaves = jax.tree.leaves(f)
+    if all(getattr(x, "is_fully_addressable", True) for x in leaves):
+        return float(norm(on_host(f), np))
+    return float(norm(f))

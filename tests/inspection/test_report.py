@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import jlora
+from jlora._core.algebra import norm, on_host
 from jlora.factors import Axes, Factors, Spec
 from tests.helpers import normal
 
@@ -184,6 +185,25 @@ def test_the_norm_never_needs_the_dense_update(sizes, rank, alpha):
         Spec(rank=rank, alpha=alpha, axes=axes),
     )
     expected = dense_norm(factors)
-    frozen = {"w": jnp.zeros((batch, *fan_in, fan_out))}
-    found = entry(jlora.report(frozen, jlora.Trainable({"w": factors})), "w")
-    assert found.update == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert float(norm(factors)) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert float(norm(on_host(factors), np)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_norm_is_right_where_updates_cancel():
+    """As `rebase` makes them: a trained product minus one that is nearly the same."""
+    w = normal((64, 48), 1)
+    config = jlora.LoraConfig(rank=4, init="pissa")
+    x = normal((8, 64), 2)
+    plan = jlora.plan(lambda p, x: x @ p["w"], {"w": w}, x, config=config)
+    _, initial = jlora.split(jax.random.key(0), {"w": w}, plan)
+    factors = initial.lora["w"]
+    trained = dataclasses.replace(
+        factors,
+        a=factors.a + 1e-4 * normal(factors.a.shape, 3),
+        b=factors.b + 1e-4 * normal(factors.b.shape, 4),
+    )
+    plain = jlora.rebase(jlora.Trainable({"w": trained}), initial)
+    found = entry(jlora.report({"w": w}, plain), "w").update
+    assert found == pytest.approx(dense_norm(plain.lora["w"]), rel=1e-6)
+    (leaf,) = jlora.inspection.inspect(plain).leaves
+    assert leaf.norm == pytest.approx(found, rel=1e-6)
