@@ -23,7 +23,7 @@ PACKAGE = pathlib.Path(jlora.__file__).parent
 # Public names without an entry in docs/api.md, whole modules among them, and why.
 NO_ENTRY = {
     "jlora._tables": "text of reports, for jlora's own modules",
-    "jlora.cli._commands": "docs/cli.md",
+    "jlora.cli._main": "docs/cli.md",
     "jlora.factors.tuples": "lists of JSON, for jlora's own modules",
     "jlora.citations.entry_of": "a look-up of `cite`",
 }
@@ -33,7 +33,7 @@ NO_EXAMPLE = {
     "jlora.inspection._inspect.Difference": "made by `diff`, which shows it",
     "jlora.pool._pool.Batch": "made by `Cache.acquire`; `Cache` shows it",
     "jlora.pool._pool.Cache.close": "called by `with`",
-    "jlora.cli._commands.main": "ends the process; `run` shows it",
+    "jlora.cli._main.main": "ends the process; `run` shows it",
 }
 ENTRIES = re.findall(r"^::: (\S+)$", API.read_text(), flags=re.MULTILINE)
 

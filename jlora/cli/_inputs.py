@@ -4,17 +4,43 @@ import dataclasses
 import importlib
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import files
 from .._io.disk import reading
+from .._io.models import open_model
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
 from ..errors import ConfigError, JloraError
+from ..factors import Trainable
+
+if TYPE_CHECKING:
+    from ..peft import NameMap
 
 
-def name_map(names: str | None) -> Any:
+def read(
+    adapter: str,
+    *,
+    base: str | None = None,
+    names: str | None = None,
+    tied: bool | None = None,
+    step: int | None = None,
+) -> Trainable:
+    """Returns the adapter at a path; the other arguments are options of the command."""
+    own = name_map(names)
+    if step is not None and files.detect(adapter) != "orbax":
+        raise click.UsageError(f"--step: {adapter!r} is not an Orbax checkpoint.")
+    return files.read(adapter, base=base, names=own, tied=tied, step=step)
+
+
+def fits_as_it_is(base: str, names: str | None) -> bool:
+    """Returns whether a model has torch's own names, which a PEFT adapter has too."""
+    return names is None and not any("/" in name for name in open_model(base).shapes)
+
+
+def name_map(names: str | None) -> "NameMap | None":
     """Returns the `NameMap` that `--names` means; None for none."""
     if names is None:
         return None
@@ -24,7 +50,8 @@ def name_map(names: str | None) -> Any:
         found = attribute_of(names)
         if not isinstance(found, NameMap):
             raise click.UsageError(
-                f"--names {names!r} is {type(found).__name__}, no jlora.peft.NameMap."
+                f"--names {names!r} is {type(found).__name__}, not a "
+                "jlora.peft.NameMap."
             )
         return found
 
@@ -99,5 +126,5 @@ def config_of(options: dict[str, Any]) -> LoraConfig | None:
     try:
         config = LoraConfig.from_json(data.decode())
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{options['config']!r} is no text: {error}.") from error
+        raise ConfigError(f"{options['config']!r} is not text: {error}.") from error
     return dataclasses.replace(config, **own)
