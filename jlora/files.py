@@ -194,7 +194,7 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     fields = read_json(folder / CONFIG, PeftError)
     config, wrong = parse_config(fields)
     slots, _ = open_tensors(folder, STEM, fault=PeftError)
-    turned = bool(fields.get("fan_in_fan_out"))
+    transposed = bool(fields.get("fan_in_fan_out"))
     ranks, alphas = map(pattern_lookup, (config.rank_pattern, config.alpha_pattern))
     lora: dict[str, Factors] = {}
     left = dict(slots)
@@ -209,10 +209,8 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     for stem, op, *ends in pairs:
         module = stem.removeprefix(PREFIX)
         a, b = (left.pop(f"{stem}.{end}").read() for end in ends)
-        lengths = (
-            left.pop(f"{stem}.{MAGNITUDE}{end}", None) for end in ("", ".weight")
-        )
-        length = next((slot for slot in lengths if slot is not None), None)
+        length = left.pop(f"{stem}.{MAGNITUDE}", None)
+        length = length or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
         if op == "embedding" and length is not None:
             wrong.append(f"{module} is an embedding with a magnitude")
         rank, alpha = ranks(module), alphas(module)
@@ -220,7 +218,7 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
             said = rank[1] if rank else config.r
             wrong.append(f"{module} has rank {a.shape[0]}, its config says {said}")
         inputs = tuple(range(1, a.ndim))
-        in_first = turned or op == "embedding"
+        in_first = transposed or op == "embedding"
         spec = Spec(
             op=op if a.ndim == 2 else "conv",
             axes=Axes((), (0,), (1,)) if in_first else Axes((), inputs, (0,)),

@@ -20,7 +20,7 @@ _PARTS = ("a", "b", "magnitude")
 
 
 def describe(trainable: Trainable) -> Json:
-    """Returns all of an adapter but its arrays, as JSON values.
+    """Returns everything of an adapter but its arrays, as JSON values.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,8 +50,8 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
     """Returns the adapter that `describe` described, with arrays by path and part.
 
     Raises:
-      CheckpointError: if the description is none, or it and the arrays do not fit;
-        lists every misfit.
+      CheckpointError: if it is not a description, or does not fit the arrays; lists
+        every misfit.
     """
     match about:
         case {"lora": [*lora], "full": [*full]}:
@@ -67,9 +67,9 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
                 if spec is not None:
                     specs[path] = spec
             case _:
-                wrong.append(f"{item!r:.100} is no path with its settings")
+                wrong.append(f"{item!r:.100} is not a path with its settings")
     if not all(isinstance(path, str) for path in full) or len({*full}) != len(full):
-        wrong.append("the leaves trained in full are no list of distinct paths")
+        wrong.append("the leaves trained in full are not a list of distinct paths")
     if wrong:
         raise _unfit(wrong)
     used = {(path, part) for path in specs for part in _PARTS} & found.keys()
@@ -93,7 +93,7 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
 
 
 def _spec(path: str, fields: Json, wrong: list[str]) -> Spec | None:
-    """Returns the spec of `fields`, or None and a note of each wrong field."""
+    """Returns the spec of `fields`, or None and a note in `wrong` of each bad field."""
     try:
         spec = Spec.from_dict(fields)
         axes, parts = spec.axes, spec.parts

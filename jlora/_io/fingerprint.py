@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, without keeping them."""
+"""Fingerprints, which tell one model's weights from another's without keeping them."""
 
 import dataclasses
 import math
@@ -70,7 +70,7 @@ def differences(
 ) -> list[str]:
     """Returns in words where `base` is not the model of the fingerprint `saved`.
 
-    Leaves in `without` (those trained in full) are not the base's.
+    Leaves in `without`, those trained in full, do not belong to the base.
     """
     found = []
     for path in sorted({*saved, *base.leaves} - {*without}):
@@ -115,7 +115,7 @@ def _width(dtype: Any) -> int:
 
 @jax.jit
 def _hash(bits: jax.Array) -> jax.Array:
-    """Returns two words: sums over the mixed words, each mixed with its place."""
+    """Returns two sums over the words, each of which is mixed with its place."""
     words = bits.astype(jnp.uint32)
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):

@@ -2,8 +2,8 @@
 
 A file is eight bytes with the header's length, the header in JSON (dtype, shape and
 place of each tensor, and a table of strings under `__metadata__`), and the tensors'
-bytes without gaps. Everything is checked before a tensor is read, and no more than one
-tensor need be in memory.
+bytes without gaps. Everything is checked before a tensor is read, and only one tensor
+at a time has to be in memory.
 
 References:
   https://huggingface.co/docs/safetensors
@@ -114,7 +114,7 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read(file: BinaryIO, entry: TensorInfo) -> np.ndarray:
-    """Returns one tensor, in memory of its own that is not to be written to."""
+    """Returns one tensor, as a read-only array."""
     file.seek(entry.start)
     data = file.read(entry.stop - entry.start)
     if len(data) != entry.stop - entry.start:
@@ -151,8 +151,7 @@ def write(
       metadata: strings for the header.
 
     Raises:
-      CheckpointError: if a dtype has no place in the format, or the file cannot be
-        written.
+      CheckpointError: if the format lacks a dtype, or the file cannot be written.
     """
     unknown = [
         f"{name!r} is {x.dtype}"

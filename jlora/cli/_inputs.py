@@ -1,9 +1,12 @@
 """What arguments of the `jlora` command stand for: maps, models, configs."""
 
+import contextlib
 import dataclasses
 import importlib
+import operator
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,7 +61,7 @@ def name_map(names: str | None) -> "NameMap | None":
     known = [name for name in dir(maps) if name.isupper() and name[0] != "_"]
     if names.upper() not in known:
         raise click.UsageError(
-            f"--names {names!r} is none of {', '.join(known).lower()}, nor "
+            f"--names {names!r} is neither one of {', '.join(known).lower()} nor "
             "module:attribute."
         )
     return getattr(maps, names.upper())
@@ -71,30 +74,29 @@ def attribute_of(path: str) -> Any:
         raise click.UsageError(f"{path!r} is not of the form package.module:attribute.")
     sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the module raises while it is imported
-        raise click.UsageError(
-            f"{path!r} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
+        with _running(f"{path!r} cannot be imported"):
+            return operator.attrgetter(attribute)(importlib.import_module(module))
     finally:
         sys.path.remove(os.getcwd())
-    return found
+
+
+@contextlib.contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Raises what the user's own code raises in the block as a UsageError."""
+    try:
+        yield
+    except JloraError:
+        raise
+    except Exception as error:
+        raise click.UsageError(f"{what} ({type(error).__name__}: {error}).") from error
 
 
 def planned(model: str, options: dict[str, Any]) -> Plan:
     """Returns the plan of the model that `package.module:attribute` names."""
     found = attribute_of(model)
-    try:
-        if callable(found):
+    if callable(found):
+        with _running(f"{model!r} cannot be called"):
             found = found()
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} raised {type(error).__name__}: {error}."
-        ) from error
     config = config_of(options)
     if isinstance(found, Plan):
         if config is not None:
@@ -106,14 +108,8 @@ def planned(model: str, options: dict[str, Any]) -> Plan:
             "(function, params, *args)."
         )
     fn, params, *args = found
-    try:
+    with _running(f"{model!r} cannot be traced"):
         return make_plan(fn, params, *args, config=config or LoraConfig())
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} cannot be traced ({type(error).__name__}: {error})."
-        ) from error
 
 
 def config_of(options: dict[str, Any]) -> LoraConfig | None:
