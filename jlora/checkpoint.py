@@ -2,20 +2,27 @@
 
 A checkpoint holds A, B and the leaves trained in full, how each weight is adapted (as
 JSON), and what was given of optimizer state, step, random key, data position, config,
-plan and metadata. Of the base model it holds a fingerprint at most. Steps are written
-whole or not at all, so a killed save loses nothing.
+plan and metadata. Of the base model it holds a fingerprint or nothing. Steps are
+written whole or not at all, so a killed save loses nothing.
 """
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any, Literal
 
-from ._io.fingerprint import Fingerprint as Fingerprint, fingerprint as fingerprint
+import jax
+from numpy.typing import ArrayLike
+
+from ._io.disk import Path
+from ._io.fingerprint import (
+    Fingerprint as Fingerprint,
+    as_fingerprint,
+    fingerprint as fingerprint,
+)
 from ._io.read_step import Checkpoint as Checkpoint, read_step
 from ._io.write_step import (
-    as_fingerprint,
     check_keep,
     contents,
     open_manager,
@@ -28,19 +35,20 @@ from ._plan.plan import Plan
 from .config import LoraConfig
 from .errors import CheckpointError
 from .factors import Trainable
+from .paths import PyTree
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: Path,
     trainable: Trainable,
     *,
-    opt_state: Any = None,
     step: int = 0,
-    key: Any = None,
+    opt_state: PyTree = None,
+    key: jax.Array | None = None,
     position: Any = None,
     config: LoraConfig | None = None,
     plan: Plan | None = None,
-    base: Any = None,
+    params: PyTree | Fingerprint = None,
     metadata: Any = None,
     keep: int | None = None,
     overwrite: bool = False,
@@ -53,21 +61,21 @@ def save(
     Args:
       directory: made if it does not exist; each step is a folder in it.
       trainable: the adapter.
-      opt_state: the optimizer's state, any pytree of arrays.
       step: number of the step, at least 0.
+      opt_state: the optimizer's state, any pytree of arrays.
       key: a random key, or an array of them, new style or old.
       position: where in the data training is, any JSON value.
       config: the config; None takes that of `plan`.
       plan: the plan.
-      base: the base's parameters, `frozen`, or their `fingerprint`. The fingerprint
-        alone is saved, and checked by `restore`.
+      params: the base's parameters, whole or `frozen`, or their `fingerprint`. Only the
+        fingerprint is saved; `restore` compares it.
       metadata: any other JSON value.
       keep: how many of the newest steps to keep; None keeps all.
       overwrite: replace a step that is already there; it is gone while the new one is
         written.
 
     Raises:
-      TreeError: if `trainable` is no `Trainable`.
+      TreeError: if `trainable` is not a `Trainable`.
       CheckpointError: if the step is already there, it cannot be written, or a factor
         or a full leaf holds NaN or infinity, which nobody wants to resume from.
 
@@ -88,7 +96,7 @@ def save(
         key=key,
         position=position,
         metadata=metadata,
-        run=run_of(config, plan, base),
+        run=run_of(config, plan, params),
     )
     with open_manager(directory, write=True, keep=keep) as manager:
         if step in manager.all_steps() and overwrite:
@@ -100,12 +108,12 @@ def save(
 
 
 def restore(
-    directory: str | os.PathLike,
+    directory: Path,
     *,
-    opt_state: Any = None,
     step: int | None = None,
-    shardings: Any = None,
-    base: Any = None,
+    opt_state: PyTree = None,
+    shardings: jax.sharding.Sharding | Trainable | None = None,
+    params: PyTree | Fingerprint = None,
 ) -> Checkpoint:
     """Returns the newest checkpoint in `directory`, or that of `step`.
 
@@ -113,13 +121,13 @@ def restore(
 
     Args:
       directory: what `save` was given.
+      step: which step; None is the newest.
       opt_state: a template, `tx.init(trainable)` or its `jax.eval_shape`; without one
         the saved state is not read. Its leaves are placed as the template's are.
-      step: which step; None is the newest.
       shardings: where to place the adapter: one `jax.sharding.Sharding`, or a
         `Trainable` of them; None is the first device.
-      base: the base's parameters, `frozen`, or their `fingerprint`: an error if the
-        adapter was saved with another base.
+      params: the base's parameters, whole or `frozen`, or their `fingerprint`, to be
+        compared with those that the adapter was saved with.
 
     Raises:
       CheckpointError: if there is no such checkpoint, it is not jlora's, it is damaged,
@@ -139,26 +147,26 @@ def restore(
     if not pathlib.Path(directory).is_dir():
         raise CheckpointError(f"There is no folder {str(directory)!r} to restore from.")
     with open_manager(directory, write=False) as manager:
-        return read_step(manager, step, opt_state, shardings, base)
+        return read_step(manager, step, opt_state, shardings, params)
 
 
 class Checkpoints:
     """The checkpoints of a training loop, written in the background.
 
-    A context: its end waits for the last save. Training goes on as soon as the arrays
-    are copied to the host; they may be donated to the next step. Each step is written
-    whole or not at all, so a run that is killed at any moment goes on from its newest
-    checkpoint.
+    This is a context, whose end waits for the last save. Training goes on as soon as
+    the arrays are copied to the host; they may be donated to the next step. Each step
+    is written whole or not at all, so a run that is killed at any moment goes on from
+    its newest checkpoint.
 
     Args:
       directory: made if it does not exist.
       keep: how many of the newest steps to keep; None keeps all.
       best: name of a metric; the step where it is best is kept as well.
-      mode: `"max"` or `"min"`, what is best.
-      every: `save` writes steps that are multiples of it, and passes over others.
+      mode: `"max"` or `"min"`: whether the largest or the smallest value is best.
+      every: `save` writes only steps that are multiples of it.
       config: see `save`.
       plan: see `save`.
-      base: see `save`; also checked by `restore`. Hashed once.
+      params: see `save`; also compared by `restore`. They are hashed once.
 
     Raises:
       CheckpointError: for a value that cannot work, or a directory that cannot be made.
@@ -170,10 +178,8 @@ class Checkpoints:
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     with Checkpoints(folder, keep=2, best="accuracy", every=10) as ckpts:
       ...         for step in range(0, 50):
-      ...             accuracy = 1 / (1 + abs(step - 20))
-      ...             _ = ckpts.save(
-      ...                 step, adapter, key=key, metrics={"accuracy": accuracy}
-      ...             )
+      ...             metrics = {"accuracy": 1 / (1 + abs(step - 20))}
+      ...             _ = ckpts.save(adapter, step=step, key=key, metrics=metrics)
       ...         ckpts.wait()
       ...         ckpts.steps, ckpts.newest, ckpts.best, ckpts.restore().metrics
       ((20, 30, 40), 40, 20, {'accuracy': 0.047619047619047616})
@@ -181,7 +187,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | os.PathLike,
+        directory: Path,
         *,
         keep: int | None = 3,
         best: str | None = None,
@@ -189,15 +195,15 @@ class Checkpoints:
         every: int = 1,
         config: LoraConfig | None = None,
         plan: Plan | None = None,
-        base: Any = None,
+        params: PyTree | Fingerprint = None,
     ):
         check_keep(keep)
         if mode not in ("max", "min"):
             raise CheckpointError(f"mode must be 'max' or 'min', got {mode!r}.")
         if not isinstance(every, int) or every < 1:
             raise CheckpointError(f"every must be a number from 1, got {every!r}.")
-        self._base = None if base is None else as_fingerprint(base)
-        self._run = run_of(config, plan, self._base)
+        self._params = None if params is None else as_fingerprint(params)
+        self._run = run_of(config, plan, self._params)
         self._directory, self._every, self._metric = directory, every, best
         self._manager = open_manager(
             directory, write=True, keep=keep, best=best, mode=mode, wait=False
@@ -206,7 +212,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             if kind is None:
                 self.wait()
@@ -234,27 +245,27 @@ class Checkpoints:
 
     def save(
         self,
-        step: int,
         trainable: Trainable,
         *,
-        opt_state: Any = None,
-        key: Any = None,
+        step: int,
+        opt_state: PyTree = None,
+        key: jax.Array | None = None,
         position: Any = None,
-        metrics: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, ArrayLike] | None = None,
         metadata: Any = None,
         force: bool = False,
     ) -> bool:
         """Begins to write a checkpoint, if `step` is a multiple of `every`.
 
         Args:
-          step: number of the step.
           trainable: the adapter.
+          step: number of the step.
           opt_state: see `checkpoint.save`.
           key: see `checkpoint.save`.
           position: see `checkpoint.save`.
           metrics: numbers by name, `best`'s among them.
           metadata: see `checkpoint.save`.
-          force: whether to write a step that is no multiple of `every`.
+          force: whether to write a step that is not a multiple of `every`.
 
         Returns:
           Whether it is written.
@@ -286,7 +297,11 @@ class Checkpoints:
         return True
 
     def restore(
-        self, step: int | None = None, *, opt_state: Any = None, shardings: Any = None
+        self,
+        *,
+        step: int | None = None,
+        opt_state: PyTree = None,
+        shardings: jax.sharding.Sharding | Trainable | None = None,
     ) -> Checkpoint:
         """Returns the newest checkpoint, or that of `step`; see `checkpoint.restore`.
 
@@ -299,7 +314,7 @@ class Checkpoints:
           CheckpointError: also if there is none; look at `newest` first.
         """
         self.wait()
-        return read_step(self._manager, step, opt_state, shardings, self._base)
+        return read_step(self._manager, step, opt_state, shardings, self._params)
 
     def wait(self) -> None:
         """Returns when all is on disk.

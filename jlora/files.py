@@ -2,18 +2,23 @@
 
 import json
 import pathlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from . import checkpoint
-from ._io import adapter_file as _file, tensors as tensors
+from ._io import adapter_file, tensors as tensors
+from ._io.describe import Json
 from ._io.disk import Path, read_json, reading
 from ._io.models import is_orbax_tree, open_model
 from ._io.shards import open_tensors
+from ._tables import listed
 from .errors import CheckpointError, PeftError
 from .factors import Axes, Factors, Spec, Trainable
+
+if TYPE_CHECKING:
+    from .peft import NameMap
 
 Format = Literal["file", "peft", "orbax", "model"]
 
@@ -43,7 +48,7 @@ def detect(path: Path) -> Format:
     if not place.is_dir():
         with reading(path) as file:
             header = tensors.read_header(file)
-        return "file" if _file.is_adapter(header.metadata) else "model"
+        return "file" if adapter_file.is_adapter(header.metadata) else "model"
     if (place / "adapter_config.json").exists():
         return "peft"
     if any(
@@ -62,7 +67,7 @@ def read(
     path: Path,
     *,
     base: Path | None = None,
-    names: Any = None,
+    names: "NameMap | None" = None,
     tied: bool | None = None,
     step: int | None = None,
 ) -> Trainable:
@@ -90,7 +95,7 @@ def read(
     """
     match detect(path):
         case "file":
-            return _file.load(path)
+            return adapter_file.load(path)
         case "orbax":
             return checkpoint.restore(path, step=step).trainable
         case "peft" if base is not None:
@@ -127,7 +132,7 @@ def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> N
     """
     match format:
         case "file":
-            _file.save(path, trainable)
+            adapter_file.save(path, trainable)
         case "orbax":
             checkpoint.save(path, trainable, **options)
         case "peft":
@@ -140,7 +145,7 @@ def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> N
             )
 
 
-def describe(path: Path, *, step: int | None = None) -> dict[str, Any]:
+def describe(path: Path, *, step: int | None = None) -> Json:
     """Returns what the adapter at `path` says of itself besides its leaves, as JSON.
 
     For PEFT its config, for Orbax step, config, metrics, position and metadata.
@@ -184,63 +189,56 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     embeddings, DoRA of linear layers, modules saved whole.
     """
     from .peft.config import CONFIG, PREFIX, STEM, parse_config, pattern_lookup
+    from .peft.layers import ENDS, MAGNITUDE
 
     fields = read_json(folder / CONFIG, PeftError)
     config, wrong = parse_config(fields)
     slots, _ = open_tensors(folder, STEM, fault=PeftError)
-    turned = bool(fields.get("fan_in_fan_out"))
+    transposed = bool(fields.get("fan_in_fan_out"))
     ranks, alphas = map(pattern_lookup, (config.rank_pattern, config.alpha_pattern))
     lora: dict[str, Factors] = {}
-    full: dict[str, Any] = {}
     left = dict(slots)
     if config.parameters or config.tokens:
         wrong.append("it adapts parameters or single rows")
-    for name in slots:
-        for a_name, b_name in (
-            (".lora_A.weight", ".lora_B.weight"),
-            (".lora_embedding_A", ".lora_embedding_B"),
-        ):
-            pair = name, name.removesuffix(a_name) + b_name
-            if not name.endswith(a_name) or pair[1] not in slots:
-                continue
-            stem = name.removesuffix(a_name)
-            module = stem.removeprefix(PREFIX)
-            a, b = (left.pop(key).read() for key in pair)
-            length = left.pop(f"{stem}.lora_magnitude_vector", None) or left.pop(
-                f"{stem}.lora_magnitude_vector.weight", None
-            )
-            embedding = a_name == ".lora_embedding_A"
-            if embedding and length is not None:
-                wrong.append(f"{module} is an embedding with a magnitude")
-            inputs = tuple(range(1, a.ndim))
-            axes = (
-                Axes((), (0,), (1,)) if turned or embedding else Axes((), inputs, (0,))
-            )
-            rank = a.shape[0]
-            found = (ranks(module) or ("", config.r))[1]
-            if found != rank:
-                wrong.append(f"{module} has rank {rank}, its config says {found}")
-            spec = Spec(
-                op="embedding" if embedding else "linear" if a.ndim == 2 else "conv",
-                axes=axes,
-                rank=rank,
-                alpha=(alphas(module) or ("", config.alpha))[1],
-                rslora=config.rslora,
-                method="lora" if length is None else "dora",
-            )
-            lora[f"{module}.weight"] = Factors(
-                jnp.asarray(np.moveaxis(a, 0, -1)),
-                jnp.asarray(b.reshape(b.shape[0], -1).T),
-                spec,
-                None if length is None else jnp.asarray(length.read().reshape(-1)),
-            )
-    for name in list(left):
-        if ".lora_" not in name and name.startswith(PREFIX):
-            full[name.removeprefix(PREFIX)] = jnp.asarray(left.pop(name).read())
+    pairs = [
+        (name.removesuffix(f".{a}"), op, a, b)
+        for name in slots
+        for op, (a, b) in ENDS.items()
+        if name.endswith(f".{a}") and f"{name.removesuffix(a)}{b}" in slots
+    ]
+    for stem, op, *ends in pairs:
+        module = stem.removeprefix(PREFIX)
+        a, b = (left.pop(f"{stem}.{end}").read() for end in ends)
+        length = left.pop(f"{stem}.{MAGNITUDE}", None)
+        length = length or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
+        if op == "embedding" and length is not None:
+            wrong.append(f"{module} is an embedding with a magnitude")
+        rank, alpha = ranks(module), alphas(module)
+        if (rank[1] if rank else config.r) != a.shape[0]:
+            said = rank[1] if rank else config.r
+            wrong.append(f"{module} has rank {a.shape[0]}, its config says {said}")
+        inputs = tuple(range(1, a.ndim))
+        in_first = transposed or op == "embedding"
+        spec = Spec(
+            op=op if a.ndim == 2 else "conv",
+            axes=Axes((), (0,), (1,)) if in_first else Axes((), inputs, (0,)),
+            rank=a.shape[0],
+            alpha=alpha[1] if alpha else config.alpha,
+            rslora=config.rslora,
+            method="lora" if length is None else "dora",
+        )
+        lora[f"{module}.weight"] = Factors(
+            jnp.asarray(np.moveaxis(a, 0, -1)),
+            jnp.asarray(b.reshape(b.shape[0], -1).T),
+            spec,
+            None if length is None else jnp.asarray(length.read().reshape(-1)),
+        )
+    whole = [n for n in left if ".lora_" not in n and n.startswith(PREFIX)]
+    full = {n.removeprefix(PREFIX): jnp.asarray(left.pop(n).read()) for n in whole}
     wrong += [f"tensor {name!r}" for name in left]
     if wrong:
         raise CheckpointError(
             f"{str(folder)!r} needs its model to be understood (base=): "
-            f"{'; '.join(wrong[:5])}."
+            f"{listed(wrong, 5)}."
         )
     return Trainable(lora, full)

@@ -2,25 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 
 from .._numerics import not_finite
+from .._tables import listed
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
-from .describe import arrays, describe, rebuild
+from .describe import Json, arrays, describe, rebuild
 from .disk import Path, reading
 
 FORMAT = "jlora"
-
-
 _VERSION = "1"
-
-
 _KEYS = {"format", "version", "adapter", "sha256"}
 
 
@@ -38,7 +34,7 @@ def save(path: Path, trainable: Trainable) -> None:
 
     Raises:
       CheckpointError: if an array holds NaN or infinity, or the file cannot be written.
-      TreeError: if `trainable` is no `Trainable`.
+      TreeError: if `trainable` is not a `Trainable`.
 
     Examples:
       >>> import os, tempfile, jax.numpy as jnp, jlora
@@ -62,7 +58,7 @@ def save(path: Path, trainable: Trainable) -> None:
     named = {name: np.asarray(x) for name, x in named.items()}
     bad = not_finite(named)
     if bad:
-        raise CheckpointError(f"Not saved: NaN or infinity in {', '.join(bad[:5])}.")
+        raise CheckpointError(f"Not saved: NaN or infinity in {listed(bad, 5, ', ')}.")
     adapter = json.dumps(describe(trainable), ensure_ascii=False)
     metadata = {
         "format": FORMAT,
@@ -76,8 +72,8 @@ def save(path: Path, trainable: Trainable) -> None:
 def load(path: Path) -> Trainable:
     """Returns the adapter that `save` wrote, bit for bit.
 
-    The file is checked before anything is made of it: length, header, checksum, the
-    settings, and that settings and arrays fit together. Nothing in it is executed.
+    All of the file is checked first: length, header, checksum, settings, and that the
+    settings and the arrays fit together. Nothing in it is executed.
 
     Args:
       path: the file.
@@ -98,20 +94,21 @@ def load(path: Path) -> Trainable:
         named = {k: tensors.read(file, e) for k, e in header.entries.items()}
         checksum = _checksum(header.metadata["adapter"], named.items())
         if header.metadata["sha256"] != checksum:
-            raise CheckpointError("Its checksum is another one: it is damaged.")
+            raise CheckpointError("Its checksum does not match: it is damaged.")
         return _trainable(about, named)
 
 
-def is_adapter(metadata: Any) -> bool:
+def is_adapter(metadata: Mapping[str, str]) -> bool:
     """Returns whether a safetensors header is that of an adapter in one file."""
     return metadata.get("format") == FORMAT
 
 
-def _about(metadata: Any) -> Any:
+def _about(metadata: Mapping[str, str]) -> Json:
     if not is_adapter(metadata):
         raise CheckpointError(
-            "It is a safetensors file, but no adapter of jlora.save. Is it a model, or "
-            "the adapter_model.safetensors of a PEFT directory (jlora.peft.load)?"
+            "It is a safetensors file, but not an adapter of jlora.save. Is it a "
+            "model, or the adapter_model.safetensors of a PEFT directory "
+            "(jlora.peft.load)?"
         )
     if metadata.get("version") != _VERSION or metadata.keys() != _KEYS:
         raise CheckpointError(
@@ -121,13 +118,13 @@ def _about(metadata: Any) -> Any:
     try:
         return json.loads(metadata["adapter"])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"Its settings are no JSON ({error}).") from error
+        raise CheckpointError(f"Its settings are not JSON: {error}.") from error
 
 
-def _trainable(about: Any, named: dict[str, np.ndarray]) -> Trainable:
+def _trainable(about: Json, named: dict[str, np.ndarray]) -> Trainable:
     bad = not_finite(named)
     if bad:
-        raise CheckpointError(f"NaN or infinity in {', '.join(bad[:5])}.")
+        raise CheckpointError(f"NaN or infinity in {listed(bad, 5, ', ')}.")
     wide = [
         k for k, x in named.items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     ]

@@ -11,14 +11,16 @@ import numpy as np
 from .._checks import misshapen
 from .._tables import listed
 from ..errors import CheckpointError
-from ..factors import Factors, Spec, Trainable
+from ..factors import Factors, Leaf, Spec, Trainable
 from ..methods import METHODS, low_rank_pair
+
+Json = dict[str, Any]  # fields of a JSON object
 
 _PARTS = ("a", "b", "magnitude")
 
 
-def describe(trainable: Trainable) -> dict[str, Any]:
-    """Returns all of an adapter but its arrays, as JSON values.
+def describe(trainable: Trainable) -> Json:
+    """Returns everything of an adapter but its arrays, as JSON values.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -31,7 +33,7 @@ def describe(trainable: Trainable) -> dict[str, Any]:
     }
 
 
-def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Any]]:
+def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Leaf]]:
     """Yields `(number, path, part, array)` of an adapter's arrays, in its order.
 
     The number counts the paths of factors, and those of full leaves, each from 0.
@@ -44,12 +46,12 @@ def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Any]]:
         yield i, path, "full", x
 
 
-def rebuild(about: Any, found: Mapping[tuple[str, str], Any]) -> Trainable:
+def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
     """Returns the adapter that `describe` described, with arrays by path and part.
 
     Raises:
-      CheckpointError: if the description is none, or it and the arrays do not fit;
-        lists every misfit.
+      CheckpointError: if it is not a description, or does not fit the arrays; lists
+        every misfit.
     """
     match about:
         case {"lora": [*lora], "full": [*full]}:
@@ -65,9 +67,9 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Any]) -> Trainable:
                 if spec is not None:
                     specs[path] = spec
             case _:
-                wrong.append(f"{item!r:.100} is no path with its settings")
+                wrong.append(f"{item!r:.100} is not a path with its settings")
     if not all(isinstance(path, str) for path in full) or len({*full}) != len(full):
-        wrong.append("the leaves trained in full are no list of distinct paths")
+        wrong.append("the leaves trained in full are not a list of distinct paths")
     if wrong:
         raise _unfit(wrong)
     used = {(path, part) for path in specs for part in _PARTS} & found.keys()
@@ -90,8 +92,8 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Any]) -> Trainable:
     return Trainable(factors, {path: found[path, "full"] for path in full})
 
 
-def _spec(path: str, fields: dict[str, Any], wrong: list[str]) -> Spec | None:
-    """Returns the spec of `fields`, or None and a note of each wrong field."""
+def _spec(path: str, fields: Json, wrong: list[str]) -> Spec | None:
+    """Returns the spec of `fields`, or None and a note in `wrong` of each bad field."""
     try:
         spec = Spec.from_dict(fields)
         axes, parts = spec.axes, spec.parts
@@ -161,7 +163,7 @@ def _unfit(wrong: list[str]) -> CheckpointError:
     )
 
 
-def key_to_dict(key: Any) -> dict[str, Any]:
+def key_to_dict(key: jax.Array) -> Json:
     """Returns a random key, of the new kind or the old, as JSON values."""
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     data = np.asarray(jax.random.key_data(key) if typed else key)
@@ -172,7 +174,7 @@ def key_to_dict(key: Any) -> dict[str, Any]:
     }
 
 
-def key_from_dict(fields: Mapping[str, Any]) -> jax.Array:
+def key_from_dict(fields: Json) -> jax.Array:
     """Returns the random key that `key_to_dict` described."""
     data = jnp.asarray(np.array(fields["data"], np.uint32).reshape(fields["shape"]))
     if fields["impl"] is None:

@@ -32,18 +32,18 @@ def told(
 ) -> Iterator[None]:
     """Raises what goes wrong in the block as a `fault`.
 
-    jlora's own errors pass as they are; only a `CheckpointError` changes its class.
+    A `fault` passes as it is, and a `CheckpointError` only changes its class.
 
     Args:
       what: begins the message, "'x.json' cannot be read"; the reason follows.
       fault: the class to raise.
-      catch: the errors that are not jlora's to catch.
+      catch: the errors of others to catch.
       then: a last sentence, " The old file is still there."
     """
     try:
         yield
-    except JloraError as error:
-        if isinstance(error, fault) or not isinstance(error, CheckpointError):
+    except (CheckpointError, fault) as error:
+        if isinstance(error, fault):
             raise
         raise fault(str(error)) from error
     except catch as error:

@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's, without keeping them."""
+"""Fingerprints, which tell one model's weights from another's without keeping them."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import paths
+from ..paths import PyTree, flatten
 from ..transform.stage import is_array
 
 
@@ -30,13 +30,13 @@ class Fingerprint:
     leaves: Mapping[str, str]
 
 
-def fingerprint(params: Any) -> Fingerprint:
+def fingerprint(params: PyTree) -> Fingerprint:
     """Returns the fingerprint of a model, the same on any number of devices.
 
-    The hash is computed where the weights are, sharded or not, in one pass over them:
-    64 bits a leaf, which tell every accidental change; it is no protection against
-    somebody who wants equal ones. Holes in `frozen` are left out, so that it and the
-    whole parameters agree on what both have.
+    The hash is computed where the weights are, sharded or not, in one pass over them.
+    It has 64 bits for each leaf, which tell every accidental change; it does not
+    protect against somebody who wants equal ones. Leaves that are missing in `frozen`
+    are left out, so that `frozen` and the whole parameters agree on what both have.
 
     Args:
       params: any pytree of arrays, such as `frozen`.
@@ -46,7 +46,7 @@ def fingerprint(params: Any) -> Fingerprint:
       >>> fingerprint({"w": jnp.ones((2, 3))}).leaves
       {'w': 'float32[2, 3] 6fdfe4575c17447a'}
     """
-    leaves, _ = paths.flatten(params)
+    leaves, _ = flatten(params)
     found = {path: x for path, x in leaves.items() if is_array(x)}
     words = jax.device_get([_hash(_bits(x)) for x in found.values()])
     hashes = dict(zip(found, words, strict=True))
@@ -60,25 +60,30 @@ def fingerprint(params: Any) -> Fingerprint:
     )
 
 
+def as_fingerprint(params: PyTree | Fingerprint) -> Fingerprint:
+    """Returns the fingerprint of parameters, or the one given."""
+    return params if isinstance(params, Fingerprint) else fingerprint(params)
+
+
 def differences(
     saved: Mapping[str, str], base: Fingerprint, without: Collection[str]
 ) -> list[str]:
     """Returns in words where `base` is not the model of the fingerprint `saved`.
 
-    Leaves in `without` (those trained in full) are not the base's.
+    Leaves in `without`, those trained in full, do not belong to the base.
     """
-    told = []
+    found = []
     for path in sorted({*saved, *base.leaves} - {*without}):
         was, now = saved.get(path), base.leaves.get(path)
         if was is None or now is None:
-            told.append(f"{path!r} is " + ("not in the base" if was else "new in it"))
+            found.append(f"{path!r} is " + ("not in the base" if was else "new in it"))
         elif was.rpartition(" ")[0] != now.rpartition(" ")[0]:
-            told.append(
+            found.append(
                 f"{path!r} is {now.rpartition(' ')[0]}, was {was.rpartition(' ')[0]}"
             )
         elif was != now:
-            told.append(f"{path!r} has other numbers")
-    return told
+            found.append(f"{path!r} has other numbers")
+    return found
 
 
 def _bits(x: Any) -> Any:
@@ -110,7 +115,7 @@ def _width(dtype: Any) -> int:
 
 @jax.jit
 def _hash(bits: jax.Array) -> jax.Array:
-    """Returns two words: sums over the mixed words, each mixed with its place."""
+    """Returns two sums over the words, each of which is mixed with its place."""
     words = bits.astype(jnp.uint32)
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis in range(words.ndim):

@@ -2,19 +2,27 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from .._plan.plan import Plan
 from .._plan.serial import plan_from_dict
+from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
-from ..factors import Trainable
-from .describe import arrays, key_from_dict, rebuild
-from .fingerprint import Fingerprint, differences
-from .write_step import FORMAT, as_fingerprint, numbered, shapes_of
+from ..factors import Leaf, Trainable
+from ..paths import PyTree
+from .describe import Json, arrays, key_from_dict, rebuild
+from .disk import told
+from .fingerprint import Fingerprint, as_fingerprint, differences
+from .write_step import FORMAT, numbered, shapes_of
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+
+Place = jax.sharding.Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,103 +39,112 @@ class Checkpoint:
       config: the `LoraConfig`.
       plan: the `Plan`.
       metrics: numbers by name.
+      fingerprint: that of the base, given to `save` as `params`.
     """
 
     trainable: Trainable
-    opt_state: Any
+    opt_state: PyTree
     step: int
     metadata: Any
-    key: Any = None
+    key: jax.Array | None = None
     position: Any = None
     config: LoraConfig | None = None
     plan: Plan | None = None
     metrics: Mapping[str, float] | None = None
+    fingerprint: Fingerprint | None = None
 
 
 def read_step(
-    manager: Any, step: int | None, opt_state: Any, shardings: Any, base: Any
+    manager: "CheckpointManager",
+    step: int | None,
+    opt_state: PyTree,
+    shardings: Place | Trainable | None,
+    params: PyTree | Fingerprint,
 ) -> Checkpoint:
     """Returns the newest step of a manager, or `step`; see `checkpoint.restore`."""
     import orbax.checkpoint as ocp
 
-    where = str(manager.directory)
     steps = sorted(manager.all_steps())
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"step {step}"
-        raise CheckpointError(f"No {wanted} in {where!r}; it has steps {steps}.")
+        raise CheckpointError(
+            f"No {wanted} in {str(manager.directory)!r}; it has steps {steps}."
+        )
     step = int(steps[-1] if step is None else step)
-    items: dict[str, Any] = {"about": ocp.args.JsonRestore()}
-    template = numbered(opt_state)
-    try:
-        about = manager.restore(step, args=ocp.args.Composite(**items)).about
-        _check_about(about)
-        misfits = _misfits(template, about["opt_state"])
-        if misfits:
-            raise CheckpointError(
-                f"Step {step} in {where!r}: its optimizer state does not "
-                f"fit the template: {'; '.join(misfits[:5])}. Give the state of "
-                "the optimizer and adapter that it was saved with."
-            )
-        if base is not None:
-            _check_base(f"Step {step} in {where!r}", about, as_fingerprint(base))
+    where = f"Step {step} in {str(manager.directory)!r}"
+    then = (
+        " It is damaged, not a jlora checkpoint, or its optimizer state does not fit "
+        "the template."
+    )
+    with told(f"{where} cannot be read", catch=Exception, then=then):
+        items: Json = {"about": ocp.args.JsonRestore()}
+        about = manager.restore(step, args=ocp.args.Composite(**items))["about"]
+        template = numbered(opt_state)
+        _check(where, about, template, params)
         wanted = {
             "adapter": _adapter_template(about, shardings),
             "opt_state": {k: _with_place(x) for k, x in template.items()},
         }
         items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items() if v}
         read = manager.restore(step, args=ocp.args.Composite(**items))
-        keys, found = _keys(about), read.get("adapter") or {}
-        trainable = rebuild(about, {keys[k]: x for k, x in found.items()})
-        plan, key = about.get("plan"), about.get("key")
-        config = about.get("config")
         if template:
-            leaves = [read.opt_state[k] for k in template]
+            leaves = [read["opt_state"][k] for k in template]
             opt_state = jax.tree.structure(opt_state).unflatten(leaves)
-        return Checkpoint(
-            trainable,
-            opt_state,
-            step,
-            about["metadata"],
-            None if key is None else key_from_dict(key),
-            about.get("position"),
-            None if config is None else LoraConfig.from_json(config),
-            None if plan is None else plan_from_dict(plan),
-            about.get("metrics"),
-        )
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"Step {step} in {where!r} cannot be read "
-            f"({type(error).__name__}: {error}). It is damaged, not a jlora "
-            "checkpoint, or its optimizer state does not fit the template."
-        ) from error
+        return _checkpoint(step, about, read.get("adapter") or {}, opt_state)
 
 
-def _check_about(about: Any) -> None:
+def _checkpoint(
+    step: int, about: Json, found: Mapping[str, jax.Array], opt_state: PyTree
+) -> Checkpoint:
+    keys = _keys(about)
+    key, config, plan, base = map(about.get, ("key", "config", "plan", "base"))
+    return Checkpoint(
+        trainable=rebuild(about, {keys[k]: x for k, x in found.items()}),
+        opt_state=opt_state,
+        step=step,
+        metadata=about["metadata"],
+        key=None if key is None else key_from_dict(key),
+        position=about.get("position"),
+        config=None if config is None else LoraConfig.from_json(config),
+        plan=None if plan is None else plan_from_dict(plan),
+        metrics=about.get("metrics"),
+        fingerprint=None if base is None else Fingerprint(base),
+    )
+
+
+def _check(
+    where: str, about: Any, template: dict[str, Leaf], params: PyTree | Fingerprint
+) -> None:
+    """Raises a CheckpointError if a step is not jlora's, or of something else."""
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise CheckpointError(
-            f"This is no jlora checkpoint of format {FORMAT}: it says {about!r:.200}."
+            f"{where} is not a jlora checkpoint of format {FORMAT}: it says "
+            f"{about!r:.200}."
         )
-
-
-def _check_base(where: str, about: dict[str, Any], base: Fingerprint) -> None:
+    misfits = _misfits(template, about["opt_state"])
+    if misfits:
+        raise CheckpointError(
+            f"{where}: its optimizer state does not fit the template: "
+            f"{listed(misfits, 5)}. Give the state of the optimizer and adapter that "
+            "it was saved with."
+        )
     saved = about.get("base")
+    if params is None:
+        return
     if saved is None:
         raise CheckpointError(
-            f"{where} was saved without base=, so the base cannot be checked. Leave "
-            "base= out, or save it anew with base=."
+            f"{where} was saved without params=, so the base cannot be checked. Leave "
+            "params= out, or save it again with params=."
         )
-    told = differences(saved, base, about["full"])
-    if told:
-        more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
+    others = differences(saved, as_fingerprint(params), about["full"])
+    if others:
         raise CheckpointError(
-            f"{where} was trained on another base: {'; '.join(told[:5])}{more}. Load "
-            "the weights that it was trained on."
+            f"{where} was trained on another base: {listed(others, 5)}. Load the "
+            "weights that it was trained on."
         )
 
 
-def _keys(about: dict[str, Any]) -> dict[str, tuple[str, str]]:
+def _keys(about: Json) -> dict[str, tuple[str, str]]:
     """Returns path and part of each array by its number."""
     keys = {}
     for name in about["arrays"]:
@@ -138,9 +155,11 @@ def _keys(about: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return keys
 
 
-def _adapter_template(about: dict[str, Any], shardings: Any) -> dict[str, Any]:
+def _adapter_template(
+    about: Json, shardings: Place | Trainable | None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and places of the adapter's arrays by number."""
-    one = shardings if isinstance(shardings, jax.sharding.Sharding) else _first_device()
+    one = shardings if isinstance(shardings, Place) else _first_device()
     own = {}
     if isinstance(shardings, Trainable):
         own = {(path, part): place for _, path, part, place in arrays(shardings)}
@@ -158,19 +177,19 @@ def _adapter_template(about: dict[str, Any], shardings: Any) -> dict[str, Any]:
     }
 
 
-def _first_device() -> jax.sharding.Sharding:
+def _first_device() -> Place:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _with_place(x: Any) -> Any:
-    """Returns a template's leaf with a place: the saved one's devices may be gone."""
+def _with_place(x: Leaf) -> Leaf:
+    """Returns a template's leaf with a place: the devices of the save may be gone."""
     if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_first_device())
     return x
 
 
-def _misfits(template: dict[str, Any], saved: dict[str, list[Any]]) -> list[str]:
-    """Returns in words where the template of the optimizer's state is another one."""
+def _misfits(template: dict[str, Leaf], saved: Json) -> list[str]:
+    """Returns in words where the saved optimizer state differs from the template."""
     wanted = shapes_of(template)
     return [
         f"leaf {int(k)} is {saved.get(k, 'absent')}, wanted {wanted.get(k, 'none')}"

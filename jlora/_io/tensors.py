@@ -2,8 +2,8 @@
 
 A file is eight bytes with the header's length, the header in JSON (dtype, shape and
 place of each tensor, and a table of strings under `__metadata__`), and the tensors'
-bytes without gaps. Everything is checked before a tensor is read, and no more than one
-tensor need be in memory.
+bytes without gaps. Everything is checked before a tensor is read, and only one tensor
+at a time has to be in memory.
 
 References:
   https://huggingface.co/docs/safetensors
@@ -14,11 +14,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
+from .._tables import listed
 from ..errors import CheckpointError
 from .disk import Path, fields_once, replacing
 
@@ -48,6 +50,15 @@ _SIZE_LIMIT = 2**48
 _CHUNK = 16 * 2**20
 
 
+class Form(Protocol):
+    """Anything with a dtype and a shape."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
     """Where a tensor is in its file, and what it is."""
@@ -70,9 +81,9 @@ def read_header(file: BinaryIO) -> Header:
     """Returns the header of an open file, checked against the file's length.
 
     Raises:
-      CheckpointError: if the file is no whole safetensors file: cut, too long, a header
-        that is no JSON, doubled names, unknown dtypes, tensors that overlap or leave
-        gaps.
+      CheckpointError: if the file is not a whole safetensors file: it is cut or too
+        long, the header is not JSON or names a tensor twice, a dtype is unknown, or
+        tensors overlap or leave gaps.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -89,7 +100,7 @@ def read_header(file: BinaryIO) -> Header:
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _damaged("its metadata is no table of strings")
+        raise _damaged("its metadata is not a table of strings")
     entries = {name: _entry(name, value, 8 + length) for name, value in fields.items()}
     entries = dict(sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].stop)))
     end = 8 + length
@@ -103,7 +114,7 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read(file: BinaryIO, entry: TensorInfo) -> np.ndarray:
-    """Returns one tensor, in memory of its own that is not to be written to."""
+    """Returns one tensor, as a read-only array."""
     file.seek(entry.start)
     data = file.read(entry.stop - entry.start)
     if len(data) != entry.stop - entry.start:
@@ -127,7 +138,7 @@ def chunks(file: BinaryIO, entry: TensorInfo) -> Iterator[bytes]:
 
 def write(
     path: Path,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Form],
     pieces: Callable[[str], Iterable[Buffer]],
     metadata: Mapping[str, str],
 ) -> None:
@@ -140,8 +151,7 @@ def write(
       metadata: strings for the header.
 
     Raises:
-      CheckpointError: if a dtype has no place in the format, or the file cannot be
-        written.
+      CheckpointError: if the format lacks a dtype, or the file cannot be written.
     """
     unknown = [
         f"{name!r} is {x.dtype}"
@@ -150,7 +160,7 @@ def write(
     ]
     if unknown:
         raise CheckpointError(
-            f"Not saved: safetensors has no such dtype: {'; '.join(unknown[:5])}. "
+            f"Not saved: safetensors has no such dtype: {listed(unknown, 5)}. "
             f"It has {', '.join(str(d) for d in NAMES)}."
         )
     order = in_order(tensors)
@@ -174,7 +184,7 @@ def write(
             assert written == place[1] - place[0], (name, written, place)
 
 
-def in_order(tensors: Mapping[str, Any]) -> list[str]:
+def in_order(tensors: Mapping[str, Form]) -> list[str]:
     """Returns the names in a file's order: wide dtypes first, so that all are aligned.
 
     Examples:
@@ -184,14 +194,14 @@ def in_order(tensors: Mapping[str, Any]) -> list[str]:
     return sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
 
 
-def raw(x: Any) -> memoryview:
+def raw(x: ArrayLike) -> memoryview:
     """Returns the bytes of an array, little-endian and in the order of its axes."""
     x = np.asarray(x)
     little = x.astype(_little(x.dtype), order="C", copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
-def _little(dtype: Any) -> np.dtype:
+def _little(dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
@@ -202,10 +212,10 @@ def _parse(text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text.decode(), object_pairs_hook=fields_once)
         if not isinstance(fields, dict):
-            raise ValueError("no table")
+            raise ValueError("it is not a table")
         "".join(fields).encode()  # no half surrogates
     except (ValueError, RecursionError) as error:
-        raise _damaged(f"its header is no JSON table ({error})") from error
+        raise _damaged(f"its header is not a JSON table ({error})") from error
     return fields
 
 
@@ -233,4 +243,4 @@ def _entry(name: str, value: Any, data: int) -> TensorInfo:
 
 
 def _damaged(why: str) -> CheckpointError:
-    return CheckpointError(f"This is no whole safetensors file: {why}.")
+    return CheckpointError(f"This is not a whole safetensors file: {why}.")

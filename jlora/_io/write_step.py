@@ -3,40 +3,45 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .._core.tree import check_trainable
 from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
+from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
-from ..factors import Trainable
-from .describe import arrays, describe, key_to_dict
-from .disk import told
-from .fingerprint import Fingerprint, fingerprint
+from ..factors import Leaf, Trainable
+from ..paths import PyTree
+from .describe import Json, arrays, describe, key_to_dict
+from .disk import Path, told
+from .fingerprint import Fingerprint, as_fingerprint
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
 
 FORMAT = 1
 _DELETED = ".deleted"
 
 
 def open_manager(
-    directory: str | os.PathLike,
+    directory: Path,
     *,
     write: bool,
     keep: int | None = None,
     best: str | None = None,
     mode: str = "max",
     wait: bool = True,
-):
+) -> "CheckpointManager":
     """Returns Orbax's manager of a directory, a context; see `checkpoint.Checkpoints`.
 
     Raises:
@@ -82,7 +87,7 @@ def open_manager(
         )
 
 
-def sweep(directory: str | os.PathLike) -> None:
+def sweep(directory: Path) -> None:
     """Deletes for good the steps that were deleted."""
     if jax.process_index() == 0:
         shutil.rmtree(pathlib.Path(directory) / _DELETED, ignore_errors=True)
@@ -94,33 +99,30 @@ def check_keep(keep: int | None) -> None:
         raise CheckpointError(f"keep must be at least 1, or None for all, got {keep}.")
 
 
-def run_of(config: LoraConfig | None, plan: Plan | None, base: Any) -> dict[str, Any]:
+def run_of(
+    config: LoraConfig | None, plan: Plan | None, params: PyTree | Fingerprint
+) -> Json:
     """Returns what is the same for all checkpoints of a run, as JSON values."""
     if config is None and plan is not None:
         config = plan.config
     return {
         "config": None if config is None else config.to_json(),
         "plan": None if plan is None else plan_to_dict(plan),
-        "base": None if base is None else dict(as_fingerprint(base).leaves),
+        "base": None if params is None else dict(as_fingerprint(params).leaves),
     }
-
-
-def as_fingerprint(base: Any) -> Fingerprint:
-    """Returns the fingerprint of parameters, or the one given."""
-    return base if isinstance(base, Fingerprint) else fingerprint(base)
 
 
 def contents(
     step: int,
     trainable: Trainable,
     *,
-    opt_state: Any,
-    key: Any,
+    opt_state: PyTree,
+    key: jax.Array | None,
     position: Any,
     metadata: Any,
-    run: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None = None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    run: Json,
+    metrics: Mapping[str, ArrayLike] | None = None,
+) -> tuple[Json, dict[str, dict[str, Leaf]]]:
     """Returns the JSON part and the arrays of a checkpoint, both checked."""
     check_trainable(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
@@ -129,11 +131,11 @@ def contents(
     for i, path, part, x in arrays(trainable):
         adapter[f"{i:06d}-{part}"] = x
         labels[f"{i:06d}-{part}"] = f"{path!r} ({part})"
-    bad = not_finite(adapter)
+    bad = [labels[k] for k in not_finite(adapter)]
     if bad:
         raise CheckpointError(
-            f"Not saved: NaN or infinity in {', '.join(labels[k] for k in bad[:5])}. "
-            "The last good step is still there to restore."
+            f"Not saved: NaN or infinity in {listed(bad, 5, ', ')}. The last good step "
+            "is still there to restore."
         )
     state = numbered(opt_state)
     about = {
@@ -144,21 +146,22 @@ def contents(
         "metadata": metadata,
         "key": None if key is None else key_to_dict(key),
         "position": position,
-        "metrics": None
-        if metrics is None
-        else {k: float(v) for k, v in metrics.items()},
+        "metrics": metrics and {k: float(np.asarray(v)) for k, v in metrics.items()},
         **run,
     }
     for name in ("metadata", "position"):
         try:
             json.dumps(about[name])
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{name} is no JSON value: {error}.") from error
+            raise CheckpointError(f"{name} is not a JSON value: {error}.") from error
     return about, {"adapter": adapter, "opt_state": state}
 
 
 def write_step(
-    manager: Any, step: int, about: dict[str, Any], trees: dict[str, Any]
+    manager: "CheckpointManager",
+    step: int,
+    about: Json,
+    trees: dict[str, dict[str, Leaf]],
 ) -> None:
     """Begins to write what `contents` returned; `manager` knows when it is done."""
     import orbax.checkpoint as ocp
@@ -168,7 +171,7 @@ def write_step(
             f"Step {step} is already in {str(manager.directory)!r}. Save another step, "
             "another directory, or pass overwrite=True to checkpoint.save."
         )
-    items: dict[str, Any] = {"about": ocp.args.JsonSave(about)}
+    items: Json = {"about": ocp.args.JsonSave(about)}
     for name, tree in trees.items():
         if tree:  # Orbax refuses an item without arrays
             items[name] = ocp.args.StandardSave(tree)
@@ -187,11 +190,11 @@ def saving(what: str) -> contextlib.AbstractContextManager[None]:
     return told(what, catch=Exception, then=then)
 
 
-def shapes_of(named: dict[str, Any]) -> dict[str, list[Any]]:
+def shapes_of(named: Mapping[str, Leaf]) -> Json:
     """Returns shape and dtype of each array, as JSON values."""
     return {k: [list(jnp.shape(x)), str(x.dtype)] for k, x in named.items()}
 
 
-def numbered(tree: Any) -> dict[str, Any]:
+def numbered(tree: PyTree) -> dict[str, Leaf]:
     """Returns the leaves of `tree` by number; the structure comes from the template."""
     return {f"{i:06d}": x for i, x in enumerate(jax.tree.leaves(tree))}

@@ -3,4 +3,4 @@
 A thin layer: each command calls the functions of the same name. May import everything.
 """
 
-from ._commands import main as main, run as run
+from ._main import main as main, run as run

@@ -1,20 +1,49 @@
 """What arguments of the `jlora` command stand for: maps, models, configs."""
 
+import contextlib
 import dataclasses
 import importlib
+import operator
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from .. import files
 from .._io.disk import reading
+from .._io.models import open_model
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
 from ..errors import ConfigError, JloraError
+from ..factors import Trainable
+
+if TYPE_CHECKING:
+    from ..peft import NameMap
 
 
-def name_map(names: str | None) -> Any:
+def read(
+    adapter: str,
+    *,
+    base: str | None = None,
+    names: str | None = None,
+    tied: bool | None = None,
+    step: int | None = None,
+) -> Trainable:
+    """Returns the adapter at a path; the other arguments are options of the command."""
+    own = name_map(names)
+    if step is not None and files.detect(adapter) != "orbax":
+        raise click.UsageError(f"--step: {adapter!r} is not an Orbax checkpoint.")
+    return files.read(adapter, base=base, names=own, tied=tied, step=step)
+
+
+def fits_as_it_is(base: str, names: str | None) -> bool:
+    """Returns whether a model has torch's own names, which a PEFT adapter has too."""
+    return names is None and not any("/" in name for name in open_model(base).shapes)
+
+
+def name_map(names: str | None) -> "NameMap | None":
     """Returns the `NameMap` that `--names` means; None for none."""
     if names is None:
         return None
@@ -24,14 +53,15 @@ def name_map(names: str | None) -> Any:
         found = attribute_of(names)
         if not isinstance(found, NameMap):
             raise click.UsageError(
-                f"--names {names!r} is {type(found).__name__}, no jlora.peft.NameMap."
+                f"--names {names!r} is {type(found).__name__}, not a "
+                "jlora.peft.NameMap."
             )
         return found
 
     known = [name for name in dir(maps) if name.isupper() and name[0] != "_"]
     if names.upper() not in known:
         raise click.UsageError(
-            f"--names {names!r} is none of {', '.join(known).lower()}, nor "
+            f"--names {names!r} is neither one of {', '.join(known).lower()} nor "
             "module:attribute."
         )
     return getattr(maps, names.upper())
@@ -44,30 +74,29 @@ def attribute_of(path: str) -> Any:
         raise click.UsageError(f"{path!r} is not of the form package.module:attribute.")
     sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the module raises while it is imported
-        raise click.UsageError(
-            f"{path!r} cannot be imported ({type(error).__name__}: {error})."
-        ) from error
+        with _running(f"{path!r} cannot be imported"):
+            return operator.attrgetter(attribute)(importlib.import_module(module))
     finally:
         sys.path.remove(os.getcwd())
-    return found
+
+
+@contextlib.contextmanager
+def _running(what: str) -> Iterator[None]:
+    """Raises what the user's own code raises in the block as a UsageError."""
+    try:
+        yield
+    except JloraError:
+        raise
+    except Exception as error:
+        raise click.UsageError(f"{what} ({type(error).__name__}: {error}).") from error
 
 
 def planned(model: str, options: dict[str, Any]) -> Plan:
     """Returns the plan of the model that `package.module:attribute` names."""
     found = attribute_of(model)
-    try:
-        if callable(found):
+    if callable(found):
+        with _running(f"{model!r} cannot be called"):
             found = found()
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} raised {type(error).__name__}: {error}."
-        ) from error
     config = config_of(options)
     if isinstance(found, Plan):
         if config is not None:
@@ -79,14 +108,8 @@ def planned(model: str, options: dict[str, Any]) -> Plan:
             "(function, params, *args)."
         )
     fn, params, *args = found
-    try:
+    with _running(f"{model!r} cannot be traced"):
         return make_plan(fn, params, *args, config=config or LoraConfig())
-    except JloraError:
-        raise
-    except Exception as error:
-        raise click.UsageError(
-            f"{model!r} cannot be traced ({type(error).__name__}: {error})."
-        ) from error
 
 
 def config_of(options: dict[str, Any]) -> LoraConfig | None:
@@ -99,5 +122,5 @@ def config_of(options: dict[str, Any]) -> LoraConfig | None:
     try:
         config = LoraConfig.from_json(data.decode())
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{options['config']!r} is no text: {error}.") from error
+        raise ConfigError(f"{options['config']!r} is not text: {error}.") from error
     return dataclasses.replace(config, **own)

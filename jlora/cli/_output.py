@@ -18,6 +18,11 @@ def counts(trainable: Trainable) -> dict[str, int]:
     return {"lora": len(trainable.lora), "full": len(trainable.full)}
 
 
+def tell(text: str) -> None:
+    """Prints `text` as one line for people, beside the result."""
+    click.echo(" ".join(text.split()), err=True)
+
+
 def done(fields: dict[str, Any], as_json: bool) -> None:
     """Prints what a command has written to `fields["out"]`."""
     if as_json:
@@ -49,7 +54,7 @@ def _finite(value: Any) -> Any:
 
 
 def bar(label: str) -> Progress:
-    """Returns what shows progress through names, if anybody looks."""
+    """Returns a wrapper of names that shows progress on a terminal."""
 
     def progress(names: Iterable[str]) -> Iterator[str]:
         if not sys.stderr.isatty():

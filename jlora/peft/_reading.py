@@ -117,7 +117,7 @@ class Reading:
     def _with_prefix(
         self, placed: list[tuple[TargetLeaf, tuple[Place, ...]]]
     ) -> list[tuple[TargetLeaf, tuple[Place, ...]]]:
-        """Returns the places under the names with or without prefix that fit more."""
+        """Returns the places with or without prefix, as more are in the file."""
         if not self.names.prefix:
             return placed
 
@@ -167,7 +167,7 @@ class Reading:
         return array
 
     def _layer(self, leaf: TargetLeaf, place: Place) -> Layer | None:
-        """Returns the adapter of one module, if the file has it whole."""
+        """Returns the adapter of one module, None if the file lacks a part of it."""
         stem = place.module
         if place.kind == "other" or (place.kind in RAW and place not in self.stems):
             return None
@@ -205,7 +205,7 @@ class Reading:
     def _take_tied(
         self, leaf: TargetLeaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
     ) -> None:
-        """Reads the head's side of a tied embedding, which must be the same numbers."""
+        """Reads the factors of a tied head, which must be those of the embedding."""
         if place.tied is None or place.kind != "embedding":
             return
         head = place.tied.removesuffix(".weight")
@@ -215,7 +215,7 @@ class Reading:
         if tied is None and not any(there):
             self.config.append(
                 f"{leaf.path!r} may be the output head too ({place.tied}), the file "
-                "adapts the embedding alone. Give the plan, or say tied=False if the "
+                "adapts only the embedding. Give the plan, or say tied=False if the "
                 "model does not use it as both"
             )
         elif tied and not all(there):
@@ -234,12 +234,12 @@ class Reading:
             )  # fmt: skip
             if not same:
                 self.wrong.append(
-                    f"{head} and {place.module} are tied, their factors not"
+                    f"{head} and {place.module} are tied, their factors are not"
                 )
         self.left.pop(f"{head}.base_layer.weight", None)
 
     def _rows(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> bool:
-        """Reads trained rows of a table, which PEFT keeps whole; returns if it did."""
+        """Reads trained rows of a table, if any; returns whether there are some."""
         place = places[0]
         module = place.module
         key = f"{module}.token_adapter.trainable_tokens_delta"
@@ -368,7 +368,7 @@ class Reading:
         return None
 
     def _check_base(self, leaf: TargetLeaf, place: Place) -> None:
-        """Takes the copy of an adapted table that PEFT saves: the model's own."""
+        """Checks that the copy of an adapted table that PEFT saves is the model's."""
         key = f"{place.module}.base_layer.weight"
         slot = self.left.pop(key, None) if place.kind not in RAW else None
         if slot is None:
@@ -422,7 +422,7 @@ class Reading:
                 return
         floats = [slot.dtype in FLOATS for slot in whole.values()]
         if not all(floats) and jnp.issubdtype(leaf.dtype, jnp.floating):
-            self.wrong.append(f"{places[0].name} is no floating-point array")
+            self.wrong.append(f"{places[0].name} is not a floating-point array")
             return
         dtype = np.result_type(*(x.dtype for x in arrays.values()))
         if all(floats):
@@ -436,10 +436,10 @@ class Reading:
         """Returns the adapter and the report."""
         extra = [
             f"{PREFIX}{name!s:.200}"
-            + ("" if name.endswith(_ADAPTER_LEAVES) else " (no tensor of an adapter)")
+            + ("" if name.endswith(_ADAPTER_LEAVES) else " (not an adapter's)")
             for name in self.left
         ]
-        if extra:  # what they belong to may be a leaf that could not be named
+        if extra:  # they may belong to a leaf that could not be named
             self.missing += self.unplaced
         report = LoadReport(
             tuple(dict.fromkeys(self.missing)),
@@ -471,7 +471,7 @@ def _rows_misfit(
 
 
 def _beginnings(name: str) -> Iterable[str]:
-    """Yields what is left of the name before each of its dots."""
+    """Yields the part of the name before each of its dots."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

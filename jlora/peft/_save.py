@@ -55,7 +55,7 @@ def save(
       base_model: what to write as the base model's name or path.
       task_type: what to write as the task, `"CAUSAL_LM"` or the like.
       tied: whether an adapted embedding table is the output head too. Needed where
-        `names` says that it may be, as the adapter alone does not tell.
+        `names` says that it may be, as the adapter does not tell.
       params: the base's parameters, `frozen` or whole; needed where single rows of a
         table are trained, as PEFT keeps the rows and jlora what is added to them.
       portable: write only what vLLM loads, and refuse the rest by name.
@@ -128,8 +128,8 @@ def _check_portable(
     heads = [m.rpartition(".")[2] for m in config.saved]
     if len(heads) > 1 or not set(heads) <= {"classifier", "score"}:
         wrong.append(
-            f"modules_to_save={list(config.saved)}: only one, `classifier` or `score`, "
-            "is read"
+            f"modules_to_save={list(config.saved)}: it reads only one, `classifier` or "
+            "`score`"
         )
     elif config.saved and config.saved != tuple(heads):
         wrong.append(f"modules_to_save={list(config.saved)}, inside another module")

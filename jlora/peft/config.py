@@ -4,13 +4,19 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import TypeGuard, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from .._io.describe import Json
 from ..errors import PeftError
+
+T = TypeVar("T")
+H = TypeVar("H", bound=Hashable)
+Pattern = tuple[tuple[str, T], ...]  # by pattern or name
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"  # the tensors' file without its suffix
@@ -68,17 +74,17 @@ class PeftConfig:
       dora: whether modules have magnitudes.
       dropout: drop rate on the input of A.
       bias: `"none"`, `"all"` or `"lora_only"`.
-      targets: names of adapted modules, or None for what is not a list of names.
+      targets: names of adapted modules; None if the config has a pattern instead.
       parameters: names of adapted bare parameters.
       saved: modules that are in the file whole.
       tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
-      tying: the output head takes part in the embedding's adapter.
+      tying: whether the output head takes part in the embedding's adapter.
     """
 
     r: int
     alpha: float
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    rank_pattern: Pattern[int] = ()
+    alpha_pattern: Pattern[float] = ()
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
@@ -86,27 +92,27 @@ class PeftConfig:
     targets: tuple[str, ...] | None = None
     parameters: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
-    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    tokens: Pattern[tuple[int, ...]] = ()
     tying: bool = False
 
 
 def pattern_lookup(
-    pattern: Iterable[tuple[str, Any]],
-) -> Callable[[str], tuple[str, Any] | None]:
+    pattern: Iterable[tuple[str, T]],
+) -> Callable[[str], tuple[str, T] | None]:
     r"""Returns a function from a module to the first `(key, value)` that matches it.
 
     PEFT matches `(.*\.)?(key)$` with each key in turn. A key without special signs is
     looked up instead, for adapters with thousands of them; a dot in it is a dot.
     """
-    plain: dict[str, tuple[int, str, Any]] = {}
-    others: list[tuple[int, re.Pattern[str], str, Any]] = []
+    plain: dict[str, tuple[int, str, T]] = {}
+    others: list[tuple[int, re.Pattern[str], str, T]] = []
     for order, (key, value) in enumerate(pattern):
         if re.fullmatch(r"[\w.]+", key):
             plain.setdefault(key, (order, key, value))
         else:
             others.append((order, re.compile(rf"(.*\.)?({key})$"), key, value))
 
-    def find(module: str) -> tuple[str, Any] | None:
+    def find(module: str) -> tuple[str, T] | None:
         found = [plain[end] for end in endings(module) if end in plain]
         found += [(n, key, value) for n, r, key, value in others if r.match(module)]
         return min(found, key=lambda hit: hit[0])[1:] if found else None
@@ -115,7 +121,7 @@ def pattern_lookup(
 
 
 def endings(module: str) -> Iterator[str]:
-    """Yields the name and what is left of it after each of its dots.
+    """Yields the name, and the part of it after each of its dots.
 
     Examples:
       >>> list(endings("a.b.c"))
@@ -132,16 +138,16 @@ def names_module(entry: str, module: str) -> bool:
     return module == entry or module.endswith("." + entry)
 
 
-def parse_config(fields: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
+def parse_config(fields: Json) -> tuple[PeftConfig, list[str]]:
     """Returns the config in `fields`, and in words what is wrong with it.
 
     Raises:
-      PeftError: if it is no LoRA adapter's, or lacks rank or alpha.
+      PeftError: if it is not of a LoRA adapter, or lacks rank or alpha.
     """
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise PeftError(
-            f"peft_type is {kind!r:.50}. jlora reads 'LORA' alone: convert the adapter "
+            f"peft_type is {kind!r:.50}. jlora reads only 'LORA': convert the adapter "
             "with PEFT's `save_as_lora` first."
         )
     wrong: list[str] = []
@@ -153,74 +159,75 @@ def parse_config(fields: Mapping[str, Any]) -> tuple[PeftConfig, list[str]]:
         if name in fields and not any(_equal(fields[name], value) for value in off)
     ]
     values = {}
-    for name, (field, read, default) in _FIELDS.items():
+    for name, (field, read) in _FIELDS.items():
         value = fields.get(name)
         if value is None:
-            if default is _REQUIRED:
+            if name in _REQUIRED:
                 raise PeftError(
-                    f"The config has no {name}. PEFT would take 8 without a word. "
-                    f"Write the {name} that the adapter was trained with into it."
+                    f"The config has no {name}. PEFT would silently take 8. Write the "
+                    f"{name} that the adapter was trained with into it."
                 )
             continue
         try:
             values[field] = read(value)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            if default is _REQUIRED:
+            if name in _REQUIRED:
                 raise PeftError(f"{name} is {value!r:.100}: {error}.") from error
             wrong.append(f"{name} is {value!r:.100}: {error}")
     values.pop("", None)
     return PeftConfig(**values), wrong
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-_REQUIRED = object()
-
-
-def _rank(value: Any) -> int:
+def _rank(value: object) -> int:
     if type(value) is not int or not 0 < value <= 1_000_000:
         raise ValueError("a rank is a positive whole number")
     return value
 
 
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+def _number(value: object) -> float:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
         raise ValueError("it must be a positive number")
     return float(value)
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: object) -> bool:
     if type(value) is not bool:
         raise ValueError("it must be true or false")
     return value
 
 
-def _rate(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1:
+def _rate(value: object) -> float:
+    if not _is_number(value) or not 0 <= value < 1:
         raise ValueError("a drop rate is in [0, 1)")
     return float(value)
 
 
-def _bias(value: Any) -> str:
-    if value not in ("none", "all", "lora_only"):
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
+
+
+def _bias(value: object) -> str:
+    if not isinstance(value, str) or value not in ("none", "all", "lora_only"):
         raise ValueError("it must be none, all or lora_only")
     return value
 
 
-def _names(value: Any) -> tuple[str, ...]:
+def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise ValueError("it must be a list of names")
     return tuple(value)
 
 
-def _targets(value: Any) -> tuple[str, ...] | None:
+def _targets(value: object) -> tuple[str, ...] | None:
     return None if isinstance(value, str) else _names(value)
 
 
-def _pattern(read: Any) -> Any:
-    def parse(value: Any) -> tuple[tuple[str, Any], ...]:
+def _pattern(read: Callable[[object], T]) -> Callable[[object], Pattern[T]]:
+    def parse(value: object) -> Pattern[T]:
         if not isinstance(value, dict):
             raise ValueError("it must be an object")
         for key in value:
@@ -231,21 +238,21 @@ def _pattern(read: Any) -> Any:
 
 
 def _check_regex(key: str) -> None:
-    """Refuses what is no regular expression, or could take for ever to match."""
+    """Raises a ValueError for a broken pattern, or one that takes for ever to match."""
     loops = re.sub(r"\\.|\[[^\]]*\]", "x", key)
     repeats = re.findall(r"[*+{?]", loops.replace("(?:", "("))
     if re.search(r"\)[*+{?]", loops) or len(repeats) > 4:
         raise ValueError(f"the pattern {key!r:.60} repeats too much")
     sets = re.search(r"\[[^\]]*(\[|--|&&|~~|\|\|)", key)  # reserved by Python
     if sets or "(?" in loops.replace("(?:", "(") or len(key) > 1000:
-        raise ValueError(f"the pattern {key!r:.60} is no plain pattern")
+        raise ValueError(f"the pattern {key!r:.60} is not a plain pattern")
     try:
         re.compile(rf"(.*\.)?({key})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"the pattern {key!r:.60} is broken, {error}") from error
 
 
-def _tokens(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _tokens(value: object) -> Pattern[tuple[int, ...]]:
     entries = {"": value} if isinstance(value, list) else value
     if not isinstance(entries, dict):
         raise ValueError("it must be a list or an object of lists")
@@ -256,7 +263,7 @@ def _tokens(value: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(ids)) for name, ids in entries.items())
 
 
-def _init(value: Any) -> None:
+def _init(value: object) -> None:
     if type(value) is not bool and value not in _INITS:
         raise ValueError(
             "such an init changes the base weights, which are not in the file. Save it "
@@ -264,28 +271,29 @@ def _init(value: Any) -> None:
         )
 
 
-# PEFT's name: our name, how it is read, and what its absence means.
-_FIELDS: dict[str, tuple[str, Any, Any]] = {
-    "r": ("r", _rank, _REQUIRED),
-    "lora_alpha": ("alpha", _number, _REQUIRED),
-    "rank_pattern": ("rank_pattern", _pattern(_rank), None),
-    "alpha_pattern": ("alpha_pattern", _pattern(_number), None),
-    "use_rslora": ("rslora", _flag, None),
-    "use_dora": ("dora", _flag, None),
-    "lora_dropout": ("dropout", _rate, None),
-    "bias": ("bias", _bias, None),
-    "target_modules": ("targets", _targets, None),
-    "target_parameters": ("parameters", _names, None),
-    "modules_to_save": ("saved", _names, None),
-    "trainable_token_indices": ("tokens", _tokens, None),
-    "ensure_weight_tying": ("tying", _flag, None),
-    "init_lora_weights": ("", _init, None),
+# PEFT's name: our name, and how it is read.
+_FIELDS: dict[str, tuple[str, Callable[[object], object]]] = {
+    "r": ("r", _rank),
+    "lora_alpha": ("alpha", _number),
+    "rank_pattern": ("rank_pattern", _pattern(_rank)),
+    "alpha_pattern": ("alpha_pattern", _pattern(_number)),
+    "use_rslora": ("rslora", _flag),
+    "use_dora": ("dora", _flag),
+    "lora_dropout": ("dropout", _rate),
+    "bias": ("bias", _bias),
+    "target_modules": ("targets", _targets),
+    "target_parameters": ("parameters", _names),
+    "modules_to_save": ("saved", _names),
+    "trainable_token_indices": ("tokens", _tokens),
+    "ensure_weight_tying": ("tying", _flag),
+    "init_lora_weights": ("", _init),
 }
+_REQUIRED = ("r", "lora_alpha")
 
 
 def config_fields(
     config: PeftConfig, *, base_model: str | None, task_type: str | None, conv1d: bool
-) -> dict[str, Any]:
+) -> Json:
     """Returns the JSON object that PEFT reads as `config`, its fields sorted."""
     fields = {
         "alpha_pattern": {k: _plain(v) for k, v in config.alpha_pattern},
@@ -305,7 +313,7 @@ def config_fields(
         "use_dora": config.dora,
         "use_rslora": config.rslora,
     }
-    # Fields that older readers do not know are written where they say something.
+    # Older readers do not know these fields, so they are written only where needed.
     if config.parameters:
         fields["target_parameters"] = list(config.parameters)
     if config.tokens:
@@ -319,8 +327,8 @@ def _plain(number: float) -> int | float:
     return int(number) if float(number).is_integer() else float(number)
 
 
-def patterns(values: Mapping[str, Any], default: Any) -> tuple[tuple[str, Any], ...]:
-    """Returns the pattern that gives each module its value, few entries first.
+def patterns(values: Mapping[str, T], default: T) -> Pattern[T]:
+    """Returns the pattern that gives each module its value, unless it is `default`.
 
     A name is written as it is, as PEFT writes it, unless it would match another module
     too; then it is anchored and escaped.
@@ -338,7 +346,7 @@ def patterns(values: Mapping[str, Any], default: Any) -> tuple[tuple[str, Any], 
     )
 
 
-def signature(fields: Mapping[str, Any]) -> str:
+def signature(fields: Json) -> str:
     """Returns the fields that decide what the tensors mean, as text."""
     kept = (
         "r",
@@ -351,9 +359,6 @@ def signature(fields: Mapping[str, Any]) -> str:
     return json.dumps([fields.get(k) or None for k in kept])
 
 
-def most_common(values: Iterable[Any]) -> Any:
-    """Returns the value that occurs most, of several the first."""
-    counts: dict[Any, int] = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return max(counts, key=lambda value: counts[value])
+def most_common(values: Iterable[H]) -> H:
+    """Returns the most frequent value, the first of several."""
+    return Counter(values).most_common(1)[0][0]

@@ -3,13 +3,14 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from ..errors import PeftError
 from ..factors import Axes, FusedParts, Spec
 from .names import Place
+
+Label = int | str  # an axis of the leaf, or "r" for the rank axis
 
 RAW = ("experts", "experts_t", "parameter")  # bare parameters, without `.weight`
 ENDS = {  # what PEFT calls A and B of a module
@@ -88,14 +89,18 @@ def _split(place: Place, axes: Axes) -> tuple[list[int], list[int], list[int]]:
     return by_role["e"], by_role["i"], by_role["o"]
 
 
-def _arranged(x: np.ndarray, labels: Sequence[Any], order: Sequence[Any]) -> np.ndarray:
+def _arranged(
+    x: np.ndarray, labels: Sequence[Label], order: Sequence[Label]
+) -> np.ndarray:
     """Returns `x` with its labelled axes in `order`, others (of size 1) dropped."""
     rest = [i for i, label in enumerate(labels) if label not in order]
     x = x.transpose(*rest, *(labels.index(label) for label in order))
     return x.reshape(x.shape[len(rest) :])
 
 
-def _restored(x: np.ndarray, labels: Sequence[Any], order: Sequence[Any]) -> np.ndarray:
+def _restored(
+    x: np.ndarray, labels: Sequence[Label], order: Sequence[Label]
+) -> np.ndarray:
     """Returns the inverse of `_arranged`."""
     rest = [label for label in labels if label not in order]
     now = [*rest, *order]
@@ -103,7 +108,7 @@ def _restored(x: np.ndarray, labels: Sequence[Any], order: Sequence[Any]) -> np.
     return x.transpose([now.index(label) for label in labels])
 
 
-def _labels(axes: Axes) -> tuple[list[Any], list[Any]]:
+def _labels(axes: Axes) -> tuple[list[Label], list[Label]]:
     return [*axes.batch, *axes.fan_in, "r"], [*axes.batch, "r", *axes.fan_out]
 
 

@@ -30,26 +30,26 @@ class Entry:
     In both names `{i}` stands for a number and `[...]` for something that is in both
     or in neither, so `"[bert/]pooler/dense/kernel"` and `"[bert.]pooler.dense.weight"`
     cover models with and without their prefix. `{part:q_proj,k_proj,v_proj}` stands for
-    one of the words. What stands in the tensor's name alone is an axis of the leaf:
-    its first axis for stacked layers, or the parts of a fused weight.
+    one of the words. A placeholder that is only in the tensor's name is an axis of the
+    leaf: its first axis for stacked layers, or the parts of a fused weight.
 
     `axes` gives the leaf's axes and, after the arrow, which of them each axis of the
     tensor is made of: `"d h k -> (h k) d"` for a query of `[features, heads, width]`.
     Axes named like a placeholder pick the tensor: `"i d o -> o d"` for stacked layers,
     `"d part h k -> (h k) d"` for parts with an axis of their own, `"d (part o) -> o d"`
-    for parts side by side, as long as `sizes` says in proportion.
+    for parts side by side, whose lengths are in the proportions of `sizes`.
 
     Attributes:
       flax: the leaf's path; `params/` before it is optional.
       torch: the tensor's name.
-      axes: None means: a kernel turned as torch keeps it, everything else as it is.
+      axes: None transposes a kernel as torch keeps it, and leaves the rest as it is.
       kind: what torch calls the layer: `"linear"`, `"conv1d"` (GPT-2's, `[in, out]`),
         `"embedding"`, `"conv"`, `"experts"` (a parameter `[E, out, in]`), `"experts_t"`
         (`[E, in, out]`), `"parameter"` (a bare `[out, in]`) or `"other"`, which takes
-        no adapter. None means: by the leaf's last name and number of axes. Rules for
+        no adapter. None goes by the leaf's last name and number of axes. Rules for
         several parameters of one torch module stand in the order in which the module
         registers them.
-      sizes: proportions of the parts side by side, equal if empty.
+      sizes: proportions of the parts side by side; if empty, they are equal.
       tied: a second tensor that is the same weight in models that tie it.
       groups: feature groups of a convolution.
 
@@ -153,7 +153,7 @@ class NameMap:
       entries: the rules.
       prefix: what torch's names have before them in models with a head and lack in the
         bare one, `"bert."`; files of either are read.
-      ignore: tensors of whole models that are no parameters (masks, buffers).
+      ignore: tensors of whole models that are not parameters (masks, buffers).
       generic: where no rule fits, use the leaf's own path, joined by dots.
 
     Examples:
@@ -198,7 +198,7 @@ class NameMap:
         return _generic(path, shape, op, axes) if self.generic else ()
 
     def ignores(self, name: str) -> bool:
-        """Returns whether the tensor `name` of a whole model is no parameter.
+        """Returns whether the tensor `name` of a whole model is not a parameter.
 
         Args:
           name: the tensor's name.
@@ -222,14 +222,14 @@ class NameMap:
 
 GENERIC = NameMap(generic=True)
 
-_HOLE = re.compile(r"\{(\w+)(?::([^}]*))?\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 
 def _words(template: str) -> dict[str, tuple[str, ...]]:
     """Returns the placeholders with their words; those for numbers have none."""
     return {
         name: tuple(words.split(",")) if words else ()
-        for name, words in _HOLE.findall(template)
+        for name, words in _PLACEHOLDER.findall(template)
     }
 
 
@@ -246,16 +246,16 @@ def _variants(template: str) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=4096)
 def _regex(template: str) -> re.Pattern[str]:
     out, end, seen = "", 0, set()
-    for hole in _HOLE.finditer(template):
-        out += re.escape(template[end : hole.start()])
-        name, words = hole.groups()
+    for found in _PLACEHOLDER.finditer(template):
+        out += re.escape(template[end : found.start()])
+        name, words = found.groups()
         if name in seen:
             out += f"(?P={name})"
         else:
             choice = "|".join(map(re.escape, words.split(","))) if words else r"\d+"
             out += f"(?P<{name}>{choice})"
         seen.add(name)
-        end = hole.end()
+        end = found.end()
     return re.compile(out + re.escape(template[end:]))
 
 
@@ -273,7 +273,7 @@ def _match(entry: Entry, path: str) -> tuple[str, str | None, dict[str, str]] | 
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    return _HOLE.sub(lambda hole: str(values[hole.group(1)]), template)
+    return _PLACEHOLDER.sub(lambda found: str(values[found.group(1)]), template)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -455,7 +455,7 @@ def _generic(
         if ndim == 3 and not op:
             raise PeftError(
                 f"{path!r} of shape {shape} is a one-dimensional convolution or has "
-                "heads; a name alone does not say which. Give the plan instead of the "
+                "heads; its name does not say which. Give the plan instead of the "
                 "parameters, or names= with an Entry for it."
             )
         groups = (everything[-1], everything[-2], *everything[:-2])
@@ -478,7 +478,7 @@ def untied(placed: Iterable[tuple[Place, ...]]) -> list[tuple[Place, ...]]:
 
 
 def unnamed(path: str, names: NameMap) -> str:
-    """Returns in words that no rule has the leaf, and the nearest one."""
+    """Returns in words that no rule has the leaf, and which rule is nearest."""
     known = [entry.flax for entry in names.entries]
     near = paths.nearest(path, known, n=1)
     return f"{path!r} has no name in torch" + (

@@ -14,7 +14,7 @@ class LoadReport:
     Attributes:
       missing: what was wanted and is not in the file.
       extra: tensors in the file that no leaf of the model takes.
-      wrong: tensors of another shape or type, and values that are no numbers.
+      wrong: tensors of another shape or type, and values that are not finite.
       config: fields of the config that jlora lacks, or that contradict the tensors.
 
     Examples:

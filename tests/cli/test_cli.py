@@ -252,7 +252,7 @@ def test_convert_asked_for_too_little(folder, call):
     fails(call("convert", "orbax", "one.safetensors"), 2, "--overwrite")
     fails(call("convert", "orbax", "o", "--to", "zip"), 2, "'zip' is not one of")
     fails(call("convert", "orbax", "a.safetensors", "--step", "9"), 1, "No step 9 in")
-    fails(call("convert", "orbax", "a.safetensors", "--names", "x"), 2, "PEFT alone")
+    fails(call("convert", "orbax", "a.safetensors", "--names", "x"), 2, "only for PEFT")
     os.mkdir("p")
     with open("p/adapter_config.json", "w") as file:
         file.write("{}")
@@ -338,7 +338,7 @@ def test_validate_tells_what_is_wrong(folder, call):
     with open("one.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
-    fails(call("validate", "one.safetensors"), 1, "checksum is another one")
+    fails(call("validate", "one.safetensors"), 1, "checksum does not match")
     code, out, _ = call("validate", "one.safetensors", "--json")
     assert code == 1
     assert "checksum" in json.loads(out)["problems"][0]
@@ -351,7 +351,7 @@ def test_validate_tells_what_is_wrong(folder, call):
 
 
 def test_validate_compares_with_the_base(folder, call):
-    jlora.checkpoint.save("mine", adapter(), base=PARAMS)
+    jlora.checkpoint.save("mine", adapter(), params=PARAMS)
     jlora.export.safetensors("same", {**PARAMS, "head": jnp.zeros(3)})
     assert "fine" in fine(call("validate", "mine", "--base", "same"))
     other = {**PARAMS, "a": {"kernel": PARAMS["a"]["kernel"] + 1}}
@@ -421,7 +421,7 @@ def test_peft_converts_both_ways(folder, call):
     for path, f in lora.lora.items():
         same((back.lora[path].a, back.lora[path].b), (f.a, f.b))
     assert fine(call("diff", "p", "p", "--base", "flax")) == "equal\n"
-    fails(call("inspect", "p", "--base", "flax", "--names", "no"), 2, "is none of")
+    fails(call("inspect", "p", "--base", "flax", "--names", "no"), 2, "neither one of")
 
 
 def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
@@ -452,9 +452,9 @@ def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
     merged = [read_flat(f"{name}.safetensors")[path] for name in ("rows", "again")]
     np.testing.assert_allclose(*merged, atol=1e-6)
     (folder / "no_map.py").write_text("number = 3")
-    fails(call("inspect", "p", "--names", "no_map:number"), 2, "int, no jlora.peft")
+    fails(call("inspect", "p", "--names", "no_map:number"), 2, "int, not a jlora.peft")
     fails(call("convert", "rows", "x", "--to", "file", *llama, "--portable"), 2,
-          "--names, --portable: for PEFT alone")  # fmt: skip
+          "--names, --portable: only for PEFT")  # fmt: skip
 
 
 def test_peft_that_is_not_understood_is_refused(folder, call):
@@ -530,10 +530,10 @@ def test_bad_input_never_gives_a_traceback(folder, call):
     fails(call(*config, "zero"), 1, "no LoraConfig in JSON")
     fails(call(*config, "nowhere"), 1, "'nowhere' cannot be read")
     (folder / "latin").write_bytes(b"\xff")
-    fails(call(*config, "latin"), 1, "'latin' is no text")
+    fails(call(*config, "latin"), 1, "'latin' is not text")
     (folder / "list").write_text("[]")
     fails(call(*config, "list"), 1, "a list, not an object")
-    fails(call("inspect", "one.safetensors", "--step", "1"), 2, "no Orbax checkpoint")
+    fails(call("inspect", "one.safetensors", "--step", "1"), 2, "not an Orbax")
     fine(call("convert", "one.safetensors", "new", "--to", "orbax"))
     again = "convert", "one.safetensors", "new", "--to", "orbax", "--overwrite"
     fine(call(*again))
@@ -561,3 +561,17 @@ def test_jax_is_what_it_was(call, folder):
     before = jax.config.jax_platforms
     fine(call("inspect", "one.safetensors"))
     assert jax.config.jax_platforms == before
+
+
+def test_python_runs_the_package_as_the_command(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "jlora", "validate", "nowhere"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == "jlora: 'nowhere' cannot be read: No such file or directory.\n"
+    )

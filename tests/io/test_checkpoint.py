@@ -280,7 +280,7 @@ def test_the_text_for_a_damaged_checkpoint(folder):
         path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(
         jlora.CheckpointError,
-        match=r"(?s)Step 1 in .* cannot be read \(.*\)\. It is damaged, not a jlora",
+        match=r"(?s)Step 1 in .* cannot be read: .*\. It is damaged, not a jlora",
     ):
         checkpoint.restore(folder)
 
@@ -292,7 +292,7 @@ def test_a_checkpoint_of_something_else_is_refused(folder):
     with ocp.CheckpointManager(folder.absolute()) as manager:
         manager.save(0, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
         manager.wait_until_finished()
-    with pytest.raises(jlora.CheckpointError, match=r"(not a|no) jlora"):
+    with pytest.raises(jlora.CheckpointError, match="not a jlora"):
         checkpoint.restore(folder)
 
 
@@ -310,7 +310,7 @@ def test_a_format_of_the_future_is_refused(folder):
             path.write_text(json.dumps(about))
             changed += 1
     assert changed == 1
-    with pytest.raises(jlora.CheckpointError, match="no jlora checkpoint of format"):
+    with pytest.raises(jlora.CheckpointError, match="not a jlora checkpoint of format"):
         checkpoint.restore(folder)
 
 
@@ -471,9 +471,9 @@ def test_key_position_config_and_plan_come_back(folder):
     key = jax.random.split(jax.random.key(3, impl="rbg"), 2)
     position = {"epoch": 1, "shards": [[0, 5], [1, 7]], "state": "é"}
     checkpoint.save(
-        folder, trainable, key=key, position=position, plan=plan, base=frozen
+        folder, trainable, key=key, position=position, plan=plan, params=frozen
     )
-    read = checkpoint.restore(folder, base=PARAMS)
+    read = checkpoint.restore(folder, params=PARAMS)
     assert read.key.dtype == key.dtype
     assert bool((read.key == key).all())
     assert read.position == position
@@ -494,7 +494,7 @@ def test_a_key_of_the_old_kind(folder):
 
 @pytest.mark.parametrize("field", ["metadata", "position"])
 def test_what_is_no_json_is_refused(folder, field):
-    with pytest.raises(jlora.CheckpointError, match=f"{field} is no JSON value"):
+    with pytest.raises(jlora.CheckpointError, match=f"{field} is not a JSON value"):
         checkpoint.save(folder, small(), **{field: {"x": jnp.ones(2)}})
     assert not folder.exists()
 
@@ -509,7 +509,7 @@ def test_a_predicate_as_targets_is_refused_before_training(folder):
 
 
 def test_another_base_is_refused_and_named(folder):
-    checkpoint.save(folder, small(), base=PARAMS, step=1)
+    checkpoint.save(folder, small(), params=PARAMS, step=1)
     w = PARAMS["w"]
     for base, text in [
         ({**PARAMS, "w": w.at[3, 5].add(1e-6)}, r"'w' has other numbers\. Load"),
@@ -519,18 +519,18 @@ def test_another_base_is_refused_and_named(folder):
         ({"head": PARAMS["head"]}, "'w' is not in the base"),
     ]:
         with pytest.raises(jlora.CheckpointError, match=rf"another base: {text}"):
-            checkpoint.restore(folder, base=base)
+            checkpoint.restore(folder, params=base)
     # A leaf trained in full is the adapter's, whatever the base has there.
     other = {**PARAMS, "head": normal((9,))}
     print_ = checkpoint.fingerprint(other)
-    assert checkpoint.restore(folder, base=print_).step == 1
+    assert checkpoint.restore(folder, params=print_).step == 1
     assert checkpoint.restore(folder).step == 1
 
 
 def test_a_base_that_was_not_saved_cannot_be_checked(folder):
     checkpoint.save(folder, small())
-    with pytest.raises(jlora.CheckpointError, match=r"saved without base="):
-        checkpoint.restore(folder, base=PARAMS)
+    with pytest.raises(jlora.CheckpointError, match=r"saved without params="):
+        checkpoint.restore(folder, params=PARAMS)
 
 
 def test_the_fingerprint_depends_on_the_numbers_alone():
@@ -621,33 +621,33 @@ def test_the_newest_and_the_best_are_kept(folder):
         for step, value in enumerate(accuracy):
             full = {"head": jnp.full(3, float(step))}
             metrics = {"accuracy": jnp.float32(value), "loss": 1}
-            assert ckpts.save(step, jlora.Trainable(full=full), metrics=metrics)
+            assert ckpts.save(jlora.Trainable(full=full), step=step, metrics=metrics)
     with checkpoint.Checkpoints(folder, keep=2, best="accuracy") as ckpts:
         assert (ckpts.steps, ckpts.newest, ckpts.best) == ((1, 4, 5), 5, 1)
-        read = ckpts.restore(ckpts.best)
+        read = ckpts.restore(step=ckpts.best)
         assert float(read.trainable.full["head"][0]) == 1
         assert read.metrics == {"accuracy": pytest.approx(0.9), "loss": 1}
         with pytest.raises(jlora.CheckpointError, match=r"Step 6 needs metrics=\{'acc"):
-            ckpts.save(6, small(), metrics={"loss": 1})
+            ckpts.save(small(), step=6, metrics={"loss": 1})
     assert {p.name for p in folder.iterdir()} == {"1", "4", "5"}
 
 
 def test_the_smallest_may_be_best(folder):
     with checkpoint.Checkpoints(folder, keep=1, best="loss", mode="min") as ckpts:
         for step, loss in enumerate([3.0, 1.0, float("nan"), 2.0]):
-            ckpts.save(step, small(), metrics={"loss": loss})
+            ckpts.save(small(), step=step, metrics={"loss": loss})
         ckpts.wait()
         assert (ckpts.steps, ckpts.best) == ((1, 3), 1)
 
 
 def test_only_every_so_many_steps_are_written(folder):
     with checkpoint.Checkpoints(folder, keep=None, every=3) as ckpts:
-        saved = [step for step in range(8) if ckpts.save(step, small())]
+        saved = [step for step in range(8) if ckpts.save(small(), step=step)]
         assert saved == [0, 3, 6]
-        assert ckpts.save(7, small(), force=True)
+        assert ckpts.save(small(), step=7, force=True)
         assert ckpts.steps == (0, 3, 6, 7)
         with pytest.raises(jlora.CheckpointError, match="Step 6 is already in"):
-            ckpts.save(6, small())
+            ckpts.save(small(), step=6)
         assert ckpts.restore().step == 7
 
 
@@ -662,10 +662,10 @@ def test_the_next_save_waits_until_old_steps_are_deleted(folder, monkeypatch):
 
     monkeypatch.setattr(os, "replace", slow)
     with checkpoint.Checkpoints(folder, keep=1) as ckpts:
-        ckpts.save(0, small())
-        ckpts.save(1, small())
+        ckpts.save(small(), step=0)
+        ckpts.save(small(), step=1)
         assert deletes.wait(timeout=60)
-        ckpts.save(2, small())
+        ckpts.save(small(), step=2)
     assert os.listdir(folder) == ["2"]
 
 
@@ -674,23 +674,23 @@ def test_arrays_may_be_donated_while_they_are_written(folder):
     x = jnp.zeros((512, 512))
     with checkpoint.Checkpoints(folder, keep=None) as ckpts:
         for i in range(4):
-            ckpts.save(i, jlora.Trainable(full={"x": x}))
+            ckpts.save(jlora.Trainable(full={"x": x}), step=i)
             for _ in range(3):
                 x = step(x)
         for i in range(4):
-            read = ckpts.restore(i).trainable.full["x"]
+            read = ckpts.restore(step=i).trainable.full["x"]
             assert bool((read == 3 * i).all())
 
 
 def test_the_base_is_checked_in_a_loop(folder):
-    with checkpoint.Checkpoints(folder, base=PARAMS) as ckpts:
-        ckpts.save(0, small(), opt_state={"n": jnp.int32(3)})
+    with checkpoint.Checkpoints(folder, params=PARAMS) as ckpts:
+        ckpts.save(small(), step=0, opt_state={"n": jnp.int32(3)})
         same(
             ckpts.restore(opt_state={"n": jnp.int32(0)}).opt_state, {"n": jnp.int32(3)}
         )
     other = {**PARAMS, "w": PARAMS["w"] + 1}
     with (
-        checkpoint.Checkpoints(folder, base=other) as ckpts,
+        checkpoint.Checkpoints(folder, params=other) as ckpts,
         pytest.raises(jlora.CheckpointError, match="another base: 'w' has other"),
     ):
         ckpts.restore()
@@ -709,7 +709,7 @@ def test_values_that_cannot_work_are_refused(folder):
 def test_an_error_of_the_loop_is_not_hidden(folder):
     def loop():
         with checkpoint.Checkpoints(folder) as ckpts:
-            ckpts.save(0, small())
+            ckpts.save(small(), step=0)
             raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
@@ -721,12 +721,12 @@ def test_an_error_of_the_loop_is_not_hidden(folder):
 def test_a_full_disk_leaves_the_steps_that_were_there(folder):
     large = jlora.Trainable(full={"x": normal((300, 300))})
     with checkpoint.Checkpoints(folder) as ckpts:
-        ckpts.save(1, small())
+        ckpts.save(small(), step=1)
         ckpts.wait()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            ckpts.save(2, large)
+            ckpts.save(large, step=2)
             with pytest.raises(jlora.CheckpointError, match="not saved in"):
                 ckpts.wait()
         finally:
@@ -770,7 +770,7 @@ def train():
     state = trainable, tx.init(trainable), jax.random.key(1)
     done = 0
     with jlora.checkpoint.Checkpoints(
-        directory, keep=2, best="m", plan=plan, base=frozen
+        directory, keep=2, best="m", plan=plan, params=frozen
     ) as ckpts:
         if ckpts.newest is not None:
             read = ckpts.restore(opt_state=jax.eval_shape(tx.init, trainable))
@@ -780,7 +780,7 @@ def train():
             state = step(*state, done)
             done += 1
             ckpts.save(
-                done, state[0], opt_state=state[1], key=state[2],
+                state[0], step=done, opt_state=state[1], key=state[2],
                 position={"at": done}, metrics={"m": -abs(done - 7)},
             )
 

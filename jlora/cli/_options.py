@@ -1,0 +1,75 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import TypedDict
+
+import click
+
+Command = Callable[..., None]
+
+
+class How(TypedDict, total=False):
+    """How an adapter is read, by the names of the options.
+
+    Attributes:
+      step: which step of an Orbax checkpoint.
+      names: a name map of PEFT's tensors.
+      tied: whether the embedding table is the output head too.
+    """
+
+    step: int | None
+    names: str | None
+    tied: bool | None
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+
+_HOW = {
+    "step": click.option(
+        "--step",
+        type=click.IntRange(0),
+        help="Of Orbax; the newest if absent.",
+    ),
+    "base": click.option("--base", type=click.Path(), help="The MODEL it is for."),
+    "names": click.option(
+        "--names",
+        help="Names of PEFT tensors: a map of jlora.peft.maps (llama, gpt2, …) or "
+        "module:attribute.",
+    ),
+    "tied": click.option(
+        "--tied/--untied",
+        default=None,
+        help="For PEFT: whether an adapted embedding table is the output head too.",
+    ),
+}
+
+_CONFIG = [
+    click.option("--config", type=click.Path(), help="A LoraConfig in JSON."),
+    click.option("--rank", type=click.IntRange(1), help="Size of the rank axis."),
+    click.option("--alpha", type=float, help="The scale is alpha / rank."),
+    click.option("--targets", multiple=True, help="Glob over paths; repeatable."),
+    click.option("--exclude", multiple=True, help="Glob; repeatable."),
+    click.option("--train", multiple=True, help="Glob of leaves trained in full."),
+    click.option("--method", help="Such as lora, dora, vera, adalora."),
+]
+
+
+def how(*names: str) -> Callable[[Command], Command]:
+    """Returns a decorator that adds the options of `How`, or `base`, by name."""
+    return _all([_HOW[name] for name in names])
+
+
+def config(command: Command) -> Command:
+    """Adds the options that make a config."""
+    return _all(_CONFIG)(command)
+
+
+def _all(options: list[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add

@@ -1,0 +1,153 @@
+"""Commands that look: inspect, plan, diff, validate."""
+
+import dataclasses
+import json
+from typing import Any, Unpack
+
+import click
+
+from .. import files, inspection
+from .._core.tree import check
+from .._io.fingerprint import Fingerprint, fingerprint
+from .._io.models import open_model
+from .._plan.row import Row
+from .._tables import table
+from ..errors import JloraError
+from . import _options as options
+from ._inputs import fits_as_it_is, planned, read
+from ._output import bar, print_json, tell
+
+
+@click.command(epilog="Example: jlora inspect adapter.safetensors")
+@click.argument("adapter", type=click.Path())
+@options.how("step", "base", "names", "tied")
+@options.as_json
+def inspect(
+    adapter: str, base: str | None, as_json: bool, **how: Unpack[options.How]
+) -> None:
+    """Show an adapter: its config, leaves, norms, effective ranks, what is odd."""
+    kind = files.detect(adapter)
+    found = inspection.inspect(read(adapter, base=base, **how))
+    about = files.describe(adapter, step=how.get("step"))
+    if as_json:
+        fields = {"adapter": adapter, "format": kind, "about": about}
+        print_json({**fields, **dataclasses.asdict(found)})
+        return
+    click.echo(f"{adapter}: {kind}")
+    for name, value in about.items():
+        if value not in (None, False, {}, [], ""):
+            click.echo(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    click.echo(str(found))
+
+
+@click.command(
+    "plan", epilog="Example: jlora plan my_model:model --rank 4 --train head/kernel"
+)
+@click.argument("model", metavar="PACKAGE.MODULE:ATTRIBUTE")
+@options.config
+@options.as_json
+def show_plan(model: str, as_json: bool, **config: Any) -> None:
+    """Show what a config means for a model: what is adapted, how, at what cost.
+
+    The attribute is a jlora.Plan, a tuple (function, params, *args), of shapes or
+    arrays, or a function without arguments that returns either.
+    """
+    found = planned(model, config)
+    if not as_json:
+        click.echo(str(found))
+        return
+    own = None if callable(found.config.targets) else json.loads(found.config.to_json())
+    print_json(
+        {
+            "config": own,
+            "trained_count": found.trained_count,
+            "total_count": found.total_count,
+            "leaves": [_fields(row) for row in found.rows()],
+        }
+    )
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    """Returns a row of a plan as JSON values."""
+    names = ("path", "shape", "dtype", "op", "status", "spec", "trained", "note")
+    fields = {name: getattr(row, name) for name in names}
+    return {**fields, "spec": None if row.spec is None else row.spec.to_dict()}
+
+
+@click.command(epilog="Example: jlora diff adapter.safetensors again.safetensors")
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@options.how("base", "names", "tied")
+@options.as_json
+def diff(
+    a: str, b: str, base: str | None, as_json: bool, **how: Unpack[options.How]
+) -> None:
+    """Show how two adapters, or two models, differ; exit code 1 if they do."""
+    kinds = [files.detect(path) == "model" for path in (a, b)]
+    if all(kinds):
+        found = inspection.diff_files(a, b, progress=bar("comparing"))
+    elif any(kinds):
+        raise click.UsageError("One is a model, the other an adapter.")
+    else:
+        found = inspection.diff(*(read(path, base=base, **how) for path in (a, b)))
+    if as_json:
+        print_json({"differences": [dataclasses.asdict(d) for d in found]})
+    elif found:
+        click.echo(table(("leaf", "difference"), [(d.path, d.what) for d in found]))
+    else:
+        click.echo("equal")
+    _exit(1 if found else 0)
+
+
+@click.command(epilog="Example: jlora validate run --base base.safetensors")
+@click.argument("adapter", type=click.Path())
+@options.how("step", "base", "names", "tied")
+@options.as_json
+def validate(
+    adapter: str, base: str | None, as_json: bool, **how: Unpack[options.How]
+) -> None:
+    """Check that an adapter is whole, finite, and fits its model; exit code 1 if not.
+
+    With --base, shapes are compared, and for Orbax the fingerprint of the base that was
+    saved with it.
+    """
+    problems: list[str] = []
+    kind = None
+    try:
+        kind = files.detect(adapter)
+        own = base is None or fits_as_it_is(base, how.get("names"))
+        trainable = read(adapter, base=None if own else base, **how)
+        found = inspection.inspect(trainable)
+        problems += [text for text in found.warnings if text.startswith("NaN")]
+        if base is not None:
+            check(dict(open_model(base).shapes), trainable)
+            if kind == "orbax":
+                _check_fingerprint(adapter, base, how.get("step"))
+    except JloraError as error:
+        problems.append(" ".join(str(error).split()))
+    if as_json:
+        print_json({"adapter": adapter, "format": kind, "problems": problems})
+    else:
+        for text in problems:
+            tell(f"jlora: {text}")
+        if not problems:
+            click.echo(f"{adapter}: {kind}, fine")
+    _exit(1 if problems else 0)
+
+
+def _check_fingerprint(adapter: str, base: str, step: int | None) -> None:
+    """Raises a CheckpointError if the adapter was saved with another base."""
+    from .. import checkpoint
+
+    if checkpoint.restore(adapter, step=step).fingerprint is None:
+        return
+    model = open_model(base)
+    leaves = {
+        name: fingerprint({name: model.read(name)}).leaves[name]
+        for name in bar("hashing")(list(model.shapes))
+    }
+    checkpoint.restore(adapter, step=step, params=Fingerprint(leaves))
+
+
+def _exit(code: int) -> None:
+    raise click.exceptions.Exit(code)

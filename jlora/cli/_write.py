@@ -1,0 +1,158 @@
+"""Commands that write: merge, convert, extract."""
+
+import os
+from typing import Any, Unpack
+
+import click
+
+from .. import export, files
+from .._io.models import open_model
+from ..config import LoraConfig
+from . import _options as options
+from ._inputs import config_of, fits_as_it_is, name_map, planned, read
+from ._output import bar, counts, done
+
+
+@click.command(epilog="Example: jlora merge base.safetensors run merged.safetensors")
+@click.argument("base", type=click.Path())
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path())
+@options.how("step", "names", "tied")
+@options.overwrite
+@options.as_json
+def merge(
+    base: str,
+    adapter: str,
+    out: str,
+    overwrite: bool,
+    as_json: bool,
+    **how: Unpack[options.How],
+) -> None:
+    """Write the model BASE with ADAPTER merged to the safetensors file OUT.
+
+    Leaf by leaf: memory is bounded by a few times the largest leaf. A PEFT adapter
+    merges into a model with torch's names as it is, and by --names into one with
+    Flax's.
+    """
+    _check_free(out, overwrite)
+    own = fits_as_it_is(base, how.get("names"))
+    trainable = read(adapter, base=None if own else base, **how)
+    export.merge_files(base, trainable, out, progress=bar("merging"))
+    size = os.path.getsize(out)
+    done({"out": out, **counts(trainable), "bytes": size}, as_json)
+
+
+@click.command(
+    epilog="Example: jlora convert run peft --to peft --base-model me/my-model"
+)
+@click.argument("source", metavar="ADAPTER", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--to",
+    type=click.Choice(["file", "orbax", "peft"]),
+    help="The format of OUT; file for *.safetensors.",
+)
+@options.how("step", "base", "names", "tied")
+@click.option("--base-model", help="PEFT's base_model_name_or_path.")
+@click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
+@options.overwrite
+@options.as_json
+def convert(
+    source: str,
+    out: str,
+    to: files.Format | None,
+    base: str | None,
+    base_model: str | None,
+    portable: bool,
+    overwrite: bool,
+    as_json: bool,
+    **how: Unpack[options.How],
+) -> None:
+    """Write ADAPTER in another format: PEFT, Orbax or one file.
+
+    From PEFT, --base says which model it is for; to PEFT, --names what its modules are
+    called there, and --base gives the table whose single rows are trained.
+    """
+    kind = files.detect(source)
+    to = to or ("file" if out.endswith(".safetensors") else None)
+    if to is None:
+        raise click.UsageError("Say --to file, orbax or peft.")
+    names, tied = how.get("names"), how.get("tied")
+    if kind == "peft" and base is None:
+        raise click.UsageError("From PEFT, give --base, the model it is for.")
+    reading = {"--base": base, "--names": names, "--tied": tied}
+    writing = {"--base-model": base_model, "--portable": portable or None}
+    if to != "peft":
+        idle = writing if kind == "peft" else {**reading, **writing}
+        given = [name for name, value in idle.items() if value is not None]
+        if given:
+            raise click.UsageError(f"{', '.join(given)}: only for PEFT.")
+    _check_free(out, overwrite)
+    if to == "orbax":
+        _check_steps(out)
+    more: dict[str, Any] = {"overwrite": overwrite} if to == "orbax" else {}
+    if to == "peft":
+        more = {
+            "names": name_map(names),
+            "tied": tied,
+            "base_model": base_model,
+            "portable": portable,
+            "params": base and open_model(base).arrays(),
+        }
+    trainable = read(source, base=base, **how)
+    files.write(out, trainable, to, **more)
+    done({"out": out, "from": kind, "to": to, **counts(trainable)}, as_json)
+
+
+@click.command(
+    epilog="Example: jlora extract tuned.safetensors base.safetensors new.safetensors"
+)
+@click.argument("tuned", type=click.Path())
+@click.argument("base", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--plan", "model", metavar="PACKAGE.MODULE:ATTRIBUTE", help="See `jlora plan`."
+)
+@options.config
+@options.overwrite
+@options.as_json
+def extract(
+    tuned: str,
+    base: str,
+    out: str,
+    model: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **config: Any,
+) -> None:
+    """Write the adapter nearest to the change from model BASE to TUNED to file OUT.
+
+    With --plan the model's function says what is adapted; without it, every matrix is,
+    taken as [fan-in, fan-out].
+    """
+    _check_free(out, overwrite)
+    if model is not None:
+        found = planned(model, config)
+    else:
+        found = export.flat_plan(base, config_of(config) or LoraConfig())
+    trainable = export.extract_files(tuned, base, found, progress=bar("extracting"))
+    files.write(out, trainable, "file")
+    done({"out": out, **counts(trainable)}, as_json)
+
+
+def _check_free(out: str, overwrite: bool) -> None:
+    if os.path.lexists(out) and not overwrite:
+        raise click.UsageError(
+            f"{out!r} is already there. Say --overwrite to replace it."
+        )
+
+
+def _check_steps(out: str) -> None:
+    """Raises a UsageError if steps would hide the one that is written, step 0."""
+    names = os.listdir(out) if os.path.isdir(out) else []
+    others = [name for name in names if name.isdigit() and int(name)]
+    if others:
+        raise click.UsageError(
+            f"{out!r} holds steps {', '.join(sorted(others, key=int))}, which would be "
+            "newer than what is written. Give another directory."
+        )
