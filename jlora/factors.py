@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from . import _state_dicts
 from ._tables import count, folded, html, listed, pattern_of
 
 PyTree = Any  # the user's: parameters, arguments, results
@@ -263,6 +264,9 @@ class Trainable:
     lora: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
     full: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _state_dicts.register(Trainable, Factors)  # Flax may be imported by now
+
     def __contains__(self, path: object) -> bool:
         """Whether the leaf `path` is adapted or trained in full."""
         return path in self.lora or path in self.full
@@ -312,3 +316,6 @@ def _size(tree: PyTree) -> int:
     """Returns how many numbers the arrays of `tree` hold."""
     shapes = [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) for shape in shapes if isinstance(shape, tuple))
+
+
+_state_dicts.register(Trainable, Factors)
