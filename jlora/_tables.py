@@ -1,8 +1,11 @@
 """Plain-text tables, sizes in words, and names and findings that share a line."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from html import escape
+from typing import TypeVar
+
+T = TypeVar("T", bound=Hashable)
 
 
 def table(
@@ -97,6 +100,19 @@ def folded(names: Sequence[str]) -> str:
     return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")
 
 
+def alike(named: Iterable[tuple[str, T]]) -> list[tuple[list[str], T]]:
+    """Returns the names that differ only in numbers and have the same value, together.
+
+    Examples:
+      >>> alike([("layer_0", 8), ("head", 8), ("layer_1", 8), ("layer_2", 4)])
+      [(['layer_0', 'layer_1'], 8), (['head'], 8), (['layer_2'], 4)]
+    """
+    groups: dict[tuple[str, T], list[str]] = {}
+    for name, value in named:
+        groups.setdefault((pattern_of(name), value), []).append(name)
+    return [(names, value) for (_, value), names in groups.items()]
+
+
 def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
     """Returns `findings` as one text, cut after `n` with the count of those left out.
 
@@ -108,11 +124,10 @@ def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
       >>> listed([f"rank 64 is above 8 of 'layers/{i}/q'" for i in range(32)])
       "rank 64 is above 8 of 'layers/{0..31}/q' (×32)"
     """
-    alike: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for finding in findings:
         kind = re.sub(r"'[^']*'", lambda quoted: pattern_of(quoted[0]), finding)
-        alike.setdefault(kind, []).append(finding)
-    groups = list(alike.values())
-    left_out = sum(map(len, groups[n:]))
-    more = [f"and {left_out} more"] if left_out else []
-    return separator.join([*map(folded, groups[:n]), *more])
+        groups.setdefault(kind, []).append(finding)
+    shown, hidden = list(groups.values())[:n], list(groups.values())[n:]
+    more = [f"and {sum(map(len, hidden))} more"] if hidden else []
+    return separator.join([*map(folded, shown), *more])

@@ -34,8 +34,7 @@ from ._io.write_step import (
 from ._plan.plan import Plan
 from .config import LoraConfig
 from .errors import CheckpointError
-from .factors import Trainable
-from .paths import PyTree
+from .factors import PyTree, Trainable
 
 
 def save(

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from ._plan.plan import Plan
+from ._tables import listed
 from .config import LoraConfig
 from .errors import ConfigError
 
@@ -175,8 +176,8 @@ def cite(used: LoraConfig | Plan, *also: str) -> str:
     unknown = [name for name in also if name not in PAPERS]
     if unknown:
         raise ConfigError(
-            f"No paper is known for {', '.join(map(repr, unknown))}. Known names: "
-            f"{', '.join(PAPERS)}."
+            f"No paper is known for {listed(map(repr, unknown), 10, ', ')}. Known "
+            f"names: {', '.join(PAPERS)}."
         )
     names = dict.fromkeys(("lora", *_names(used), *also))
     return "\n\n".join(_bibtex(PAPERS[name]) for name in names if name in PAPERS)

@@ -1,4 +1,4 @@
-"""Names of the leaves of any pytree, globs over them, and nearest-match hints.
+"""Names of the leaves of any pytree, globs over them, and the nearest names.
 
 A path is the leaf's keys joined by `/`: `'params/blocks_0/attn/q/kernel'`.
 """
@@ -6,19 +6,20 @@ A path is the leaf's keys joined by `/`: `'params/blocks_0/attn/q/kernel'`.
 import difflib
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+from ._tables import listed
 from .errors import TreeError
-
-PyTree = Any  # a user's tree of arrays or shapes
+from .factors import Leaf, PyTree
 
 
 def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[dict[str, Any], Any]:
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[dict[str, Leaf], Any]:
     """Returns the leaves of `tree` by path, in the tree's order, and its treedef.
 
     Boxes that hold a single leaf called `value` (Flax NNX variables, Linen's
@@ -55,15 +56,16 @@ def flatten(
         names.append("/".join(map(_component, keys[:-1] if boxed else keys)))
     leaves = dict(zip(names, (leaf for _, leaf in keyed), strict=True))
     if len(leaves) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
+        twice = sorted(n for n, times in Counter(names).items() if times > 1)
         raise TreeError(
-            f"Two leaves of the tree have the same path: {', '.join(twice)}. "
+            "Two leaves of the tree have the same path: "
+            f"{listed(map(repr, twice), 10, ', ')}. "
             "Rename one of the keys (keys that contain '/' can collide)."
         )
     return leaves, treedef
 
 
-def _component(key: Any) -> str:
+def _component(key: object) -> str:
     match key:
         case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
             return str(key.key)
@@ -191,7 +193,7 @@ def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> tuple[str, ...]:
     """Returns up to `n` of `paths` that look most like `pattern`, best first.
 
     Args:
-      pattern: a glob, as a rule one that matched nothing.
+      pattern: a glob, usually one that matched nothing.
       paths: the paths to choose from.
       n: how many at most.
 

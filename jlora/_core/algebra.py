@@ -181,9 +181,7 @@ def singular_values(factors: Factors, xp: ModuleType = jnp) -> Any:
 
 
 def _core(factors: Factors, xp: ModuleType = jnp) -> tuple[Any, Any, Any]:
-    """Returns `(qa, core, qb)`: the update is `qa core qbᵀ`, `qa` and `qb` have
-    orthonormal columns.
-    """
+    """Returns `(qa, core, qb)` with `qa` and `qb` orthonormal: `qa core qbᵀ`."""
     a, b = matrices(factors)
     qa, ra = xp.linalg.qr(a)
     qb, rb = xp.linalg.qr(xp.swapaxes(b, -1, -2))

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 import jax
 
 from .._checks import check_function, check_key
+from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
 from ..factors import Axes, Factors, PyTree, Trainable
 from ..methods import low_rank_pair, method_of
@@ -171,7 +172,8 @@ def _weight(path: str, w: Any, factors: Factors) -> Weight:
 def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:
     if not merges or on_merge == "allow":
         return
-    lines = "".join(f"\n  {path}: {why}" for path, why in merges.items())
+    found = [f"{folded(paths)}: {why}" for paths, why in alike(merges.items())]
+    lines = "\n  " + listed(found, 20, "\n  ")
     if on_merge == "error":
         raise MergeError(
             f"No factored route for these weights:{lines}\n"

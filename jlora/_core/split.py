@@ -128,7 +128,7 @@ def _extras(
             continue
         extra[row.path] = ()
         found = find_init(init_of(plan.config, row.path))
-        if found is None or method_of(row.spec).start is not None:
+        if found is None or method_of(row.spec).init is not None:
             continue
         if found.needs in sources:
             known, remedy = sources[found.needs]
@@ -178,8 +178,8 @@ def _start(
     spec = row.spec
     assert spec is not None
     method, init = method_of(spec), find_init(init_of(plan.config, row.path))
-    if method.start is not None:
-        return method.start(key, row.shape, spec, dtype), w
+    if method.init is not None:
+        return method.init(key, row.shape, spec, dtype), w
     assert init is not None
     subject = row.shape if init.needs == "shape" else w
     made = init.fun(key, subject, spec, dtype, *extra)

@@ -142,7 +142,7 @@ def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Any]:
     check_plan(paths.flatten(params)[0], plan)
 
     def wants(row: Row) -> bool:
-        if row.spec is None or method_of(row.spec).start is not None:
+        if row.spec is None or method_of(row.spec).init is not None:
             return False
         found = find_init(init_of(plan.config, row.path))
         return found is not None and found.needs == needs

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..paths import PyTree, flatten
+from ..factors import PyTree
+from ..paths import flatten
 from ..transform.stage import is_array
 
 

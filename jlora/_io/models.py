@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from .. import paths
 from .._tables import listed
 from ..errors import CheckpointError
-from ..paths import PyTree
+from ..factors import PyTree
 from . import tensors as tensors
 from .disk import Path, told
 from .shards import find_tensors, open_tensors

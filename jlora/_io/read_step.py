@@ -12,8 +12,7 @@ from .._plan.serial import plan_from_dict
 from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
-from ..factors import Leaf, Trainable
-from ..paths import PyTree
+from ..factors import Leaf, PyTree, Trainable
 from .describe import Json, arrays, key_from_dict, rebuild
 from .disk import told
 from .fingerprint import Fingerprint, as_fingerprint, differences

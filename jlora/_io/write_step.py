@@ -20,8 +20,7 @@ from .._plan.serial import plan_to_dict
 from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
-from ..factors import Leaf, Trainable
-from ..paths import PyTree
+from ..factors import Leaf, PyTree, Trainable
 from .describe import Json, arrays, describe, key_to_dict
 from .disk import Path, told
 from .fingerprint import Fingerprint, as_fingerprint

@@ -3,7 +3,7 @@
 May import the vocabulary below `config`.
 """
 
-from typing import Any
+import jax
 
 from ..factors import Factors, Spec
 from .adalora import adalora
@@ -32,7 +32,7 @@ def method_of(spec: Spec) -> Method:
     """Returns the method of `spec`.
 
     Args:
-      spec: its `rows` and `parts` go before its `method`.
+      spec: its `rows` and `parts` count before its `method`.
 
     Examples:
       >>> method_of(Spec(rank=2, alpha=2.0, method="dora")).gain is not None
@@ -57,11 +57,11 @@ def leaf_shapes(spec: Spec, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]
     return method_of(spec).shapes(spec, shape)
 
 
-def low_rank_pair(factors: Factors) -> tuple[Any, Any]:
+def low_rank_pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """Returns `(a, b)` with which the update is `scale * a @ b`, for any method.
 
     Shapes: `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`, differentiable
-    with respect to the leaves of `factors`. What a DoRA magnitude does is not in them.
+    with respect to the leaves of `factors`. DoRA's magnitude is not part of them.
 
     Args:
       factors: of any method.

@@ -4,19 +4,17 @@ References:
   Zhang et al., 2023, AdaLoRA, https://arxiv.org/abs/2303.10512
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from ..factors import Factors, Spec
 from .method import LeafAxes, Method, Shape, lora_axes
 
-DEVIATION = 0.02  # of the singular vectors at the start, as in the authors' code
+DEVIATION = 0.02  # of the initial singular vectors, as in the authors' code
 
 
-def _pair(factors: Factors) -> tuple[Any, Any]:
-    """The singular values, `magnitude`, scale the columns of A."""
+def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
+    """Returns A with its columns scaled by the singular values, `magnitude`, and B."""
     axes = factors.spec.axes
     n_batch = len(axes.batch)
     values = jnp.expand_dims(
@@ -30,8 +28,8 @@ def _axes(spec: Spec) -> LeafAxes:
     return {**lora_axes(spec), "magnitude": (*spec.axes.batch, None)}
 
 
-def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
-    """Singular vectors normal with deviation 0.02, singular values zero."""
+def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+    """Returns normal singular vectors and singular values of zero."""
     shapes = adalora.shapes(spec, shape)
     of_a, of_b = jax.random.split(key)
     return Factors(
@@ -45,5 +43,5 @@ def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factor
 adalora = Method(
     axes=_axes,
     pair=_pair,
-    start=_start,
+    init=_init,
 )

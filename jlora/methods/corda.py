@@ -1,33 +1,33 @@
-"""CorDA: a principal part that knows in which directions the inputs are large."""
+"""CorDA: the principal part of a weight, weighted by how large its inputs are."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import HIGHEST, sqrt_halves
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import matrices, shaped
 from .moments import InputMoments
 
 
 def corda(
     key: jax.Array,
-    w: Any,
+    w: Array,
     spec: Spec,
     dtype: jnp.dtype,
     moments: InputMoments,
     *,
     mode: Literal["ipm", "kpm"] = "ipm",
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns A and B from the decomposition of the weight times its inputs' moments.
+    """Returns A and B from the decomposition of the inputs' moments times the weight.
 
-    With `C` the second moments of the inputs, damped, and `C w = U S Vᵀ`,
+    With `C` the damped second moments of the inputs and `C w = U S Vᵀ`,
     `a = C⁻¹ U_r sqrt(S_r / scale)` and `b = sqrt(S_r / scale) V_rᵀ`, as PEFT's
     `init_lora_weights="corda"`. `C` is divided by the mean of its diagonal, so inputs
-    alike in all directions give PiSSA; PEFT divides each batch by its largest entry,
-    which moves a factor between A and B.
+    that are alike in all directions give PiSSA. PEFT divides each batch by its largest
+    entry instead, which moves a factor between A and B.
 
     Args:
       key: not used.
@@ -47,8 +47,8 @@ def corda(
       >>> second = np.diag(np.array([9.0, 1.0, 1.0], np.float32))
       >>> moments = InputMoments(second, np.zeros(3, np.float32), np.float32(9))
       >>> w, spec = np.eye(3, 4, dtype=np.float32), Spec(rank=1, alpha=1.0)
-      >>> start = jax.jit(corda, static_argnums=(2, 3))
-      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32, moments))
+      >>> init = jax.jit(corda, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, init(jax.random.key(0), w, spec, np.float32, moments))
       >>> abs((a @ b)[:, 0]).round(3)  # of equal rows the one with the largest inputs
       array([1., 0., 0.], dtype=float32)
 
@@ -70,10 +70,11 @@ def corda(
 
 
 def _damped(second: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a matrix with as much added to its diagonal as it needs, and its inverse.
+    """Returns a matrix with a number added to its diagonal, and its inverse.
 
-    Its diagonal has mean 1 at first; 0.01 is added, and twice as much again until the
-    inverse is one to 0.05.
+    The matrix is scaled to a diagonal of mean 1. The number added to its diagonal is
+    0.01 at first, and doubles until the matrix times its inverse is the identity up to
+    an error of 0.05.
     """
     eye = jnp.eye(second.shape[0], dtype=second.dtype)
     mean = jnp.mean(jnp.diagonal(second))

@@ -6,20 +6,19 @@ References:
 
 import dataclasses
 import string
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from ..factors import Axes, Factors, Spec
+from ..factors import Array, Axes, Factors, Spec
 from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero
 
 
-def norm(factors: Factors, w: Any) -> jax.Array:
+def norm(factors: Factors, w: Array) -> jax.Array:
     """Returns `‖w + s a b‖` over the fan-in axes, `[*batch, *fan_out]`, float32.
 
     From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed.
@@ -46,7 +45,7 @@ def norm(factors: Factors, w: Any) -> jax.Array:
     return jnp.sqrt(jnp.maximum(total, TINY))
 
 
-def gain(factors: Factors, w: Any) -> jax.Array:
+def gain(factors: Factors, w: Array) -> jax.Array:
     """Returns `m / ‖w + s a b‖`, `[*batch, *fan_out]`.
 
     Only `m` is differentiated: section 4.3 of the paper takes the norm as a constant.
@@ -55,7 +54,7 @@ def gain(factors: Factors, w: Any) -> jax.Array:
     return factors.magnitude.astype(length.dtype) / length
 
 
-def column_norms(w: Any, axes: Axes) -> jax.Array:
+def column_norms(w: Array, axes: Axes) -> jax.Array:
     """Returns the lengths of `w` over its fan-in axes, `[*batch, *fan_out]`."""
     squares = jnp.sum(jnp.square(w), axis=axes.fan_in)
     kept = [i for i in range(w.ndim) if i not in axes.fan_in]
@@ -63,7 +62,7 @@ def column_norms(w: Any, axes: Axes) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.transpose(squares, order), TINY))
 
 
-def dense_gain(factors: Factors, total: Any) -> jax.Array:
+def dense_gain(factors: Factors, total: Array) -> jax.Array:
     """Returns `m / ‖total‖`, to multiply `total = w + s a b` itself, as `gain`."""
     axes = factors.spec.axes
     own = (*axes.batch, *axes.fan_out)
@@ -78,7 +77,7 @@ def _axes(spec: Spec) -> LeafAxes:
     return {**lora_axes(spec), "magnitude": (*axes.batch, *axes.fan_out)}
 
 
-def _finish(factors: Factors, w: Any) -> Factors:
+def _finish(factors: Factors, w: Array) -> Factors:
     return dataclasses.replace(factors, magnitude=norm(factors, w))
 
 

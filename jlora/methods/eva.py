@@ -1,11 +1,9 @@
 """EVA: A spans the directions along which the weight's inputs vary most."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import shaped
 from .moments import InputMoments
 
@@ -28,11 +26,11 @@ def principal(moments: InputMoments) -> tuple[jax.Array, jax.Array]:
 
 
 def eva(
-    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype, moments: InputMoments
+    key: jax.Array, w: Array, spec: Spec, dtype: jnp.dtype, moments: InputMoments
 ) -> tuple[jax.Array, jax.Array]:
     """Returns A with the first principal axes of the weight's inputs, and B zero.
 
-    They are the right singular vectors of the inputs less their mean, as those of
+    They are the right singular vectors of the centred inputs, as in
     PEFT's `init_lora_weights="eva"`.
 
     Args:
@@ -50,8 +48,8 @@ def eva(
       >>> x = np.array([[0.0, 5.0, 0.0], [0.0, -5.0, 0.0], [1.0, 0.0, 0.0]], np.float32)
       >>> moments = InputMoments(x.T @ x, x.sum(axis=0), np.float32(3))
       >>> w, spec = np.zeros((3, 4), np.float32), Spec(rank=1, alpha=1.0)
-      >>> start = jax.jit(eva, static_argnums=(2, 3))
-      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32, moments))
+      >>> init = jax.jit(eva, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, init(jax.random.key(0), w, spec, np.float32, moments))
       >>> abs(a[:, 0]).round(3)  # the second feature varies most
       array([0., 1., 0.], dtype=float32)
 

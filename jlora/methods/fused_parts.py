@@ -1,6 +1,4 @@
-"""LoRA on some slices of a fused weight, as q and v of one q-k-v kernel."""
-
-from typing import Any
+"""LoRA on some slices of a fused weight, such as q and v of one q-k-v kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +10,9 @@ from .method import Method, Shape
 
 
 def _cut(spec: Spec, shape: Shape) -> Shape:
-    """Returns `shape` with one part's axis, as long as the largest adapted part.
+    """Returns `shape` with the parts' axis as long as the largest adapted part.
 
-    What is beyond a part's own size is never read.
+    Entries beyond a part's own size are never read.
     """
     own = _parts(spec)
     longest = max(own.sizes[i] for i in own.adapted)
@@ -26,11 +24,11 @@ def _parts(spec: Spec) -> FusedParts:
     return spec.parts
 
 
-def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     return Factors(*kaiming(key, _cut(spec, shape), spec, dtype), spec)
 
 
-def _pair(factors: Factors) -> tuple[Any, Any]:
+def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """Returns A, and B with each part's rows at that part's place, zeros elsewhere."""
     spec = factors.spec
     own = _parts(spec)
@@ -52,4 +50,4 @@ def _pair(factors: Factors) -> tuple[Any, Any]:
     return factors.a, jnp.concatenate(rows, axis=of_rank)
 
 
-fused_parts = Method(covered=_cut, pair=_pair, start=_start)
+fused_parts = Method(covered=_cut, pair=_pair, init=_init)

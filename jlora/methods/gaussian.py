@@ -1,4 +1,4 @@
-"""A normal with standard deviation 1/rank, B zero; and how embeddings start."""
+"""A normal with standard deviation 1/rank, B zero; embeddings the other way."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ def gaussian(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns A normal with standard deviation `1 / rank` and B zero.
 
-    This is PEFT's `init_lora_weights="gaussian"`, the start used for diffusion models.
+    This is PEFT's `init_lora_weights="gaussian"`, which is used for diffusion models.
 
     Args:
       key: PRNG key, consumed.
@@ -33,12 +33,12 @@ def gaussian(
       Hu et al., 2021, LoRA, section 4.1, https://arxiv.org/abs/2106.09685
     """
     if spec.op == "embedding":
-        return embedding_start(key, shape, spec, dtype)
+        return embedding_init(key, shape, spec, dtype)
     a = jax.random.normal(key, spec.axes.a_shape(shape, spec.rank), dtype) / spec.rank
     return a, jnp.zeros(spec.axes.b_shape(shape, spec.rank), dtype)
 
 
-def embedding_start(
+def embedding_init(
     key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """Returns A (the vocabulary side) zero and B (the feature side) standard normal."""

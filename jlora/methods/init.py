@@ -1,4 +1,4 @@
-"""What an initialisation is, and what several of them share: matrices of a weight."""
+"""What an initialisation is, and what several of them share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .._numerics import HIGHEST, at_least_float32
-from ..factors import Axes, Spec
+from ..factors import Array, Axes, Spec
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
 Base = Literal["same", "residual", "own"]
@@ -16,20 +16,20 @@ Base = Literal["same", "residual", "own"]
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How A and B of one weight start.
+    """How A and B of one weight are initialised.
 
     Attributes:
       fun: `(key, w, spec, dtype) -> (a, b)`, where `w` is the weight, or its shape if
-        that is all it `needs`; what else it needs is a last argument.
-      needs: `"shape"` or `"weight"` alone; `"quantize"`, a function from the weight to
-        what a quantised one stands for; `"inputs"`, the `InputMoments` of the weight;
-        `"gradients"`, its mean gradient.
+        that is all it `needs`. Anything else that it needs is a last argument.
+      needs: only the `"shape"` or the `"weight"`; `"quantize"`, a function from the
+        weight to the values that the quantised weight stands for; `"inputs"`, the
+        `InputMoments` of the weight; `"gradients"`, its mean gradient.
       base: what the frozen weight becomes: the `"same"`; the `"residual"`
-        `w - scale * a @ b`, so that the model starts as it was; or `fun`'s `"own"`,
-        returned after A and B.
+        `w - scale * a @ b`, so that the model computes what it did; or `fun`'s `"own"`
+        weight, returned after A and B.
       ops: the operations that it is for.
       even: whether the rank must be even.
-      rank_factor: this many times the rank must fit into `min(fan_in, fan_out)`.
+      rank_factor: the rank times this must fit into `min(fan_in, fan_out)`.
 
     Examples:
       >>> from jlora.methods import INITS
@@ -48,12 +48,12 @@ class Init:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the frozen weight is not the one of the parameters."""
+        """Whether the frozen weight differs from the one in the parameters."""
         return self.base != "same"
 
 
-def matrices(w: Any, axes: Axes) -> jax.Array:
-    """Returns `w` as matrices `[n, fan_in, fan_out]`, `n` of them, in float32."""
+def matrices(w: Array, axes: Axes) -> jax.Array:
+    """Returns `w` as `n` matrices, `[n, fan_in, fan_out]`, in float32."""
     flat = jnp.transpose(jnp.asarray(w), axes.order).reshape(axes.sizes(w.shape))
     return flat.astype(at_least_float32(w.dtype))
 
@@ -74,7 +74,7 @@ def shaped(
     )
 
 
-def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+def residual(w: Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
     """Returns `w - scale * a @ b`, computed in float32, rounded once.
 
     Args:
@@ -106,9 +106,9 @@ def residual(w: Any, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
 def low_rank_svd(
     key: jax.Array, x: jax.Array, rank: int, n_iter: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns `u, s, vt` of about the `rank` largest singular values of matrices.
+    """Returns approximate `u, s, vt` of the `rank` largest singular values of matrices.
 
-    `n_iter` rounds of subspace iteration from a random start: the more, the closer.
+    `n_iter` rounds of subspace iteration from a random subspace: more are more exact.
 
     References:
       Halko et al., 2011, algorithms 4.4 and 5.1, https://arxiv.org/abs/0909.4061

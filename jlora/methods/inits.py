@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ..factors import Spec
@@ -39,7 +40,7 @@ INITS = {
 ITERATED = {"pissa": _PISSA, "loftq": _LOFTQ}  # also `<name>_niter_<n>`
 
 
-def find_init(init: Any) -> Init | None:
+def find_init(init: object) -> Init | None:
     """Returns what the name or function `init` means; None for an unknown name.
 
     Args:
@@ -61,7 +62,7 @@ def find_init(init: Any) -> Init | None:
     return INITS.get(init)
 
 
-def init_name(init: Any) -> str:
+def init_name(init: object) -> str:
     """Returns the name of an initialisation given by name or as a function.
 
     Args:
@@ -81,11 +82,11 @@ def init_clashes(
     path: str,
     shape: tuple[int, ...],
     spec: Spec,
-    init: Any,
+    init: str | Callable[..., Any],
     method: Method,
     route: str = "factored",
 ) -> list[str]:
-    """Returns what keeps `init` from starting the leaf `path`, each with a remedy.
+    """Returns why `init` cannot initialise the leaf `path`, each reason with a remedy.
 
     Args:
       path: the leaf.
@@ -96,7 +97,7 @@ def init_clashes(
       route: how the plan found the leaf used.
 
     Returns:
-      One text a clash; nothing if the leaf can start so.
+      A text for each reason; an empty list if there is none.
 
     Examples:
       >>> spec = Spec(rank=3, alpha=3.0)
@@ -111,12 +112,12 @@ def init_clashes(
     def instead(init: str = "kaiming") -> str:
         return f"give it Rule({path!r}, init={init!r})"
 
-    if method.start is not None:
+    if method.init is not None:
         if init == "kaiming":
             return []
         return [
-            f"init {name!r} of {path!r}: method {spec.method!r} starts in its own way, "
-            f"leave init out or {instead()}"
+            f"init {name!r} of {path!r}: method {spec.method!r} has an "
+            f"initialisation of its own, leave init out or {instead()}"
         ]
     if found.even and spec.rank % 2:
         wrong.append(

@@ -1,4 +1,4 @@
-"""The default start: A uniform, B zero."""
+"""The default initialisation: A uniform, B zero."""
 
 import math
 
@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Spec
-from .gaussian import embedding_start
+from .gaussian import embedding_init
 
 
 def kaiming(
     key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns A uniform in ±1/sqrt(fan-in) and B zero; embeddings start the other way.
+    """Returns A uniform in ±1/sqrt(fan-in) and B zero; for an embedding A is zero.
 
     This is PEFT's `init_lora_weights=True`: `kaiming_uniform` with `a=sqrt(5)`, whose
     bound is exactly `1 / sqrt(fan_in)`.
@@ -38,7 +38,7 @@ def kaiming(
       He et al., 2015, https://arxiv.org/abs/1502.01852
     """
     if spec.op == "embedding":
-        return embedding_start(key, shape, spec, dtype)
+        return embedding_init(key, shape, spec, dtype)
     _, fan_in, _ = spec.axes.sizes(shape)
     bound = 1 / math.sqrt(fan_in)
     a = jax.random.uniform(

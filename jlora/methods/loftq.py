@@ -1,30 +1,29 @@
 """LoftQ: A and B make up for what quantising the weight loses."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import like_weight, matrices, shaped
 
 
 def loftq(
     key: jax.Array,
-    w: Any,
+    w: Array,
     spec: Spec,
     dtype: jnp.dtype,
     quantize: Callable[[jax.Array], jax.Array],
     *,
     n_iter: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns A, B and a base: the quantised weight, and the best rank-r repair of it.
+    """Returns A, B and a base: the quantised weight, and its best rank-r repair.
 
-    In turns, `base = quantize(w - scale * a @ b)` and `scale * a @ b` the best rank-r
-    part of `w - base`. PEFT's `init_lora_weights="loftq"` does not divide the scale
-    out, so there the product is off by that factor; here it is not.
+    Each iteration sets `base = quantize(w - scale * a @ b)`, and then `scale * a @ b`
+    to the best rank-r part of `w - base`. PEFT's `init_lora_weights="loftq"` does not
+    divide by the scale, so its product is off by that factor.
 
     Args:
       key: not used.
@@ -33,7 +32,8 @@ def loftq(
       dtype: dtype of both factors.
       quantize: `array -> array` of the weight's shape, float32 to float32: the values
         that the quantised weight stands for.
-      n_iter: how many turns. More are not always better: check what is left.
+      n_iter: how many iterations. More are not always better: check the error that is
+        left.
 
     Returns:
       `(a, b, base)`; shapes `[*batch, *fan_in, rank]`, `[*batch, rank, *fan_out]` and
@@ -43,9 +43,9 @@ def loftq(
       >>> import jax, numpy as np
       >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
       >>> spec = Spec(rank=2, alpha=4.0)
-      >>> start = jax.jit(loftq, static_argnums=(2, 3, 4))
+      >>> init = jax.jit(loftq, static_argnums=(2, 3, 4))
       >>> fours = lambda x: 4 * (x // 4)
-      >>> found = start(jax.random.key(0), w, spec, np.float32, fours)
+      >>> found = init(jax.random.key(0), w, spec, np.float32, fours)
       >>> a, b, base = map(np.asarray, found)
       >>> base[2], np.allclose(base + spec.scale * a @ b, w, atol=1e-4)
       (array([8., 8., 8., 8.], dtype=float32), True)

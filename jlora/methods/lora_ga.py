@@ -1,25 +1,23 @@
 """LoRA-GA: the first step of LoRA goes where a full fine-tune's first step would."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import low_rank_svd, matrices, shaped
 
 GAMMA = 16  # PEFT's `stable_gamma`
 
 
 def lora_ga(
-    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype, gradient: jax.Array
+    key: jax.Array, w: Array, spec: Spec, dtype: jnp.dtype, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns A and B from the singular vectors of the weight's gradient.
 
     With `gradient = U S Vᵀ`, `a = U[:, :r]` and
     `b = out^(1/4) / sqrt(16) S[r:2r] V[:, r:2r]ᵀ`, as PEFT's
     `init_lora_weights="lora_ga"` with its defaults `direction="ArB2r"` and
-    `scale="stable"`. PEFT keeps the singular values in B, the paper does not.
+    `scale="stable"`. PEFT keeps the singular values in B; the paper does not.
 
     Args:
       key: PRNG key, consumed by the randomised decomposition (of rank `4r`).
@@ -35,8 +33,8 @@ def lora_ga(
       >>> import jax, numpy as np
       >>> gradient = np.diag(np.array([4.0, 3.0, 2.0, 1.0], np.float32))
       >>> w, spec = np.zeros_like(gradient), Spec(rank=2, alpha=2.0)
-      >>> start = jax.jit(lora_ga, static_argnums=(2, 3))
-      >>> found = start(jax.random.key(0), w, spec, np.float32, gradient)
+      >>> init = jax.jit(lora_ga, static_argnums=(2, 3))
+      >>> found = init(jax.random.key(0), w, spec, np.float32, gradient)
       >>> a, b = map(np.asarray, found)
       >>> abs(a.T).round(2)  # the directions of the two largest, 4 and 3
       array([[1., 0., 0., 0.],

@@ -1,13 +1,13 @@
-"""What a method is: which leaves it trains, and the update that they stand for."""
+"""What a method is: the leaves that it trains, and the update that they stand for."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from ..factors import Factors, Spec
+from ..factors import Array, Factors, Spec
 
 Shape = tuple[int, ...]
 # For each leaf which axis of the weight each of its axes is; None for the rank axis.
@@ -26,7 +26,7 @@ def same_shape(spec: Spec, shape: Shape) -> Shape:
     return shape
 
 
-def lora_factors(factors: Factors) -> tuple[Any, Any]:
+def lora_factors(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """Returns A and B as they are."""
     return factors.a, factors.b
 
@@ -41,14 +41,14 @@ class Method:
       covered: `(spec, weight shape) -> shape`, the sizes of those axes.
       pair: `factors -> (a, b)`, low-rank factors of shapes `[*batch, *fan_in, rank]`
         and `[*batch, rank, *fan_out]` with which the update is `scale * a @ b`.
-      start: `(key, weight shape, spec, dtype) -> Factors` of a method that starts in
-        its own way; None for those that `init` starts.
-      finish: `(factors, w) -> Factors`, adds what depends on the weight; None for
-        nothing.
+      init: `(key, weight shape, spec, dtype) -> Factors` of a method with an
+        initialisation of its own; None where `LoraConfig.init` names it.
+      finish: `(factors, w) -> Factors`, adds the leaves that depend on the weight; None
+        if there are none.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
       dense: `(factors, dtype) -> array`, the update as an array of the weight's shape,
-        where there is a cheaper way to it than the product of `pair`; None for that.
+        where there is a cheaper way than the product of `pair`; None for the product.
 
     Examples:
       >>> spec = Spec(rank=2, alpha=2.0)
@@ -58,11 +58,11 @@ class Method:
 
     axes: Callable[[Spec], LeafAxes] = lora_axes
     covered: Callable[[Spec, Shape], Shape] = same_shape
-    pair: Callable[[Factors], tuple[Any, Any]] = lora_factors
-    start: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
-    finish: Callable[[Factors, Any], Factors] | None = None
-    gain: Callable[[Factors, Any], Any] | None = None
-    dense: Callable[[Factors, Any], Any] | None = None
+    pair: Callable[[Factors], tuple[jax.Array, jax.Array]] = lora_factors
+    init: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
+    finish: Callable[[Factors, Array], Factors] | None = None
+    gain: Callable[[Factors, Array], jax.Array] | None = None
+    dense: Callable[[Factors, DTypeLike], jax.Array] | None = None
 
     def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:
         """Returns `{leaf: shape}` for a weight of shape `shape`.

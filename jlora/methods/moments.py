@@ -1,4 +1,4 @@
-"""What data-driven initialisations know of the data: moments and gradients."""
+"""The statistics that data-driven initialisations need: moments and gradients."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from ..factors import Leaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputMoments:
-    """Sums over all inputs that one weight met; the inputs are flattened to `n`.
+    """Sums over all inputs of one weight, each flattened to a vector of `n`.
 
     Attributes:
-      second: sum of `x xᵀ`, `[*batch, n, n]`, one matrix for each of a stack.
+      second: sum of `x xᵀ`, `[*batch, n, n]`.
       first: sum of `x`, `[*batch, n]`.
       count: how many inputs, `[*batch]`.
 

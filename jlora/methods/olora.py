@@ -1,18 +1,16 @@
 """OLoRA: an orthonormal B from the weight's QR decomposition."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import matrices, shaped
 
 
 def olora(
-    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype
+    key: jax.Array, w: Array, spec: Spec, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns B with orthonormal rows and A, from the QR decomposition of `wᵀ`.
+    """Returns A, and B with orthonormal rows, from the QR decomposition of `wᵀ`.
 
     With `wᵀ = Q R`, `b = Q[:, :r]ᵀ` and `a = R[:r]ᵀ`, as PEFT's
     `init_lora_weights="olora"`: the scale is not divided out.
@@ -30,8 +28,8 @@ def olora(
       >>> import jax, numpy as np
       >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
       >>> spec = Spec(rank=2, alpha=4.0)
-      >>> start = jax.jit(olora, static_argnums=(2, 3))
-      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32))
+      >>> init = jax.jit(olora, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, init(jax.random.key(0), w, spec, np.float32))
       >>> np.allclose(b @ b.T, np.eye(2), atol=1e-5)
       True
 

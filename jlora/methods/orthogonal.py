@@ -1,18 +1,20 @@
-"""A start with both factors away from zero and a product of zero."""
+"""An initialisation with both factors away from zero and a product of zero."""
 
 import jax
 import jax.numpy as jnp
 
+from .._numerics import HIGHEST
 from ..factors import Spec
+from .init import shaped
 
 
 def orthogonal(
     key: jax.Array, shape: tuple[int, ...], spec: Spec, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns random A and B whose rows and columns lie in orthogonal halves of rank.
+    """Returns random A and B in orthogonal halves of the rank axis.
 
     With a random orthogonal matrix Q, `A = N Q[0::2] / 10` and `B = Q[1::2]^T N' / 10`
-    for standard normal N and N', so `A B = 0` while both have a gradient from the first
+    for standard normal N and N'. So `A B = 0`, and both have a gradient from the first
     step on. This is PEFT's `init_lora_weights="orthogonal"`.
 
     Args:
@@ -28,8 +30,8 @@ def orthogonal(
     Examples:
       >>> import jax, numpy as np
       >>> spec = Spec(rank=2, alpha=4.0)
-      >>> start = jax.jit(orthogonal, static_argnums=(1, 2, 3))
-      >>> a, b = map(np.asarray, start(jax.random.key(0), (3, 4), spec, np.float32))
+      >>> init = jax.jit(orthogonal, static_argnums=(1, 2, 3))
+      >>> a, b = map(np.asarray, init(jax.random.key(0), (3, 4), spec, np.float32))
       >>> bool(abs(a).min() > 0), bool(abs(a @ b).max() < 1e-6)
       (True, True)
 
@@ -42,10 +44,6 @@ def orthogonal(
     q = jax.random.orthogonal(keys[0], spec.rank, (n_batch,), jnp.float32)
     left = jax.random.normal(keys[1], (n_batch, fan_in, half)) / 10
     right = jax.random.normal(keys[2], (n_batch, half, fan_out)) / 10
-    exact = jax.lax.Precision.HIGHEST
-    a = jnp.matmul(left, q[:, 0::2], precision=exact)
-    b = jnp.matmul(q[:, 1::2].swapaxes(1, 2), right, precision=exact)
-    return (
-        a.reshape(spec.axes.a_shape(shape, spec.rank)).astype(dtype),
-        b.reshape(spec.axes.b_shape(shape, spec.rank)).astype(dtype),
-    )
+    a = jnp.matmul(left, q[:, 0::2], precision=HIGHEST)
+    b = jnp.matmul(q[:, 1::2].swapaxes(1, 2), right, precision=HIGHEST)
+    return shaped(a, b, spec, shape, dtype)

@@ -1,17 +1,15 @@
-"""PiSSA: A and B are the principal part of the weight, the rest stays frozen."""
-
-from typing import Any
+"""PiSSA: A and B are the principal part of the weight; the rest stays frozen."""
 
 import jax
 import jax.numpy as jnp
 
 from .._numerics import sqrt_halves
-from ..factors import Spec
+from ..factors import Array, Spec
 from .init import low_rank_svd, matrices, shaped
 
 
 def pissa(
-    key: jax.Array, w: Any, spec: Spec, dtype: jnp.dtype, *, n_iter: int | None = None
+    key: jax.Array, w: Array, spec: Spec, dtype: jnp.dtype, *, n_iter: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns A and B with `scale * a @ b` the best rank-r part of the weight.
 
@@ -19,7 +17,7 @@ def pissa(
     PEFT's `init_lora_weights="pissa"`; `n_iter` gives `"pissa_niter_<n>"`.
 
     Args:
-      key: PRNG key, consumed; used by the randomised decomposition alone.
+      key: PRNG key, consumed; only the randomised decomposition uses it.
       w: the weight.
       spec: axes, rank and scale.
       dtype: dtype of both factors.
@@ -33,8 +31,8 @@ def pissa(
       >>> import jax, numpy as np
       >>> w = np.arange(12, dtype=np.float32).reshape(3, 4)
       >>> spec = Spec(rank=2, alpha=4.0)
-      >>> start = jax.jit(pissa, static_argnums=(2, 3))
-      >>> a, b = map(np.asarray, start(jax.random.key(0), w, spec, np.float32))
+      >>> init = jax.jit(pissa, static_argnums=(2, 3))
+      >>> a, b = map(np.asarray, init(jax.random.key(0), w, spec, np.float32))
       >>> np.allclose(spec.scale * a @ b, w, atol=1e-4)  # this weight has rank 2
       True
 

@@ -1,16 +1,15 @@
-"""Trained rows: single rows of an embedding table, as for new tokens."""
-
-from typing import Any
+"""Token rows: only some rows of an embedding table are trained, as for new tokens."""
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..factors import Factors, Spec
 from .method import LeafAxes, Method, Shape, lora_axes
 
 
 def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
-    """A picks the rows, one-hot, and B is what is added to them."""
+    """Returns the one-hot rows as A, and what is added to them as B."""
     spec = factors.spec
     (axis,) = spec.axes.fan_in
     ids = jnp.asarray(spec.rows)
@@ -18,8 +17,8 @@ def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     return a, factors.b
 
 
-def _dense(factors: Factors, dtype: Any) -> jax.Array:
-    """The rows at their places in a table of zeros."""
+def _dense(factors: Factors, dtype: DTypeLike) -> jax.Array:
+    """Returns a table of zeros with the rows at their places."""
     spec = factors.spec
     (axis,) = spec.axes.fan_in
     table = jnp.zeros(spec.shape, dtype)
@@ -32,9 +31,9 @@ def _axes(spec: Spec) -> LeafAxes:
     return {"b": lora_axes(spec)["b"]}
 
 
-def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
     return Factors(None, jnp.zeros(token_rows.shapes(spec, shape)["b"], dtype), spec)
 
 
-token_rows = Method(axes=_axes, pair=_pair, start=_start, dense=_dense)
+token_rows = Method(axes=_axes, pair=_pair, init=_init, dense=_dense)

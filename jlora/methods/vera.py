@@ -1,4 +1,4 @@
-"""VeRA: one pair of random matrices for all weights of a shape, two trained vectors.
+"""VeRA: random matrices that all weights of a shape share, and two trained vectors.
 
 References:
   Kopiczko et al., 2023, VeRA, https://arxiv.org/abs/2310.11454
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from ..factors import Factors, Spec
 from .method import LeafAxes, Method, Shape
 
-START = 0.1  # of the vector along the rank; the one along the fan-out starts at zero
+INITIAL = 0.1  # of the vector along the rank; the one along the fan-out is zero
 
 
 def shared(spec: Spec, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Returns the frozen A `[*fan_in, rank]` and B `[rank, *fan_out]`.
 
-    Uniform with He's bound, drawn from `spec.seed`: weights of one shape share them, no
-    file holds them, and under `jit` they are drawn once.
+    Uniform with He's bound, drawn from `spec.seed`. Weights of one shape share them.
+    No file holds them, and under `jit` they are drawn once.
     """
     axes, rank = spec.axes, spec.rank
     fan_in = tuple(spec.shape[i] for i in axes.fan_in)
@@ -35,7 +35,7 @@ def shared(spec: Spec, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
-    """The shared matrices, columns of A and of B scaled by the two vectors."""
+    """Returns the shared A and B, their columns scaled by the two vectors."""
     axes = factors.spec.axes
     n_batch = len(axes.batch)
     a, b = shared(factors.spec, factors.a.dtype)
@@ -54,16 +54,16 @@ def _axes(spec: Spec) -> LeafAxes:
     return {"a": (*axes.batch, None), "b": (*axes.batch, *axes.fan_out)}
 
 
-def _start(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
     shapes = vera.shapes(spec, shape)
     return Factors(
-        jnp.full(shapes["a"], START, dtype), jnp.zeros(shapes["b"], dtype), spec
+        jnp.full(shapes["a"], INITIAL, dtype), jnp.zeros(shapes["b"], dtype), spec
     )
 
 
 vera = Method(
     axes=_axes,
     pair=_pair,
-    start=_start,
+    init=_init,
 )

@@ -14,7 +14,8 @@ from .._io.disk import Path, reading, replacing_files, write_text
 from .._io.shards import Pending, Slot, open_tensors, write_tensors
 from .._io.tensors import NAMES
 from ..errors import PeftError
-from ..paths import PyTree, flatten
+from ..factors import PyTree
+from ..paths import flatten
 from . import layers
 from ._leaves import Shaped, is_shaped
 from .config import FLOATS

@@ -10,8 +10,8 @@ import numpy as np
 from .._plan.plan import Plan
 from .._plan.resolve import axes_of
 from .._plan.row import Row
-from ..factors import Axes, Leaf, Spec
-from ..paths import PyTree, flatten
+from ..factors import Axes, Leaf, PyTree, Spec
+from ..paths import flatten
 
 Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 

@@ -8,8 +8,7 @@ from .._io.disk import Path, read_json, told
 from .._io.shards import open_tensors
 from .._plan.plan import Plan
 from ..errors import PeftError
-from ..factors import Trainable
-from ..paths import PyTree
+from ..factors import PyTree, Trainable
 from ._leaves import leaves_of
 from ._reading import Reading
 from .config import CONFIG, SIGNED, STEM, parse_config, signature

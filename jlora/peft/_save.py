@@ -11,8 +11,8 @@ from numpy.typing import DTypeLike
 from .._io.disk import replacing_files, write_text
 from .._io.shards import pending, write_tensors
 from ..errors import PeftError
-from ..factors import Trainable
-from ..paths import PyTree, flatten
+from ..factors import PyTree, Trainable
+from ..paths import flatten
 from ._writing import Writing
 from .config import (
     CONFIG,

@@ -744,7 +744,9 @@ def test_plan_refuses_inputs_of_an_embedding():
 
 @pytest.mark.parametrize("method", ["vera", "adalora"])
 def test_methods_with_a_start_of_their_own_take_no_init(method, key):
-    message = rf"{method!r} starts in its own way.*Rule\('w', init='kaiming'\)"
+    message = (
+        rf"{method!r} has an initialisation of its own.*Rule\('w', init='kaiming'\)"
+    )
     for init in ("pissa", ones):
         with pytest.raises(jlora.TargetError, match=message):
             plan_of("matrix", method=method, init=init)

@@ -269,7 +269,7 @@ def test_nnx_state_has_no_trailing_value():
 
 
 def test_equal_paths_are_an_error_that_names_them():
-    with pytest.raises(jlora.TreeError, match=r"same path: a/b\. Rename one"):
+    with pytest.raises(jlora.TreeError, match=r"same path: 'a/b'\. Rename one"):
         paths.flatten({"a/b": 1, "a": {"b": 2}, "c": 3})
 
 

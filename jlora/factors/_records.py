@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from ._tables import count, folded, html, listed, pattern_of
+from .._tables import alike, count, folded, html, listed
+from . import _state_dicts
 
 PyTree = Any  # the user's: parameters, arguments, results
+Array = jax.Array | np.ndarray  # on a device, or on the host
 Leaf = Any  # an array, or what a tree_map put there: a shape, a PartitionSpec, None
 
 
@@ -263,6 +266,9 @@ class Trainable:
     lora: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
     full: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _state_dicts.register(Trainable, Factors)  # Flax may be imported by now
+
     def __contains__(self, path: object) -> bool:
         """Whether the leaf `path` is adapted or trained in full."""
         return path in self.lora or path in self.full
@@ -279,7 +285,7 @@ class Trainable:
 
     def _repr_html_(self) -> str:
         fields = [x for x in (self.lora, self.full) if isinstance(x, Mapping)]
-        lines = [line for field in fields for line in _alike(field)]
+        lines = [line for field in fields for line in _lines(field)]
         caption = f"{count(_size(self))} parameters"
         return html(("leaf", "trained", "parameters"), lines, caption)
 
@@ -287,7 +293,7 @@ class Trainable:
 def _text(x: Leaf, long: bool = False) -> str:
     """Returns what `x` shows of itself; arrays their dtype and shape, not numbers."""
     if isinstance(x, Mapping):
-        lines = [f"{name!r}: {text}" for name, text, _ in _alike(x)]
+        lines = [f"{name!r}: {text}" for name, text, _ in _lines(x)]
         if long and lines:
             return "{\n" + "".join(f"    {line},\n" for line in lines) + "  }"
         return f"{{{', '.join(lines)}}}"
@@ -297,14 +303,11 @@ def _text(x: Leaf, long: bool = False) -> str:
     return f"{getattr(dtype, 'name', dtype)}[{','.join(map(str, shape))}]"
 
 
-def _alike(leaves: Mapping[str, Leaf]) -> list[tuple[str, str, str]]:
+def _lines(leaves: Mapping[str, Leaf]) -> list[tuple[str, str, str]]:
     """Returns `(name, text, size)` for leaves by path; those alike share a line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, leaf in leaves.items():
-        groups.setdefault((pattern_of(path), _text(leaf)), []).append(path)
     return [
         (folded(paths), text, count(_size([leaves[p] for p in paths])))
-        for (_, text), paths in groups.items()
+        for paths, text in alike((path, _text(x)) for path, x in leaves.items())
     ]
 
 
@@ -312,3 +315,6 @@ def _size(tree: PyTree) -> int:
     """Returns how many numbers the arrays of `tree` hold."""
     shapes = [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) for shape in shapes if isinstance(shape, tuple))
+
+
+_state_dicts.register(Trainable, Factors)
