@@ -10,20 +10,18 @@ the function, `merge` puts all together again:
     params = jlora.merge(frozen, trainable)
 """
 
+import importlib
 import importlib.metadata
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from . import (
     adapters as adapters,
-    checkpoint as checkpoint,
     citations as citations,
-    export as export,
-    files as files,
     inspection as inspection,
     methods as methods,
     optim as optim,
     paths as paths,
-    peft as peft,
-    pool as pool,
 )
 from ._core.apply import apply_lora as apply_lora
 from ._core.extract import extract as extract
@@ -63,10 +61,21 @@ from .factors import (
 from .inspection._report import Report as Report, report as report
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
 
+if TYPE_CHECKING:
+    from . import (
+        checkpoint as checkpoint,
+        export as export,
+        files as files,
+        peft as peft,
+        pool as pool,
+    )
+
 try:
     __version__ = importlib.metadata.version("jlora")
 except importlib.metadata.PackageNotFoundError:  # a source tree on the path
     __version__ = "0+unknown"
+
+_AT_FIRST_USE = ("checkpoint", "export", "files", "peft", "pool")
 
 __all__ = [
     "MISSING",
@@ -121,3 +130,14 @@ __all__ = [
     "split",
     "unmerge",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports a module that is heavy, and that not every program needs."""
+    if name in _AT_FIRST_USE:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
