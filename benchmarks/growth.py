@@ -1,6 +1,6 @@
 """How does the cost of a LoRA step grow, beside the floor's?
 
-Each axis is swept alone. A slope is that of a line through the logarithms: 1 is cost in
+Each axis is swept by itself. A slope is that of a line through the logarithms: 1 is cost in
 proportion, 0 none. *Added* is what LoRA adds to the floor without the input's gradient.
 """
 
