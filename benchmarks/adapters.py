@@ -69,7 +69,7 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
         return common.cross_entropy(apply(frozen, trainable, x), targets)
 
     def losses(stacked: Any, frozen: Any, x: Any, targets: Any) -> jax.Array:
-        # Adam works on each number separately, so the sum trains each adapter on its own.
+        # Adam works on each number separately: the sum trains each adapter by itself.
         return jax.vmap(loss, (0, None, 0, 0))(stacked, frozen, x, targets).sum()
 
     one = common.training_step(loss, one_of(stacked, 0), params, *batch)

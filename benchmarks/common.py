@@ -27,7 +27,7 @@ from .models import Model
 Figures = dict[str, Any]
 Step = tuple[
     Any, Any, tuple[Any, ...]
-]  # a jitted step, its state, the arguments it keeps
+]  # a jitted step, its state, the arguments it only reads
 Columns = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # head and lines
 RESULTS = Path(__file__).parent / "results"
 FLOOR, STRICT, JLORA = "floor", "floor, input left out", "jlora"
@@ -80,7 +80,7 @@ def adapter(
 def training_step(
     loss: Callable[..., Any], trained: Any, *rest: Any, abstract: bool = False
 ) -> Step:
-    """Returns a jitted AdamW step, its state, and the arguments it keeps.
+    """Returns a jitted AdamW step, its state, and the arguments it only reads.
 
     `loss(trained, *rest)` is what falls. The step donates its state.
     """
