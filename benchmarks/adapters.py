@@ -70,7 +70,7 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
         return common.cross_entropy(apply(frozen, trainable, x), targets)
 
     def losses(stacked: Any, frozen: Any, x: Any, targets: Any) -> jax.Array:
-        # Adam works on each number alone, so the sum trains each adapter on its own.
+        # Adam works on each number separately: the sum trains each adapter by itself.
         return jax.vmap(loss, (0, None, 0, 0))(stacked, frozen, x, targets).sum()
 
     one = common.training_step(loss, one_of(stacked, 0), params, *batch)
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="start anew with glibc told to keep the memory of a step for the next",
+        help="start again, and tell glibc to keep the memory of a step for the next",
     )
     options = parser.parse_args()
     if options.keep_memory and not os.environ.items() >= KEEP.items():

@@ -27,7 +27,7 @@ from .models import Model
 Figures = dict[str, Any]
 Step = tuple[
     Any, Any, tuple[Any, ...]
-]  # a jitted step, its state, what it leaves alone
+]  # a jitted step, its state, the arguments it only reads
 Columns = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # head and lines
 RESULTS = Path(__file__).parent / "results"
 FLOOR, STRICT, JLORA = "floor", "floor, input left out", "jlora"
@@ -59,7 +59,7 @@ def filled(shapes: Any) -> Any:
 
 
 def example(model: Model, *, abstract: bool = False) -> tuple[Any, tuple[Any, Any]]:
-    """Returns parameters and a batch, or their shapes alone."""
+    """Returns parameters and a batch, or only their shapes."""
     key = jax.random.key(0)
     params = jax.eval_shape(model.init, key)
     if abstract:
@@ -80,7 +80,7 @@ def adapter(
 def training_step(
     loss: Callable[..., Any], trained: Any, *rest: Any, abstract: bool = False
 ) -> Step:
-    """Returns a jitted AdamW step, its state, and the arguments it leaves alone.
+    """Returns a jitted AdamW step, its state, and the arguments it only reads.
 
     `loss(trained, *rest)` is what falls. The step donates its state.
     """
@@ -110,7 +110,7 @@ def training_steps(
 ) -> dict[str, Step]:
     """Returns the steps to compare, by name, on one set of weights and one batch.
 
-    If `abstract`, on their shapes alone: such steps can be compiled, not run.
+    If `abstract`, only on their shapes: such steps can be compiled, not run.
     """
     params, batch = example(model, abstract=abstract)
     trainable = adapter(model, params, batch[0], rank, targets)

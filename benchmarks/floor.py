@@ -56,7 +56,7 @@ def inference(model: models.Model, rank: int, rounds: int) -> common.Figures:
 
 
 def compiled(fn: Any, *args: Any) -> Any:
-    """Returns `fn` compiled, anew each time, for `args`."""
+    """Returns `fn` compiled for `args`, each time from the start."""
     return jax.jit(lambda *args: fn(*args)).lower(*args).compile()
 
 

@@ -1,7 +1,8 @@
 """How does the cost of a LoRA step grow, beside the floor's?
 
-Each axis is swept alone. A slope is that of a line through the logarithms: 1 is cost in
-proportion, 0 none. *Added* is what LoRA adds to the floor without the input's gradient.
+Each axis is swept by itself. A slope is that of a line through the logarithms: with 1,
+cost grows in proportion; with 0, it does not grow. *Added* is what LoRA adds to the
+floor without the input's gradient.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The models that are measured: small, self-contained, one function for each kind.
 
 A model takes `at_input` and `at_first`, biases that are not part of it: added to its
-input and to the outputs of its first linear layers. Training one of them alone sends
+input and to the outputs of its first linear layers. Training only one of them sends
 gradients through every layer, but to no weight.
 """
 

@@ -55,7 +55,7 @@ def imports(rounds: int) -> dict[str, float]:
 
 
 def lowering(model: models.Model, rank: int) -> dict[str, Callable[[], Any]]:
-    """Returns what traces and lowers, on shapes alone, forward and backward passes.
+    """Returns what traces and lowers, only on shapes, forward and backward passes.
 
     The base of LoRA's gradient is the floor's: both go through the frozen model.
     """

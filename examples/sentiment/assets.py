@@ -181,7 +181,7 @@ def _member(archive: bytes, name: str) -> bytes:
     with tarfile.open(fileobj=file) as tarred:
         member = tarred.extractfile(name)
         if member is None:
-            raise AssetError(f"{name!r} is no file of its archive.")
+            raise AssetError(f"{name!r} is not a file of its archive.")
         return member.read()
 
 

@@ -97,7 +97,7 @@ def _hf_name(path: str) -> str:
         if match := re.fullmatch(re.escape(linen).replace(r"\{\}", r"(\d+)"), module):
             suffix = "bias" if leaf == "bias" else "weight"
             return f"{hf.format(*match.groups())}.{suffix}"
-    raise ValueError(f"{path!r} is no parameter of this model.")
+    raise ValueError(f"{path!r} is not a parameter of this model.")
 
 
 def _linen_leaf(module: str, leaf: str) -> str:
