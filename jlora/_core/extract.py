@@ -1,6 +1,5 @@
 """The adapter nearest to what a full fine-tune changed."""
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..errors import ConfigError, TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import method_of
 from ..methods.dora import column_norms
+from ..methods.init import matrices, shaped
 from ..transform.stage import is_array
 from .tree import check_plan
 
@@ -99,25 +99,15 @@ def _differ(a: Any, b: Any) -> bool:
 
 def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
     """Returns factors with the best approximation of `tuned - base` of their rank."""
-    axes = spec.axes
     wide = at_least_float32(base.dtype)
     change = tuned.astype(wide) - base.astype(wide)
-    _, n_in, n_out = axes.sizes(change.shape)
-    batch = [change.shape[i] for i in axes.batch]
-    matrix = jnp.transpose(change, axes.order).reshape(*batch, n_in, n_out)
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matrices(change, spec.axes), full_matrices=False)
     r = spec.rank
     a, b = sqrt_halves(u[..., :r], s[..., :r], vt[..., :r, :], spec.scale)
-    factors = Factors(
-        a.reshape(axes.a_shape(change.shape, spec.rank)).astype(dtype),
-        b.reshape(axes.b_shape(change.shape, spec.rank)).astype(dtype),
-        spec,
-    )
-    if method_of(spec).gain is None:
-        return factors
-    return dataclasses.replace(
-        factors, magnitude=column_norms(tuned.astype(wide), axes)
-    )
+    magnitude = None
+    if method_of(spec).gain is not None:
+        magnitude = column_norms(tuned.astype(wide), spec.axes)
+    return Factors(*shaped(a, b, spec, change.shape, dtype), spec, magnitude)
 
 
 def _is_extractable(spec: Spec) -> bool:

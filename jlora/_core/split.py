@@ -19,7 +19,7 @@ from ..factors import Factors, Trainable
 from ..methods import find_init, method_of, residual
 from ..methods.moments import Statistics
 from ..transform.compat import is_staging
-from .tree import MISSING, check_plan
+from .tree import MISSING, check_plan, placed_as
 
 
 def split(
@@ -87,7 +87,7 @@ def split(
             w = leaves[row.path]
             lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])
             if base is not w:
-                changed[row.path] = _placed_as(w, base)
+                changed[row.path] = placed_as(w, base)
         elif row.status == "full":
             full[row.path] = leaves[row.path]
     frozen = [
@@ -198,13 +198,6 @@ def _start(
     base = residual(w, a, b, spec) if init.base == "residual" else (*own, w)[0]
     factors = Factors(a, b, spec)
     return factors if method.finish is None else method.finish(factors, base), base
-
-
-def _placed_as(w: Any, base: jax.Array) -> jax.Array:
-    """Returns `base` where `w` is."""
-    if not isinstance(w, jax.Array) or is_staging(base) or base.sharding == w.sharding:
-        return base
-    return jax.device_put(base, w.sharding)
 
 
 def _check_finite(weights: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Trainable
+from ..transform.compat import is_staging
 from ..transform.stage import is_array
 
 
@@ -89,6 +90,13 @@ def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
     The treedef has a leaf at each hole, so it unflattens to whole parameters.
     """
     return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
+
+
+def placed_as(w: Any, x: jax.Array) -> jax.Array:
+    """Returns `x` laid out over devices as the weight `w` that it replaces."""
+    if not isinstance(w, jax.Array) or is_staging(x) or x.sharding == w.sharding:
+        return x
+    return jax.device_put(x, w.sharding)
 
 
 def check(leaves: dict[str, Any], trainable: Trainable) -> None:

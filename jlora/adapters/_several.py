@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._core.algebra import lora_spec
+from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair, method_of
+from ..methods.init import matrices, shaped
 
 
 def sequence(name: str, trainables: Any) -> list[Trainable]:
@@ -89,19 +90,10 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
 
 def _sizes(factors: Factors) -> tuple[int, ...]:
     """Returns the sizes that A and B tell of the weight."""
-    spec = factors.spec
-    if is_lora(spec) or rescales(spec):
-        a, b = tuple(factors.a.shape), tuple(factors.b.shape)
-    else:
-        a, b = _plain_shapes(factors)
-    n = len(spec.axes.batch)
-    return (*a[:-1], *b[n + 1 :])
-
-
-def _plain_shapes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of the plain factors of any method."""
-    a, b = jax.eval_shape(low_rank_pair, factors)
-    return tuple(a.shape), tuple(b.shape)
+    if not (is_lora(factors.spec) or rescales(factors.spec)):
+        a, b = jax.eval_shape(low_rank_pair, factors)
+        factors = Factors(a, b, factors.spec)
+    return weight_sizes(factors)
 
 
 def changed_base(factors: Factors) -> bool:
@@ -181,20 +173,16 @@ def as_lora(path: str, factors: Factors, base: Base) -> Factors:
 
 def _dora_update(factors: Factors, w: Any) -> Factors:
     """Returns the whole change that DoRA makes to `w`, exactly, as plain factors."""
-    axes = factors.spec.axes
     wide = w.astype(at_least_float32(w.dtype))
     (merged,) = merge([wide], Trainable({"0": factors}))
-    _, n_in, n_out = axes.sizes(w.shape)
-    batch = [w.shape[i] for i in axes.batch]
-    change = jnp.transpose(merged - wide, axes.order).reshape(*batch, n_in, n_out)
-    rank = min(n_in, n_out)
-    eye = jnp.broadcast_to(jnp.eye(rank, dtype=change.dtype), (*batch, rank, rank))
-    a, b = (eye, change) if n_in <= n_out else (change, eye)
-    return Factors(
-        a.reshape(axes.a_shape(w.shape, rank)).astype(factors.a.dtype),
-        b.reshape(axes.b_shape(w.shape, rank)).astype(factors.b.dtype),
-        lora_spec(factors.spec, rank),
-    )
+    change = matrices(merged - wide, factors.spec.axes)
+    n, n_in, n_out = change.shape
+    spec = lora_spec(factors.spec, min(n_in, n_out))
+    eye = jnp.eye(spec.rank, dtype=change.dtype)
+    eye = jnp.broadcast_to(eye, (n, *eye.shape))
+    pair = (eye, change) if n_in <= n_out else (change, eye)
+    a, b = shaped(*pair, spec, w.shape, change.dtype)
+    return Factors(a.astype(factors.a.dtype), b.astype(factors.b.dtype), spec)
 
 
 def check_base(name: str, needed: dict[str, str], base: Base) -> None:
