@@ -1,5 +1,6 @@
 """Checks of what public functions are given; each says what to write instead."""
 
+import sys
 from typing import Any
 
 import jax
@@ -12,12 +13,22 @@ from .transform.compat import is_staging
 
 
 def check_function(owner: str, fn: Any) -> None:
-    """Raises a ConfigError if `fn` cannot be called."""
-    if not callable(fn):
-        raise ConfigError(
-            f"jlora.{owner} takes the function first, `fn(params, *args)`, got "
-            f"{type(fn).__name__}. Of a module pass its method, as `model.apply`."
+    """Raises a ConfigError if `fn` is a module, or cannot be called."""
+    nnx = sys.modules.get("flax.nnx")  # an NNX module has imported it
+    if isinstance(fn, getattr(nnx, "Module", ())):
+        remedy = (
+            "An NNX module holds its parameters: write `graphdef, params = "
+            "nnx.split(model)`, and pass `lambda params, *args: "
+            "nnx.merge(graphdef, params)(*args)`."
         )
+    elif not callable(fn) or (hasattr(fn, "init") and hasattr(fn, "apply")):
+        remedy = "Of a module pass its method, as `model.apply`."
+    else:
+        return
+    raise ConfigError(
+        f"jlora.{owner} takes the function first, `fn(params, *args)`, got "
+        f"{type(fn).__name__}. {remedy}"
+    )
 
 
 def check_key(name: str, key: Any) -> None:

@@ -1,6 +1,7 @@
-"""Plain-text tables, sizes in words, and lists of findings cut to a length."""
+"""Plain-text tables, sizes in words, and names and findings that share a line."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
 
 
@@ -71,12 +72,47 @@ def nbytes(n: float) -> str:
     return f"{n:.3g} TB"
 
 
-def listed(findings: Sequence[str], n: int = 10, separator: str = "; ") -> str:
-    """Returns the first `n` findings as one text, with the count of those left out.
+def pattern_of(name: str) -> str:
+    """Returns `name` with a `*` for each number, the same for names that fold.
+
+    Examples:
+      >>> pattern_of("layer_12/kernel")
+      'layer_*/kernel'
+    """
+    return re.sub(r"\d+", "*", name)
+
+
+def folded(names: Sequence[str]) -> str:
+    """Returns one name for `names` that differ only in numbers.
+
+    Examples:
+      >>> folded([f"layer_{i}/kernel" for i in range(12)]), folded(["layer_0/bias"])
+      ('layer_{0..11}/kernel (×12)', 'layer_0/bias')
+    """
+    parts = [re.split(r"(\d+)", name) for name in names]
+    out = []
+    for column in zip(*parts, strict=True):
+        values = sorted(set(column), key=lambda v: (len(v), v))
+        out.append(column[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
+    return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")
+
+
+def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
+    """Returns `findings` as one text, cut after `n` with the count of those left out.
+
+    Findings that differ only in the numbers of quoted names count as one.
 
     Examples:
       >>> listed(["'a'", "'b'", "'c'"], 2, ", ")
       "'a', 'b', and 1 more"
+      >>> listed([f"rank 64 is above 8 of 'layers/{i}/q'" for i in range(32)])
+      "rank 64 is above 8 of 'layers/{0..31}/q' (×32)"
     """
-    more = [f"and {len(findings) - n} more"] if len(findings) > n else []
-    return separator.join([*findings[:n], *more])
+    alike: dict[str, list[str]] = {}
+    for finding in findings:
+        kind = re.sub(r"'[^']*'", lambda quoted: pattern_of(quoted[0]), finding)
+        alike.setdefault(kind, []).append(finding)
+    groups = list(alike.values())
+    left_out = sum(map(len, groups[n:]))
+    more = [f"and {left_out} more"] if left_out else []
+    return separator.join([*map(folded, groups[:n]), *more])

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from typing import Any, Literal, Never
 
+import jax.typing
 import numpy as np
 
 from .errors import ConfigError
@@ -13,10 +14,11 @@ from .factors import Axes, FusedParts, tuples
 from .methods import INITS, METHODS, find_init, init_name
 
 Init = str | Callable[..., Any]
-Targets = str | tuple[str, ...] | Callable[[Any], bool]
+Predicate = Callable[[Any], bool]  # of a plan's Row
+Globs = str | Sequence[str] | Set[str]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Rule:
     """Settings for the leaves that a glob matches; None keeps the config's value.
 
@@ -41,32 +43,50 @@ class Rule:
     """
 
     pattern: str
-    rank: int | None = None
-    alpha: float | None = None
-    method: str | None = None
-    init: Init | None = None
-    dropout: float | None = None
-    axes: Axes | None = None
-    parts: FusedParts | None = None
+    rank: int | None
+    alpha: float | None
+    method: str | None
+    init: Init | None
+    dropout: float | None
+    axes: Axes | None
+    parts: FusedParts | None
 
-    def __post_init__(self):
-        if not isinstance(self.pattern, str):
-            raise ConfigError(f"Rule.pattern must be a glob, got {self.pattern!r}.")
-        if isinstance(self.parts, dict):  # from JSON
-            object.__setattr__(self, "parts", FusedParts(**tuples(self.parts)))
-        if not isinstance(self.parts, FusedParts | None):
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        method: str | None = None,
+        init: Init | None = None,
+        dropout: float | None = None,
+        axes: Axes | None = None,
+        parts: FusedParts | None = None,
+        **unknown: Never,
+    ):
+        _refuse(Rule, unknown)
+        if not isinstance(pattern, str):
+            raise ConfigError(f"Rule.pattern must be a glob, got {pattern!r}.")
+        if not isinstance(parts, FusedParts | None):
+            raise ConfigError(f"Rule.parts must be jlora.FusedParts, got {parts!r}.")
+        if parts is not None and rank is not None:
             raise ConfigError(
-                f"Rule.parts must be jlora.FusedParts, got {self.parts!r}."
+                f"Rule({pattern!r}): parts have a rank each, so leave rank out."
             )
-        if self.parts is not None and self.rank is not None:
-            raise ConfigError(
-                f"Rule({self.pattern!r}): parts have a rank each, so leave rank out."
-            )
-        if isinstance(self.axes, dict):  # from JSON
-            object.__setattr__(self, "axes", Axes(**tuples(self.axes)))
-        if not isinstance(self.axes, Axes | None):
-            raise ConfigError(f"Rule.axes must be jlora.Axes, got {self.axes!r}.")
-        _check(f"Rule({self.pattern!r})", self)
+        if not isinstance(axes, Axes | None):
+            raise ConfigError(f"Rule.axes must be jlora.Axes, got {axes!r}.")
+        _set(
+            self,
+            pattern=pattern,
+            rank=rank,
+            alpha=alpha,
+            method=method,
+            init=init,
+            dropout=dropout,
+            axes=axes,
+            parts=parts,
+        )
+        _check(f"Rule({pattern!r})", self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +122,11 @@ class TokenRows:
         object.__setattr__(self, "ids", tuple(int(i) for i in ids))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class LoraConfig:
-    """What to adapt and how.
+    """What to adapt and how; every field is given by its name.
+
+    Where a tuple of globs or rules is kept, one of them, a list or a set will do.
 
     Attributes:
       rank: size of the rank axis, a positive integer.
@@ -145,37 +167,53 @@ class LoraConfig:
       Kalajdzievski, 2023, rsLoRA, https://arxiv.org/abs/2312.03732
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    targets: Targets = "all-linear"
-    exclude: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    train: tuple[str | TokenRows, ...] = ()
-    method: str = "lora"
-    init: Init = "kaiming"
-    rslora: bool = False
-    dropout: float = 0.0
-    dtype: str | None = None
+    rank: int
+    alpha: float | None
+    targets: Literal["all-linear"] | tuple[str, ...] | Predicate
+    exclude: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    train: tuple[str | TokenRows, ...]
+    method: str
+    init: Init
+    rslora: bool
+    dropout: float
+    dtype: str | None
 
-    def __post_init__(self):
-        object.__setattr__(self, "exclude", _globs("exclude", self.exclude))
-        train = (self.train,) if isinstance(self.train, TokenRows) else self.train
-        of_rows: tuple[TokenRows, ...] = ()
-        if isinstance(train, tuple | list):
-            of_rows = tuple(t for t in train if isinstance(t, TokenRows))
-            train = tuple(t for t in train if not isinstance(t, TokenRows))
-        object.__setattr__(self, "train", (*_globs("train", train), *of_rows))
-        if not (callable(self.targets) or self.targets == "all-linear"):
-            object.__setattr__(self, "targets", _globs("targets", self.targets))
-        rules = (self.rules,) if isinstance(self.rules, Rule) else self.rules
-        for rule in rules if isinstance(rules, tuple | list) else (rules,):
-            if not isinstance(rule, Rule):
-                raise ConfigError(f"rules must hold Rule objects, got {rule!r}.")
-        object.__setattr__(self, "rules", tuple(rules))
-        if self.dtype is not None:
-            object.__setattr__(self, "dtype", _float_name(self.dtype))
-        if not isinstance(self.rslora, bool):
-            raise ConfigError(f"rslora must be True or False, got {self.rslora!r}.")
+    def __init__(
+        self,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        targets: Globs | Predicate = "all-linear",
+        exclude: Globs = (),
+        rules: Rule | Sequence[Rule] = (),
+        train: Globs | TokenRows | Sequence[str | TokenRows] = (),
+        method: str = "lora",
+        init: Init = "kaiming",
+        rslora: bool = False,
+        dropout: float = 0.0,
+        dtype: jax.typing.DTypeLike | None = None,
+        **unknown: Never,
+    ):
+        _refuse(LoraConfig, unknown)
+        if not (callable(targets) or targets == "all-linear"):
+            targets = _globs("targets", targets)
+        if not isinstance(rslora, bool):
+            raise ConfigError(f"rslora must be True or False, got {rslora!r}.")
+        _set(
+            self,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            exclude=_globs("exclude", exclude),
+            rules=_rules(rules),
+            train=_train(train),
+            method=method,
+            init=init,
+            rslora=rslora,
+            dropout=dropout,
+            dtype=None if dtype is None else _float_name(dtype),
+        )
         for name in ("rank", "dropout", "method", "init"):
             if getattr(self, name) is None:
                 raise ConfigError(f"LoraConfig.{name} must not be None.")
@@ -219,35 +257,69 @@ class LoraConfig:
           text: a JSON object; fields that are not in it have their defaults.
 
         Raises:
-          ConfigError: for text that is no JSON object, or has unknown fields.
+          ConfigError: for text that is not a JSON object, or has unknown fields.
         """
         try:
             fields = json.loads(text)
             if not isinstance(fields, dict):
                 what = type(fields).__name__
                 raise ConfigError(
-                    f"This is no LoraConfig in JSON: a {what}, not an object."
+                    f"This is not a LoraConfig in JSON: a {what}, not an object."
                 )
-            rules = tuple(Rule(**rule) for rule in fields.pop("rules", ()))
-            train = tuple(
-                TokenRows(**t) if isinstance(t, dict) else t
-                for t in fields.pop("train", ())
-            )
+            rules = [_rule_from(rule) for rule in fields.pop("rules", ())]
+            train = fields.pop("train", ())
+            if isinstance(train, list):
+                train = [TokenRows(**t) if isinstance(t, dict) else t for t in train]
             return cls(**fields, rules=rules, train=train)
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
-            raise ConfigError(f"This is no LoraConfig in JSON: {error}") from error
+            raise ConfigError(f"This is not a LoraConfig in JSON: {error}") from error
+
+
+def _rule_from(fields: dict[str, Any]) -> Rule:
+    """Returns the rule of which `fields` are the JSON values."""
+    records = {"axes": Axes, "parts": FusedParts}
+    given = {
+        name: records[name](**tuples(value)) if name in records and value else value
+        for name, value in fields.items()
+    }
+    return Rule(**given)
+
+
+def _set(record: LoraConfig | Rule, **fields: Any) -> None:
+    """Sets the fields of a frozen record that is being made."""
+    for name, value in fields.items():
+        object.__setattr__(record, name, value)
 
 
 def _globs(name: str, value: Any) -> tuple[str, ...]:
     globs = (value,) if isinstance(value, str) else value
-    if not isinstance(globs, tuple | list | set | frozenset) or not all(
+    if not isinstance(globs, Sequence | Set) or not all(
         isinstance(g, str) for g in globs
     ):
         raise ConfigError(
             f"{name} must be a glob or a tuple of globs, got {value!r}. "
             "Write e.g. '**/attn/{q,v}/kernel'."
         )
-    return tuple(sorted(globs) if isinstance(globs, set | frozenset) else globs)
+    return tuple(sorted(globs) if isinstance(globs, Set) else globs)
+
+
+def _train(value: Any) -> tuple[str | TokenRows, ...]:
+    """Returns the globs and then the rows of `train`."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    entries = value if several else (value,)
+    rows = tuple(t for t in entries if isinstance(t, TokenRows))
+    if not rows:
+        return _globs("train", value)
+    rest = [t for t in entries if not isinstance(t, TokenRows)]
+    return (*_globs("train", rest), *rows)
+
+
+def _rules(value: Any) -> tuple[Rule, ...]:
+    rules = value if isinstance(value, Sequence) else (value,)
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ConfigError(f"rules must hold Rule objects, got {rule!r}.")
+    return tuple(rules)
 
 
 def _float_name(dtype: Any) -> str:
@@ -296,3 +368,57 @@ def _positive(x: Any) -> bool:
         and math.isfinite(x)
         and x > 0
     )
+
+
+# PEFT's words: the field of jlora that answers each, and what to write.
+_PEFT_WORDS = {
+    "r": ("rank", "rank=16"),
+    "init_r": ("rank", "rank=12"),
+    "target_r": ("", "give it to jlora.optim.adalora, as target_rank="),
+    "lora_alpha": ("alpha", "alpha=32 (without it the scale is 1)"),
+    "target_modules": ("targets", 'targets="**/{q_proj,v_proj}/kernel"'),
+    "target_parameters": ("targets", 'targets="**/experts/*"'),
+    "exclude_modules": ("exclude", 'exclude="**/lm_head/kernel"'),
+    "layers_to_transform": ("targets", 'targets="**/layers/{0..2}/**/kernel"'),
+    "layers_pattern": ("targets", 'targets="**/layers/{0..2}/**/kernel"'),
+    "rank_pattern": ("rules", 'rules=Rule("**/q_proj/kernel", rank=4)'),
+    "alpha_pattern": ("rules", 'rules=Rule("**/q_proj/kernel", alpha=8)'),
+    "modules_to_save": ("train", 'train="**/classifier/*"'),
+    "bias": ("train", 'train="**/bias"'),
+    "lora_bias": ("train", 'train="**/bias"'),
+    "trainable_token_indices": ("train", 'train=TokenRows("**/embedding", ids)'),
+    "lora_dropout": ("dropout", "dropout=0.1, and lora_key= at each training call"),
+    "vera_dropout": ("dropout", "dropout=0.1, and lora_key= at each training call"),
+    "use_rslora": ("rslora", "rslora=True"),
+    "use_dora": ("method", 'method="dora"'),
+    "peft_type": ("method", 'method="vera"'),
+    "init_lora_weights": ("init", 'init="pissa"'),
+    "loftq_config": ("init", 'init="loftq_niter_4"'),
+    "eva_config": ("init", 'init="eva", and split(..., statistics=...)'),
+    "corda_config": ("init", 'init="corda", and split(..., statistics=...)'),
+    "lora_ga_config": ("init", 'init="lora_ga", and split(..., statistics=...)'),
+    "fan_in_fan_out": ("", "leave it out, the trace finds the axes"),
+    "ensure_weight_tying": (
+        "",
+        "leave it out, a shared leaf is one leaf",
+    ),
+    "task_type": ("", "leave it out, jlora adapts any function"),
+    "inference_mode": ("", "leave it out, dropout is off without lora_key="),
+}
+
+
+def _refuse(owner: type, unknown: dict[str, Any]) -> None:
+    """Raises for keywords that are not fields; PEFT's words are told jlora's."""
+    fields = {"", *(field.name for field in dataclasses.fields(owner))}
+    told = [
+        f"{name}= is PEFT's word: {'write ' if _PEFT_WORDS[name][0] else ''}"
+        f"{_PEFT_WORDS[name][1]}"
+        for name in unknown
+        if name in _PEFT_WORDS and _PEFT_WORDS[name][0] in fields
+    ]
+    if told:
+        raise ConfigError(f"{owner.__name__}: {'; '.join(told)}.")
+    for name in unknown:
+        raise TypeError(
+            f"{owner.__name__}.__init__() got an unexpected keyword argument {name!r}"
+        )

@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 
+from ._tables import count, folded, html, listed, pattern_of
+
+PyTree = Any  # the user's: parameters, arguments, results
 Leaf = Any  # an array, or what a tree_map put there: a shape, a PartitionSpec, None
 
 
@@ -167,6 +170,9 @@ class Spec:
         return cls(**tuples(fields))
 
 
+_PLAIN = Spec(rank=1, alpha=1.0)
+
+
 def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `fields` with tuples for lists.
 
@@ -197,6 +203,8 @@ class Factors:
       >>> f = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), Spec(rank=2, alpha=4))
       >>> f.scale, f.rank
       (2.0, 2)
+      >>> f
+      Factors(a=float32[3,2], b=float32[2,4], rank=2, alpha=4)
     """
 
     a: Leaf
@@ -214,6 +222,19 @@ class Factors:
         """The multiplier of `a @ b`."""
         return self.spec.scale
 
+    def __repr__(self) -> str:
+        told = {"a": _text(self.a), "b": _text(self.b)}
+        if self.magnitude is not None:
+            told["magnitude"] = _text(self.magnitude)
+        told |= {"rank": str(self.rank), "alpha": str(self.spec.alpha)}
+        if self.spec.rows:
+            told["rows"] = f"({listed(map(str, self.spec.rows), 8, ', ')})"
+        for field in dataclasses.fields(self.spec):
+            value = getattr(self.spec, field.name)
+            if field.name not in told and value != getattr(_PLAIN, field.name):
+                told[field.name] = repr(value)
+        return f"Factors({', '.join(f'{k}={v}' for k, v in told.items())})"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -225,8 +246,18 @@ class Trainable:
       full: arrays by path.
 
     Examples:
-      >>> Trainable()
-      Trainable(lora={}, full={})
+      >>> import jax.numpy as jnp
+      >>> own = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), Spec(rank=2, alpha=4))
+      >>> Trainable({f"layer_{i}/kernel": own for i in range(12)}, {"b": jnp.ones(4)})
+      Trainable(
+        172 parameters,
+        lora={
+          'layer_{0..11}/kernel (×12)': Factors(a=float32[3,2], ..., rank=2, alpha=4),
+        },
+        full={
+          'b': float32[4],
+        },
+      )
     """
 
     lora: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
@@ -235,3 +266,49 @@ class Trainable:
     def __contains__(self, path: object) -> bool:
         """Whether the leaf `path` is adapted or trained in full."""
         return path in self.lora or path in self.full
+
+    def __repr__(self) -> str:
+        n = _size(self)
+        counted = [f"{count(n)} parameters"] if n else []
+        fields = {"lora": self.lora, "full": self.full}
+        short = ", ".join([*counted, *(f"{k}={_text(v)}" for k, v in fields.items())])
+        if len(short) < 80 and "\n" not in short:
+            return f"Trainable({short})"
+        long = [*counted, *(f"{k}={_text(v, long=True)}" for k, v in fields.items())]
+        return "Trainable(\n" + "".join(f"  {line},\n" for line in long) + ")"
+
+    def _repr_html_(self) -> str:
+        fields = [x for x in (self.lora, self.full) if isinstance(x, Mapping)]
+        lines = [line for field in fields for line in _alike(field)]
+        caption = f"{count(_size(self))} parameters"
+        return html(("leaf", "trained", "parameters"), lines, caption)
+
+
+def _text(x: Leaf, long: bool = False) -> str:
+    """Returns what `x` shows of itself; arrays their dtype and shape, not numbers."""
+    if isinstance(x, Mapping):
+        lines = [f"{name!r}: {text}" for name, text, _ in _alike(x)]
+        if long and lines:
+            return "{\n" + "".join(f"    {line},\n" for line in lines) + "  }"
+        return f"{{{', '.join(lines)}}}"
+    shape, dtype = getattr(x, "shape", None), getattr(x, "dtype", None)
+    if not isinstance(shape, tuple) or dtype is None:
+        return repr(x)
+    return f"{getattr(dtype, 'name', dtype)}[{','.join(map(str, shape))}]"
+
+
+def _alike(leaves: Mapping[str, Leaf]) -> list[tuple[str, str, str]]:
+    """Returns `(name, text, size)` for leaves by path; those alike share a line."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, leaf in leaves.items():
+        groups.setdefault((pattern_of(path), _text(leaf)), []).append(path)
+    return [
+        (folded(paths), text, count(_size([leaves[p] for p in paths])))
+        for (_, text), paths in groups.items()
+    ]
+
+
+def _size(tree: PyTree) -> int:
+    """Returns how many numbers the arrays of `tree` hold."""
+    shapes = [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) for shape in shapes if isinstance(shape, tuple))

@@ -3,11 +3,13 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
+
+import jax
 
 from .._checks import check_function, check_key
 from ..errors import ConfigError, MergeError, MergeWarning
-from ..factors import Axes, Factors
+from ..factors import Axes, Factors, PyTree, Trainable
 from ..methods import low_rank_pair, method_of
 from ..transform.cost import Form
 from ..transform.rewrite import rewrite
@@ -16,11 +18,45 @@ from ..transform.values import RANK, Term, Weight, leaf, leaf_dims
 from .tree import combine, flatten_frozen
 
 OnMerge = Literal["allow", "warn", "error"]
+Args = ParamSpec("Args")
+Out = TypeVar("Out")
+Out_co = TypeVar("Out_co", covariant=True)
+
+
+class LoraFunction(Protocol[Args, Out_co]):
+    """What `apply_lora` returns, for type checkers.
+
+    A signature cannot say "the arguments of `fn` and `lora_key` too", so with a
+    `lora_key` the arguments are not checked.
+    """
+
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        trainable: Trainable,
+        /,
+        *args: Args.args,
+        **kwargs: Args.kwargs,
+    ) -> Out_co: ...
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        trainable: Trainable,
+        /,
+        *args: Any,
+        lora_key: jax.Array | None,
+        **kwargs: Any,
+    ) -> Out_co: ...
 
 
 def apply_lora(
-    fn: Callable, *, on_merge: OnMerge = "warn", form: Form = "auto"
-) -> Callable:
+    fn: Callable[Concatenate[Any, Args], Out],
+    *,
+    on_merge: OnMerge = "warn",
+    form: Form = "auto",
+) -> LoraFunction[Args, Out]:
     """Returns `lora_fn(frozen, trainable, *args, lora_key=None, **kwargs)`.
 
     `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
@@ -45,8 +81,8 @@ def apply_lora(
       a weight and each loop step draws its own mask.
 
     Raises:
-      ConfigError: if `fn` is no function, or `on_merge` or `form` none of the above;
-        (when called) if `lora_key` is no PRNG key.
+      ConfigError: if `fn` is a module or not a function, or `on_merge` or `form` is
+        not one of the above; (when called) if `lora_key` is not a PRNG key.
       TreeError: (when called) if frozen and trainable do not fit together.
       MergeError: (when called) if a weight is merged and `on_merge="error"`.
 
@@ -75,7 +111,14 @@ def apply_lora(
         raise ConfigError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
 
     @functools.wraps(fn)
-    def lora_fn(frozen, trainable, /, *args, lora_key=None, **kwargs):
+    def lora_fn(
+        frozen: PyTree,
+        trainable: Trainable,
+        /,
+        *args: Any,
+        lora_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Out:
         params = combine(frozen, trainable)
         if lora_key is not None:
             check_key("lora_key", lora_key)

@@ -1,9 +1,8 @@
 """How a plan is shown: a table with a line for each group of leaves."""
 
-import re
 from collections.abc import Sequence
 
-from .._tables import count, html, nbytes, table
+from .._tables import count, folded, html, nbytes, pattern_of, table
 from ..factors import Spec
 from ..transform.cost import PLATFORMS
 from ..transform.discover import FACTORED, MERGED
@@ -28,7 +27,7 @@ def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
     groups: dict[tuple, list[Row]] = {}
     for row in leaves:
         same = (
-            re.sub(r"\d+", "*", row.path),
+            pattern_of(row.path),
             *(row.shape, row.dtype, row.status, row.spec, row.op, row.route, row.note),
         )
         groups.setdefault(same, []).append(row)
@@ -76,7 +75,7 @@ def _forms(leaves: Sequence[Row]) -> list[str]:
 
 def _line(rows: list[Row]) -> tuple[str, ...]:
     row = rows[0]
-    name = _shared_name([r.path for r in rows])
+    name = folded([r.path for r in rows])
     shape = f"{row.dtype}[{','.join(map(str, row.shape))}]"
     if row.spec is None:
         trained = count(sum(r.trained for r in rows)) if row.trained else ""
@@ -102,13 +101,3 @@ def _rank(spec: Spec) -> str:
     if spec.parts is not None:
         return "+".join(map(str, spec.parts.ranks))
     return f"{spec.rank}" if spec.method == "lora" else f"{spec.rank} {spec.method}"
-
-
-def _shared_name(names: list[str]) -> str:
-    """Returns one name for paths that differ in numbers: `layer_{0..5}/kernel`."""
-    parts = [re.split(r"(\d+)", name) for name in names]
-    out = []
-    for column in zip(*parts, strict=True):
-        values = sorted(set(column), key=lambda v: (len(v), v))
-        out.append(column[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
-    return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")

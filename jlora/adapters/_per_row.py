@@ -1,25 +1,53 @@
 """`per_row`: a batch whose rows use different adapters."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Concatenate, Protocol, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from .._core.apply import OnMerge, apply_lora
+from .._checks import check_function
+from .._core.apply import Args, OnMerge, Out, Out_co, apply_lora
 from ..errors import TreeError
-from ..factors import Trainable
+from ..factors import PyTree, Trainable
 from ._several import leaves_of
 from ._stack import count, pick
 
 
+class RowFunction(Protocol[Args, Out_co]):
+    """What `per_row` returns, for type checkers; see `LoraFunction`."""
+
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        stacked: Trainable,
+        ids: ArrayLike | None,
+        /,
+        *args: Args.args,
+        **kwargs: Args.kwargs,
+    ) -> Out_co: ...
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        stacked: Trainable,
+        ids: ArrayLike | None,
+        /,
+        *args: Any,
+        lora_key: jax.Array | None,
+        **kwargs: Any,
+    ) -> Out_co: ...
+
+
 def per_row(
-    fn: Callable,
+    fn: Callable[Concatenate[Any, Args], Out],
     *,
-    in_axes: Any = 0,
-    out_axes: Any = 0,
+    in_axes: PyTree = 0,
+    out_axes: PyTree = 0,
     on_merge: OnMerge = "warn",
-) -> Callable:
+) -> RowFunction[Args, Out]:
     """Returns `row_fn(frozen, stacked, ids, *args, lora_key=None, **kwargs)`.
 
     `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in row `i`, or the
@@ -51,6 +79,7 @@ def per_row(
       what `split` returns has no base values for them.
 
     Raises:
+      ConfigError: if `fn` is not a function.
       TreeError: (when called) if the batch, `ids` and `stacked` do not fit.
 
     Examples:
@@ -67,8 +96,17 @@ def per_row(
       >>> row_fn(params, stacked, jnp.array([1, -1, 0]), jnp.ones((3, 3)))[:, 0]
       Array([9., 3., 6.], dtype=float32)
     """
+    check_function("adapters.per_row", fn)
 
-    def row_fn(frozen, stacked, ids, /, *args, lora_key=None, **kwargs):
+    def row_fn(
+        frozen: PyTree,
+        stacked: Trainable,
+        ids: ArrayLike | None,
+        /,
+        *args: Any,
+        lora_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Out:
         axes = _per_argument(in_axes, args)
         batch = _batch_size(axes, args)
         if ids is None:

@@ -1140,3 +1140,19 @@ def test_iterating_over_a_stack_of_weights_is_factored(axis, key):
     out = jax.jit(jlora.apply_lora(fn, on_merge="error"))(frozen, trainable, x)
     expected = fn(jlora.merge(frozen, trainable), x)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_module_in_place_of_the_function_is_told_what_to_pass():
+    class Whole(nnx.Module):
+        def __call__(self, x):
+            return x
+
+    x = jnp.ones((1, 4))
+    for call in (jlora.apply_lora, jlora.adapters.per_row):
+        with pytest.raises(jlora.ConfigError, match=r"Dense.*as `model\.apply`"):
+            call(nn.Dense(1))
+        with pytest.raises(jlora.ConfigError, match=r"Whole.*nnx\.split\(model\)"):
+            call(Whole())
+    with pytest.raises(jlora.ConfigError, match=r"jlora\.plan .*as `model\.apply`"):
+        jlora.plan(nn.Dense(1), {}, x, config=jlora.LoraConfig())
+    jlora.apply_lora(nnx.jit(lambda p, x: x))  # callable, and not a module

@@ -1,5 +1,6 @@
 """`LoraConfig` and `Rule`: what they accept, refuse, and write as JSON."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -247,7 +248,7 @@ def test_a_predicate_has_no_json():
     ],
 )
 def test_json_that_is_no_config_is_refused(text):
-    with pytest.raises(jlora.ConfigError, match="This is no LoraConfig in JSON"):
+    with pytest.raises(jlora.ConfigError, match="This is not a LoraConfig in JSON"):
         jlora.LoraConfig.from_json(text)
 
 
@@ -264,3 +265,61 @@ def test_bad_values_in_json_are_refused_as_in_code():
 def test_json_of_an_older_version_may_lack_fields():
     config = jlora.LoraConfig.from_json('{"rank": 4}')
     assert config == jlora.LoraConfig(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"r": 8}, "LoraConfig: r= is PEFT's word: write rank=16."),
+        ({"lora_alpha": 32}, "write alpha=32"),
+        ({"target_modules": ["q_proj"]}, 'write targets="**/{q_proj,v_proj}/kernel"'),
+        ({"modules_to_save": ["head"]}, 'write train="**/classifier/*"'),
+        ({"lora_dropout": 0.1}, "write dropout=0.1, and lora_key= at each"),
+        ({"use_dora": True}, 'write method="dora"'),
+        ({"rank_pattern": {}}, 'write rules=Rule("**/q_proj/kernel", rank=4)'),
+        ({"task_type": "CAUSAL_LM"}, "task_type= is PEFT's word: leave it out"),
+        (
+            {"r": 8, "x": 1, "bias": "none"},
+            "rank=16; bias= is PEFT's word: write train",
+        ),
+    ],
+)
+def test_pefts_words_are_answered_with_jloras(given, message):
+    with pytest.raises(jlora.ConfigError, match=re.escape(message)):
+        jlora.LoraConfig(**given)
+    with pytest.raises(jlora.ConfigError, match=re.escape(message)):
+        jlora.LoraConfig.from_json(json.dumps(given))
+
+
+def test_a_rule_answers_the_words_that_it_has():
+    with pytest.raises(jlora.ConfigError, match=r"Rule: r= is PEFT's word: write rank"):
+        jlora.Rule("**", r=8)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'use_rslora'"):
+        jlora.Rule("**", use_rslora=True)
+
+
+@pytest.mark.parametrize("record", [jlora.LoraConfig, jlora.Rule])
+def test_an_unknown_keyword_is_a_type_error(record):
+    wanted = rf"{record.__name__}.__init__\(\) got an unexpected keyword argument 'rnk'"
+    with pytest.raises(TypeError, match=wanted):
+        record("**", rnk=8) if record is jlora.Rule else record(rnk=8)
+
+
+def test_fields_are_given_by_name():
+    with pytest.raises(TypeError, match="positional argument"):
+        jlora.LoraConfig(8)
+    with pytest.raises(TypeError, match="positional argument"):
+        jlora.Rule("**", 8)
+
+
+def test_configs_copy_and_replace():
+    rule = jlora.Rule("**", axes=jlora.Axes(), init="pissa")
+    config = jlora.LoraConfig(rules=rule, train=jlora.TokenRows("**", (1,)))
+    assert copy.deepcopy(config) == copy.copy(config) == config
+    assert dataclasses.replace(config, rank=4).rules == (rule,)
+    assert repr(jlora.LoraConfig(rank=4)).startswith("LoraConfig(rank=4, alpha=None")
+
+
+def test_json_may_name_one_glob():
+    config = jlora.LoraConfig.from_json('{"train": "**/head/*", "targets": "**/q"}')
+    assert config == jlora.LoraConfig(train="**/head/*", targets="**/q")
