@@ -1,5 +1,6 @@
 """The adapter nearest to what a full fine-tune changed."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -10,7 +11,7 @@ from .._numerics import at_least_float32, sqrt_halves
 from .._plan.plan import Plan
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import method_of
+from ..methods import find_init, method_of
 from ..methods.dora import column_norms
 from ..methods.init import matrices, shaped
 from ..transform.stage import is_array
@@ -99,6 +100,9 @@ def _differ(a: Any, b: Any) -> bool:
 
 def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
     """Returns factors with the best approximation of `tuned - base` of their rank."""
+    init = find_init(spec.init)
+    if init is not None and init.changes_base:  # these factors are for the base itself
+        spec = dataclasses.replace(spec, init="kaiming")
     wide = at_least_float32(base.dtype)
     change = tuned.astype(wide) - base.astype(wide)
     u, s, vt = jnp.linalg.svd(matrices(change, spec.axes), full_matrices=False)

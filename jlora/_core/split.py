@@ -11,12 +11,11 @@ from .. import paths
 from .._checks import check_key
 from .._numerics import key_of_path
 from .._plan.plan import Plan
-from .._plan.resolve import init_of
 from .._plan.row import Row
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Trainable
-from ..methods import find_init, method_of, residual
+from ..methods import method_of, residual
 from ..methods.moments import Statistics
 from ..transform.compat import is_staging
 from .tree import MISSING, check_plan, placed_as
@@ -77,15 +76,15 @@ def split(
     check_plan(leaves, plan)
     extra = _extras(plan, statistics or Statistics(), quantize)
     _check_finite({p: leaves[p] for p in plan.adapted})
+    dtype = jnp.dtype(plan.config.dtype or "float32")
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
             own = key_of_path(key, row.path)
-            dtype = jnp.dtype(plan.config.dtype or "float32")
             w = leaves[row.path]
-            lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])
+            lora[row.path], base = _start(own, w, row, dtype, extra[row.path])
             if base is not w:
                 changed[row.path] = placed_as(w, base)
         elif row.status == "full":
@@ -127,16 +126,13 @@ def _extras(
         if row.spec is None:
             continue
         extra[row.path] = ()
-        found = find_init(init_of(plan.config, row.path))
-        if found is None or method_of(row.spec).start is not None:
-            continue
-        if found.needs in sources:
-            known, remedy = sources[found.needs]
+        if row.init is not None and row.init.needs in sources:
+            known, remedy = sources[row.init.needs]
             if row.path not in known:
                 wrong.append(f"{row.path!r}: init {row.spec.init!r}, give {remedy}")
                 continue
             extra[row.path] = (known[row.path],)
-            wrong += _statistic_misfits(row, found.needs, known[row.path])
+            wrong += _statistic_misfits(row, row.init.needs, known[row.path])
     if wrong:
         raise ConfigError(f"split lacks what some inits need: {listed(wrong)}.")
     return extra
@@ -170,14 +166,13 @@ def _start(
     key: jax.Array,
     w: Any,
     row: Row,
-    plan: Plan,
     dtype: jnp.dtype,
     extra: tuple[Any, ...],
 ) -> tuple[Factors, Any]:
     """Returns the factors of `row` and the weight to freeze."""
     spec = row.spec
     assert spec is not None
-    method, init = method_of(spec), find_init(init_of(plan.config, row.path))
+    method, init = method_of(spec), row.init
     if method.start is not None:
         return method.start(key, row.shape, spec, dtype), w
     assert init is not None

@@ -88,7 +88,9 @@ def _with_rank(row: Row, ranks: dict[str, int]) -> Row:
         return row
     if rank == 0:
         note = "rank 0: its inputs' directions explain less than those of others"
-        return dataclasses.replace(row, status="frozen", spec=None, note=note)
+        return dataclasses.replace(
+            row, status="frozen", spec=None, init=None, note=note
+        )
     ratio = rank / row.spec.rank
     alpha = row.spec.alpha * (math.sqrt(ratio) if row.spec.rslora else ratio)
     return dataclasses.replace(

@@ -392,11 +392,11 @@ def test_a_rule_for_leaves_that_are_not_adapted_has_no_effect():
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("layer_0/up/bias", r"float32\[64\]\) is no weight of a linear op.*`add` at"),
-        ("layer_0/norm", r"float32\[16\]\) is no weight of a linear op.*`mul` at"),
-        ("pos", "is no weight of a linear operation"),
+        ("layer_0/up/bias", r"float32\[64\]\) is not a weight of a linear op.*`add` at"),
+        ("layer_0/norm", r"float32\[16\]\) is not a weight of a linear op.*`mul` at"),
+        ("pos", "is not a weight of a linear operation"),
         ("spare", "is not used by the function"),
-        ("step", "is no floating-point array"),
+        ("step", "is not a floating-point array"),
     ],
 )
 def test_a_target_that_takes_no_factors_is_refused(path, why):
