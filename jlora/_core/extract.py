@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from .. import paths
 from .._numerics import at_least_float32, sqrt_halves
 from .._plan.plan import Plan
+from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, method_of
@@ -70,7 +71,7 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     if unable:
         raise ConfigError(
             f"extract finds factors for the methods lora and dora, not for those of "
-            f"{', '.join(map(repr, unable[:3]))}. Make the plan with method='lora'."
+            f"{listed(map(repr, unable), 3, ', ')}. Make the plan with method='lora'."
         )
     lora = {
         row.path: _nearest(tuned[row.path], base[row.path], row.spec, dtype)
@@ -85,7 +86,7 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     if left:
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            f"lacks their change: {listed(left, separator=', ')}. Add them to train= or targets=.",
             stacklevel=2,
         )
     return Trainable(lora, {path: tuned[path] for path in plan.full})

@@ -7,6 +7,7 @@ import jax
 
 from .. import paths
 from .._numerics import add_rounded, at_least_float32
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Trainable
 from ..methods import method_of
@@ -68,7 +69,9 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     leaves, treedef = paths.flatten(params)
     unknown = [path for path in trainable.full if path not in leaves]
     if unknown:
-        raise TreeError(f"params has no leaf {', '.join(map(repr, unknown))}.")
+        raise TreeError(
+            f"params has no leaf {listed(map(repr, unknown), separator=', ')}."
+        )
     frozen = treedef.unflatten(
         MISSING if path in trainable.full else leaf for path, leaf in leaves.items()
     )
@@ -76,7 +79,7 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
     if rescaled:
         raise TreeError(
-            f"{', '.join(map(repr, rescaled[:3]))} have a magnitude (DoRA): the merged "
+            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the merged "
             "weights do not tell what they were. Keep frozen from jlora.split instead."
         )
     return _shift(frozen, trainable, sign=-1)

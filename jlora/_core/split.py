@@ -31,7 +31,7 @@ def split(
 ) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with holes where `plan` trains leaves in full, and without what
+    `frozen` is `params` with `MISSING` where `plan` trains leaves in full, and without what
     `init="pissa"` and the like put into A and B: that is `w - scale * a @ b`, rounded
     once. Works under `jax.jit` and `jax.eval_shape`. With B (or A) zero, every
     operation of the adapted function gives the bits of the original one; one `jax.jit`
@@ -40,7 +40,7 @@ def split(
     later.
 
     Args:
-      key: PRNG key, consumed. A leaf's factors depend on the key and its path alone.
+      key: PRNG key, consumed. A leaf's factors depend only on the key and its path.
       params: the tree that `plan` was made for.
       plan: what to adapt, from `jlora.plan`.
       statistics: for `init="eva"`, `"corda"` and `"lora_ga"`, from
@@ -53,7 +53,7 @@ def split(
       rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
-      ConfigError: if `key` is no PRNG key or `plan` no `Plan`; if an init lacks its
+      ConfigError: if `key` is not a PRNG key or `plan` not a `Plan`; if an init lacks its
         statistics or `quantize`, or a function given as init returns other shapes;
         lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted

@@ -35,7 +35,7 @@ MISSING = Missing()
 def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
     """Raises a TreeError that lists where `leaves` are not those of `plan`.
 
-    Raises a ConfigError for what is no plan.
+    Raises a ConfigError for what is not a plan.
     """
     if not isinstance(plan, Plan):
         raise ConfigError(
@@ -85,9 +85,9 @@ def combine(frozen: Any, trainable: Trainable) -> Any:
 
 
 def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the leaves of `frozen` by path, holes among them, and the treedef.
+    """Returns the leaves of `frozen` by path, `MISSING` among them, and the treedef.
 
-    The treedef has a leaf at each hole, so it unflattens to whole parameters.
+    The treedef has a leaf at each `MISSING`, so it unflattens to whole parameters.
     """
     return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
 
@@ -123,7 +123,7 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
                 f"{leaves[path].shape}"
             )
     wrong += [
-        f"no leaf for the hole at {path!r}"
+        f"no leaf for the missing {path!r}"
         for path, leaf in leaves.items()
         if isinstance(leaf, Missing) and path not in trainable.full
     ]
@@ -135,7 +135,7 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
 
 
 def check_trainable(trainable: Any) -> None:
-    """Raises a TreeError for what is no `Trainable`."""
+    """Raises a TreeError for what is not a `Trainable`."""
     if not isinstance(trainable, Trainable):
         raise TreeError(
             f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
@@ -145,7 +145,7 @@ def check_trainable(trainable: Any) -> None:
 
 def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
-        return [f"{path!r} is no floating-point array, so it takes no factors"]
+        return [f"{path!r} is not a floating-point array, so it takes no factors"]
     spec = factors.spec
     if sorted(spec.axes.order) != list(range(w.ndim)):
         n = len(spec.axes.order)

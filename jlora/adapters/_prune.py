@@ -111,7 +111,7 @@ def dare(
       trainables: adapters of one model.
       weights: one number or scalar array each; None means ones.
       key: PRNG key, consumed. What is dropped in a leaf depends on it, on the leaf's
-        path and on the adapter's place alone.
+        path and on the adapter's place only.
       density: the part of the entries to keep, in (0, 1].
       rank: rank of the result, see `ties`.
       params: the base parameters, needed for DoRA and leaves trained in full.

@@ -11,6 +11,7 @@ from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair, method_of
@@ -83,7 +84,7 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
             wrong.append(f"the full leaf {path!r} has shapes {sorted(shapes)}")
     if wrong:
         raise TreeError(
-            f"{name} needs adapters of one model: {'; '.join(wrong)}. Adapters are of "
+            f"{name} needs adapters of one model: {listed(wrong)}. Adapters are of "
             "one model if jlora.plan gives their leaves the same axes."
         )
 
@@ -105,7 +106,7 @@ def changed_base(factors: Factors) -> bool:
 def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
     """Raises a TreeError that lists the leaves that belong to a base of their own."""
     wrong = [
-        f"{path!r} of adapter {i} started with {f.spec.init!r}"
+        f"{path!r} of adapter {i} began with init {f.spec.init!r}"
         for i, t in enumerate(trainables)
         for path, f in t.lora.items()
         if changed_base(f)
@@ -113,7 +114,7 @@ def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
     if wrong:
         raise TreeError(
             f"{name} needs adapters of the original base, but these are for a changed "
-            f"one: {'; '.join(wrong)}. Take jlora.rebase(adapter, initial) of each."
+            f"one: {listed(wrong)}. Take jlora.rebase(adapter, initial) of each."
         )
 
 
@@ -138,7 +139,7 @@ def base_weight(base: Base, path: str) -> Any:
             f"params= has no weight {path!r}"
             + (f" (nearest: {near[0]!r})" if near else "")
             + ". Give the base model's whole parameters, those that jlora.split was "
-            "given; its frozen side has holes."
+            "given; its frozen side lacks the leaves trained in full."
         )
     return leaf
 
@@ -189,7 +190,7 @@ def check_base(name: str, needed: dict[str, str], base: Base) -> None:
     """Raises a TreeError that lists the leaves that need the base weights."""
     if base is not None or not needed:
         return
-    lines = "; ".join(f"{path!r}: {why}" for path, why in needed.items())
+    lines = listed(f"{path!r}: {why}" for path, why in needed.items())
     raise TreeError(
         f"{name} needs the base weights of these leaves: {lines}. Pass params=, the "
         "parameters that jlora.split was given."

@@ -310,7 +310,7 @@ def test_extracting_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"rank": 9}, r"rank 9 is above min\(4, 6\) of 'a/kernel'"),
+        ({"rank": 9}, r"rank 9 is above min\(in, out\) = min\(4, 6\) of 'a/kernel'"),
         ({"targets": "c/*"}, r"targets: 'c/\*' matched none of 4 leaves, nearest"),
         ({"exclude": "a/*"}, "found no weight of a linear operation"),
         ({"targets": lambda row: True}, "takes only globs"),
