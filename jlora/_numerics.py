@@ -1,7 +1,7 @@
 """Numbers: the dtype and precision of sums, random keys by path, what is finite."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -61,3 +61,26 @@ def _all_finite(x: np.ndarray) -> bool:
 @jax.jit
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
+
+
+def add_rounded(
+    w: Any,
+    changes: Iterable[jax.Array],
+    rescale: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Returns `w` plus all changes, rounded once to the dtype of `w`.
+
+    The sum, and what `rescale` makes of it, have at least float32.
+
+    Examples:
+      >>> w = jnp.ones(1, jnp.bfloat16)  # holds 1 and 1.0078, nothing in between
+      >>> half = jnp.full(1, 0.002)
+      >>> float(add_rounded(w, [half, half])[0]), float((w + half + half)[0])
+      (1.0078125, 1.0)
+    """
+    total = w.astype(at_least_float32(w.dtype))
+    for change in changes:
+        total = total + change
+    if rescale is not None:
+        total = rescale(total)
+    return total.astype(w.dtype)

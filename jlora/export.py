@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import paths
@@ -19,10 +18,13 @@ from ._io import tensors as tensors
 from ._io.disk import Path, Progress, replacing
 from ._io.models import Model, of_tree, open_model
 from ._plan.plan import Plan
+from ._plan.resolve import resolve
 from ._plan.row import Row
+from ._tables import listed
 from .config import LoraConfig
-from .errors import CheckpointError, ConfigError, TreeError
-from .factors import Axes, Spec, Trainable
+from .errors import CheckpointError, ConfigError, TargetError, TreeError
+from .factors import Axes, Trainable
+from .transform.discover import FACTORED, MERGED, Use
 
 _EMBED_LIMIT = 2**31 - 2**24  # of a serialized function
 
@@ -197,7 +199,7 @@ def merge_files(
 
     Examples:
       >>> import os, tempfile, numpy as np
-      >>> from jlora.factors import Factors
+      >>> from jlora.factors import Factors, Spec
       >>> from safetensors.numpy import load_file
       >>> own = Factors(np.ones((2, 1)), np.ones((1, 3)), Spec(rank=1, alpha=2.0))
       >>> with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +267,9 @@ def extract_files(
     models = open_model(tuned), open_model(base)
     odd = sorted(models[0].shapes.keys() ^ models[1].shapes.keys())
     if odd:
-        raise TreeError(f"Only one of the models has {', '.join(map(repr, odd[:5]))}.")
+        raise TreeError(
+            f"Only one of the models has {listed(map(repr, odd), 5, ', ')}."
+        )
     rows = {row.path: row for row in plan.leaves}
     for model in models:
         check_plan(dict(model.shapes), plan)
@@ -295,18 +299,19 @@ def extract_files(
 def flat_plan(base: Path, config: LoraConfig) -> Plan:
     """Returns a plan for a model on disk, without its function.
 
-    Without a trace, kernels are taken to be `[fan-in, fan-out]`, as in Flax; a `Rule`
-    with `axes` says otherwise. `"all-linear"` is every floating-point leaf of two axes
-    but embeddings, by the name `embedding`. Where the function is at hand, `jlora.plan`
-    knows better.
+    Without a trace, a floating-point leaf of two axes is taken to be a kernel
+    `[fan-in, fan-out]`, as in Flax, or a table of embeddings if its name is
+    `embedding`. A leaf of more axes is a kernel only if a `Rule` gives its `axes`; a
+    `Rule` may give those of the others too. The rest of `config` means what it means in
+    `jlora.plan`, which knows better where the function is at hand.
 
     Args:
       base: a model, see `merge_files`.
       config: a `LoraConfig`.
 
     Raises:
-      ConfigError: if a pattern of the config matches nothing, `targets` is a predicate,
-        or nothing is left to adapt.
+      ConfigError: if `targets` is a predicate.
+      TargetError: for what `jlora.plan` refuses, and targets of unknown axes.
 
     Examples:
       >>> import os, tempfile, numpy as np
@@ -316,73 +321,41 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
       ...     flat_plan(file, LoraConfig(rank=1)).adapted
       ('w',)
     """
-    shapes = open_model(base).shapes
     if callable(config.targets):
-        raise ConfigError("Without a traced function, targets= takes globs alone.")
-    if config.method != "lora" or not all(isinstance(t, str) for t in config.train):
-        raise ConfigError("Without a traced function there is method='lora' alone.")
-    wide = [
-        name
-        for name, x in shapes.items()
-        if len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.floating)
-    ]
-    if config.targets == "all-linear":
-        chosen = [n for n in wide if n.split("/")[-1] != "embedding"]
-    else:
-        chosen = _matched("targets", config.targets, shapes)
-    excluded = _matched("exclude", config.exclude, shapes)
-    trained = [glob for glob in config.train if isinstance(glob, str)]
-    full = _matched("train", trained, shapes)
-    own = [n for n in chosen if n not in excluded and n not in full]
-    if not own:
-        raise ConfigError("targets leaves nothing to adapt in this model.")
+        raise ConfigError("Without a traced function, targets= takes only globs.")
+    unknown = "more than two axes, whose roles are not known without a trace"
     rows = []
-    for name, x in shapes.items():
-        row = Row(name, tuple(x.shape), str(x.dtype), ())
-        if name in own:
-            spec = _flat_spec(row, config)
-            row = dataclasses.replace(row, status="adapted", spec=spec)
-        elif name in full:
-            row = dataclasses.replace(row, status="full")
+    for name, x in open_model(base).shapes.items():
+        shape = tuple(x.shape)
+        row = Row(name, shape, str(x.dtype), (_assumed_use(name, shape, config),))
         rows.append(row)
-    return Plan(config, tuple(rows))
-
-
-def _matched(field: str, patterns: Sequence[str], names: Iterable[str]) -> list[str]:
-    found: list[str] = []
-    for pattern in patterns:
-        hits = paths.select(pattern, names)
-        if not hits:
-            near = paths.nearest(pattern, tuple(names), n=1)
-            raise ConfigError(f"{field}: {pattern!r} matches nothing, nearest: {near}.")
-        found += hits
-    return found
-
-
-def _flat_spec(row: Row, config: LoraConfig) -> Spec:
-    fields = {"rank": config.rank, "alpha": config.alpha, "axes": Axes()}
-    for rule in config.rules:
-        if paths.matches(rule.pattern, row.path):
-            own = {name: getattr(rule, name) for name in fields}
-            fields |= {name: value for name, value in own.items() if value is not None}
-    rank, axes = fields["rank"], fields["axes"]
-    if sorted(axes.order) != list(range(len(row.shape))):
-        raise ConfigError(
-            f"{row.path!r} has {len(row.shape)} axes. Say with "
-            f"Rule({row.path!r}, axes=Axes(...)) which are summed over."
+    found = resolve(tuple(rows), config)
+    guessed = [row.path for row in found if row.spec and row.op == "merged"]
+    if guessed:
+        raise TargetError(
+            f"These targets have {unknown}: {listed(map(repr, guessed), 5, ', ')}. Say "
+            f"with Rule({guessed[0]!r}, axes=Axes(...)) which are summed over."
         )
-    _, n_in, n_out = axes.sizes(row.shape)
-    if rank > min(n_in, n_out):
-        raise ConfigError(
-            f"rank {rank} is above min({n_in}, {n_out}) of {row.path!r}. Lower it, or "
-            "leave the weight out with exclude=."
-        )
-    return Spec(
-        rank=rank,
-        alpha=rank if fields["alpha"] is None else fields["alpha"],
-        axes=axes,
-        rslora=config.rslora,
+    return Plan(
+        config,
+        tuple(
+            dataclasses.replace(row, note=unknown) if row.op == "merged" else row
+            for row in found
+        ),
     )
+
+
+def _assumed_use(name: str, shape: tuple[int, ...], config: LoraConfig) -> Use:
+    """Returns how a leaf is taken to be used."""
+    ruled = [r.axes for r in config.rules if r.axes and paths.matches(r.pattern, name)]
+    if len(shape) < 2:
+        return Use(name, "", "elementwise", (), (), (), where="", scope="")
+    if len(shape) > 2 and not ruled:
+        return Use(name, "", MERGED, (), (), (), where="", scope="")
+    axes = ruled[-1] if ruled else Axes()
+    op = "gather" if name.split("/")[-1] == "embedding" else "dot_general"
+    roles = axes.batch, axes.fan_in, axes.fan_out
+    return Use(name, op, FACTORED, *roles, where="", scope="")
 
 
 def _write(path: Path, model: Model, progress: Progress = iter) -> None:

@@ -88,16 +88,10 @@ def as_float64(x: Any) -> np.ndarray:
     return np.asarray(jax.device_get(x)).astype(np.float64)
 
 
-def from_matrices(a: Any, b: Any, like: Factors, dropout: float | None) -> Factors:
-    """Returns factors with the update `a @ b`; axes and dtypes are those of `like`."""
-    n, rank = len(like.spec.axes.batch), a.shape[-1]
-    fan_in, fan_out = like.a.shape[n:-1], like.b.shape[n + 1 :]
-    batch = like.a.shape[:n]
-    return Factors(
-        a.reshape(*batch, *fan_in, rank).astype(like.a.dtype),
-        b.reshape(*batch, rank, *fan_out).astype(like.b.dtype),
-        lora_spec(like.spec, rank, dropout),
-    )
+def weight_sizes(factors: Factors) -> tuple[int, ...]:
+    """Returns the sizes of a weight's axes in the order batch, fan-in, fan-out."""
+    n = len(factors.spec.axes.batch)
+    return (*factors.a.shape[:-1], *factors.b.shape[n + 1 :])
 
 
 def largest_rank(factors: Factors) -> int:
@@ -181,7 +175,7 @@ def singular_values(factors: Factors, xp: ModuleType = jnp) -> Any:
 
 
 def _core(factors: Factors, xp: ModuleType = jnp) -> tuple[Any, Any, Any]:
-    """Returns `(qa, core, qb)` with `qa` and `qb` orthonormal: `qa core qbᵀ`."""
+    """Returns `(qa, core, qb)`, orthonormal but `core`: the update is `qa core qbᵀ`."""
     a, b = matrices(factors)
     qa, ra = xp.linalg.qr(a)
     qb, rb = xp.linalg.qr(xp.swapaxes(b, -1, -2))
@@ -202,10 +196,26 @@ def cut(factors: Factors, rank: int) -> Factors:
     return recompose(*decompose(factors), rank, factors)
 
 
-def recompose(u: Any, s: Any, vt: Any, rank: int, like: Factors) -> Factors:
-    """Returns the leading `rank` parts of an SVD, singular values shared evenly."""
+def recompose(
+    u: jax.Array,
+    s: jax.Array,
+    vt: jax.Array,
+    rank: int,
+    like: Factors,
+    dropout: float | None = None,
+) -> Factors:
+    """Returns the leading `rank` parts of an SVD, singular values shared evenly.
+
+    Axes and dtypes, and the drop rate if none is given, are those of `like`.
+    """
+    n = len(like.spec.axes.batch)
+    batch, fan_in, fan_out = like.a.shape[:n], like.a.shape[n:-1], like.b.shape[n + 1 :]
     a, b = sqrt_halves(u[..., :rank], s[..., :rank], vt[..., :rank, :])
-    return from_matrices(a, b, like, like.spec.dropout)
+    return Factors(
+        a.reshape(*batch, *fan_in, rank).astype(like.a.dtype),
+        b.reshape(*batch, rank, *fan_out).astype(like.b.dtype),
+        lora_spec(like.spec, rank, dropout),
+    )
 
 
 def dense(factors: Factors) -> jax.Array:

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from .. import paths
 from .._numerics import at_least_float32, sqrt_halves
 from .._plan.plan import Plan
+from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Spec, Trainable
-from ..methods import method_of
+from ..methods import find_init, method_of
 from ..methods.dora import column_norms
+from ..methods.init import matrices, shaped
 from ..transform.stage import is_array
 from .tree import check_plan
 
@@ -69,7 +71,7 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     if unable:
         raise ConfigError(
             f"extract finds factors for the methods lora and dora, not for those of "
-            f"{', '.join(map(repr, unable[:3]))}. Make the plan with method='lora'."
+            f"{listed(map(repr, unable), 3, ', ')}. Make the plan with method='lora'."
         )
     lora = {
         row.path: _nearest(tuned[row.path], base[row.path], row.spec, dtype)
@@ -84,7 +86,7 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     if left:
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            f"lacks their change: {listed(left, separator=', ')}. Add them to train= or targets=.",
             stacklevel=2,
         )
     return Trainable(lora, {path: tuned[path] for path in plan.full})
@@ -99,25 +101,18 @@ def _differ(a: Any, b: Any) -> bool:
 
 def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
     """Returns factors with the best approximation of `tuned - base` of their rank."""
-    axes = spec.axes
+    init = find_init(spec.init)
+    if init is not None and init.changes_base:  # these factors are for the base itself
+        spec = dataclasses.replace(spec, init="kaiming")
     wide = at_least_float32(base.dtype)
     change = tuned.astype(wide) - base.astype(wide)
-    _, n_in, n_out = axes.sizes(change.shape)
-    batch = [change.shape[i] for i in axes.batch]
-    matrix = jnp.transpose(change, axes.order).reshape(*batch, n_in, n_out)
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(matrices(change, spec.axes), full_matrices=False)
     r = spec.rank
     a, b = sqrt_halves(u[..., :r], s[..., :r], vt[..., :r, :], spec.scale)
-    factors = Factors(
-        a.reshape(axes.a_shape(change.shape, spec.rank)).astype(dtype),
-        b.reshape(axes.b_shape(change.shape, spec.rank)).astype(dtype),
-        spec,
-    )
-    if method_of(spec).gain is None:
-        return factors
-    return dataclasses.replace(
-        factors, magnitude=column_norms(tuned.astype(wide), axes)
-    )
+    magnitude = None
+    if method_of(spec).gain is not None:
+        magnitude = column_norms(tuned.astype(wide), spec.axes)
+    return Factors(*shaped(a, b, spec, change.shape, dtype), spec, magnitude)
 
 
 def _is_extractable(spec: Spec) -> bool:

@@ -6,14 +6,15 @@ from typing import Any
 import jax
 
 from .. import paths
-from .._numerics import at_least_float32
+from .._numerics import add_rounded, at_least_float32
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Trainable
 from ..methods import method_of
 from ..methods.dora import dense_gain
-from ..transform.compat import is_staging, placed_like
+from ..transform.compat import placed_like
 from .algebra import delta
-from .tree import MISSING, check, check_trainable, combine, flatten_frozen
+from .tree import MISSING, check, check_trainable, combine, flatten_frozen, placed_as
 
 
 def merge(frozen: Any, trainable: Trainable) -> Any:
@@ -68,7 +69,9 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     leaves, treedef = paths.flatten(params)
     unknown = [path for path in trainable.full if path not in leaves]
     if unknown:
-        raise TreeError(f"params has no leaf {', '.join(map(repr, unknown))}.")
+        raise TreeError(
+            f"params has no leaf {listed(map(repr, unknown), separator=', ')}."
+        )
     frozen = treedef.unflatten(
         MISSING if path in trainable.full else leaf for path, leaf in leaves.items()
     )
@@ -76,7 +79,7 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
     if rescaled:
         raise TreeError(
-            f"{', '.join(map(repr, rescaled[:3]))} have a magnitude (DoRA): the merged "
+            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the merged "
             "weights do not tell what they were. Keep frozen from jlora.split instead."
         )
     return _shift(frozen, trainable, sign=-1)
@@ -91,15 +94,11 @@ def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
 
 
 def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
-    def add(w: Any, factors: Factors) -> jax.Array:
-        wide = at_least_float32(w.dtype)
-        own_delta = functools.partial(delta, dtype=wide)
-        total = w.astype(wide) + sign * placed_like(w, own_delta, factors)
-        if method_of(factors.spec).gain is not None:
-            total = total * dense_gain(factors, total)
-        return total.astype(w.dtype)
+    wide = at_least_float32(w.dtype)
+    gain = method_of(factors.spec).gain
 
-    out = add(w, factors)
-    if isinstance(w, jax.Array) and not is_staging(out) and out.sharding != w.sharding:
-        return jax.device_put(out, w.sharding)
-    return out
+    def rescale(total: jax.Array) -> jax.Array:
+        return total if gain is None else total * dense_gain(factors, total)
+
+    own = placed_like(w, functools.partial(delta, dtype=wide), factors)
+    return placed_as(w, add_rounded(w, [sign * own], rescale))

@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Trainable
 from ..methods import find_init
@@ -45,7 +46,7 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
       Meng et al., 2024, PiSSA, appendix C, https://arxiv.org/abs/2404.02948
     """
     wrong = [
-        f"{path!r} is in one of the two alone"
+        f"{path!r} is in only one of the two"
         for path in sorted(set(trainable.lora) ^ set(initial.lora))
     ]
     lora = {}
@@ -60,14 +61,14 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
             lora[path] = factors
         elif init.base == "own":
             wrong.append(
-                f"{path!r} started with {factors.spec.init!r}, whose base is "
+                f"{path!r} began with init {factors.spec.init!r}, whose base is "
                 "quantised: keep frozen and trainable together"
             )
         else:
             lora[path] = _doubled(factors, start)
     if wrong:
         raise TreeError(
-            f"This adapter cannot be made plain: {'; '.join(wrong)}. Take initial from "
+            f"This adapter cannot be rebased: {listed(wrong)}. Take initial from "
             "the jlora.split that training began with."
         )
     return Trainable(lora, trainable.full)

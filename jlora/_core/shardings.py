@@ -6,6 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .. import paths
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Trainable
 from ..methods import method_of
@@ -30,7 +31,7 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
       `jax.device_put`, `jax.jit(..., out_shardings=...)` or `checkpoint.restore`.
 
     Raises:
-      TreeError: if `trainable` is no `Trainable`; lists the leaves without a
+      TreeError: if `trainable` is not a `Trainable`; lists the leaves without a
         sharding, or with one for too many axes.
 
     Examples:
@@ -64,7 +65,7 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
     full = {path: base(path) for path in trainable.full}
     if wrong:
         raise TreeError(
-            f"The shardings do not fit the adapter: {'; '.join(wrong[:10])}. Give a "
+            f"The shardings do not fit the adapter: {listed(wrong)}. Give a "
             "tree as the parameters, with a sharding at each leaf."
         )
     return Trainable(lora, full)

@@ -11,15 +11,14 @@ from .. import paths
 from .._checks import check_key
 from .._numerics import key_of_path
 from .._plan.plan import Plan
-from .._plan.resolve import init_of
 from .._plan.row import Row
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Trainable
-from ..methods import find_init, method_of, residual
+from ..methods import method_of, residual
 from ..methods.moments import Statistics
 from ..transform.compat import is_staging
-from .tree import MISSING, check_plan
+from .tree import MISSING, check_plan, placed_as
 
 
 def split(
@@ -32,7 +31,7 @@ def split(
 ) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with holes where `plan` trains leaves in full, and without what
+    `frozen` is `params` with `MISSING` where `plan` trains leaves in full, and without what
     `init="pissa"` and the like put into A and B: that is `w - scale * a @ b`, rounded
     once. Works under `jax.jit` and `jax.eval_shape`. With B (or A) zero, every
     operation of the adapted function gives the bits of the original one; one `jax.jit`
@@ -41,7 +40,7 @@ def split(
     later.
 
     Args:
-      key: PRNG key, consumed. A leaf's factors depend on the key and its path alone.
+      key: PRNG key, consumed. A leaf's factors depend only on the key and its path.
       params: the tree that `plan` was made for.
       plan: what to adapt, from `jlora.plan`.
       statistics: for `init="eva"`, `"corda"` and `"lora_ga"`, from
@@ -54,7 +53,7 @@ def split(
       rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
-      ConfigError: if `key` is no PRNG key or `plan` no `Plan`; if an init lacks its
+      ConfigError: if `key` is not a PRNG key or `plan` not a `Plan`; if an init lacks its
         statistics or `quantize`, or a function given as init returns other shapes;
         lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted
@@ -77,17 +76,17 @@ def split(
     check_plan(leaves, plan)
     extra = _extras(plan, statistics or Statistics(), quantize)
     _check_finite({p: leaves[p] for p in plan.adapted})
+    dtype = jnp.dtype(plan.config.dtype or "float32")
     lora: dict[str, Factors] = {}
     full: dict[str, Any] = {}
     changed: dict[str, Any] = {}
     for row in plan.rows():
         if row.spec is not None:
             own = key_of_path(key, row.path)
-            dtype = jnp.dtype(plan.config.dtype or "float32")
             w = leaves[row.path]
-            lora[row.path], base = _start(own, w, row, plan, dtype, extra[row.path])
+            lora[row.path], base = _start(own, w, row, dtype, extra[row.path])
             if base is not w:
-                changed[row.path] = _placed_as(w, base)
+                changed[row.path] = placed_as(w, base)
         elif row.status == "full":
             full[row.path] = leaves[row.path]
     frozen = [
@@ -127,16 +126,13 @@ def _extras(
         if row.spec is None:
             continue
         extra[row.path] = ()
-        found = find_init(init_of(plan.config, row.path))
-        if found is None or method_of(row.spec).init is not None:
-            continue
-        if found.needs in sources:
-            known, remedy = sources[found.needs]
+        if row.init is not None and row.init.needs in sources:
+            known, remedy = sources[row.init.needs]
             if row.path not in known:
                 wrong.append(f"{row.path!r}: init {row.spec.init!r}, give {remedy}")
                 continue
             extra[row.path] = (known[row.path],)
-            wrong += _statistic_misfits(row, found.needs, known[row.path])
+            wrong += _statistic_misfits(row, row.init.needs, known[row.path])
     if wrong:
         raise ConfigError(f"split lacks what some inits need: {listed(wrong)}.")
     return extra
@@ -170,14 +166,13 @@ def _start(
     key: jax.Array,
     w: Any,
     row: Row,
-    plan: Plan,
     dtype: jnp.dtype,
     extra: tuple[Any, ...],
 ) -> tuple[Factors, Any]:
     """Returns the factors of `row` and the weight to freeze."""
     spec = row.spec
     assert spec is not None
-    method, init = method_of(spec), find_init(init_of(plan.config, row.path))
+    method, init = method_of(spec), row.init
     if method.init is not None:
         return method.init(key, row.shape, spec, dtype), w
     assert init is not None
@@ -198,13 +193,6 @@ def _start(
     base = residual(w, a, b, spec) if init.base == "residual" else (*own, w)[0]
     factors = Factors(a, b, spec)
     return factors if method.finish is None else method.finish(factors, base), base
-
-
-def _placed_as(w: Any, base: jax.Array) -> jax.Array:
-    """Returns `base` where `w` is."""
-    if not isinstance(w, jax.Array) or is_staging(base) or base.sharding == w.sharding:
-        return base
-    return jax.device_put(base, w.sharding)
 
 
 def _check_finite(weights: dict[str, Any]) -> None:

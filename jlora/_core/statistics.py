@@ -8,10 +8,8 @@ import jax.numpy as jnp
 
 from .. import paths
 from .._plan.plan import Plan
-from .._plan.resolve import init_of
 from .._plan.row import Row
 from ..errors import ConfigError, JloraError
-from ..methods import find_init, method_of
 from ..methods.moments import InputMoments, Statistics
 from ..transform.inputs import Trace, input_moments
 from ..transform.stage import is_array, stage
@@ -62,6 +60,7 @@ def activation_statistics(
         for row in rows:
             slot = places[row.path]
             assert slot is not None
+            assert row.spec is not None
             weights[slot] = row.path, row.spec.axes
         trace = Trace()
         try:
@@ -79,7 +78,7 @@ def activation_statistics(
             raise ConfigError(
                 "Not every input of these weights can be seen: "
                 + "; ".join(f"{path!r}: {why}" for path, why in problems.items())
-                + ". Give them another start with Rule(path, init='kaiming')."
+                + ". Give them another init with Rule(path, init='kaiming')."
             )
         return found
 
@@ -137,17 +136,10 @@ def gradient_statistics(
     return Statistics(gradients={path: x / n for path, x in sums.items()})
 
 
-def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Any]:
-    """Returns the rows of `plan` whose start needs statistics of that kind."""
+def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Row]:
+    """Returns the rows of `plan` whose init needs statistics of that kind."""
     check_plan(paths.flatten(params)[0], plan)
-
-    def wants(row: Row) -> bool:
-        if row.spec is None or method_of(row.spec).init is not None:
-            return False
-        found = find_init(init_of(plan.config, row.path))
-        return found is not None and found.needs == needs
-
-    rows = [row for row in plan.rows() if wants(row)]
+    rows = [row for row in plan.rows() if row.init and row.init.needs == needs]
     if not rows:
         fits = {"inputs": "'eva' or 'corda'", "gradients": "'lora_ga'"}[needs]
         raise ConfigError(

@@ -11,6 +11,7 @@ from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Trainable
+from ..transform.compat import is_staging
 from ..transform.stage import is_array
 
 
@@ -34,7 +35,7 @@ MISSING = Missing()
 def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
     """Raises a TreeError that lists where `leaves` are not those of `plan`.
 
-    Raises a ConfigError for what is no plan.
+    Raises a ConfigError for what is not a plan.
     """
     if not isinstance(plan, Plan):
         raise ConfigError(
@@ -84,11 +85,18 @@ def combine(frozen: Any, trainable: Trainable) -> Any:
 
 
 def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
-    """Returns the leaves of `frozen` by path, holes among them, and the treedef.
+    """Returns the leaves of `frozen` by path, `MISSING` among them, and the treedef.
 
-    The treedef has a leaf at each hole, so it unflattens to whole parameters.
+    The treedef has a leaf at each `MISSING`, so it unflattens to whole parameters.
     """
     return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
+
+
+def placed_as(w: Any, x: jax.Array) -> jax.Array:
+    """Returns `x` laid out over devices as the weight `w` that it replaces."""
+    if not isinstance(w, jax.Array) or is_staging(x) or x.sharding == w.sharding:
+        return x
+    return jax.device_put(x, w.sharding)
 
 
 def check(leaves: dict[str, Any], trainable: Trainable) -> None:
@@ -115,7 +123,7 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
                 f"{leaves[path].shape}"
             )
     wrong += [
-        f"no leaf for the hole at {path!r}"
+        f"no leaf for the missing {path!r}"
         for path, leaf in leaves.items()
         if isinstance(leaf, Missing) and path not in trainable.full
     ]
@@ -127,7 +135,7 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
 
 
 def check_trainable(trainable: Any) -> None:
-    """Raises a TreeError for what is no `Trainable`."""
+    """Raises a TreeError for what is not a `Trainable`."""
     if not isinstance(trainable, Trainable):
         raise TreeError(
             f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
@@ -137,7 +145,7 @@ def check_trainable(trainable: Any) -> None:
 
 def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
-        return [f"{path!r} is no floating-point array, so it takes no factors"]
+        return [f"{path!r} is not a floating-point array, so it takes no factors"]
     spec = factors.spec
     if sorted(spec.axes.order) != list(range(w.ndim)):
         n = len(spec.axes.order)

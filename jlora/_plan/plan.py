@@ -1,7 +1,7 @@
 """`plan`: what will be adapted, how, and at what cost, from one abstract trace."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import paths
@@ -71,7 +71,13 @@ class Plan:
 
 
 def plan(
-    fn: Callable, params: Any, /, *args: Any, config: LoraConfig, **kwargs: Any
+    fn: Callable[..., Any],
+    params: Any,
+    /,
+    *args: Any,
+    config: LoraConfig,
+    fn_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Plan:
     """Returns what `config` means for `fn`: what is adapted, how, and at what cost.
 
@@ -84,13 +90,15 @@ def plan(
       params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
       *args: `fn`'s other arguments, arrays or shapes.
       config: what to adapt and how.
-      **kwargs: `fn`'s keyword arguments.
+      fn_kwargs: `fn`'s keyword arguments whose names `plan` takes for itself, as
+        `fn_kwargs={"config": model_config}`.
+      **kwargs: `fn`'s other keyword arguments.
 
     Raises:
-      ConfigError: if `config` is no `LoraConfig`, or `fn` no function.
+      ConfigError: if `config` is not a `LoraConfig`, or `fn` not a function.
       TargetError: lists every pattern that matches nothing (with the nearest path),
-        every target that is no weight of a linear operation, every rank above
-        `min(fan-in, fan-out)`, every leaf that its init cannot start, and patterns
+        every target that is not a weight of a linear operation, every rank above
+        `min(fan-in, fan-out)`, every leaf that does not suit its init, and patterns
         that contradict each other.
 
     Examples:
@@ -117,7 +125,7 @@ def plan(
         )
     check_function("plan", fn)
     leaves, _ = paths.flatten(params)
-    staged = stage(fn, params, args, kwargs)
+    staged = stage(fn, params, args, {**kwargs, **(fn_kwargs or {})})
     names: list[str | None] = [None] * len(staged.inputs)
     for path, slot in zip(leaves, staged.param_slots, strict=True):
         if slot is not None:

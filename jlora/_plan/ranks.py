@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from .._tables import listed
 from ..errors import ConfigError
 from ..methods.eva import principal
 from ..methods.moments import Statistics
@@ -55,7 +56,7 @@ def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) 
     lacking = [row.path for row in rows if row.path not in statistics.inputs]
     if lacking:
         raise ConfigError(
-            f"No input moments of {', '.join(map(repr, lacking))}: take statistics "
+            f"No input moments of {listed(map(repr, lacking), separator=', ')}: take statistics "
             "from jlora.activation_statistics with this plan."
         )
     ranks = _ranks(rows, statistics, rho)
@@ -88,7 +89,9 @@ def _with_rank(row: Row, ranks: dict[str, int]) -> Row:
         return row
     if rank == 0:
         note = "rank 0: its inputs' directions explain less than those of others"
-        return dataclasses.replace(row, status="frozen", spec=None, note=note)
+        return dataclasses.replace(
+            row, status="frozen", spec=None, init=None, note=note
+        )
     ratio = rank / row.spec.rank
     alpha = row.spec.alpha * (math.sqrt(ratio) if row.spec.rslora else ratio)
     return dataclasses.replace(

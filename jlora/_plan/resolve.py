@@ -1,16 +1,17 @@
 """What a config means for the leaves of a model: status, spec and note of each."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
 
 from .. import paths
+from .._tables import listed
 from ..config import LoraConfig, Rule
 from ..errors import TargetError
 from ..factors import Axes, FusedParts, Spec
-from ..methods import METHODS, init_clashes, init_name
+from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform.discover import FACTORED
 from .row import Row
 
@@ -27,8 +28,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     out = []
     for row in rows:
         if row.path in targets:
-            spec = _spec(row, config, wrong)
-            row = dataclasses.replace(row, status="adapted", spec=spec)
+            row = _adapted(row, config, wrong)
             if row.path in tables:
                 wrong.append(f"train: TokenRows of {row.path!r}, which has factors")
         elif row.path in tables:
@@ -44,9 +44,9 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
             )
         out.append(row)
     if wrong:
-        raise TargetError(
-            "This config does not fit the model: " + "; ".join(wrong) + "."
-        )
+        lines = listed(wrong, separator="\n  ")
+        begin = "\n  " if "\n" in lines else " "
+        raise TargetError(f"This config does not fit the model:{begin}{lines}.")
     return tuple(out)
 
 
@@ -55,19 +55,18 @@ def _match(
     patterns: Iterable[str],
     rows: Sequence[Row],
     wrong: list[str],
-    among: Iterable[str] | None = None,
+    among: Set[str] | None = None,
 ) -> set[str]:
     """Returns the leaves that `patterns` match; notes each pattern without a match."""
     every = [row.path for row in rows]
     matched: set[str] = set()
     for pattern in patterns:
         hits = paths.select(pattern, every)
-        kept = [path for path in hits if among is None or path in set(among)]
+        kept = [path for path in hits if among is None or path in among]
         if not hits:
-            near = " or ".join(map(repr, paths.nearest(pattern, every, n=2)))
             wrong.append(
                 f"{field}: {pattern!r} matched none of {len(every)} leaves, "
-                f"nearest: {near}"
+                + _instead(field, pattern, rows)
             )
         elif not kept:
             wrong.append(
@@ -78,19 +77,38 @@ def _match(
     return matched
 
 
+def _instead(field: str, pattern: str, rows: Sequence[Row]) -> str:
+    """Returns what to write in place of a pattern that matches nothing."""
+    able = [row.path for row in rows if field != "targets" or _can_adapt(row)]
+    tails = set()
+    if not set("*/") & set(pattern):  # the name of a module, as PEFT takes it
+        for path in able:
+            names = path.split("/")
+            at = [i for i, name in enumerate(names) if paths.matches(pattern, name)]
+            tails |= {"/".join(names[i + 1 :]) for i in at[-1:]}
+    if tails:
+        tail = tails.pop() if len(tails) == 1 else "**"
+        glob = f"**/{pattern}/{tail}".removesuffix("/")
+        return f"a glob is for whole paths: write {glob!r}"
+    near = paths.nearest(pattern, [row.path for row in rows], n=2)
+    return f"nearest: {' or '.join(map(repr, near))}"
+
+
 def _targets(
     rows: tuple[Row, ...],
     config: LoraConfig,
     excluded: set[str],
     trained: set[str],
     wrong: list[str],
-) -> list[str]:
-    """Returns the paths to adapt, in order."""
+) -> set[str]:
+    """Returns the paths to adapt."""
     if config.targets == "all-linear":
         usable = [
             row
             for row in rows
-            if row.path not in excluded | trained and _is_plain_linear(row)
+            if row.path not in excluded | trained
+            and row.op in ("linear", "conv")
+            and _can_adapt(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
         if not chosen:
@@ -98,7 +116,7 @@ def _targets(
                 "targets: 'all-linear' found no weight of a linear operation"
                 + _hint([row for row in rows if row.op])
             )
-        return [row.path for row in chosen]
+        return {row.path for row in chosen}
     if callable(config.targets):
         hits = {row.path for row in rows if config.targets(row)}
         if not hits:
@@ -111,22 +129,22 @@ def _targets(
                 wrong.append(f"targets: exclude= leaves nothing of {pattern!r}")
     both = sorted((hits & trained) - excluded)
     if both:
-        wrong.append(f"{', '.join(map(repr, both))} in both targets and train")
+        wrong.append(f"{listed(map(repr, both), 3, ', ')} in both targets and train")
     chosen = [row for row in rows if row.path in hits - excluded - trained]
-    able = [row for row in rows if row.op and len(row.shape) > 1 and is_float(row)]
+    able = [row.path for row in rows if _can_adapt(row)]
     for row in chosen:
-        if row not in able:
-            near = paths.nearest(row.path, [r.path for r in able], n=1)
+        if not _can_adapt(row):
+            near = paths.nearest(row.path, able, n=1)
             wrong.append(
                 f"targets: {row.path!r} ({row.dtype}{list(row.shape)}) "
                 f"{_what(row)}, so it takes no factors"
                 + (f"; nearest that does: {near[0]!r}" if near else "")
             )
-    return [row.path for row in chosen if row in able]
+    return {row.path for row in chosen if _can_adapt(row)}
 
 
-def _is_plain_linear(row: Row) -> bool:
-    return row.op in ("linear", "conv") and len(row.shape) > 1 and is_float(row)
+def _can_adapt(row: Row) -> bool:
+    return bool(row.op) and len(row.shape) > 1 and is_float(row)
 
 
 def is_float(row: Row) -> bool:
@@ -140,18 +158,19 @@ def is_float(row: Row) -> bool:
 def _what(row: Row) -> str:
     """Returns in words what a leaf is that cannot be adapted."""
     if not is_float(row):
-        return "is no floating-point array"
+        return "is not a floating-point array"
     if not row.uses:
         return "is not used by the function"
     if not row.op:
         use = row.uses[0]
-        return f"is no weight of a linear operation (`{use.op}` at {use.where})"
+        place = f" (`{use.op}` at {use.where})" if use.where else ""
+        return f"is not a weight of a linear operation{place}"
     return "is a vector"
 
 
 def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
     """Returns why "all-linear" left out a leaf that could be adapted."""
-    if not row.op or len(row.shape) < 2 or not is_float(row):
+    if not _can_adapt(row):
         return ""
     if row.path in excluded:
         return "excluded"
@@ -165,21 +184,46 @@ def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
 
 
 def _hint(able: Sequence[Row]) -> str:
-    names = ", ".join(repr(row.path) for row in able[:3])
+    names = listed([repr(row.path) for row in able], 3, ", ")
     return f"; to adapt {names}, name it in targets" if able else ""
 
 
-def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
-    """Returns how `row` is adapted: the config, its rules, and what the trace found."""
+def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
+    """Returns `row` with how it is adapted, and notes what cannot be."""
     settings = _settings(config, row.path)
-    parts: FusedParts | None = settings.get("parts")
-    rank = parts.rank if parts else settings.get("rank", config.rank)
-    alpha = settings.get("alpha", config.alpha)
+    spec = _spec(row, config, settings, wrong)
+    init = settings["init"]
+    wrong += init_clashes(
+        row.path, row.shape, spec, init, METHODS[spec.method], row.route
+    )
+    found = find_init(init) if method_of(spec).start is None else None
+    return dataclasses.replace(row, status="adapted", spec=spec, init=found)
+
+
+def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
+    """Returns what the config and the rules that match it set for a leaf."""
+    names = [
+        field.name for field in dataclasses.fields(Rule) if field.name != "pattern"
+    ]
+    settings = {name: getattr(config, name, None) for name in names}
+    for rule in config.rules:
+        if paths.matches(rule.pattern, path):
+            own = {name: getattr(rule, name) for name in names}
+            settings |= {k: value for k, value in own.items() if value is not None}
+    return settings
+
+
+def _spec(
+    row: Row, config: LoraConfig, settings: dict[str, Any], wrong: list[str]
+) -> Spec:
+    """Returns the spec of `row` from its settings and what the trace found."""
+    parts: FusedParts | None = settings["parts"]
+    rank = parts.rank if parts else settings["rank"]
+    alpha = settings["alpha"]
     if alpha is None:
         alpha = max(parts.ranks) if parts else rank
-    axes = settings.get("axes") or axes_of(row)
-    method = settings.get("method", config.method)
-    init = init_of(config, row.path)
+    axes = settings["axes"] or axes_of(row)
+    method, init = settings["method"], settings["init"]
     if sorted(axes.order) != list(range(len(row.shape))):
         wrong.append(
             f"axes: {axes} of {row.path!r} must name each of its {len(row.shape)} axes "
@@ -195,39 +239,18 @@ def _spec(row: Row, config: LoraConfig, wrong: list[str]) -> Spec:
                 f"{row.path!r}: exclude it or give it Rule({row.path!r}, "
                 f"rank={min(n_in, n_out)})"
             )
-    spec = Spec(
+    return Spec(
         op="linear" if row.op == "merged" else row.op,
         axes=axes,
         rank=rank,
         alpha=float(alpha),
         rslora=config.rslora,
-        dropout=float(settings.get("dropout", config.dropout)),
+        dropout=float(settings["dropout"]),
         method=method,
         init=init_name(init),
         shape=row.shape if method == "vera" else (),
         parts=parts,
     )
-    wrong += init_clashes(row.path, row.shape, spec, init, METHODS[method], row.route)
-    return spec
-
-
-def init_of(config: LoraConfig, path: str) -> Any:
-    """Returns the init of a leaf as the config or its rules have it, name or function.
-
-    Examples:
-      >>> init_of(LoraConfig(rules=(Rule("mlp/**", init="pissa"),)), "mlp/up")
-      'pissa'
-    """
-    return _settings(config, path).get("init", config.init)
-
-
-def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
-    """Returns what the rules set for a leaf."""
-    settings: dict[str, Any] = {}
-    for rule in config.rules:
-        if paths.matches(rule.pattern, path):
-            settings |= _set_fields(rule)
-    return settings
 
 
 def _checked_parts(
@@ -238,7 +261,7 @@ def _checked_parts(
     axis = parts.axis + len(row.shape) if parts.axis < 0 else parts.axis
     if axis not in axes.fan_out:
         wrong.append(
-            f"{name}: axis {parts.axis} is none of its fan-out axes {axes.fan_out}"
+            f"{name}: axis {parts.axis} is not one of its fan-out axes {axes.fan_out}"
         )
         return parts
     if len(parts.sizes) != len(parts.ranks) or sum(parts.sizes) != row.shape[axis]:
@@ -266,13 +289,14 @@ def _tables(
 ) -> dict[str, Spec]:
     """Returns how the tables are adapted of which single rows are trained."""
     specs: dict[str, Spec] = {}
+    by_path = {row.path: row for row in rows}
     for entry in config.train_rows:
         for path in sorted(_match("train", (entry.pattern,), rows, wrong)):
-            row = next(row for row in rows if row.path == path)
+            row = by_path[path]
             name = f"train: TokenRows({entry.pattern!r}): {path!r}"
             axes = axes_of(row)
             if row.op != "embedding" or len(axes.fan_in) != 1 or not is_float(row):
-                wrong.append(f"{name} is no embedding table")
+                wrong.append(f"{name} is not an embedding table")
                 continue
             n = row.shape[axes.fan_in[0]]
             if max(entry.ids) >= n:
@@ -291,11 +315,6 @@ def _tables(
                 rows=entry.ids,
             )
     return specs
-
-
-def _set_fields(rule: Rule) -> dict[str, Any]:
-    fields = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    return {k: v for k, v in fields.items() if k != "pattern" and v is not None}
 
 
 def axes_of(row: Row) -> Axes:

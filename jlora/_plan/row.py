@@ -1,4 +1,4 @@
-"""What a plan says: of one leaf: a `Row`."""
+"""What a plan says of one leaf: a `Row`."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from ..factors import Spec
-from ..methods import leaf_shapes
+from ..methods import Init, leaf_shapes
 from ..transform.discover import FACTORED, MERGED, Use
 from ..transform.primitives import OPERATIONS
 
@@ -19,13 +19,14 @@ class Row:
 
     Attributes:
       path: its name.
-      shape: its shape; `()` for a leaf that is no array.
+      shape: its shape; `()` for a leaf that is not an array.
       dtype: its dtype's name.
       uses: where the function uses it.
       status: `"adapted"`, `"full"` (trained whole), `"frozen"` or `"unused"`.
       spec: how it is adapted, if it is.
       head: whether it is an output head: no parameter but a bias acts after it.
       note: why a linear weight was left out.
+      init: what A and B begin with; None where the method itself says so.
 
     Examples:
       `targets` may be a function of it:
@@ -48,6 +49,7 @@ class Row:
     spec: Spec | None = None
     head: bool = False
     note: str = ""
+    init: Init | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def op(self) -> str:

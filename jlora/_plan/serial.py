@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import LoraConfig
 from ..factors import Spec, tuples
+from ..methods import find_init, method_of
 from ..transform.discover import Use
 from .plan import Plan
 from .row import Row
@@ -20,6 +21,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     rows = [dataclasses.asdict(row) for row in plan.leaves]
     for row, fields in zip(plan.leaves, rows, strict=True):
         fields["spec"] = None if row.spec is None else row.spec.to_dict()
+        del fields["init"]  # its name is in the spec
     return {"config": plan.config.to_json(), "leaves": rows}
 
 
@@ -34,5 +36,8 @@ def plan_from_dict(fields: Mapping[str, Any]) -> Plan:
 def _row(fields: Mapping[str, Any]) -> Row:
     uses = tuple(Use(**tuples(use)) for use in fields["uses"])
     spec = None if fields["spec"] is None else Spec.from_dict(fields["spec"])
-    shape = tuple(fields["shape"])
-    return Row(**{**fields, "uses": uses, "spec": spec, "shape": shape})
+    init = None
+    if spec is not None and method_of(spec).start is None:
+        init = find_init(spec.init)
+    read = {"uses": uses, "spec": spec, "shape": tuple(fields["shape"]), "init": init}
+    return Row(**{**fields, **read})

@@ -94,11 +94,11 @@ def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
     return combine("negate", sequence("negate", [trainable]), [-1], params, _sum)
 
 
-def add(*trainables: Trainable, params: Any = None) -> Trainable:
+def add(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
     """Returns the adapter whose update is the sum of the updates: `linear` of ones.
 
     Args:
-      *trainables: adapters of one model, or one sequence of them.
+      trainables: adapters of one model.
       params: see `linear`.
 
     Raises:
@@ -109,14 +109,11 @@ def add(*trainables: Trainable, params: Any = None) -> Trainable:
       >>> from jlora.factors import Factors, Spec, Trainable
       >>> x = Trainable({"w": Factors(jnp.ones((3, 1)), jnp.ones((1, 4)),
       ...                             Spec(rank=1, alpha=2.0))})
-      >>> both = add(x, negate(x)).lora["w"]
+      >>> both = add([x, negate(x)]).lora["w"]
       >>> both.rank, both.scale, float(jnp.abs(both.a @ both.b).max())
       (2, 1.0, 0.0)
     """
-    many: Any = trainables
-    if len(trainables) == 1 and not isinstance(trainables[0], Trainable):
-        (many,) = trainables
-    found = sequence("add", many)
+    found = sequence("add", trainables)
     return combine("add", found, [1] * len(found), params, _sum)
 
 
@@ -131,7 +128,7 @@ def linear(
 
     Exact in the update, not in the factors: the sum of A's times the sum of B's would
     have cross terms. Ranks add up, to no more than the weight itself can have. A leaf
-    that an adapter lacks is zero there. A leaf that one adapter alone has, with weight
+    that an adapter lacks is zero there. A leaf that only one adapter has, with weight
     1, comes back as it is, whatever its method; all others are plain LoRA with a scale
     of 1 (exact for rsLoRA too). Drop rates stay where the adapters agree, else 0.
 

@@ -17,8 +17,8 @@ from .._core.algebra import (
     common_dropout,
     dense,
     factor_dtypes,
-    from_matrices,
     largest_rank,
+    recompose,
     widest,
 )
 from .._numerics import key_of_path
@@ -111,7 +111,7 @@ def dare(
       trainables: adapters of one model.
       weights: one number or scalar array each; None means ones.
       key: PRNG key, consumed. What is dropped in a leaf depends on it, on the leaf's
-        path and on the adapter's place alone.
+        path and on the adapter's place only.
       density: the part of the entries to keep, in (0, 1].
       rank: rank of the result, see `ties`.
       params: the base parameters, needed for DoRA and leaves trained in full.
@@ -234,13 +234,7 @@ def _merged(
         limit = min(total, largest_rank(like))
         combined = fold_full(path, changes, weights, shape[:-2]).reshape(shape)
         u, s, vt = jnp.linalg.svd(combined, full_matrices=False)
-        root = jnp.sqrt(s[..., :limit])
-        return from_matrices(
-            u[..., :limit] * root[..., None, :],
-            root[..., :, None] * vt[..., :limit, :],
-            like,
-            common_dropout(several),
-        )
+        return recompose(u, s, vt, limit, like, common_dropout(several))
 
     def fold_full(
         path: str,

@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._core.algebra import lora_spec
+from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair, method_of
+from ..methods.init import matrices, shaped
 
 
 def sequence(name: str, trainables: Any) -> list[Trainable]:
@@ -82,26 +84,17 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
             wrong.append(f"the full leaf {path!r} has shapes {sorted(shapes)}")
     if wrong:
         raise TreeError(
-            f"{name} needs adapters of one model: {'; '.join(wrong)}. Adapters are of "
+            f"{name} needs adapters of one model: {listed(wrong)}. Adapters are of "
             "one model if jlora.plan gives their leaves the same axes."
         )
 
 
 def _sizes(factors: Factors) -> tuple[int, ...]:
     """Returns the sizes that A and B tell of the weight."""
-    spec = factors.spec
-    if is_lora(spec) or rescales(spec):
-        a, b = tuple(factors.a.shape), tuple(factors.b.shape)
-    else:
-        a, b = _plain_shapes(factors)
-    n = len(spec.axes.batch)
-    return (*a[:-1], *b[n + 1 :])
-
-
-def _plain_shapes(factors: Factors) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of the plain factors of any method."""
-    a, b = jax.eval_shape(low_rank_pair, factors)
-    return tuple(a.shape), tuple(b.shape)
+    if not (is_lora(factors.spec) or rescales(factors.spec)):
+        a, b = jax.eval_shape(low_rank_pair, factors)
+        factors = Factors(a, b, factors.spec)
+    return weight_sizes(factors)
 
 
 def changed_base(factors: Factors) -> bool:
@@ -113,7 +106,7 @@ def changed_base(factors: Factors) -> bool:
 def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
     """Raises a TreeError that lists the leaves that belong to a base of their own."""
     wrong = [
-        f"{path!r} of adapter {i} started with {f.spec.init!r}"
+        f"{path!r} of adapter {i} began with init {f.spec.init!r}"
         for i, t in enumerate(trainables)
         for path, f in t.lora.items()
         if changed_base(f)
@@ -121,7 +114,7 @@ def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
     if wrong:
         raise TreeError(
             f"{name} needs adapters of the original base, but these are for a changed "
-            f"one: {'; '.join(wrong)}. Take jlora.rebase(adapter, initial) of each."
+            f"one: {listed(wrong)}. Take jlora.rebase(adapter, initial) of each."
         )
 
 
@@ -146,7 +139,7 @@ def base_weight(base: Base, path: str) -> Any:
             f"params= has no weight {path!r}"
             + (f" (nearest: {near[0]!r})" if near else "")
             + ". Give the base model's whole parameters, those that jlora.split was "
-            "given; its frozen side has holes."
+            "given; its frozen side lacks the leaves trained in full."
         )
     return leaf
 
@@ -181,27 +174,23 @@ def as_lora(path: str, factors: Factors, base: Base) -> Factors:
 
 def _dora_update(factors: Factors, w: Any) -> Factors:
     """Returns the whole change that DoRA makes to `w`, exactly, as plain factors."""
-    axes = factors.spec.axes
     wide = w.astype(at_least_float32(w.dtype))
     (merged,) = merge([wide], Trainable({"0": factors}))
-    _, n_in, n_out = axes.sizes(w.shape)
-    batch = [w.shape[i] for i in axes.batch]
-    change = jnp.transpose(merged - wide, axes.order).reshape(*batch, n_in, n_out)
-    rank = min(n_in, n_out)
-    eye = jnp.broadcast_to(jnp.eye(rank, dtype=change.dtype), (*batch, rank, rank))
-    a, b = (eye, change) if n_in <= n_out else (change, eye)
-    return Factors(
-        a.reshape(axes.a_shape(w.shape, rank)).astype(factors.a.dtype),
-        b.reshape(axes.b_shape(w.shape, rank)).astype(factors.b.dtype),
-        lora_spec(factors.spec, rank),
-    )
+    change = matrices(merged - wide, factors.spec.axes)
+    n, n_in, n_out = change.shape
+    spec = lora_spec(factors.spec, min(n_in, n_out))
+    eye = jnp.eye(spec.rank, dtype=change.dtype)
+    eye = jnp.broadcast_to(eye, (n, *eye.shape))
+    pair = (eye, change) if n_in <= n_out else (change, eye)
+    a, b = shaped(*pair, spec, w.shape, change.dtype)
+    return Factors(a.astype(factors.a.dtype), b.astype(factors.b.dtype), spec)
 
 
 def check_base(name: str, needed: dict[str, str], base: Base) -> None:
     """Raises a TreeError that lists the leaves that need the base weights."""
     if base is not None or not needed:
         return
-    lines = "; ".join(f"{path!r}: {why}" for path, why in needed.items())
+    lines = listed(f"{path!r}: {why}" for path, why in needed.items())
     raise TreeError(
         f"{name} needs the base weights of these leaves: {lines}. Pass params=, the "
         "parameters that jlora.split was given."

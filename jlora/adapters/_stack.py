@@ -181,7 +181,7 @@ def select(stacked: Trainable, ids: Any, *, params: Any = None) -> Trainable:
       A `Trainable` of leaves `[...]`, or `[batch, ...]` for `jax.vmap`.
 
     Raises:
-      TreeError: for ids that the stack does not have, and ids that are no integers.
+      TreeError: for ids that the stack does not have, and ids that are not integers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -269,7 +269,7 @@ def count(stacked: Trainable) -> int:
     sizes = {tuple(x.shape)[:1] for x in jax.tree.leaves(stacked)}
     if len(sizes) != 1 or sizes == {()}:
         raise TreeError(
-            "This is no stack of adapters: the leading axes of its leaves are "
+            "This is not a stack of adapters: the leading axes of its leaves are "
             f"{sorted(sizes)}. Make one with jlora.adapters.stack([x, y])."
         )
     wrong = [

@@ -83,7 +83,7 @@ def diff_files(
     for name in progress(list(dict.fromkeys([*one.shapes, *other.shapes]))):
         if name not in other.shapes or name not in one.shapes:
             place = "first" if name in one.shapes else "second"
-            told.append(Difference(name, f"in the {place} alone"))
+            told.append(Difference(name, f"only in the {place}"))
         else:
             told += _arrays_differ(name, one.read(name), other.read(name))
     return tuple(told)

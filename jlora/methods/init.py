@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from .._numerics import HIGHEST, at_least_float32
+from .._numerics import HIGHEST, add_rounded, at_least_float32
 from ..factors import Array, Axes, Spec
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
@@ -100,7 +100,7 @@ def residual(w: Array, a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
         precision=HIGHEST,
     )
     change = like_weight(spec.scale * product, spec.axes, w.shape)
-    return (jnp.asarray(w).astype(wide) - change).astype(w.dtype)
+    return add_rounded(jnp.asarray(w), [-change])
 
 
 def low_rank_svd(

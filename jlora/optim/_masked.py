@@ -16,8 +16,8 @@ def masked(
 ) -> "optax.GradientTransformationExtraArgs":
     """Returns `tx` for trees that hold the frozen side too, as in Flax's `TrainState`.
 
-    Optimizer state exists for the leaves of `Trainable`s alone, `tx` sees their
-    gradients alone (a global norm is theirs), and `optax.apply_updates` leaves every
+    Optimizer state exists only for the leaves of `Trainable`s, `tx` sees only their
+    gradients (a global norm is theirs), and `optax.apply_updates` leaves every
     other leaf bit for bit as it was, weight decay or not (outside `jax.jit` XLA may
     flush a subnormal number to zero). Under one `jax.jit` the gradients of frozen
     leaves are never computed. Put `optax.MultiSteps` inside.

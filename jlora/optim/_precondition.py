@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._checks import check_params, check_positive
+from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Spec, Trainable
 from ..methods import low_rank_pair
@@ -154,7 +155,7 @@ def riemannian(
 
 
 def _extra_args(tx: Any) -> tuple[Any, Any]:
-    """Returns optax, imported here alone, and `tx` with support for extra arguments."""
+    """Returns optax, imported only here, and `tx` with support for extra arguments."""
     import optax
 
     return optax, optax.with_extra_args_support(tx)
@@ -172,8 +173,8 @@ def _check_pairs(params: Any, name: str) -> None:
     ]
     if halves:
         raise TreeError(
-            f"{name} needs A and B together, but sees one alone of "
-            f"{', '.join(map(repr, halves))}. Give both one label in "
+            f"{name} needs A and B together, but sees only one of "
+            f"{listed(map(repr, halves), separator=', ')}. Give both one label in "
             "optax.multi_transform or optax.masked."
         )
 

@@ -99,7 +99,7 @@ class Cache:
 
         self._load = load
         self._pool = create(like, capacity)
-        # Shapes alone: the arrays are donated at each insertion.
+        # Only shapes: the arrays are donated at each insertion.
         self._shapes = jax.eval_shape(lambda p: p, self._pool)
         self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._free = list(range(capacity))[::-1]
@@ -178,7 +178,7 @@ class Cache:
             self._write(name, fitted, keep=())
 
     def drop(self, name: str) -> None:
-        """Frees the slot of `name`, so that the next request loads it anew."""
+        """Frees the slot of `name`, so that the next request loads it again."""
         with self._lock:
             self._loading.pop(name, None)
             slot = self._slots.pop(name, None)

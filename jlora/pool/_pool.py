@@ -7,7 +7,7 @@ taking one out, never compiles anything.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,12 @@ import numpy as np
 
 from .._core.algebra import lora_spec
 from .._numerics import is_finite
+from .._tables import listed
 from ..adapters import to_lora
 from ..adapters._several import changed_base, is_lora, rescales
 from ..adapters._stack import pick
 from ..errors import PoolError
 from ..factors import Factors, Trainable
-
-if TYPE_CHECKING:
-    pass
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +82,7 @@ def create(like: Trainable, capacity: int) -> Pool:
     ]
     if wrong:
         raise PoolError(
-            f"A pool holds plain LoRA factors alone: {'; '.join(wrong)}. See "
+            f"A pool holds only plain LoRA factors: {listed(wrong)}. See "
             "jlora.adapters.to_lora and jlora.adapters.stack."
         )
 
@@ -162,7 +160,7 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
     slots = pool.adapters.lora
     wrong = [f"{p!r} is trained in full" for p in trainable.full]
     wrong += [
-        f"{p!r} is no weight of the pool" for p in trainable.lora if p not in slots
+        f"{p!r} is not a weight of the pool" for p in trainable.lora if p not in slots
     ]
     wrong += [f"{p!r} is DoRA" for p, f in trainable.lora.items() if rescales(f.spec)]
     wrong += [
@@ -184,7 +182,7 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
         ]
     if wrong:
         raise PoolError(
-            f"This adapter does not fit the pool: {'; '.join(wrong)}. Make the pool "
+            f"This adapter does not fit the pool: {listed(wrong)}. Make the pool "
             "with jlora.pool.create for larger ones, or see jlora.adapters.to_lora."
         )
     return Trainable(filled)
@@ -300,7 +298,7 @@ def lookup(pool: Pool, ids: Any) -> Trainable:
       `jlora.adapters.per_row` takes with None for `ids`.
 
     Raises:
-      TreeError: for ids that are no integers.
+      TreeError: for ids that are not integers.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import at_least_float32
+from .._numerics import add_rounded, at_least_float32
 from .compat import placed_like
 from .thin import thin_dot
 
@@ -202,10 +202,8 @@ def dense(weight: Weight) -> jax.Array:
         )
         return lay_out(product, labels, atoms, w.shape)
 
-    total = w.astype(wide)
-    for term in weight.terms:
-        total = total + placed_like(w, delta, term)
-    return rescaled(total, weight, atoms).astype(w.dtype)
+    changes = (placed_like(w, delta, term) for term in weight.terms)
+    return add_rounded(w, changes, lambda total: rescaled(total, weight, atoms))
 
 
 def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:

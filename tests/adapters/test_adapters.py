@@ -81,7 +81,7 @@ def total(weighted):
 
 
 def test_one_adapter_with_weight_one_is_that_adapter():
-    assert adapters.add(X).lora == dict(X.lora)
+    assert adapters.add([X]).lora == dict(X.lora)
     for same in (
         adapters.scale(X, 1),
         adapters.linear([X], [1.0]),
@@ -123,7 +123,7 @@ def test_sums_equal_dense_algebra():
     assert_updates(adapters.concat([X, Y, Z], weights), expected)
     assert_updates(jax.jit(adapters.linear)([X, Y, Z], weights), expected)
     ones = total([(1, X), (1, Y), (1, Z)])
-    assert_updates(adapters.add(X, Y, Z), ones)
+    assert_updates(adapters.add([X, Y, Z]), ones)
     assert_updates(adapters.add([X, Y, Z]), ones)
     assert_updates(
         adapters.average([X, Y, Z]), total([(1 / 3, X), (1 / 3, Y), (1 / 3, Z)])
@@ -132,15 +132,15 @@ def test_sums_equal_dense_algebra():
 
 
 def test_ranks_add_up_to_no_more_than_the_weight_has():
-    joint = adapters.add(X, Y)
+    joint = adapters.add([X, Y])
     assert joint.lora["linear"].rank == 5
-    assert adapters.add(joint, X).lora["linear"].rank == 5
+    assert adapters.add([joint, X]).lora["linear"].rank == 5
     assert adapters.concat([joint, X]).lora["linear"].rank == 7
-    assert adapters.add(joint, X).lora["conv"].rank == 5  # of out 5 and in 36
+    assert adapters.add([joint, X]).lora["conv"].rank == 5  # of out 5 and in 36
 
 
 def test_adapter_and_its_negative_add_up_to_zero():
-    both = adapters.add(Y, adapters.negate(Y))
+    both = adapters.add([Y, adapters.negate(Y)])
     for path, f in Y.lora.items():
         largest = np.abs(update(f)).max()
         np.testing.assert_allclose(update(both.lora[path]), 0, atol=1e-6 * largest)
@@ -149,7 +149,7 @@ def test_adapter_and_its_negative_add_up_to_zero():
 
 
 def test_leaf_of_one_adapter_alone_comes_back_as_it_is():
-    both = adapters.add(X, adapter(5, names=("linear",)))
+    both = adapters.add([X, adapter(5, names=("linear",))])
     assert both.lora["conv"] is X.lora["conv"]
 
 
@@ -158,13 +158,13 @@ def test_dtypes_of_factors_are_kept():
     x, y = (adapter(0, names=("linear",), dtype=d) for d in (dtype, "float32"))
     for out in (
         adapters.scale(x, 0.5),
-        adapters.add(x, x),
+        adapters.add([x, x]),
         adapters.truncate(x, 1),
         adapters.stack([x, x]),
         adapters.ties([x, x], density=0.5),
     ):
         assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(dtype)}
-    for mixed in (adapters.add(x, y), adapters.ties([x, y], density=0.5)):
+    for mixed in (adapters.add([x, y]), adapters.ties([x, y], density=0.5)):
         assert {leaf.dtype for leaf in jax.tree.leaves(mixed)} == {jnp.dtype("float32")}
 
 
@@ -175,7 +175,7 @@ def test_dropout_stays_where_all_agree():
 
     half, fifth = with_rate(0.5), with_rate(0.2)
     for combine in (
-        lambda a, b: adapters.add(a, b),
+        lambda a, b: adapters.add([a, b]),
         lambda a, b: adapters.stack([a, b]),
     ):
         assert combine(half, half).lora["linear"].spec.dropout == 0.5
@@ -187,7 +187,7 @@ def test_dropout_stays_where_all_agree():
 
 @pytest.mark.parametrize("rank", [1, 3])
 def test_truncate_is_the_best_approximation(rank):
-    both = adapters.add(X, Y)
+    both = adapters.add([X, Y])
     short = adapters.truncate(both, rank)
     for name, dense in updates(both).items():
         u, s, vt = np.linalg.svd(matrices(name, dense), full_matrices=False)
@@ -198,7 +198,7 @@ def test_truncate_is_the_best_approximation(rank):
 
 
 def test_truncate_to_energy_keeps_the_least_rank_that_has_it():
-    both = adapters.add(X, Y)
+    both = adapters.add([X, Y])
     short = adapters.truncate(both, energy=0.9)
     for name, dense in updates(both).items():
         s = np.linalg.svd(matrices(name, dense), compute_uv=False)
@@ -354,9 +354,9 @@ def test_full_leaves_need_the_base_unless_it_cancels():
     x, y = with_head(X, 11.0), with_head(Y, 14.0)
     np.testing.assert_allclose(adapters.average([x, y]).full["head"], 12.5)
     np.testing.assert_allclose(adapters.interpolate(x, y, 0.25).full["head"], 11.75)
-    np.testing.assert_allclose(adapters.add(x, Y).full["head"], 11)
+    np.testing.assert_allclose(adapters.add([x, Y]).full["head"], 11)
     for wrong in (
-        lambda: adapters.add(x, y),
+        lambda: adapters.add([x, y]),
         lambda: adapters.scale(x, 2),
         lambda: adapters.average([x, Y]),
         lambda: adapters.ties([x, y], density=1.0),
@@ -367,21 +367,21 @@ def test_full_leaves_need_the_base_unless_it_cancels():
         with pytest.raises(jlora.TreeError, match=r"'head': .* Pass params="):
             wrong()
     with pytest.raises(jlora.TreeError, match=r"params= has no weight 'head'"):
-        adapters.add(x, y, params={"linear": 0})
+        adapters.add([x, y], params={"linear": 0})
     frozen = {**BASE, "head": jlora.MISSING}
     with pytest.raises(jlora.TreeError, match=r"its frozen side has holes"):
-        adapters.add(x, y, params=frozen)
+        adapters.add([x, y], params=frozen)
 
 
 def test_weight_in_full_here_and_by_factors_there():
     x = Trainable(full={"linear": jnp.full((6, 5), 3.0)})
-    both = adapters.add(x, Z, params=BASE)
+    both = adapters.add([x, Z], params=BASE)
     np.testing.assert_allclose(
         both.full["linear"], 3 + updates(Z)["linear"], rtol=1e-5, atol=1e-5
     )
     assert set(both.lora) == {"conv"}
     with pytest.raises(jlora.TreeError, match="'linear'"):
-        adapters.add(x, Z)
+        adapters.add([x, Z])
     with pytest.raises(jlora.TreeError, match="in full and others by factors"):
         adapters.stack([x, Z])
 
@@ -501,11 +501,11 @@ def test_shardings_survive(key):
     a = jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P("x")))
     b = jax.device_put(jnp.ones((2, 12)), NamedSharding(mesh, P(None, "x")))
     x = Trainable({"w": Factors(a, b, spec)})
-    both = adapters.add(x, adapters.scale(x, 0.5)).lora["w"]
+    both = adapters.add([x, adapters.scale(x, 0.5)]).lora["w"]
     assert both.a.addressable_shards[0].data.shape == (2, 4)
     assert both.b.addressable_shards[0].data.shape == (4, 3)
     np.testing.assert_allclose(update(both), 1.5 * update(x.lora["w"]), rtol=1e-6)
-    short = adapters.truncate(adapters.add(x, x), 1).lora["w"]
+    short = adapters.truncate(adapters.add([x, x]), 1).lora["w"]
     np.testing.assert_allclose(update(short), 2 * update(x.lora["w"]), rtol=1e-5)
 
 
@@ -517,7 +517,7 @@ def test_adapters_of_other_models_are_named():
             combine([X, other])
     wide = dataclasses.replace(X.lora["linear"], a=jnp.ones((9, 2)))
     with pytest.raises(jlora.TreeError, match=r"sizes \(9, 5\), that of .* \(6, 5\)"):
-        adapters.add(X, Trainable({"linear": wide}))
+        adapters.add([X, Trainable({"linear": wide})])
     with pytest.raises(jlora.TreeError, match="1 is a dict"):
         adapters.stack([X, {}])
     with pytest.raises(jlora.TreeError, match=r"write linear\(\[x, y\]\)"):

@@ -71,7 +71,7 @@ def test_every_method_obeys_the_laws(method):
     x = adapter(method, 8)
     for same in (
         adapters.scale(x, 1),
-        adapters.add(x),
+        adapters.add([x]),
         adapters.linear([x], [1.0]),
         adapters.concat([x]),
         adapters.truncate(x, 10, params=PARAMS),
@@ -109,7 +109,7 @@ def test_dora_needs_its_base_for_anything_but_itself():
     x = adapter("dora", 8)
     for wrong in (
         lambda: adapters.scale(x, 2),
-        lambda: adapters.add(x, LORA),
+        lambda: adapters.add([x, LORA]),
         lambda: adapters.stack([x, LORA]),
         lambda: adapters.norms(x),
         lambda: adapters.cosine(x, x),
@@ -119,7 +119,7 @@ def test_dora_needs_its_base_for_anything_but_itself():
     ):
         with pytest.raises(jlora.TreeError, match=r"'embed': DoRA's .* Pass params="):
             wrong()
-    assert adapters.add(x, Trainable()).lora == dict(x.lora)
+    assert adapters.add([x, Trainable()]).lora == dict(x.lora)
     with pytest.raises(jlora.TreeError, match=r"'embed': DoRA's .* Pass params="):
         adapters.select(adapters.stack([x, x]), -1)
     made = jlora.pool.create(adapters.stack([LORA]), 1)
@@ -147,7 +147,7 @@ def test_rslora_alone_is_itself_and_exact_in_sums():
     spec = dataclasses.replace(LORA.lora["heads"].spec, rslora=True, alpha=5.0)
     x = Trainable({"heads": dataclasses.replace(LORA.lora["heads"], spec=spec)})
     assert adapters.linear([x], [1]).lora["heads"] is x.lora["heads"]
-    assert_changes(adapters.add(x, LORA), (1, x), (1, LORA))
+    assert_changes(adapters.add([x, LORA]), (1, x), (1, LORA))
     (back,) = adapters.unstack(adapters.stack([x]))
     assert_changes(back, (1, x))
 

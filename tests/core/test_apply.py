@@ -999,7 +999,7 @@ def test_trees_that_do_not_fit_are_refused_when_called():
     call_error({"w": jnp.ones((4, 7))}, trainable, r"b of 'w' has shape \(2, 6\), a w")
     call_error({"w": jlora.MISSING}, trainable, "no leaf for the hole at 'w'")
     call_error(
-        {"w": jnp.ones((4, 6), jnp.int32)}, trainable, "is no floating-point array"
+        {"w": jnp.ones((4, 6), jnp.int32)}, trainable, "is not a floating-point array"
     )
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), trainable)
     call_error(frozen, stacked, r"a of 'w' has shape \(2, 4, 2\)")

@@ -439,7 +439,7 @@ def test_an_integer_weight_takes_no_factors(parts):
     combine_error(
         {**frozen, "w": jnp.ones((4, 6), jnp.int32)},
         trainable,
-        "'w' is no floating-point array, so it takes no factors",
+        "'w' is not a floating-point array, so it takes no factors",
     )
 
 

@@ -284,6 +284,7 @@ def tuned_pair(tmp_path):
         "a": {"kernel": normal((4, 6))},
         "embedding": normal((9, 4)),
         "b": jnp.ones(2),
+        "stack": jnp.ones((2, 3, 3)),
     }
     change = normal((4, 1), 3) @ normal((1, 6), 4)
     tuned = {**base, "a": {"kernel": base["a"]["kernel"] + change}, "b": jnp.zeros(2)}
@@ -309,18 +310,40 @@ def test_extracting_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"rank": 9}, r"rank 9 is above min\(4, 6\) of 'a/kernel'"),
-        ({"targets": "c/*"}, r"targets: 'c/\*' matches nothing, nearest"),
-        ({"exclude": "a/*"}, "leaves nothing to adapt"),
-        ({"targets": lambda row: True}, "takes globs alone"),
-        ({"method": "vera"}, "method='lora' alone"),
-        ({"targets": "b"}, r"'b' has 1 axes\. Say with Rule"),
+        ({"rank": 9}, r"rank 9 is above min\(in, out\) = min\(4, 6\) of 'a/kernel'"),
+        ({"targets": "c/*"}, r"targets: 'c/\*' matched none of 4 leaves, nearest"),
+        ({"exclude": "a/*"}, "found no weight of a linear operation"),
+        ({"targets": lambda row: True}, "takes only globs"),
+        ({"targets": "b"}, r"'b' \(float32\[2\]\) is not a weight of a linear"),
+        ({"targets": "stack"}, r"more than two axes.*: 'stack'\. Say with Rule"),
+        ({"rules": jlora.Rule("c/*", rank=1)}, r"rules: 'c/\*' matched none"),
+        ({"rules": jlora.Rule("b", rank=1)}, "no adapted leaf, so it has no effect"),
+        ({"init": "orthogonal"}, "needs an even rank"),
     ],
 )
 def test_a_plan_without_a_function_is_strict(tmp_path, config, text):
     tuned_pair(tmp_path)
-    with pytest.raises(jlora.ConfigError, match=text):
+    with pytest.raises((jlora.ConfigError, jlora.TargetError), match=text):
         export.flat_plan(tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config}))
+
+
+def test_a_plan_without_a_function_keeps_every_setting(tmp_path):
+    tuned_pair(tmp_path)
+    parts = jlora.FusedParts(axis=-1, sizes=(2, 4), ranks=(1, 2))
+    rules = (
+        jlora.Rule("a/*", dropout=0.25, parts=parts),
+        jlora.Rule("embedding", method="dora", init="gaussian", alpha=3),
+        jlora.Rule("stack", axes=jlora.Axes((0,), (1,), (2,))),
+    )
+    targets = ("a/*", "embedding", "stack")
+    config = jlora.LoraConfig(rank=1, targets=targets, rules=rules, dropout=0.5)
+    plan = export.flat_plan(tmp_path / "base", config)
+    specs = {row.path: row.spec for row in plan.rows() if row.spec is not None}
+    assert (specs["a/kernel"].parts.ranks, specs["a/kernel"].dropout) == ((1, 2), 0.25)
+    own = specs["embedding"]
+    assert (own.op, own.method, own.init) == ("embedding", "dora", "gaussian")
+    assert (own.alpha, own.dropout) == (3, 0.5)
+    assert specs["stack"].axes == jlora.Axes((0,), (1,), (2,))
 
 
 def test_models_that_differ_are_refused(tmp_path):

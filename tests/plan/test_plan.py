@@ -392,11 +392,14 @@ def test_a_rule_for_leaves_that_are_not_adapted_has_no_effect():
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("layer_0/up/bias", r"float32\[64\]\) is no weight of a linear op.*`add` at"),
-        ("layer_0/norm", r"float32\[16\]\) is no weight of a linear op.*`mul` at"),
-        ("pos", "is no weight of a linear operation"),
+        (
+            "layer_0/up/bias",
+            r"float32\[64\]\) is not a weight of a linear op.*`add` at",
+        ),
+        ("layer_0/norm", r"float32\[16\]\) is not a weight of a linear op.*`mul` at"),
+        ("pos", "is not a weight of a linear operation"),
         ("spare", "is not used by the function"),
-        ("step", "is no floating-point array"),
+        ("step", "is not a floating-point array"),
     ],
 )
 def test_a_target_that_takes_no_factors_is_refused(path, why):
@@ -430,18 +433,71 @@ def test_integer_weights_are_refused_by_name_and_left_out_of_all_linear():
     made = jlora.plan(fn, *args, config=jlora.LoraConfig(rank=1))
     assert made.adapted == ("v",)
     assert row(made, "w").dtype == "int8"
-    with pytest.raises(jlora.TargetError, match=r"'w' \(int8\[4, 4\]\) is no floating"):
+    with pytest.raises(
+        jlora.TargetError, match=r"'w' \(int8\[4, 4\]\) is not a floating"
+    ):
         jlora.plan(fn, *args, config=jlora.LoraConfig(rank=1, targets="w"))
 
 
 def test_rank_above_the_smaller_side_is_refused_with_a_remedy():
     text = refused(
-        r"rank 17 is above min\(in, out\) = min\(64, 16\) of 'layer_0/down/kernel'",
+        r"rank 17 is above min\(in, out\) = min\(64, 16\) of 'layer_{0\.\.5}/down/kernel'",
         rank=17,
     )
-    assert "Rule('layer_0/down/kernel', rank=16)" in text
+    assert "Rule('layer_{0..5}/down/kernel', rank=16) (×6)" in text
     remedy = jlora.Rule("**/down/kernel", rank=16)
     plan(rank=16, rules=(jlora.Rule("**", rank=17), jlora.Rule("**", rank=16), remedy))
+
+
+def test_errors_about_many_layers_are_short():
+    params = {
+        f"layers_{i}": {name: {"kernel": jnp.ones((8, 8))} for name in "qkvo"}
+        for i in range(32)
+    }
+
+    def fn(p, x):
+        for layer in p.values():
+            for weight in layer.values():
+                x = jnp.tanh(x @ weight["kernel"])
+        return x
+
+    config = jlora.LoraConfig(rank=64)
+    with pytest.raises(jlora.TargetError) as caught:
+        jlora.plan(fn, params, jnp.ones((1, 8)), config=config)
+    text = str(caught.value)
+    assert len(text) < 1500
+    assert "'layers_{0..31}/q/kernel'" in text
+    assert text.count("(×32)") == 3
+    assert text.count("(×31)") == 1  # the last is the output head
+    assert len(text.splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "pattern", "glob"),
+    [
+        ("targets", "up", "**/up/kernel"),
+        ("targets", "layer_{0,1}", "**/layer_{0,1}/**"),
+        ("exclude", "up", "**/up/**"),
+    ],
+)
+def test_a_module_named_as_in_peft_is_told_the_glob(field, pattern, glob):
+    text = refused(f"{field}: .*: write '(.*?)'", **{field: pattern})
+    assert f"write '{glob}'" in text
+    assert jlora.paths.select(glob, [row.path for row in plan().rows()])
+
+
+def test_a_keyword_of_the_function_may_be_called_config():
+    def scaled(params, x, config):
+        return config * (x @ params["w"])
+
+    found = jlora.plan(
+        scaled,
+        {"w": jnp.ones((4, 4))},
+        jnp.ones((1, 4)),
+        config=jlora.LoraConfig(rank=2),
+        fn_kwargs={"config": 2.0},
+    )
+    assert found.adapted == ("w",)
 
 
 def test_rule_axes_must_be_all_axes_once():
