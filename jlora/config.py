@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, Never
 
 import jax.typing
@@ -89,7 +89,7 @@ class Rule:
         _check(f"Rule({pattern!r})", self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class TokenRows:
     """Rows of an embedding table to train, for `LoraConfig.train`; the others stay.
 
@@ -107,19 +107,17 @@ class TokenRows:
     pattern: str
     ids: tuple[int, ...]
 
-    def __post_init__(self):
-        ids = self.ids if isinstance(self.ids, str) else tuple(self.ids)
-        if not isinstance(self.pattern, str):
+    def __init__(self, pattern: str, ids: Iterable[int]):
+        if not isinstance(pattern, str):
+            raise ConfigError(f"TokenRows.pattern must be a glob, got {pattern!r}.")
+        rows = tuple(ids)
+        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in rows)
+        if not rows or not whole or len(set(rows)) < len(rows):
             raise ConfigError(
-                f"TokenRows.pattern must be a glob, got {self.pattern!r}."
+                f"TokenRows({pattern!r}): ids must be row numbers from 0, each once, "
+                f"got {ids!r}."
             )
-        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in ids)
-        if not ids or not whole or len(set(ids)) < len(ids):
-            raise ConfigError(
-                f"TokenRows({self.pattern!r}): ids must be row numbers from 0, each "
-                f"once, got {self.ids!r}."
-            )
-        object.__setattr__(self, "ids", tuple(int(i) for i in ids))
+        _set(self, pattern=pattern, ids=tuple(map(int, rows)))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -286,7 +284,7 @@ def _rule_from(fields: dict[str, Any]) -> Rule:
     return Rule(**given)
 
 
-def _set(record: LoraConfig | Rule, **fields: Any) -> None:
+def _set(record: LoraConfig | Rule | TokenRows, **fields: Any) -> None:
     """Sets the fields of a frozen record that is being made."""
     for name, value in fields.items():
         object.__setattr__(record, name, value)
