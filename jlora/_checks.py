@@ -1,4 +1,4 @@
-"""Checks of what public functions are given; each says what to write instead."""
+"""Checks of the arguments of public functions; each says what to write instead."""
 
 import sys
 from typing import Any
@@ -12,7 +12,7 @@ from .methods import leaf_shapes
 from .transform.compat import is_staging
 
 
-def check_function(owner: str, fn: Any) -> None:
+def check_function(owner: str, fn: object) -> None:
     """Raises a ConfigError if `fn` is a module, or cannot be called."""
     nnx = sys.modules.get("flax.nnx")  # an NNX module has imported it
     if isinstance(fn, getattr(nnx, "Module", ())):
@@ -31,7 +31,7 @@ def check_function(owner: str, fn: Any) -> None:
     )
 
 
-def check_key(name: str, key: Any) -> None:
+def check_key(name: str, key: object) -> None:
     """Raises a ConfigError unless `key` is one PRNG key, new style or old."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -45,7 +45,7 @@ def check_key(name: str, key: Any) -> None:
         )
 
 
-def check_params(name: str, params: Any) -> None:
+def check_params(name: str, params: object) -> None:
     """Raises a ConfigError if an optimizer was not given what it trains."""
     if params is None:
         raise ConfigError(
@@ -55,9 +55,9 @@ def check_params(name: str, params: Any) -> None:
 
 
 def check_positive(**settings: Any) -> None:
-    """Raises a ConfigError for the first setting that is no positive number.
+    """Raises a ConfigError for the first setting that is not a positive number.
 
-    A number that is traced, as `optax.inject_hyperparams` makes it, is not looked at.
+    A traced number, as from `optax.inject_hyperparams`, is not checked.
     """
     for name, value in settings.items():
         if not is_staging(value) and not value > 0:
@@ -65,7 +65,7 @@ def check_positive(**settings: Any) -> None:
 
 
 def misshapen(path: str, factors: Factors, shape: tuple[int, ...]) -> list[str]:
-    """Returns in words which leaves of `factors` a weight of `shape` does not have.
+    """Returns what is wrong with the shapes of `factors` for a weight of `shape`.
 
     Examples:
       >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Numbers: the dtype and precision of sums, random keys by path, what is finite."""
+"""Numbers: the dtype and precision of sums, random keys by path, finiteness."""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .factors import Array
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -29,10 +31,10 @@ def sqrt_halves(
     return u * half[..., None, :], half[..., :, None] * vt
 
 
-def is_finite(x: Any) -> bool:
+def is_finite(x: Array) -> bool:
     """Returns whether an array holds neither NaN nor infinity.
 
-    A NumPy array is looked at on the host, a JAX array where it is.
+    A NumPy array is checked on the host, a JAX array on its device.
 
     Examples:
       >>> is_finite(np.ones(2)), is_finite(jnp.array([1.0, jnp.nan]))
@@ -41,12 +43,13 @@ def is_finite(x: Any) -> bool:
     return not not_finite({"": x})
 
 
-def not_finite(named: Mapping[str, Any]) -> list[str]:
-    """Returns the names of those arrays that hold NaN or infinity."""
+def not_finite(named: Mapping[str, Array]) -> list[str]:
+    """Returns the names of the arrays that hold NaN or infinity."""
     inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
-    # NumPy first: a file is written without starting a device.
-    if all(isinstance(x, np.ndarray) for x in inexact.values()):
-        return [k for k, x in inexact.items() if not _all_finite(x)]
+    # NumPy first: files are written without starting a device.
+    on_host = {k: x for k, x in inexact.items() if isinstance(x, np.ndarray)}
+    if len(on_host) == len(inexact):
+        return [k for k, x in on_host.items() if not _all_finite(x)]
     # One by one: a program for all of thousands takes a minute to compile.
     finite = jax.device_get([_finite(x) for x in inexact.values()])
     return [k for k, good in zip(inexact, finite, strict=True) if not good]

@@ -134,20 +134,20 @@ PAPERS = {
     ),
 }
 
-# Methods and inits that no paper of their own introduced.
+# Methods and inits without a paper of their own.
 WITHOUT_PAPER = ("kaiming", "gaussian", "orthogonal", "rows")
 
 
 def cite(used: LoraConfig | Plan, *also: str) -> str:
     """Returns the BibTeX entries of the papers behind a config or a plan.
 
-    LoRA comes first, then methods, scale and inits in use, each once. A config names
-    all that its rules may use, a plan what its weights do use.
+    LoRA comes first, then the methods, scale and inits in use, each once. Of a config
+    that is everything its rules name, of a plan only what its weights use.
 
     Args:
       used: a config, or the plan made from it.
-      *also: what a config does not name, as the optimizers `"lora_plus"`, `"lora_fa"`
-        and `"riemannian"`.
+      *also: names that a config does not hold, such as the optimizers `"lora_plus"`,
+        `"lora_fa"` and `"riemannian"`.
 
     Raises:
       ConfigError: if a name of `also` is unknown; lists the known ones.
@@ -186,19 +186,19 @@ def cite(used: LoraConfig | Plan, *also: str) -> str:
 def _names(used: LoraConfig | Plan) -> list[str]:
     """Returns the methods, the scale and the inits in use."""
     if isinstance(used, Plan):
-        parts = [row.spec for row in used.rows() if row.spec is not None]
-        is_rank_stabilised = any(spec.rslora for spec in parts)
+        specs = [row.spec for row in used.rows() if row.spec is not None]
+        is_rank_stabilised = any(spec.rslora for spec in specs)
     else:
-        parts = [used, *used.rules]
+        specs = [used, *used.rules]
         is_rank_stabilised = used.rslora
-    names = [part.method for part in parts]
+    names = [spec.method for spec in specs]
     names += ["rslora"] if is_rank_stabilised else []
-    inits = [part.init for part in parts]
+    inits = [spec.init for spec in specs]
     return names + [entry_of(init) for init in inits if isinstance(init, str)]
 
 
 def entry_of(name: str) -> str:
-    """Returns under which name of `PAPERS` a method or init stands.
+    """Returns the name in `PAPERS` of a method or init.
 
     Args:
       name: of a method or init, as in `LoraConfig`.

@@ -1,9 +1,9 @@
-"""What the user wants: `LoraConfig` and its per-leaf `Rule`s; frozen, JSON."""
+"""What the user wants: `LoraConfig` and its per-leaf `Rule`s; frozen, kept as JSON."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, Never
 
 import jax.typing
@@ -31,11 +31,11 @@ class Rule:
       method: see `LoraConfig`.
       init: see `LoraConfig`.
       dropout: see `LoraConfig`.
-      axes: roles of the weight's axes, in place of what the trace found, as
+      axes: roles of the weight's axes, in place of what the trace found:
         `Axes(batch=(0,), fan_in=(1,), fan_out=(2,))` for experts.
       parts: LoRA on some slices of a fused weight, each with its rank, see
-        `FusedParts`. The scale of a part is `alpha / its rank`; without `alpha` the
-        highest rank counts.
+        `FusedParts`. The scale of a part is `alpha` over its rank. `alpha` is the
+        highest rank if it is not given.
 
     Examples:
       >>> Rule("**/mlp/**", rank=4).rank
@@ -89,15 +89,15 @@ class Rule:
         _check(f"Rule({pattern!r})", self)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class TokenRows:
-    """TokenRows of an embedding table to train, in `LoraConfig.train`; the others stay.
+    """Rows of an embedding table to train, for `LoraConfig.train`; the others stay.
 
-    Only these rows, as differences to the base's, exist in `trainable`.
+    `trainable` holds only these rows, as differences from those of the base.
 
     Attributes:
       pattern: glob over the whole path of the table.
-      ids: which rows, each once; token ids as a rule.
+      ids: numbers of the rows, each once; usually token ids.
 
     Examples:
       >>> TokenRows("**/embedding", ids=(30522, 30523)).ids
@@ -107,26 +107,25 @@ class TokenRows:
     pattern: str
     ids: tuple[int, ...]
 
-    def __post_init__(self):
-        ids = self.ids if isinstance(self.ids, str) else tuple(self.ids)
-        if not isinstance(self.pattern, str):
+    def __init__(self, pattern: str, ids: Iterable[int]):
+        if not isinstance(pattern, str):
+            raise ConfigError(f"TokenRows.pattern must be a glob, got {pattern!r}.")
+        rows = tuple(ids)
+        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in rows)
+        if not rows or not whole or len(set(rows)) < len(rows):
             raise ConfigError(
-                f"TokenRows.pattern must be a glob, got {self.pattern!r}."
+                f"TokenRows({pattern!r}): ids must be row numbers from 0, each once, "
+                f"got {ids!r}."
             )
-        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in ids)
-        if not ids or not whole or len(set(ids)) < len(ids):
-            raise ConfigError(
-                f"TokenRows({self.pattern!r}): ids must be row numbers from 0, each "
-                f"once, got {self.ids!r}."
-            )
-        object.__setattr__(self, "ids", tuple(int(i) for i in ids))
+        _set(self, pattern=pattern, ids=tuple(map(int, rows)))
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class LoraConfig:
     """What to adapt and how; every field is given by its name.
 
-    Where a tuple of globs or rules is kept, one of them, a list or a set will do.
+    A field that holds a tuple also takes a single entry or a list; `to_json` writes all
+    fields.
 
     Attributes:
       rank: size of the rank axis, a positive integer.
@@ -140,18 +139,18 @@ class LoraConfig:
       rules: per-leaf settings; the last match wins.
       train: globs of leaves trained in full (heads, biases, norms); `TokenRows` for
         single rows of an embedding table.
-      method: `"lora"`; `"dora"` trains the lengths of columns too; `"vera"` trains two
-        vectors beside shared random factors; `"adalora"` has singular values that can
-        be pruned.
-      init: how A and B start: `"kaiming"`, `"gaussian"`, `"orthogonal"`; `"pissa"`,
-        `"pissa_niter_<n>"`, `"olora"`, which take a part of the weight out of the
-        frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise it; `"eva"`,
-        `"corda"`, `"corda_kpm"`, `"lora_ga"`, which want `statistics`; or a function
+      method: `"lora"`; `"dora"` also trains the lengths of columns; `"vera"` trains two
+        vectors and shares random factors; `"adalora"` has singular values that can be
+        pruned.
+      init: how A and B are initialised: `"kaiming"`, `"gaussian"`, `"orthogonal"`;
+        `"pissa"`, `"pissa_niter_<n>"`, `"olora"`, which take a part of the weight out
+        of the frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise it; `"eva"`,
+        `"corda"`, `"corda_kpm"`, `"lora_ga"`, which need `statistics`; or a function
         `(key, w, spec, dtype) -> (a, b)`.
-      rslora: scale by `alpha / sqrt(rank)`, which keeps high ranks learning.
-      dropout: drop rate on the input of A, in [0, 1); active when `apply_lora`'s
-        function is given a `lora_key`. An embedding drops the update of whole
-        positions, since the input of its A is one-hot.
+      rslora: scale by `alpha / sqrt(rank)`, so that high ranks learn too.
+      dropout: drop rate on the input of A, in [0, 1). It is active when the function
+        that `apply_lora` returns is given a `lora_key`. An embedding drops the update
+        of whole positions, since the input of its A is one-hot.
       dtype: dtype name of A and B; None means float32.
 
     Raises:
@@ -254,7 +253,7 @@ class LoraConfig:
         """Returns the config that `to_json` wrote.
 
         Args:
-          text: a JSON object; fields that are not in it have their defaults.
+          text: a JSON object. Fields that it lacks have their defaults.
 
         Raises:
           ConfigError: for text that is not a JSON object, or has unknown fields.
@@ -285,7 +284,7 @@ def _rule_from(fields: dict[str, Any]) -> Rule:
     return Rule(**given)
 
 
-def _set(record: LoraConfig | Rule, **fields: Any) -> None:
+def _set(record: LoraConfig | Rule | TokenRows, **fields: Any) -> None:
     """Sets the fields of a frozen record that is being made."""
     for name, value in fields.items():
         object.__setattr__(record, name, value)
@@ -355,7 +354,7 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
     if callable(fields.init) and find_init(init_name(fields.init)) is not None:
         wrong.append(
             f"init is a function called {init_name(fields.init)!r}, as one of jlora's "
-            "own: rename it, or give the name as a string"
+            "own is: rename it, or give the name as a string"
         )
     if wrong:
         raise ConfigError(f"{owner}: {'; '.join(wrong)}.")

@@ -1,8 +1,8 @@
-"""What jlora raises and warns with; each says what was wanted and what to write."""
+"""The errors and warnings of jlora; each says what was wanted and what to write."""
 
 
 class JloraError(ValueError):
-    """Base class of every error that jlora raises on purpose.
+    """Base class of the errors that jlora raises.
 
     Examples:
       >>> import jlora
@@ -15,7 +15,7 @@ class JloraError(ValueError):
 
 
 class ConfigError(JloraError):
-    """A `LoraConfig` or `Rule` with a value that cannot work."""
+    """A `LoraConfig`, `Rule` or argument with a value that cannot work."""
 
 
 class TargetError(JloraError):
@@ -31,7 +31,7 @@ class MergeError(JloraError):
 
 
 class CheckpointError(JloraError):
-    """A checkpoint that is missing, incomplete or not of this program's making."""
+    """A checkpoint that is missing or incomplete, or that jlora did not write."""
 
 
 class PoolError(JloraError):

@@ -62,20 +62,20 @@ def apply_lora(
 
     `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
     `scale * (x a) b` to the activations at every place where an adapted weight is used,
-    so no weight-sized array is made, neither forward nor backward. It is pure and
-    composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings; wrap it in
-    `jax.jit`. With an empty `trainable` it is `fn`.
+    so no weight-sized array is made, forward or backward. It is pure and composes with
+    `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in `jax.jit`.
+    With an empty `trainable` it is `fn`.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
         function around `nnx.merge`, plain JAX.
       on_merge: what to do where the factored route does not exist and the weight is
-        merged on the fly (right, but slower): `"warn"` once for each trace, `"allow"`,
-        or raise an `"error"`.
+        merged on the fly, which is right but slower: `"warn"` once for each trace,
+        `"allow"` it, or raise an `"error"`.
       form: where the value of a matrix product gets its low-rank term, for experiments:
         `"factored"`, on the activations; `"merged"`, on a temporary weight, which moves
         fewer bytes where many tokens meet a small weight; `"auto"` picks from shapes,
-        dtype and platform. Gradients are factored in each.
+        dtype and platform. Gradients are factored with all three.
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
@@ -142,13 +142,13 @@ def apply_lora(
         _tell(merges, on_merge)
         return staged.rebuild(outs)
 
-    # What `functools.wraps` copies is `fn`'s signature, which is not this one.
+    # `functools.wraps` copies the signature of `fn`, which differs from this one.
     del lora_fn.__wrapped__
     return lora_fn
 
 
 def _weight(path: str, w: Any, factors: Factors) -> Weight:
-    """Returns `w` with its factors as the interpreter wants it."""
+    """Returns `w` with its factors, for the interpreter."""
     axes: Axes = factors.spec.axes
     dims = leaf_dims(w.shape)
     batch, fan_in, fan_out = (

@@ -1,4 +1,4 @@
-"""`per_row`: a batch whose rows use different adapters."""
+"""`per_row`: each row of a batch uses an adapter of its own."""
 
 from collections.abc import Callable
 from typing import Any, Concatenate, Protocol, overload
@@ -50,33 +50,33 @@ def per_row(
 ) -> RowFunction[Args, Out]:
     """Returns `row_fn(frozen, stacked, ids, *args, lora_key=None, **kwargs)`.
 
-    `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in row `i`, or the
-    base model where it is -1. The product with a frozen weight stays one for the whole
-    batch; the factors are gathered and multiplied in a batched product. Pure: it
-    composes with `jit` and `grad` (a batch of several tasks trains several adapters,
-    each from its own rows), and rows do not see each other.
+    `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in batch row `i`,
+    or with the base model where the id is -1. The product with a frozen weight stays
+    one for the whole batch. The factors are gathered and multiplied in a batched
+    product. `row_fn` is pure and composes with `jit` and `grad`: a batch of several
+    tasks trains several adapters, each from its own batch rows. Batch rows do not see
+    each other.
 
-    Where a function runs many times on the same rows, as in generation, gather once:
-    `rows = jlora.adapters.select(stacked, ids)`, then `row_fn(frozen, rows, None, ...)`
-    in the loop. Where the same number of rows, known beforehand, uses each adapter,
-    `jax.vmap(jlora.apply_lora(fn), (None, 0, 0))(frozen, stacked, x)` with `x` reshaped
-    to `[adapters, rows, ...]` gathers nothing at all.
+    Where a function runs many times on the same batch rows, as in generation, gather
+    once: `own = jlora.adapters.select(stacked, ids)`, and then
+    `row_fn(frozen, own, None, ...)` in the loop. Where each adapter has the same number
+    of batch rows, known beforehand, reshape `x` to `[adapters, batch, ...]`:
+    `jax.vmap(jlora.apply_lora(fn), (None, 0, 0))(frozen, stacked, x)` gathers nothing.
 
     Args:
-      fn: `fn(params, *args, **kwargs)`; it sees a batch of one row at a time, traced
-        once for all.
+      fn: `fn(params, *args, **kwargs)`. It is traced once, for a batch of length one.
       in_axes: the batch axis of each of `args`, as in `jax.vmap`: an integer, None for
-        what all rows share, or a tuple with one, or a tree of them, for each argument.
-        Keyword arguments are shared.
-      out_axes: the batch axis of the results; a tree of them where they differ.
+        what all batch rows share, or a tuple with one of these, or a tree of them, for
+        each argument. Keyword arguments are shared.
+      out_axes: the batch axis of the results, or a tree of them where they differ.
       on_merge: see `apply_lora`.
 
     Returns:
       The function of a mixed batch. `stacked` is from `jlora.adapters.stack` (or a
-      pool), `ids` an integer array `[batch]`, or None if `stacked` has one adapter for
-      each row already. An id that the stack does not have makes its row NaN, and so
-      does -1 where leaves are trained in full, unless `frozen` is the whole model:
-      what `split` returns has no base values for them.
+      pool). `ids` is an integer array `[batch]`, or None if `stacked` already has one
+      adapter for each batch row. An id that the stack does not have makes its batch
+      row NaN. So does -1 where leaves are trained in full, unless `frozen` is the whole
+      model: the `frozen` of `split` has no base values for them.
 
     Raises:
       ConfigError: if `fn` is not a function.
@@ -118,7 +118,7 @@ def per_row(
             raise TreeError(
                 f"The batch has {batch} rows, "
                 + ("the adapters " if ids is None else "ids have shape ")
-                + f"{shape}. Give one id for each row, -1 for the base model."
+                + f"{shape}. Give one id for each batch row, -1 for the base model."
             )
         keys = None if lora_key is None else jax.random.split(lora_key, batch)
         apply = apply_lora(fn, on_merge=on_merge)
@@ -155,7 +155,7 @@ def _batch_size(axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
     if len(sizes) != 1:
         raise TreeError(
             f"The arguments have batches of {sorted(sizes) or 'no size'}. Say with "
-            "in_axes= which axis of each is the batch, None for what rows share."
+            "in_axes= which axis of each is the batch, None for what is shared."
         )
     return sizes.pop()
 
@@ -168,7 +168,7 @@ def _pairs(axes: Any, tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _restore(axes: Any, tree: Any) -> Any:
-    """Returns `tree` with a batch axis of one where `vmap` took it away."""
+    """Returns `tree` with a batch axis of length one where `vmap` removed it."""
     new = [
         x if axis is None else jnp.expand_dims(x, axis)
         for axis, x in _pairs(axes, tree)
@@ -177,7 +177,7 @@ def _restore(axes: Any, tree: Any) -> Any:
 
 
 def _drop(axes: Any, tree: Any) -> Any:
-    """Returns `tree` without the batch axis of one that `vmap` will add."""
+    """Returns `tree` without the batch axis of length one, which `vmap` adds."""
     new = [
         x if axis is None else jnp.squeeze(x, axis) for axis, x in _pairs(axes, tree)
     ]

@@ -21,7 +21,7 @@ class Axes:
     """The axes of a weight by role; together they are all its axes, each once.
 
     Attributes:
-      batch: axes with a matrix of their own each (experts, stacked layers).
+      batch: axes along which each entry has its own matrix (experts, stacked layers).
       fan_in: axes that the operation sums over (an embedding's vocabulary).
       fan_out: axes that remain in the result.
 
@@ -70,13 +70,13 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class FusedParts:
-    """Slices of a fused weight along one axis, each with a rank of its own.
+    """Slices of a fused weight along one axis, each with its own rank.
 
     Attributes:
       axis: the fan-out axis of the weight that the parts lie along; from the end if
         negative.
-      sizes: length of each part; together the length of the axis.
-      ranks: rank of each part; 0 leaves it as it is.
+      sizes: length of each part. Their sum is the length of the axis.
+      ranks: rank of each part; 0 for a part that is not adapted.
 
     Examples:
       LoRA on q and v of a kernel `[64, 192]` that holds q, k and v:
@@ -112,11 +112,11 @@ class Spec:
       rslora: divide by the square root of the rank instead of the rank.
       dropout: drop rate on the input of A, active when a `lora_key` is given.
       method: a name in `jlora.methods.METHODS`.
-      init: how A and B start.
-      shape: the weight's shape, where the leaves do not tell it (VeRA, trained rows).
+      init: how A and B are initialised.
+      shape: the weight's shape, where the leaves do not tell it (VeRA, token rows).
       seed: of VeRA's shared matrices.
-      rows: which rows are trained, where only rows are.
-      parts: slices of a fused weight with a rank each; then `rank` is their sum.
+      rows: the ids of the trained rows, for token rows.
+      parts: slices of a fused weight. `rank` is then the sum of their ranks.
 
     Examples:
       >>> spec = Spec(rank=16, alpha=32.0)
@@ -143,7 +143,7 @@ class Spec:
     def scale(self) -> float:
         """The multiplier of `A B`: `alpha / rank`, rsLoRA `alpha / sqrt(rank)`.
 
-        With parts, that of the part of the highest rank.
+        With `parts`, the multiplier of the part with the highest rank.
         """
         rank = self.rank if self.parts is None else max(self.parts.ranks)
         return self.part_scale(rank)
@@ -191,13 +191,13 @@ def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
 class Factors:
     """The low-rank factors of one weight: it acts as `w + scale * a @ b`.
 
-    A pytree: `a`, `b` (and `magnitude`, if the method has one) are leaves, the rest is
+    A pytree: `a`, `b` and `magnitude`, if the method has one, are leaves. `spec` is
     static, so an adapter describes itself.
 
     Attributes:
-      a: `[*batch, *fan_in, rank]`; for VeRA `[*batch, rank]`; None for trained rows.
+      a: `[*batch, *fan_in, rank]`; for VeRA `[*batch, rank]`; None for token rows.
       b: `[*batch, rank, *fan_out]`; for VeRA `[*batch, *fan_out]`.
-      spec: static; axes, rank, alpha and the like.
+      spec: static; the axes, rank, alpha and so on.
       magnitude: None; for DoRA the lengths of the columns, `[*batch, *fan_out]`; for
         AdaLoRA the singular values, `[*batch, rank]`.
 
@@ -243,6 +243,8 @@ class Factors:
 @dataclasses.dataclass(frozen=True)
 class Trainable:
     """What is trained: the factors of adapted weights and the leaves trained in full.
+
+    `flax.serialization` writes and restores it if Flax is imported before it is made.
 
     Attributes:
       lora: `Factors` by the path of their weight.

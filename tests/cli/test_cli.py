@@ -185,7 +185,7 @@ def test_plan_reads_a_config(module, call, folder):
         (["my_model:model", "--rank", "9"], 1, "rank 9"),
         (["my_model:model", "--targets", "x"], 1, "matched none of 2 leaves"),
         (["my_model:model", "--config", "missing"], 1, "No such file"),
-        (["my_model:model", "--config", "my_model.py"], 1, "no LoraConfig in JSON"),
+        (["my_model:model", "--config", "my_model.py"], 1, "not a LoraConfig in JSON"),
         (["my_model:model", "--method", "x"], 1, "method must be one of"),
     ],
 )
@@ -527,7 +527,7 @@ def test_bad_input_never_gives_a_traceback(folder, call):
         ):
             fails(call(*arguments), 1, name)
     config = ["extract", "base.safetensors", "base.safetensors", "out", "--config"]
-    fails(call(*config, "zero"), 1, "no LoraConfig in JSON")
+    fails(call(*config, "zero"), 1, "not a LoraConfig in JSON")
     fails(call(*config, "nowhere"), 1, "'nowhere' cannot be read")
     (folder / "latin").write_bytes(b"\xff")
     fails(call(*config, "latin"), 1, "'latin' is not text")

@@ -1132,3 +1132,16 @@ def test_a_module_in_place_of_the_function_is_told_what_to_pass():
     with pytest.raises(jlora.ConfigError, match=r"jlora\.plan .*as `model\.apply`"):
         jlora.plan(nn.Dense(1), {}, x, config=jlora.LoraConfig())
     jlora.apply_lora(nnx.jit(lambda p, x: x))  # callable, and not a module
+
+
+def test_merged_weights_alike_share_a_line():
+    params = {f"layer_{i}": jnp.ones((4, 4)) for i in range(12)}
+
+    def fn(p, x):
+        return sum(x @ jnp.exp(w) for w in p.values())
+
+    x = jnp.ones((1, 4))
+    frozen, trainable = adapt(fn, params, x, config={"targets": "**"})
+    line = r"weights:\n  layer_\{0\.\.11\} \(×12\): `exp` at .*\nLeave them out"
+    with pytest.raises(jlora.MergeError, match=line):
+        jlora.apply_lora(fn, on_merge="error")(frozen, trainable, x)

@@ -34,6 +34,11 @@ def test_config_takes_what_is_documented_and_keeps_tuples():
     assert_type(config.dtype, str | None)
     assert config.train == ("**/head/*",)
     assert config.rules == (rule,)
+    assert (
+        TokenRows("**/embedding", [1, 2])
+        == rows
+        == TokenRows("**/embedding", range(1, 3))
+    )
     LoraConfig(train=rows, rules=[rule, rule], exclude={"a", "b"})
     LoraConfig(train=["**/head/*", rows], rules=(rule,), exclude=["a"])
     LoraConfig(train=("**/head/*", rows), targets=("a", "b"), init=init)
