@@ -208,7 +208,7 @@ def test_a_file_beside_an_index_of_its_name_counts(tmp_path):
 
 def test_a_model_to_unpickle_is_named(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(jlora.CheckpointError, match="model.bin would have to be unpi"):
+    with pytest.raises(jlora.CheckpointError, match="would have to be unpickled"):
         open_model(tmp_path)
 
 
