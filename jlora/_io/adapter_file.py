@@ -23,7 +23,7 @@ _KEYS = {"format", "version", "adapter", "sha256"}
 def save(path: Path, trainable: Trainable) -> None:
     """Writes an adapter to one file, which `load` needs nothing else to read.
 
-    The file is in the safetensors format: each array under its path and part
+    The file is in the safetensors format: each array under its path and name
     (`blocks/0/q/kernel.a`), the settings and a checksum in the header. No pickle. It is
     written whole or not at all: a save that fails or is killed leaves the file that
     was there.
@@ -53,7 +53,7 @@ def save(path: Path, trainable: Trainable) -> None:
             f"jlora.save writes a jlora.Trainable, got {type(trainable).__name__}. "
             "Take it from jlora.split; export.safetensors writes whole models."
         )
-    names = {f"{path}.{part}": x for _, path, part, x in arrays(trainable)}
+    names = {f"{path}.{leaf}": x for _, path, leaf, x in arrays(trainable)}
     named = dict(zip(names, jax.device_get(list(names.values())), strict=True))
     named = {name: np.asarray(x) for name, x in named.items()}
     bad = not_finite(named)
@@ -91,7 +91,7 @@ def load(path: Path) -> Trainable:
     with reading(path) as file:
         header = tensors.read_header(file)
         about = _about(header.metadata)
-        named = {k: tensors.read(file, e) for k, e in header.entries.items()}
+        named = {k: tensors.read(file, x) for k, x in header.tensors.items()}
         checksum = _checksum(header.metadata["adapter"], named.items())
         if header.metadata["sha256"] != checksum:
             raise CheckpointError("Its checksum does not match: it is damaged.")
@@ -136,8 +136,8 @@ def _trainable(about: Json, named: dict[str, np.ndarray]) -> Trainable:
     placed = jax.device_put(list(named.values()))
     found = {}
     for name, x in zip(named, placed, strict=True):
-        leaf, _, part = name.rpartition(".")
-        found[leaf, part] = x
+        path, _, leaf = name.rpartition(".")
+        found[path, leaf] = x
     return rebuild(about, found)
 
 

@@ -16,7 +16,7 @@ from ..methods import METHODS, low_rank_pair
 
 Json = dict[str, Any]  # fields of a JSON object
 
-_PARTS = ("a", "b", "magnitude")
+_LEAVES = ("a", "b", "magnitude")
 
 
 def describe(trainable: Trainable) -> Json:
@@ -34,20 +34,20 @@ def describe(trainable: Trainable) -> Json:
 
 
 def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Leaf]]:
-    """Yields `(number, path, part, array)` of an adapter's arrays, in its order.
+    """Yields `(number, path, leaf, array)` of an adapter's arrays, in its order.
 
     The number counts the paths of factors, and those of full leaves, each from 0.
     """
     for i, (path, factors) in enumerate(trainable.lora.items()):
-        for part in _PARTS:
-            if getattr(factors, part) is not None:
-                yield i, path, part, getattr(factors, part)
+        for leaf in _LEAVES:
+            if getattr(factors, leaf) is not None:
+                yield i, path, leaf, getattr(factors, leaf)
     for i, (path, x) in enumerate(trainable.full.items()):
         yield i, path, "full", x
 
 
 def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
-    """Returns the adapter that `describe` described, with arrays by path and part.
+    """Returns the adapter that `describe` described, with arrays by path and leaf.
 
     Raises:
       CheckpointError: if it is not a description, or does not fit the arrays; lists
@@ -72,19 +72,19 @@ def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
         wrong.append("the leaves trained in full are not a list of distinct paths")
     if wrong:
         raise _unfit(wrong)
-    used = {(path, part) for path in specs for part in _PARTS} & found.keys()
+    used = {(path, leaf) for path in specs for leaf in _LEAVES} & found.keys()
     wanted = {(path, "full") for path in full}
     wrong += [
-        f"array {part!r} of {path!r} is missing"
-        for path, part in sorted(wanted - found.keys())
+        f"array {leaf!r} of {path!r} is missing"
+        for path, leaf in sorted(wanted - found.keys())
     ]
     wrong += [
-        f"array {part!r} of {path!r} belongs to nothing"
-        for path, part in sorted(found.keys() - used - wanted)
+        f"array {leaf!r} of {path!r} belongs to nothing"
+        for path, leaf in sorted(found.keys() - used - wanted)
     ]
     factors = {}
     for path, spec in specs.items():
-        a, b, magnitude = (found.get((path, part)) for part in _PARTS)
+        a, b, magnitude = (found.get((path, leaf)) for leaf in _LEAVES)
         factors[path] = Factors(a, b, spec, magnitude)
         wrong += _misfits(path, factors[path])
     if wrong:

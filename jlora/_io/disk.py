@@ -122,18 +122,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     target = pathlib.Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise CheckpointError(f"Not saved: {name} is {_kind(target)}.")
-    part = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.part")
+    new = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.part")
     then = " What was there before is still there."
     with told(f"Not saved: {name} cannot be written", then=then):
         try:
-            with open(part, "xb") as file:
+            with open(new, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, target)
+            os.replace(new, target)
         except BaseException:
             with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+                new.unlink(missing_ok=True)
             raise
         _sync(target.parent)
 

@@ -78,8 +78,8 @@ def _nested(named: Mapping[str, "_Unread"]) -> PyTree:
     for name, x in named.items():
         *parents, last = name.split("/")
         node = tree
-        for part in parents:
-            node = node.setdefault(part, {})
+        for key in parents:
+            node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise CheckpointError(f"{name!r} lies below another array.")
         if last in node:

@@ -144,13 +144,13 @@ def _check(
 
 
 def _keys(about: Json) -> dict[str, tuple[str, str]]:
-    """Returns path and part of each array by its number."""
+    """Returns path and leaf of each array by its number."""
     keys = {}
     for name in about["arrays"]:
-        number, part = name.split("-")
-        full = part == "full"
+        number, leaf = name.split("-")
+        full = leaf == "full"
         path = about["full"][int(number)] if full else about["lora"][int(number)][0]
-        keys[name] = path, part
+        keys[name] = path, leaf
     return keys
 
 
@@ -161,7 +161,7 @@ def _adapter_template(
     one = shardings if isinstance(shardings, Place) else _first_device()
     own = {}
     if isinstance(shardings, Trainable):
-        own = {(path, part): place for _, path, part, place in arrays(shardings)}
+        own = {(path, leaf): place for _, path, leaf, place in arrays(shardings)}
     elif shardings is not None and one is not shardings:
         raise CheckpointError(
             "shardings must be one jax.sharding.Sharding or a jlora.Trainable of "

@@ -102,7 +102,7 @@ def read_header(
     """Returns the tensors in one file by name, and its metadata."""
     with reading(path, fault) as file:
         header = tensors.read_header(file)
-    slots = {name: Slot(path, info, fault) for name, info in header.entries.items()}
+    slots = {name: Slot(path, info, fault) for name, info in header.tensors.items()}
     return slots, dict(header.metadata)
 
 
@@ -199,8 +199,8 @@ def write_tensors(
         filled += size
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
-        part = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        file = f"{stem}{part}{_FILE}"
+        which = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{stem}{which}{_FILE}"
         own = {name: named[name] for name in names}
         tensors.write(
             directory / file,

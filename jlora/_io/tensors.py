@@ -73,7 +73,7 @@ class TensorInfo:
 class Header:
     """What a file says of itself: its tensors in the order of their bytes."""
 
-    entries: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
 
 
@@ -101,33 +101,33 @@ def read_header(file: BinaryIO) -> Header:
         isinstance(value, str) for value in metadata.values()
     ):
         raise _damaged("its metadata is not a table of strings")
-    entries = {name: _entry(name, value, 8 + length) for name, value in fields.items()}
-    entries = dict(sorted(entries.items(), key=lambda kv: (kv[1].start, kv[1].stop)))
     end = 8 + length
-    for name, entry in entries.items():
-        if entry.start != end:
+    found = {name: _info(name, value, end) for name, value in fields.items()}
+    found = dict(sorted(found.items(), key=lambda kv: (kv[1].start, kv[1].stop)))
+    for name, info in found.items():
+        if info.start != end:
             raise _damaged(f"tensor {name!r} overlaps another one or leaves a gap")
-        end = entry.stop
+        end = info.stop
     if end != size:
         raise _damaged(f"it has {size} bytes, its header describes {end}")
-    return Header(entries, metadata)
+    return Header(found, metadata)
 
 
-def read(file: BinaryIO, entry: TensorInfo) -> np.ndarray:
+def read(file: BinaryIO, info: TensorInfo) -> np.ndarray:
     """Returns one tensor, as a read-only array."""
-    file.seek(entry.start)
-    data = file.read(entry.stop - entry.start)
-    if len(data) != entry.stop - entry.start:
+    file.seek(info.start)
+    data = file.read(info.stop - info.start)
+    if len(data) != info.stop - info.start:
         raise _damaged("it became shorter while it was read")
-    if entry.dtype == np.bool_ and data and max(data) > 1:
+    if info.dtype == np.bool_ and data and max(data) > 1:
         raise _damaged("a truth value is neither 0 nor 1")
-    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+    return np.frombuffer(data, info.dtype).reshape(info.shape)
 
 
-def chunks(file: BinaryIO, entry: TensorInfo) -> Iterator[bytes]:
+def chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
     """Yields the bytes of one tensor in pieces of bounded size."""
-    file.seek(entry.start)
-    left = entry.stop - entry.start
+    file.seek(info.start)
+    left = info.stop - info.start
     while left:
         piece = file.read(min(left, _CHUNK))
         if not piece:
@@ -219,7 +219,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def _entry(name: str, value: Any, data: int) -> TensorInfo:
+def _info(name: str, value: Any, data: int) -> TensorInfo:
     match value:
         case {
             "dtype": str(dtype),

@@ -122,14 +122,14 @@ def contents(
     run: Json,
     metrics: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[Json, dict[str, dict[str, Leaf]]]:
-    """Returns the JSON part and the arrays of a checkpoint, both checked."""
+    """Returns the JSON fields and the arrays of a checkpoint, both checked."""
     check_trainable(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
     adapter, labels = {}, {}
-    for i, path, part, x in arrays(trainable):
-        adapter[f"{i:06d}-{part}"] = x
-        labels[f"{i:06d}-{part}"] = f"{path!r} ({part})"
+    for i, path, leaf, x in arrays(trainable):
+        adapter[f"{i:06d}-{leaf}"] = x
+        labels[f"{i:06d}-{leaf}"] = f"{path!r} ({leaf})"
     bad = [labels[k] for k in not_finite(adapter)]
     if bad:
         raise CheckpointError(

@@ -137,8 +137,8 @@ class Reading:
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
         if found:
             self._factors(leaf, places, found)
-        whole = {p.name: s for p in places if (s := self._whole(leaf, p, bool(found)))}
-        if whole and not found:
+        whole = {} if found else {p.name: s for p in places if (s := self._whole(p))}
+        if whole:
             self._full(leaf, places, whole)
         elif not found and leaf.planned in ("adapted", "full"):
             what = "factors for" if leaf.planned == "adapted" else "the whole of"
@@ -150,16 +150,19 @@ class Reading:
             self.wrong.append(
                 f"{leaf.path!r} has factors, the plan has it {leaf.planned}"
             )
-        if whole and not found and leaf.planned in ("adapted", "frozen"):
+        if whole and leaf.planned in ("adapted", "frozen"):
             self.wrong.append(f"{leaf.path!r} is whole, the plan has it {leaf.planned}")
 
-    def _take(self, name: str, floats: bool = True) -> np.ndarray | None:
+    def _take(self, name: str) -> np.ndarray | None:
         slot = self.left.pop(name, None)
         if slot is None:
             return None
-        if floats and slot.dtype not in FLOATS:
+        if slot.dtype not in FLOATS:
             self.wrong.append(f"{name} is {slot.dtype}, not a floating-point type")
             return None
+        return self._array(name, slot)
+
+    def _array(self, name: str, slot: Slot) -> np.ndarray | None:
         array = slot.read()
         if slot.dtype in FLOATS and not np.isfinite(array).all():
             self.wrong.append(f"{name} holds NaN or infinity")
@@ -355,12 +358,10 @@ class Reading:
         a, b = self._placed(*layers.compact(spec, leaf.shape, pairs))
         return Factors(a, b, spec)
 
-    def _whole(self, leaf: TargetLeaf, place: Place, adapted: bool) -> Slot | None:
+    def _whole(self, place: Place) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
-        if adapted:
-            return None
         for key in (place.name, inner) if last == "bias" else (place.name,):
             if key in self.left:
                 self._check_saved(place.name)
@@ -416,10 +417,10 @@ class Reading:
             if slot.shape != wanted:
                 self.wrong.append(f"{place.name} is {slot.shape}, wanted {wanted}")
                 return
-            arrays[place.name] = slot.read()
-            if slot.dtype in FLOATS and not np.isfinite(arrays[place.name]).all():
-                self.wrong.append(f"{place.name} holds NaN or infinity")
+            array = self._array(place.name, slot)
+            if array is None:
                 return
+            arrays[place.name] = array
         floats = [slot.dtype in FLOATS for slot in whole.values()]
         if not all(floats) and jnp.issubdtype(leaf.dtype, jnp.floating):
             self.wrong.append(f"{places[0].name} is not a floating-point array")

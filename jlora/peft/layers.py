@@ -339,19 +339,18 @@ def assemble(
     for place in present:
         by_batch.setdefault(tuple(place.index[i] for i in axes.batch), []).append(place)
     scale = first.scale
-    rows = {
+    stack = {
         at: _beside(group, axes, shape, layers, scale) for at, group in by_batch.items()
     }
-    rank = max(a.shape[-1] for a, _ in rows.values())
-    dtype = np.result_type(*(x.dtype for row in rows.values() for x in row))
+    rank = max(a.shape[-1] for a, _ in stack.values())
+    dtype = np.result_type(*(x.dtype for pair in stack.values() for x in pair))
     a = np.zeros(axes.a_shape(shape, rank), dtype)
     b = np.zeros(axes.b_shape(shape, rank), dtype)
-    n = len(axes.batch)
-    for at, (row_a, row_b) in rows.items():
+    for at, (own_a, own_b) in stack.items():
         cut = _cut(at)
-        own = slice(row_a.shape[-1])
-        a[(*cut, ..., own)] = row_a
-        b[(*cut, own)] = row_b
+        own = slice(own_a.shape[-1])
+        a[(*cut, ..., own)] = own_a
+        b[(*cut, own)] = own_b
     magnitude = None
     if first.magnitude is not None:
         magnitude = np.zeros(
@@ -361,7 +360,6 @@ def assemble(
             _, _, m = layer_in(place, axes, shape, layers[place.name])
             cuts = _cut(place.index)
             magnitude[tuple(cuts[i] for i in (*axes.batch, *axes.fan_out))] = m
-    assert a.ndim > n
     return a, b, magnitude, scale
 
 
@@ -418,7 +416,7 @@ def by_part(
 
 
 def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
-    """Returns the B of fused parts with each part's rows at its place, else zeros."""
+    """Returns the B of fused parts with each part at its place and zeros elsewhere."""
     parts, axes = spec.parts, spec.axes
     assert parts is not None
     out = np.zeros(axes.b_shape(shape, spec.rank), b.dtype)
@@ -451,7 +449,7 @@ def apart(parts: FusedParts | None, places: Sequence[Place]) -> bool:
 def compact(
     spec: Spec, shape: tuple[int, ...], pairs: Sequence[tuple[int, Place, Layer]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns A and B of `FusedParts`: in B each part has its own rows, from 0 on."""
+    """Returns A and B of `FusedParts`: in B each part begins at index 0."""
     parts, axes = spec.parts, spec.axes
     assert parts is not None
     longest = max(parts.sizes[i] for i in parts.adapted)

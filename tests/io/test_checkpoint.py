@@ -524,11 +524,13 @@ def test_another_base_is_refused_and_named(folder):
     other = {**PARAMS, "head": normal((9,))}
     print_ = checkpoint.fingerprint(other)
     assert checkpoint.restore(folder, params=print_).step == 1
+    assert checkpoint.restore(folder).fingerprint == checkpoint.fingerprint(PARAMS)
     assert checkpoint.restore(folder).step == 1
 
 
 def test_a_base_that_was_not_saved_cannot_be_checked(folder):
     checkpoint.save(folder, small())
+    assert checkpoint.restore(folder).fingerprint is None
     with pytest.raises(jlora.CheckpointError, match=r"saved without params="):
         checkpoint.restore(folder, params=PARAMS)
 

@@ -195,6 +195,19 @@ def test_a_sharded_base(tmp_path):
     )
 
 
+def test_a_file_beside_an_index_of_its_name_counts(tmp_path):
+    shard(tmp_path, {"w": "one.safetensors"}, one={"w": np.ones(2)})
+    safetensors.numpy.save_file({"v": np.ones(3)}, tmp_path / "model.safetensors")
+    assert list(open_model(tmp_path).shapes) == ["v"]
+    assert list(open_model(tmp_path / "model.safetensors.index.json").shapes) == ["w"]
+
+
+def test_a_model_to_unpickle_is_named(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(jlora.CheckpointError, match="would have to be unpickled"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("places", "text"),
     [

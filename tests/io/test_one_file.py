@@ -190,8 +190,8 @@ def test_files_of_the_reference_implementation_are_read(path):
     safetensors.numpy.save_file(named, path, {"k": "v"})
     with open(path, "rb") as file:
         header = _tensors.read_header(file)
-        read = {name: _tensors.read(file, e) for name, e in header.entries.items()}
-        raw = b"".join(_tensors.chunks(file, header.entries["a"]))
+        read = {name: _tensors.read(file, e) for name, e in header.tensors.items()}
+        raw = b"".join(_tensors.chunks(file, header.tensors["a"]))
     assert header.metadata == {"k": "v"}
     assert read.keys() == named.keys()
     for name, x in named.items():
@@ -435,7 +435,7 @@ def test_what_the_reader_takes_the_reference_implementation_takes(path):
         try:
             with open(path, "rb") as file:
                 header = _tensors.read_header(file)
-                ours = {k: _tensors.read(file, e) for k, e in header.entries.items()}
+                ours = {k: _tensors.read(file, e) for k, e in header.tensors.items()}
         except jlora.CheckpointError:
             continue
         taken += 1
