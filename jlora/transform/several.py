@@ -4,16 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import bind
+from .compat import Equation, bind
 from .interpret import Context
 from .values import (
     BROADCAST,
     Atom,
     Group,
     Labels,
+    Operand,
     Part,
     Term,
     Weight,
@@ -22,12 +24,12 @@ from .values import (
 )
 
 
-def concatenate(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def concatenate(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term keeps its place, zeros elsewhere."""
     return _side_by_side(eqn, values, eqn.params["dimension"])
 
 
-def stack(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def stack(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`concatenate` along a new axis."""
     axis = eqn.params["axis"]
     parts = [
@@ -42,8 +44,11 @@ def stack(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
 
 
 def _side_by_side(
-    eqn: Any, values: Sequence[Any], axis: int, parts: Sequence[Any] | None = None
-) -> list[Any]:
+    eqn: Equation,
+    values: Sequence[Operand],
+    axis: int,
+    parts: Sequence[Operand] | None = None,
+) -> list[Weight]:
     parts = values if parts is None else parts
     aligned = _align(parts, but=axis)
     if aligned is None:
@@ -116,7 +121,7 @@ def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term
         )
         own = (Atom(atom.name, 1),)
 
-    def pad(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def pad(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         if own[0] not in labels:
             return x, labels
         i = labels.index(own[0])
@@ -128,17 +133,17 @@ def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term
     return term.map(pad)
 
 
-def add(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def add(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) + (w2 + s a2 b2)`: the terms of both."""
     return _sum(eqn, x, y, 1)
 
 
-def sub(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def sub(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) - (w2 + s a2 b2)`: the terms of both, the second's negated."""
     return _sum(eqn, x, y, -1)
 
 
-def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
+def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
     aligned = _align((x, y))
     if aligned is None:
         return NotImplemented
@@ -156,7 +161,7 @@ def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
 
 
 def _align(
-    values: Sequence[Any], but: int | None = None
+    values: Sequence[Operand], but: int | None = None
 ) -> tuple[Weight, list[Weight | None]] | None:
     """Returns the first weight, and the weights with their atoms named as in it.
 
@@ -186,7 +191,7 @@ def _align(
 
 
 def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
-    def rename(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def rename(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         return x, tuple(names.get(s, s) for s in labels)
 
     now = {old.root: new.root for old, new in names.items()}
@@ -198,7 +203,7 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
     return weight.map(rename, dims=dims, parts=parts)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _shape(value: Operand) -> tuple[int, ...]:
     return value.w.shape if isinstance(value, Weight) else value.shape
 
 
