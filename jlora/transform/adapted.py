@@ -131,33 +131,18 @@ def _expand(
     return second_product(t, static.t_labels, term, static.site)
 
 
-def _factored(
-    x: jax.Array,
-    w: jax.Array,
-    _: jax.Array,
-    b: jax.Array,
-    t: jax.Array,
-    *gain: jax.Array,
-    static: Static,
-) -> jax.Array:
+def _factored(*operands: jax.Array, static: Static) -> jax.Array:
+    x, w, _, b, t, *gain = operands
     return _dot(x, w, gain, static) + _expand(t, b, gain, static)
 
 
-def _lowered(
-    x: jax.Array,
-    w: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    t: jax.Array,
-    *gain: jax.Array,
-    static: Static,
-    platform: str,
-) -> jax.Array:
+def _lowered(*operands: jax.Array, static: Static, platform: str) -> jax.Array:
+    x, w, a, b, _, *gain = operands
     form = static.form
     if form == "auto":
         form = cost.form(static.site.tokens, static.site.fan_in, x.dtype, platform)
     if form == "factored":
-        return _factored(x, w, a, b, t, *gain, static=static)
+        return _factored(*operands, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)
     merged = dense(static.weight(w, (term,), gain))
     if platform != "cpu":

@@ -19,7 +19,7 @@ from .primitives import CALLS
 from .values import Labels, Value, Weight
 
 
-def call(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
+def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """A nested `jit`: its name, shardings and being called twice are kept."""
     code = compat.inner_code(eqn)
     if not compat.is_staging(values):
@@ -28,7 +28,7 @@ def call(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     if signature not in ctx.calls:
         ins, outs = compat.call_shardings(eqn)
 
-        def inner(key: jax.Array | None, *values: Value) -> list[Any]:
+        def inner(key: jax.Array | None, *values: Value) -> list[Value]:
             placed = [_place(v, s) for v, s in zip(values, ins, strict=True)]
             results = interpret(ctx.within(key), code, placed)
             return [_place(v, s) for v, s in zip(results, outs, strict=True)]
@@ -47,16 +47,16 @@ def _place(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     return lax.with_sharding_constraint(value, sharding)
 
 
-def closed_call(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
+def closed_call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """A call without settings of its own is inlined."""
     return interpret(ctx, compat.inner_code(eqn), values)
 
 
-def remat(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
+def remat(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.checkpoint` with the same policy."""
     code = compat.inner_code(eqn)
 
-    def inner(key: jax.Array | None, *values: Value) -> list[Any]:
+    def inner(key: jax.Array | None, *values: Value) -> list[Value]:
         return interpret(ctx.within(key), code, values)
 
     return jax.checkpoint(
@@ -147,13 +147,13 @@ def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     return [fixed.get(i, v) for i, v in enumerate(final)]
 
 
-def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Any]:
+def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Value]:
     """`lax.cond` and `lax.switch`: every branch gets the weights with their factors."""
     index = ctx.materialise(index, eqn)
     key = ctx.next_key()
 
     def branch(code: compat.Code) -> Any:
-        def run(key: jax.Array | None, *values: Value) -> list[Any]:
+        def run(key: jax.Array | None, *values: Value) -> list[Value]:
             inner = ctx.within(key)
             return [inner.materialise(v, eqn) for v in interpret(inner, code, values)]
 
@@ -165,7 +165,7 @@ def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Any]
 
 def _merge_before(
     ctx: Context, eqn: Equation, rule: Rule, values: Sequence[Value], n: int
-) -> Sequence[Any]:
+) -> Sequence[Value]:
     """Returns `values`, those of the first `n` merged that the loop would merge.
 
     Otherwise each turn of the loop would merge them again. What the loop would merge is
@@ -192,7 +192,7 @@ def _merge_before(
     ]
 
 
-def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
+def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
 
     A part of the fan-in gives a part of the sum for the base product and for the
@@ -208,7 +208,7 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
         for v in values
     ]
 
-    def inner(values: Sequence[Value]) -> list[Any]:
+    def inner(values: Sequence[Value]) -> list[Value]:
         local = [
             _local(v, compat.kind(var).shape) if isinstance(v, Weight) else v
             for v, var in zip(values, code.invars, strict=True)

@@ -11,7 +11,7 @@ from . import CONTROL, LINEAR, STRUCTURE, compat
 from .compat import Equation
 from .interpret import Context, Rule, interpret
 from .primitives import JOINS, POINTWISE, SCALES
-from .values import Atom, Derived, Part, Value, Weight, leaf
+from .values import Atom, Derived, Part, Value, Weight, array_of, leaf
 
 FACTORED, MERGED = "factored", "merged"
 DERIVED, ELEMENTWISE = "derived", "elementwise"
@@ -139,7 +139,7 @@ class _Discovery:
                 op = "return" if eqn is None else eqn.primitive.name
                 for path in _sources(value):
                     self.record(path, op, MERGED, eqn)
-        return _array(value)
+        return array_of(value)
 
     def fallback(
         self, ctx: Context, eqn: Equation, operands: Sequence[Value]
@@ -150,7 +150,7 @@ class _Discovery:
             for v in operands
         ]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
-        results = compat.bind(eqn, *map(_array, operands))
+        results = compat.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
             route = ELEMENTWISE if name in POINTWISE else MERGED
@@ -200,11 +200,6 @@ class _Discovery:
         for path in (path for v in operands for path in _sources(v)):
             if path not in scaled:
                 self.record(path, eqn.primitive.name, ELEMENTWISE, eqn)
-
-
-def _array(value: Value) -> jax.Array:
-    """Returns the frozen array of `value`, or `value` itself."""
-    return value.w if isinstance(value, Weight | Derived) else value
 
 
 def _sources(value: Value) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ from .values import (
     Term,
     Value,
     Weight,
+    array_of,
     contract,
     lay_out,
     leaf,
@@ -141,17 +142,7 @@ def _context(trace: Trace) -> Context:
                 trace.missed.setdefault(part.path, why)
         return value.w
 
-    def fallback(
-        ctx: Context, eqn: Equation, operands: Sequence[Value]
-    ) -> Sequence[Value]:
-        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
-
-    return Context(
-        rules=_rules(trace, ()),
-        used=lambda *_, **__: None,
-        fallback=fallback,
-        materialise=materialise,
-    )
+    return Context(rules=_rules(trace, ()), materialise=materialise)
 
 
 def _rules(trace: Trace, calls: CallPath) -> dict[str, Rule]:
@@ -201,8 +192,7 @@ def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
             if not any(bare[side] is seen for seen in met):
                 ctx.materialise(weight, eqn)  # an activation by now
                 continue
-            x = bare[1 - side]
-            x = x.w if isinstance(x, Weight) else x
+            x = array_of(bare[1 - side])
             x, x_labels, summed = _labelled(eqn, side, x, weight)
             paths = tuple(part.path for part in weight.parts)
             site = (*calls, id(eqn), side)

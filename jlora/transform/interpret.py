@@ -18,17 +18,23 @@ from .values import Derived, Value, Weight
 Rule = Callable[Concatenate["Context", Equation, ...], Sequence[Value]]
 
 
+def _bind_arrays(
+    ctx: "Context", eqn: Equation, operands: Sequence[Value]
+) -> list[jax.Array]:
+    return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What rules need besides the values; there is one for each staging.
 
     Attributes:
       rules: a rule for each name of a primitive.
+      materialise: `(value, eqn) -> array`, a weight as an array. It notes that the
+        equation needed one; None stands for the function's return.
       used: called with every linear use of a weight:
         `(weight, op, fan_in atoms, batch atoms, eqn)`, for a product also its forms.
       fallback: `(ctx, eqn, operands) -> results` where no rule holds.
-      materialise: `(value, eqn) -> array`, a weight as an array. It notes that the
-        equation needed one; None stands for the function's return.
       constant: `array -> value` for literals, what the code closes over, and what is
         computed from these.
       hoist: whether a weight that a loop would merge is merged before the loop.
@@ -40,9 +46,11 @@ class Context:
     """
 
     rules: Mapping[str, Rule]
-    used: Callable[..., None]
-    fallback: Callable[["Context", Equation, Sequence[Value]], Sequence[Value]]
     materialise: Callable[[Value, Equation | None], jax.Array]
+    used: Callable[..., None] = lambda *_, **__: None
+    fallback: Callable[["Context", Equation, Sequence[Value]], Sequence[Value]] = (
+        _bind_arrays
+    )
     constant: Callable[[jax.Array], Value] = lambda x: x
     hoist: bool = False
     form: Form = "auto"

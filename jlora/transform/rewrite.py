@@ -38,15 +38,8 @@ def rewrite(
                 merged(part.path, _why(eqn))
         return dense(value)
 
-    def fallback(
-        ctx: Context, eqn: Equation, operands: Sequence[Value]
-    ) -> Sequence[Value]:
-        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
-
     ctx = Context(
         rules=RULES,
-        used=lambda *_, **__: None,
-        fallback=fallback,
         materialise=materialise,
         key=key,
         hoist=True,

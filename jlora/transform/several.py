@@ -19,6 +19,7 @@ from .values import (
     Part,
     Term,
     Weight,
+    array_of,
     new_atom,
     regroup,
 )
@@ -54,7 +55,7 @@ def _side_by_side(
     if aligned is None:
         return NotImplemented
     first, weights = aligned
-    shapes = [v.w.shape if isinstance(v, Weight) else v.shape for v in parts]
+    shapes = [array_of(v).shape for v in parts]
     total = sum(shape[axis] for shape in shapes)
     old = first.dims[axis]
     atom = old[0]._replace(size=total) if old else new_atom(first, BROADCAST, total)
@@ -69,7 +70,7 @@ def _side_by_side(
             own = weight.dims[axis]
             terms += [_padded(t, own, atom, before, after) for t in weight.terms]
         start += shape[axis]
-    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    (w,) = bind(eqn, *map(array_of, values))
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
     parts_of = tuple(p for weight in weights if weight for p in weight.parts)
     joint = first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)
@@ -148,7 +149,7 @@ def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
     if aligned is None:
         return NotImplemented
     first, (left, right) = aligned
-    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in (x, y)))
+    (w,) = bind(eqn, array_of(x), array_of(y))
     if any(weight and weight.gain is not None for weight in (left, right)):
         return NotImplemented
     if w.shape != first.w.shape:
@@ -170,7 +171,9 @@ def _align(
     """
     weights = [v for v in values if isinstance(v, Weight)]
     first = weights[0]
-    shapes = {tuple(n for i, n in enumerate(_shape(v)) if i != but) for v in values}
+    shapes = {
+        tuple(n for i, n in enumerate(array_of(v).shape) if i != but) for v in values
+    }
     if len(shapes) != 1 or any(v.looked_up or not _is_matrix(v) for v in weights):
         return None
     out: list[Weight | None] = []
@@ -201,10 +204,6 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
     )
     dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
     return weight.map(rename, dims=dims, parts=parts)
-
-
-def _shape(value: Operand) -> tuple[int, ...]:
-    return value.w.shape if isinstance(value, Weight) else value.shape
 
 
 def _is_matrix(weight: Weight) -> bool:

@@ -26,6 +26,7 @@ from .values import (
     Step,
     Term,
     Weight,
+    array_of,
     new_atom,
 )
 
@@ -48,7 +49,7 @@ def optimization_barrier(
     ctx: Context, eqn: Equation, *values: Operand
 ) -> list[Operand]:
     """The barrier holds for `w`; the factors pass."""
-    out = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    out = bind(eqn, *map(array_of, values))
     return [
         v.replace(w=w) if isinstance(v, Weight) else w
         for v, w in zip(values, out, strict=True)
@@ -193,39 +194,29 @@ def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 
 
 def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Slices side by side along one axis."""
-    axis, start, results = eqn.params["axis"], 0, []
+    """Slices side by side along one axis, which `unstack` takes away: its are of 1."""
+    axis, start, pieces = eqn.params["axis"], 0, []
     for w in bind(eqn, weight.w):
-        stop = start + w.shape[axis]
+        loses_axis = w.ndim < weight.w.ndim
+        slab = lax.expand_dims(w, [axis]) if loses_axis else w
+        stop = start + slab.shape[axis]
         cut = _cut(
             weight,
-            w,
-            lambda x, axis, i, start=start, stop=stop: lax.slice_in_dim(
+            slab,
+            lambda x, axis, _, start=start, stop=stop: lax.slice_in_dim(
                 x, start, stop, axis=axis
             ),
         )
         if cut is NotImplemented:
             return cut
-        results += cut
+        (piece,) = cut
+        if loses_axis:
+            piece = _squeeze_atoms(piece, piece.dims[axis])
+            dims = (*piece.dims[:axis], *piece.dims[axis + 1 :])
+            piece = piece.replace(w=w, dims=dims)
+        pieces.append(piece)
         start = stop
-    return results
-
-
-def unstack(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Each entry along one axis, which goes: what iterating over an array is."""
-    axis, results = eqn.params["axis"], []
-    for i, w in enumerate(bind(eqn, weight.w)):
-        cut = _cut(
-            weight,
-            lax.expand_dims(w, [axis]),
-            lambda x, axis, _, i=i: lax.slice_in_dim(x, i, i + 1, axis=axis),
-        )
-        if cut is NotImplemented:
-            return cut
-        one = _squeeze_atoms(cut[0], cut[0].dims[axis])
-        dims = (*one.dims[:axis], *one.dims[axis + 1 :])
-        results.append(one.replace(w=w, dims=dims))
-    return results
+    return pieces
 
 
 def dynamic_slice(

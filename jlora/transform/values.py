@@ -156,6 +156,11 @@ Operand = jax.Array | Weight
 Value = Operand | Derived
 
 
+def array_of(value: Value) -> jax.Array:
+    """Returns the frozen array of a weight, and any other value as an array."""
+    return value.w if isinstance(value, Weight | Derived) else value
+
+
 def leaf(path: str, w: Leaf, terms: tuple[Term, ...] = ()) -> Weight:
     """Returns the untouched leaf `path`, whose axis `i` is the atom `(i,)`."""
     roots = tuple((i, i) for i in range(w.ndim))
