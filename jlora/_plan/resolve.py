@@ -196,7 +196,7 @@ def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
     wrong += init_clashes(
         row.path, row.shape, spec, init, METHODS[spec.method], row.route
     )
-    found = find_init(init) if method_of(spec).start is None else None
+    found = find_init(init) if method_of(spec).init is None else None
     return dataclasses.replace(row, status="adapted", spec=spec, init=found)
 
 

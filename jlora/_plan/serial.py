@@ -37,7 +37,7 @@ def _row(fields: Mapping[str, Any]) -> Row:
     uses = tuple(Use(**tuples(use)) for use in fields["uses"])
     spec = None if fields["spec"] is None else Spec.from_dict(fields["spec"])
     init = None
-    if spec is not None and method_of(spec).start is None:
+    if spec is not None and method_of(spec).init is None:
         init = find_init(spec.init)
     read = {"uses": uses, "spec": spec, "shape": tuple(fields["shape"]), "init": init}
     return Row(**{**fields, **read})

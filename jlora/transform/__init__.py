@@ -36,7 +36,7 @@ STRUCTURE = {
     "stop_gradient": structure.stop_gradient,
     "sub": several.sub,
     "transpose": structure.transpose,
-    "unstack": structure.unstack,
+    "unstack": structure.split,
 }
 CONTROL = {
     "closed_call": control.closed_call,

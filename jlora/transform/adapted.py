@@ -17,10 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
+from ..factors import Leaf
 from . import cost
 from .compat import Primitive, has_typed_placement, shaped
 from .low_rank import Site, first_product, gained, oriented, second_product
+from .thin import Dims
 from .values import (
     OTHER,
     Atom,
@@ -52,10 +55,10 @@ class Static:
     t_labels: Labels
     gain_labels: Labels
     dims: tuple[Group, ...]
-    numbers: Any
+    numbers: Dims
     form: cost.Form
 
-    def weight(self, w: Any, terms: tuple[Term, ...], gain: Sequence[Any]) -> Weight:
+    def weight(self, w: Leaf, terms: tuple[Term, ...], gain: Sequence[Leaf]) -> Weight:
         """Returns the weight again; `gain` is empty if it has none."""
         own = gain[0] if gain else None
         labels = self.gain_labels if gain else ()
@@ -63,7 +66,7 @@ class Static:
 
 
 def adapted_dot(
-    x: Any, weight: Weight, site: Site, numbers: Any, form: cost.Form
+    x: jax.Array, weight: Weight, site: Site, numbers: Dims, form: cost.Form
 ) -> jax.Array:
     """Returns `x . gain * (w + s a b)` for a weight with one term."""
     (term,) = weight.terms
@@ -77,7 +80,7 @@ def adapted_dot(
     return adapted_dot_p.bind(x, weight.w, term.a, term.b, t, *gain, static=static)
 
 
-def _not_zero(gain: Any, dtype: Any) -> Any:
+def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns `gain`, away from zero by what is nothing to a value of `dtype`.
 
     So the derivative can divide by it, and a column of length zero can grow again.
@@ -88,7 +91,9 @@ def _not_zero(gain: Any, dtype: Any) -> Any:
     return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
 
 
-def form_of(x: Any, weight: Weight, site: Site, form: cost.Form) -> cost.Form | None:
+def form_of(
+    x: jax.Array, weight: Weight, site: Site, form: cost.Form
+) -> cost.Form | None:
     """Returns the form of the `adapted_dot` to use, or None where it gains nothing.
 
     It gains a temporary weight on some platform, or keeps less for the gradient of a
@@ -105,7 +110,9 @@ def form_of(x: Any, weight: Weight, site: Site, form: cost.Form) -> cost.Form | 
     return None if weight.gain is None else "factored"
 
 
-def _dot(x: Any, w: Any, gain: Any, static: Static) -> Any:
+def _dot(
+    x: jax.Array, w: jax.Array, gain: Sequence[jax.Array], static: Static
+) -> jax.Array:
     site = static.site
     y = lax.dot_general(
         *((x, w) if site.x_first else (w, x)),
@@ -116,25 +123,26 @@ def _dot(x: Any, w: Any, gain: Any, static: Static) -> Any:
     return rescaled(y, static.weight(w, (), gain), site.want)
 
 
-def _expand(t: Any, b: Any, gain: Any, static: Static) -> Any:
+def _expand(
+    t: jax.Array, b: jax.Array, gain: Sequence[jax.Array], static: Static
+) -> jax.Array:
     term = dataclasses.replace(static.term, b=b)
     term = gained(term, static.weight(None, (), gain))
     return second_product(t, static.t_labels, term, static.site)
 
 
-def _factored(x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static: Static):
-    del a
+def _factored(*operands: jax.Array, static: Static) -> jax.Array:
+    x, w, _, b, t, *gain = operands
     return _dot(x, w, gain, static) + _expand(t, b, gain, static)
 
 
-def _lowered(
-    x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static: Static, platform: str
-) -> Any:
+def _lowered(*operands: jax.Array, static: Static, platform: str) -> jax.Array:
+    x, w, a, b, _, *gain = operands
     form = static.form
     if form == "auto":
         form = cost.form(static.site.tokens, static.site.fan_in, x.dtype, platform)
     if form == "factored":
-        return _factored(x, w, a, b, t, *gain, static=static)
+        return _factored(*operands, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)
     merged = dense(static.weight(w, (term,), gain))
     if platform != "cpu":

@@ -12,26 +12,28 @@ import jax
 from jax import core
 from jax.extend import core as jex_core, source_info_util
 from jax.interpreters import partial_eval
+from jax.typing import DTypeLike
 
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive
 Equation = jex_core.JaxprEqn
 Var = jex_core.Var
+Jaxpr = jex_core.Jaxpr
 
 
 class Code(NamedTuple):
     """A jaxpr and the values of its constants."""
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     consts: Sequence[Any]
 
     @property
-    def invars(self) -> Sequence[Any]:
+    def invars(self) -> Sequence[Var]:
         """The variables of its arguments."""
         return self.jaxpr.invars
 
     @property
-    def outvars(self) -> Sequence[Any]:
+    def outvars(self) -> Sequence[Var | Literal]:
         """The variables of its results."""
         return self.jaxpr.outvars
 
@@ -42,7 +44,7 @@ def code(closed: Any) -> Code:
     return Code(getattr(closed, "jaxpr", closed), consts)
 
 
-def constvars(jaxpr: Any) -> Sequence[Any]:
+def constvars(jaxpr: Jaxpr) -> Sequence[Var]:
     """Returns the variables that stand for the constants of `jaxpr`."""
     return jaxpr.constvars
 
@@ -75,7 +77,7 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
     return consts, carry
 
 
-def bind(eqn: Equation, *values: Any) -> list[Any]:
+def bind(eqn: Equation, *values: Any) -> list[jax.Array]:
     """Binds `eqn` again on new values and returns its results as a list."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)
@@ -106,7 +108,9 @@ def scope(eqn: Equation) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def placed_like(base: Any, fun: Callable[..., Any], *args: Any) -> Any:
+def placed_like(
+    base: jax.Array, fun: Callable[..., jax.Array], *args: Any
+) -> jax.Array:
     """Returns `fun(*args)` laid out as `base`.
 
     Under a mesh with explicit axes the partitioner works out what is in between.
@@ -116,12 +120,19 @@ def placed_like(base: Any, fun: Callable[..., Any], *args: Any) -> Any:
         return fun(*args)
     if sharding.mesh.are_all_axes_manual:
         return fun(*args)
-    return jax.sharding.auto_axes(fun, out_sharding=sharding)(*args)
+    placed: Any = jax.sharding.auto_axes(fun, out_sharding=sharding)
+    return placed(*args)
 
 
-def shaped(shape: Sequence[int], dtype: Any) -> Any:
+def shaped(shape: Sequence[int], dtype: DTypeLike) -> core.ShapedArray:
     """Returns the abstract value of an array."""
     return core.ShapedArray(tuple(shape), dtype)
+
+
+def kind(var: Var | Literal) -> core.ShapedArray:
+    """Returns the abstract value of the array that `var` stands for."""
+    aval: Any = var.aval
+    return aval
 
 
 def is_staging(*trees: Any) -> bool:
@@ -130,14 +141,14 @@ def is_staging(*trees: Any) -> bool:
     return any(isinstance(leaf, core.Tracer) for leaf in leaves)
 
 
-def has_typed_placement(x: Any) -> bool:
+def has_typed_placement(x: jax.Array) -> bool:
     """Returns whether the type of `x` says over which mesh axes it is laid out.
 
     True inside `shard_map` and under meshes with explicit axes.
     """
-    kind = jax.typeof(x)
-    mesh = kind.sharding.mesh
-    return bool(getattr(kind, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
+    aval = jax.typeof(x)
+    mesh = aval.sharding.mesh
+    return bool(getattr(aval, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
 
 
 def stage(fun: Callable, *args: Any) -> Code:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import compat
-from .interpret import Context, interpret, is_special
+from .compat import Equation
+from .interpret import Context, Rule, interpret, is_special
 from .primitives import CALLS
-from .values import Labels, Weight
+from .values import Labels, Value, Weight
 
 
-def call(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """A nested `jit`: its name, shardings and being called twice are kept."""
     code = compat.inner_code(eqn)
     if not compat.is_staging(values):
@@ -27,7 +28,7 @@ def call(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     if signature not in ctx.calls:
         ins, outs = compat.call_shardings(eqn)
 
-        def inner(key: Any, *values: Any) -> list[Any]:
+        def inner(key: jax.Array | None, *values: Value) -> list[Value]:
             placed = [_place(v, s) for v, s in zip(values, ins, strict=True)]
             results = interpret(ctx.within(key), code, placed)
             return [_place(v, s) for v, s in zip(results, outs, strict=True)]
@@ -38,7 +39,7 @@ def call(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     return ctx.calls[signature][0](ctx.next_key(), *values)
 
 
-def _place(value: Any, sharding: Any) -> Any:
+def _place(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     if sharding is None:
         return value
     if isinstance(value, Weight):
@@ -46,16 +47,16 @@ def _place(value: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(value, sharding)
 
 
-def closed_call(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def closed_call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """A call without settings of its own is inlined."""
     return interpret(ctx, compat.inner_code(eqn), values)
 
 
-def remat(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def remat(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.checkpoint` with the same policy."""
     code = compat.inner_code(eqn)
 
-    def inner(key: Any, *values: Any) -> list[Any]:
+    def inner(key: jax.Array | None, *values: Value) -> list[Value]:
         return interpret(ctx.within(key), code, values)
 
     return jax.checkpoint(
@@ -63,7 +64,7 @@ def remat(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     )(ctx.next_key(), *values)
 
 
-def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     """`lax.scan`: constant weights stay whole, stacked ones go a layer at a time.
 
     Of a stacked weight, whichever of `w`, `a` and `b` has the stacked axis is scanned,
@@ -87,7 +88,8 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
             stack = xs[i - n_consts - n_carry]
             if is_special(stack):
                 fixed[j] = stack
-    keys = None if ctx.key is None else jax.random.split(ctx.next_key(), length)
+    key = ctx.next_key()
+    keys = None if key is None else jax.random.split(key, length)
 
     def body(state: list[Any], slices: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
         key, scanned = slices
@@ -114,7 +116,7 @@ def scan(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     return [fixed.get(i, v) for i, v in enumerate([*final, *ys])]
 
 
-def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     """`lax.while_loop`: constant weights, and carries handed on, stay factored."""
     cond = compat.inner_code(eqn, "cond_jaxpr")
     body = compat.inner_code(eqn, "body_jaxpr")
@@ -145,13 +147,13 @@ def while_loop(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
     return [fixed.get(i, v) for i, v in enumerate(final)]
 
 
-def cond(ctx: Context, eqn: Any, index: Any, *values: Any) -> list[Any]:
+def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Value]:
     """`lax.cond` and `lax.switch`: every branch gets the weights with their factors."""
     index = ctx.materialise(index, eqn)
     key = ctx.next_key()
 
     def branch(code: compat.Code) -> Any:
-        def run(key: Any, *values: Any) -> list[Any]:
+        def run(key: jax.Array | None, *values: Value) -> list[Value]:
             inner = ctx.within(key)
             return [inner.materialise(v, eqn) for v in interpret(inner, code, values)]
 
@@ -162,8 +164,8 @@ def cond(ctx: Context, eqn: Any, index: Any, *values: Any) -> list[Any]:
 
 
 def _merge_before(
-    ctx: Context, eqn: Any, rule: Any, values: Sequence[Any], n: int
-) -> Sequence[Any]:
+    ctx: Context, eqn: Equation, rule: Rule, values: Sequence[Value], n: int
+) -> Sequence[Value]:
     """Returns `values`, those of the first `n` merged that the loop would merge.
 
     Otherwise each turn of the loop would merge them again. What the loop would merge is
@@ -171,9 +173,9 @@ def _merge_before(
     """
     if not ctx.hoist or not any(isinstance(v, Weight) for v in values[:n]):
         return values
-    reasons: dict[str, Any] = {}
+    reasons: dict[str, Equation | None] = {}
 
-    def materialise(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Equation | None) -> jax.Array:
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
@@ -190,7 +192,7 @@ def _merge_before(
     ]
 
 
-def shard_map(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
 
     A part of the fan-in gives a part of the sum for the base product and for the
@@ -206,9 +208,9 @@ def shard_map(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
         for v in values
     ]
 
-    def inner(values: Sequence[Any]) -> list[Any]:
+    def inner(values: Sequence[Value]) -> list[Value]:
         local = [
-            _local(v, var.aval.shape) if isinstance(v, Weight) else v
+            _local(v, compat.kind(var).shape) if isinstance(v, Weight) else v
             for v, var in zip(values, code.invars, strict=True)
         ]
         results = interpret(ctx.within(None), code, local)
@@ -247,14 +249,14 @@ def _local(weight: Weight, shape: Sequence[int]) -> Weight:
         if g
     }
 
-    def relabel(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def relabel(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         return x, tuple(sizes.get(s, s) for s in labels)
 
     dims = tuple(tuple(sizes[a] for a in group) for group in weight.dims)
     return weight.map(relabel, dims=dims)
 
 
-def _cut(values: Sequence[Any], *counts: int) -> list[list[Any]]:
+def _cut(values: Sequence[Value], *counts: int) -> list[list[Value]]:
     """Returns consecutive pieces of `values` of the given lengths, and the rest."""
     pieces, start = [], 0
     for n in counts:
@@ -264,8 +266,8 @@ def _cut(values: Sequence[Any], *counts: int) -> list[list[Any]]:
 
 
 def _hoist(
-    ctx: Context, eqn: Any, body: compat.Code, carry: list[Any], n_consts: int
-) -> dict[int, Any]:
+    ctx: Context, eqn: Equation, body: compat.Code, carry: list[Value], n_consts: int
+) -> dict[int, Value]:
     """Returns the weights in `carry` that the body hands on; materialises others."""
     fixed = {}
     for i, value in enumerate(carry):
@@ -277,7 +279,7 @@ def _hoist(
     return fixed
 
 
-def source(jaxpr: Any, j: int) -> int | None:
+def source(jaxpr: compat.Jaxpr, j: int) -> int | None:
     """Returns which argument of `jaxpr` its result `j` is, through calls too."""
     var = jaxpr.outvars[j]
     while not isinstance(var, compat.Literal):
@@ -302,7 +304,7 @@ def _unstack(weight: Weight) -> tuple[Any, Any]:
     """
     slices = []
 
-    def front(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def front(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         held = [i for i, s in enumerate(labels) if s in weight.dims[0]]
         slices.append(jnp.moveaxis(x, held[0], 0) if held else None)
         return x, labels

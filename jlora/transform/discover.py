@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from . import CONTROL, LINEAR, STRUCTURE, compat
+from .compat import Equation
 from .interpret import Context, Rule, interpret
 from .primitives import JOINS, POINTWISE, SCALES
-from .values import Atom, Derived, Part, Weight, leaf
+from .values import Atom, Derived, Part, Value, Weight, array_of, leaf
 
 FACTORED, MERGED = "factored", "merged"
 DERIVED, ELEMENTWISE = "derived", "elementwise"
@@ -90,7 +91,7 @@ class _Discovery:
         """Returns the context in which `interpret` tells this object what it meets."""
         guarded = {k: self.unless_derived(r) for k, r in (LINEAR | STRUCTURE).items()}
         return Context(
-            rules=guarded | {k: _with_constants(rule) for k, rule in CONTROL.items()},
+            rules=guarded | CONTROL,
             used=self.used,
             fallback=self.fallback,
             materialise=self.materialise,
@@ -102,7 +103,7 @@ class _Discovery:
         path: str,
         op: str,
         route: str,
-        eqn: Any,
+        eqn: Equation | None,
         roles: Roles = _NONE,
         forms: Sequence[str] = (),
     ) -> None:
@@ -119,7 +120,7 @@ class _Discovery:
         *,
         fan_in: Sequence[Atom],
         batch: Sequence[Atom],
-        eqn: Any,
+        eqn: Equation | None,
         forms: Sequence[str] = (),
     ) -> None:
         """Notes a linear use of each leaf that `weight` comes from."""
@@ -129,7 +130,7 @@ class _Discovery:
             )
             self.record(part.path, op, FACTORED, eqn, roles, forms)
 
-    def materialise(self, value: Any, eqn: Any) -> Any:
+    def materialise(self, value: Value, eqn: Equation | None) -> jax.Array:
         """Returns `value` as an array, and notes why a weight had to become one."""
         if isinstance(value, Weight):
             if value.is_lookup:
@@ -138,16 +139,18 @@ class _Discovery:
                 op = "return" if eqn is None else eqn.primitive.name
                 for path in _sources(value):
                     self.record(path, op, MERGED, eqn)
-        return _array(value)
+        return array_of(value)
 
-    def fallback(self, ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    def fallback(
+        self, ctx: Context, eqn: Equation, operands: Sequence[Value]
+    ) -> Sequence[Value]:
         """Returns the results of an equation that has no rule, and notes its route."""
         operands = [
             self.materialise(v, eqn) if isinstance(v, Weight) and v.is_lookup else v
             for v in operands
         ]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
-        results = compat.bind(eqn, *map(_array, operands))
+        results = compat.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
             route = ELEMENTWISE if name in POINTWISE else MERGED
@@ -162,7 +165,7 @@ class _Discovery:
     def unless_derived(self, rule: Rule) -> Rule:
         """Returns `rule` for weights that no array computed from weights meets."""
 
-        def guarded(ctx: Context, eqn: Any, *operands: Any) -> Any:
+        def guarded(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
             name = eqn.primitive.name
             scales = name in SCALES
             values = [
@@ -191,7 +194,7 @@ class _Discovery:
         return guarded
 
     def record_scales(
-        self, eqn: Any, operands: Sequence[Any], scaled: Sequence[str]
+        self, eqn: Equation, operands: Sequence[Value], scaled: Sequence[str]
     ) -> None:
         """Notes the leaves that scale a weight, which is made of `scaled`."""
         for path in (path for v in operands for path in _sources(v)):
@@ -199,50 +202,29 @@ class _Discovery:
                 self.record(path, eqn.primitive.name, ELEMENTWISE, eqn)
 
 
-def _with_constants(rule: Rule) -> Rule:
-    """Returns `rule` for inner code, in which a literal operand is a constant too."""
-
-    def guarded(ctx: Context, eqn: Any, *operands: Any) -> Any:
-        pairs = zip(operands, eqn.invars, strict=True)
-        return rule(
-            ctx,
-            eqn,
-            *(Derived(v, ()) if isinstance(a, compat.Literal) else v for v, a in pairs),
-        )
-
-    return guarded
-
-
-def _array(value: Any) -> Any:
-    """Returns the frozen array of `value`, or `value` itself."""
-    return value.w if isinstance(value, Weight | Derived) else value
-
-
-def _sources(value: Any) -> tuple[str, ...]:
+def _sources(value: Value) -> tuple[str, ...]:
     """Returns the leaves that `value` is made of."""
     if isinstance(value, Weight):
         return tuple(part.path for part in value.parts)
     return value.paths if isinstance(value, Derived) else ()
 
 
-def _has_data(eqn: Any, operands: Sequence[Any]) -> bool:
+def _has_data(eqn: Equation, operands: Sequence[Value]) -> bool:
     """Returns whether an operand comes from the function's inputs.
 
-    An array closed over or computed from nothing is data too where it meets a vector
-    (it is then an input that the function closes over), but a mask where it meets a
-    matrix. What data chooses among weights is a weight.
+    An array that the function closes over, or computes from constants, is a mask where
+    it meets a matrix, but data where it meets a vector. What data chooses among weights
+    is a weight.
     """
-    pairs = list(zip(operands, eqn.invars, strict=True))
-    if eqn.primitive.name == "select_n":
-        del pairs[0]
+    chosen = operands[1:] if eqn.primitive.name == "select_n" else operands
     vectors = any(
         isinstance(v, Weight) and sum(map(bool, v.dims)) < 2 for v in operands
     )
     return any(
         vectors and not v.paths and jnp.ndim(v.w) > 0
         if isinstance(v, Derived)
-        else not isinstance(v, Weight) and not isinstance(atom, compat.Literal)
-        for v, atom in pairs
+        else not isinstance(v, Weight)
+        for v in chosen
     )
 
 

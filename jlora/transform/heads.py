@@ -1,7 +1,6 @@
 """Which linear weights are output heads: no parameter but a bias acts after them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from . import LINEAR, compat
 from .primitives import BIASES, CALLS, MAPPED_CALLS
@@ -28,10 +27,10 @@ def output_heads(code: compat.Code, paths: Sequence[str | None]) -> frozenset[st
 
 def _walk(
     code: compat.Code,
-    made_of: dict[Any, frozenset[str]],
+    made_of: dict[compat.Var, frozenset[str]],
     after: Sequence[bool | None],
     heads: set[str],
-) -> Mapping[Any, bool]:
+) -> Mapping[compat.Var, bool]:
     """Returns for each variable that reaches a result whether a parameter acts later.
 
     `made_of` has the variables made of parameters alone and is filled on the way;
@@ -42,9 +41,9 @@ def _walk(
         if all(v in made_of for v in sources):
             union = frozenset().union(*(made_of[v] for v in sources))
             made_of.update((v, union) for v in eqn.outvars)
-    acts: dict[Any, bool] = {}
+    acts: dict[compat.Var, bool] = {}
 
-    def mark(var: Any, later: bool) -> None:
+    def mark(var: compat.Var | compat.Literal, later: bool) -> None:
         if not isinstance(var, compat.Literal) and var not in made_of:
             acts[var] = acts.get(var, False) or later
 

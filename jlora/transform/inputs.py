@@ -21,14 +21,19 @@ from jax import lax
 
 from ..factors import Axes
 from . import CONTROL, LINEAR, STRUCTURE, compat, control, structure
-from .interpret import Context, interpret
+from .compat import Equation
+from .interpret import Context, Rule, interpret
+from .thin import Dims
 from .values import (
     OTHER,
     RANK,
     Atom,
     Labels,
+    Operand,
     Term,
+    Value,
     Weight,
+    array_of,
     contract,
     lay_out,
     leaf,
@@ -73,7 +78,7 @@ class Trace:
 
 def input_moments(
     code: compat.Code,
-    values: Sequence[Any],
+    values: Sequence[jax.Array],
     weights: Mapping[int, tuple[str, Axes]],
     trace: Trace,
 ) -> dict[str, jax.Array]:
@@ -90,7 +95,7 @@ def input_moments(
     trace.kept.append(code)
 
     def total(probes: Mapping[str, jax.Array]) -> jax.Array:
-        placed = list(values)
+        placed: list[Value] = list(values)
         for slot, (path, axes) in weights.items():
             placed[slot] = _probed(path, values[slot], axes, probes[path])
         ctx = _context(trace)
@@ -107,7 +112,7 @@ def input_moments(
     return jax.grad(total)(probes)
 
 
-def _probed(path: str, w: Any, axes: Axes, probe: jax.Array) -> Weight:
+def _probed(path: str, w: jax.Array, axes: Axes, probe: jax.Array) -> Weight:
     """Returns `w` with its probe as A and the identity over its fan-in as B."""
     dims = leaf_dims(w.shape)
     batch, fan_in = (
@@ -128,7 +133,7 @@ def _probed(path: str, w: Any, axes: Axes, probe: jax.Array) -> Weight:
 
 
 def _context(trace: Trace) -> Context:
-    def materialise(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Equation | None) -> jax.Array:
         if not isinstance(value, Weight):
             return value
         if value.terms and eqn is not None:
@@ -137,22 +142,14 @@ def _context(trace: Trace) -> Context:
                 trace.missed.setdefault(part.path, why)
         return value.w
 
-    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
-
-    return Context(
-        rules=_rules(trace, ()),
-        used=lambda *_, **__: None,
-        fallback=fallback,
-        materialise=materialise,
-    )
+    return Context(rules=_rules(trace, ()), materialise=materialise)
 
 
-def _rules(trace: Trace, calls: CallPath) -> dict[str, Callable[..., Any]]:
+def _rules(trace: Trace, calls: CallPath) -> dict[str, Rule]:
     """Returns the rules for code that the equations `calls` lead to."""
 
-    def nested(rule: Callable[..., Any]) -> Callable[..., Any]:
-        def inside(ctx: Context, eqn: Any, *values: Any) -> Any:
+    def nested(rule: Rule) -> Rule:
+        def inside(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
             rules = _rules(trace, (*calls, id(eqn)))
             return rule(dataclasses.replace(ctx, rules=rules), eqn, *values)
 
@@ -170,15 +167,17 @@ def _rules(trace: Trace, calls: CallPath) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _unseen(ctx: Context, eqn: Any, *operands: Any) -> Any:
+def _unseen(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
     """Leaves the equation to `fallback`, which reports the weights in it."""
     return NotImplemented
 
 
-def _watched(rule: Callable[..., Any], trace: Trace, calls: CallPath) -> Any:
+def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
     """Returns `rule` with the inputs of the weight it meets tied to its probes."""
 
-    def watched(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> Any:
+    def watched(
+        ctx: Context, eqn: Equation, lhs: Operand, rhs: Operand
+    ) -> Sequence[Value]:
         operands = (lhs, rhs)
         bare = [v.replace(terms=()) if isinstance(v, Weight) else v for v in operands]
         met: list[Weight] = []
@@ -186,15 +185,14 @@ def _watched(rule: Callable[..., Any], trace: Trace, calls: CallPath) -> Any:
         results = rule(own, eqn, *bare)
         if results is NotImplemented:
             return NotImplemented
-        (y,) = results
+        y: Any = results[0]
         for side, weight in enumerate(operands):
             if not isinstance(weight, Weight) or not weight.terms:
                 continue
             if not any(bare[side] is seen for seen in met):
                 ctx.materialise(weight, eqn)  # an activation by now
                 continue
-            x = bare[1 - side]
-            x = x.w if isinstance(x, Weight) else x
+            x = array_of(bare[1 - side])
             x, x_labels, summed = _labelled(eqn, side, x, weight)
             paths = tuple(part.path for part in weight.parts)
             site = (*calls, id(eqn), side)
@@ -215,7 +213,7 @@ def _watched(rule: Callable[..., Any], trace: Trace, calls: CallPath) -> Any:
 
 
 def _labelled(
-    eqn: Any, side: int, x: Any, weight: Weight
+    eqn: Equation, side: int, x: jax.Array, weight: Weight
 ) -> tuple[jax.Array, Labels, Labels]:
     """Returns the activation, a label for each of its axes, and those summed over."""
     contracted, batch = eqn.params["dimension_numbers"]
@@ -233,7 +231,9 @@ def _labelled(
     return x, labels, summed
 
 
-def _rows(x: Any, x_labels: Labels, summed: Labels, term: Term) -> Any:
+def _rows(
+    x: jax.Array, x_labels: Labels, summed: Labels, term: Term
+) -> jax.Array | None:
     """Returns the inputs `[x, 1]` of a leaf as `[*batch, rows, n + 1]`.
 
     Rows that do not meet the leaf (another one is stacked there) are zeros, the last
@@ -245,7 +245,7 @@ def _rows(x: Any, x_labels: Labels, summed: Labels, term: Term) -> Any:
     if not set(fan_in) <= set(summed) or not set(summed) <= {*fan_in, *batch}:
         return None
 
-    def exact(x: Any, y: Any, numbers: Any) -> jax.Array:
+    def exact(x: jax.Array, y: jax.Array, numbers: Dims) -> jax.Array:
         return lax.dot_general(x, y, numbers, precision=lax.Precision.HIGHEST)
 
     others = [s for s in (*x_labels, *labels) if s not in fan_in]
@@ -263,20 +263,22 @@ def _rows(x: Any, x_labels: Labels, summed: Labels, term: Term) -> Any:
     return jnp.concatenate([rows, meets.astype(rows.dtype)], axis=-1)
 
 
-def _tied(y: Any, rows: Any, probe: Any, reach: Callable[[], Any]) -> jax.Array:
+def _tied(
+    y: jax.Array, rows: jax.Array, probe: jax.Array, reach: Callable[[], object]
+) -> jax.Array:
     """Returns `y`; its derivative with respect to `probe` is the sum of `rows rowsᵀ`.
 
     The derivative is the same whatever comes back, if only something does.
     """
 
-    def moments(rows: Any) -> jax.Array:
+    def moments(rows: jax.Array) -> jax.Array:
         exact = lax.Precision.HIGHEST
         return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=exact)
 
     few = rows.shape[-2] < rows.shape[-1]  # then the rows are the smaller to keep
 
     @jax.custom_vjp
-    def tie(y: Any, rows: Any, probe: Any) -> Any:
+    def tie(y: jax.Array, rows: jax.Array, probe: jax.Array) -> jax.Array:
         return y
 
     def forward(y: Any, rows: Any, probe: Any) -> Any:

@@ -3,52 +3,64 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Concatenate
 
 import jax
 import jax.numpy as jnp
 
 from . import compat, share
+from .compat import Equation, Literal, Var
 from .cost import Form
-from .values import Derived, Weight
+from .values import Derived, Value, Weight
 
-Rule = Callable[..., Any]
+# Takes `(ctx, eqn, *operands)` and returns the results of the equation, or
+# NotImplemented to leave it to `Context.fallback`.
+Rule = Callable[Concatenate["Context", Equation, ...], Sequence[Value]]
+
+
+def _bind_arrays(
+    ctx: "Context", eqn: Equation, operands: Sequence[Value]
+) -> list[jax.Array]:
+    return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What rules need besides the values; one for each staging.
+    """What rules need besides the values; there is one for each staging.
 
     Attributes:
-      rules: a rule by primitive name. A rule takes `(ctx, eqn, *values)` and returns
-        the list of results, or NotImplemented to leave the equation to `fallback`.
-      used: told of every linear use of a weight:
-        `(weight, op, fan_in atoms, batch atoms, eqn)`, of a product also its forms.
-      fallback: `(ctx, eqn, values) -> results` where no rule holds.
-      materialise: `(value, eqn) -> array`, the plain array of a weight, recorded.
-      constant: `array -> value`, what the code closes over, or computes from that.
+      rules: a rule for each name of a primitive.
+      materialise: `(value, eqn) -> array`, a weight as an array. It notes that the
+        equation needed one; None stands for the function's return.
+      used: called with every linear use of a weight:
+        `(weight, op, fan_in atoms, batch atoms, eqn)`, for a product also its forms.
+      fallback: `(ctx, eqn, operands) -> results` where no rule holds.
+      constant: `array -> value` for literals, what the code closes over, and what is
+        computed from these.
       hoist: whether a weight that a loop would merge is merged before the loop.
       form: how to compute a product, see `cost`.
       share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
-      sites: numbers the uses of the key.
+      sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
     """
 
     rules: Mapping[str, Rule]
-    used: Callable[..., None]
-    fallback: Callable[["Context", Any, Sequence[Any]], list[Any]]
-    materialise: Callable[[Any, Any], Any]
-    constant: Callable[[Any], Any] = lambda x: x
+    materialise: Callable[[Value, Equation | None], jax.Array]
+    used: Callable[..., None] = lambda *_, **__: None
+    fallback: Callable[["Context", Equation, Sequence[Value]], Sequence[Value]] = (
+        _bind_arrays
+    )
+    constant: Callable[[jax.Array], Value] = lambda x: x
     hoist: bool = False
     form: Form = "auto"
     share: bool = False
-    key: Any = None
+    key: jax.Array | None = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
 
-    def next_key(self) -> Any:
-        """Returns a key for one more place that draws random numbers, or None."""
+    def next_key(self) -> jax.Array | None:
+        """Returns a new key for a place that draws random numbers; None without one."""
         if self.key is None:
             return None
         return jax.random.fold_in(self.key, next(self.sites))
@@ -57,27 +69,28 @@ class Context:
         """Returns whether `drop` at `rate` changes anything."""
         return self.key is not None and rate != 0
 
-    def drop(self, x: Any, rate: float) -> Any:
-        """Returns `x` with entries dropped at `rate`, the others scaled up for it.
+    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+        """Returns `x` with entries dropped at `rate`, and the others scaled up.
 
         Without a key nothing is dropped.
         """
-        if not self.drops(rate):
+        key = self.next_key() if self.drops(rate) else None
+        if key is None:
             return x
-        kept = jax.random.bernoulli(self.next_key(), 1 - rate, x.shape)
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 
-    def within(self, key: Any) -> "Context":
-        """Returns the context for code that is traced apart, with its own key."""
+    def within(self, key: jax.Array | None) -> "Context":
+        """Returns the context for code that is traced separately, with its own key."""
         return dataclasses.replace(self, key=key, sites=itertools.count(), calls={})
 
 
-def is_special(value: Any) -> bool:
+def is_special(value: Value) -> bool:
     """Returns whether a rule has to look at `value`."""
     return isinstance(value, Weight | Derived)
 
 
-def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[Any]:
+def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[Value]:
     """Evaluates `code` on `values` and returns its results, weights among them.
 
     Equations that no weight reaches are bound again as they are. Source lines, name
@@ -85,11 +98,11 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
     """
     jaxpr, consts = code
     known = map(ctx.constant, consts)
-    env: dict[Any, Any] = dict(zip(compat.constvars(jaxpr), known, strict=True))
+    env: dict[Var, Value] = dict(zip(compat.constvars(jaxpr), known, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, compat.Literal) else env[atom]
+    def read(atom: Var | Literal) -> Value:
+        return atom.val if isinstance(atom, Literal) else env[atom]
 
     eqns, uses = jaxpr.eqns, {}
     if ctx.share:
@@ -98,12 +111,9 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
         uses = share.sites(eqns)
     shared: dict[int, Weight] = {}
 
-    last_use = {}
-    for i, eqn in enumerate(eqns):
-        last_use.update((v, i) for v in eqn.invars if isinstance(v, compat.Var))
-    for v in jaxpr.outvars:
-        if isinstance(v, compat.Var):
-            last_use.pop(v, None)
+    results_of = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    used = [{v for v in eqn.invars if isinstance(v, Var)} for eqn in eqns]
+    last_use = {v: i for i, own in enumerate(used) for v in own - results_of}
 
     for i, eqn in enumerate(eqns):
         operands = [read(v) for v in eqn.invars]
@@ -115,19 +125,26 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Any]) -> list[An
                 operands = [own if isinstance(v, Weight) else v for v in operands]
             results = evaluate(ctx, eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
-        for v in eqn.invars:
-            if isinstance(v, compat.Var) and last_use.get(v) == i:
-                env.pop(v, None)
+        for v in used[i]:
+            if last_use.get(v) == i:
+                del env[v]
     return [read(v) for v in jaxpr.outvars]
 
 
-def evaluate(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Returns the results of one equation."""
+def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence[Value]:
+    """Returns the results of one equation.
+
+    Where a weight or a constant meets a literal, the literal is a constant too.
+    """
     if not any(map(is_special, operands)):
         results = compat.bind(eqn, *operands)
-        if any(isinstance(v, compat.Var) for v in eqn.invars):
+        if any(isinstance(v, Var) for v in eqn.invars):
             return results
         return [ctx.constant(x) for x in results]
+    operands = [
+        ctx.constant(atom.val) if isinstance(atom, Literal) else v
+        for v, atom in zip(operands, eqn.invars, strict=True)
+    ]
     rule = ctx.rules.get(eqn.primitive.name)
     results = NotImplemented if rule is None else rule(ctx, eqn, *operands)
     if results is NotImplemented:

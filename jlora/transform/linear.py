@@ -6,17 +6,18 @@ product and keeps the order of its axes.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .._numerics import at_least_float32
 from . import cost
 from .adapted import adapted_dot, form_of
-from .compat import bind, placed_like
+from .compat import Equation, bind, kind, placed_like
 from .interpret import Context
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
 from .thin import thin_dot
@@ -26,6 +27,7 @@ from .values import (
     RANK,
     Atom,
     Group,
+    Operand,
     Term,
     Weight,
     regroup,
@@ -34,7 +36,9 @@ from .values import (
 )
 
 
-def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
+def dot_general(
+    ctx: Context, eqn: Equation, lhs: Operand, rhs: Operand
+) -> list[jax.Array]:
     """`x . (w + s a b) = x . w + s (x . a) . b` for any dimension numbers.
 
     The weight may be on either side; of two, one repeated along new axes (learned
@@ -83,7 +87,7 @@ def dot_general(ctx: Context, eqn: Any, lhs: Any, rhs: Any) -> list[Any]:
     return [_adapted_product(ctx, eqn, x, weight, site)]
 
 
-def _site(eqn: Any, weight: Weight, x: Any, side: int) -> Site:
+def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
     """Returns where `x` meets `weight`, which is operand `side`: labels and shapes."""
     (contracted, batch) = eqn.params["dimension_numbers"]
     met = dict(zip(contracted[1 - side], contracted[side], strict=True))
@@ -96,7 +100,7 @@ def _site(eqn: Any, weight: Weight, x: Any, side: int) -> Site:
     x_free = [g for i, g in enumerate(x_groups) if i not in met]
     free = w_free + x_free if side == 0 else x_free + w_free
     want = [*(weight.dims[i] for i in batch[side]), *free]
-    out = eqn.outvars[0].aval
+    out = kind(eqn.outvars[0])
     return Site(
         tuple(x_groups),
         want=tuple(atom for group in want for atom in group),
@@ -108,7 +112,7 @@ def _site(eqn: Any, weight: Weight, x: Any, side: int) -> Site:
 
 
 def _adapted_product(
-    ctx: Context, eqn: Any, x: Any, weight: Weight, site: Site
+    ctx: Context, eqn: Equation, x: jax.Array, weight: Weight, site: Site
 ) -> jax.Array:
     """Returns the product of `x` and an adapted weight, in one of its forms."""
     (first, *more) = weight.terms
@@ -128,7 +132,9 @@ def _is_repeated(weight: Weight) -> bool:
     return any(atom.root == BROADCAST for group in weight.dims for atom in group)
 
 
-def conv_general_dilated(ctx: Context, eqn: Any, x: Any, weight: Any) -> list[Any]:
+def conv_general_dilated(
+    ctx: Context, eqn: Equation, x: Operand, weight: Operand
+) -> list[jax.Array]:
     """`conv(x, w + s a b) = conv(x, w) + s (conv(x, a) . b)`.
 
     A is a kernel of the same window with `rank` output channels, B mixes its channels
@@ -183,13 +189,18 @@ def _stacked_kernels(outs: Group, groups: int) -> Group:
 
 
 def ragged_dot_general(
-    ctx: Context, eqn: Any, x: Any, weight: Any, sizes: Any, *offset: Any
-) -> list[Any]:
+    ctx: Context,
+    eqn: Equation,
+    x: Operand,
+    weight: Operand,
+    sizes: Any,
+    *offset: Any,
+) -> list[jax.Array]:
     """`r(x, w + s a b) = r(x, w) + s r(r(x, a), b)` for a ragged product `r`.
 
     Rows of `x` are multiplied by the matrix of their group: A and B are per group.
     """
-    if any(isinstance(v, Weight) for v in (x, sizes, *offset)):
+    if isinstance(x, Weight) or any(isinstance(v, Weight) for v in (sizes, *offset)):
         return NotImplemented
     if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
         return NotImplemented
@@ -234,7 +245,7 @@ def ragged_dot_general(
     return [base]
 
 
-def _is_grouped(eqn: Any) -> bool:
+def _is_grouped(eqn: Equation) -> bool:
     """Returns whether each row is multiplied by a matrix of `[group, in, out]`."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     return (
@@ -287,7 +298,15 @@ def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...], groups: int):
     return None
 
 
-def _conv_product(x, a, b, *, scale, dtype, params):
+def _conv_product(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    scale: float,
+    dtype: DTypeLike,
+    params: Mapping[str, Any],
+) -> jax.Array:
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
     stack, rank, *window = a.shape

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .._numerics import at_least_float32
-from .thin import thin_dot
+from .thin import PrecisionLike, thin_dot
 from .values import (
     RANK,
     Atom,
@@ -44,8 +44,8 @@ class Site:
     want: Group
     x_first: bool
     shape: tuple[int, ...]
-    dtype: Any
-    precision: Any
+    dtype: DTypeLike
+    precision: PrecisionLike
 
     @property
     def x_labels(self) -> Labels:
@@ -63,7 +63,7 @@ class Site:
         return size(tuple(s for s in self.x_labels if s not in self.want))
 
 
-def low_rank_product(x: Any, term: Term, site: Site) -> jax.Array:
+def low_rank_product(x: jax.Array, term: Term, site: Site) -> jax.Array:
     """Returns `scale * (x . a) . b` in the layout of `site`.
 
     The products are in the dtype of `x` and sum in float32.
@@ -98,7 +98,7 @@ def gained(term: Term, weight: Weight) -> Term:
     return dataclasses.replace(term, b=rescaled(term.b, weight, term.b_labels))
 
 
-def first_product(x: Any, term: Term, site: Site) -> tuple[jax.Array, Labels]:
+def first_product(x: jax.Array, term: Term, site: Site) -> tuple[jax.Array, Labels]:
     """Returns `scale * x . a` in the activation's dtype, and the labels of its axes."""
     compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else site.dtype
     if term.product is not None:
@@ -122,7 +122,7 @@ def first_product(x: Any, term: Term, site: Site) -> tuple[jax.Array, Labels]:
     return sum_out(t, t_labels, site.want, term.b_labels)
 
 
-def second_product(t: Any, t_labels: Labels, term: Term, site: Site) -> jax.Array:
+def second_product(t: jax.Array, t_labels: Labels, term: Term, site: Site) -> jax.Array:
     """Returns `t . b` in the layout of `site`."""
     shared = [s for s in term.b_labels if s in t_labels]
     free = [s for s in site.want if s in term.b_labels and s not in t_labels]
@@ -163,7 +163,7 @@ def join_groups(weight: Weight) -> Weight:
         return weight
     member = {atom: group for group in joint for atom in group}
 
-    def join(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def join(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         groups = []
         for atom in labels:
             group = member.get(atom, (atom,))

@@ -3,20 +3,23 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from . import RULES, compat
+from .compat import Equation
 from .cost import Form
 from .interpret import Context, interpret
-from .values import Weight, dense
+from .values import Value, Weight, dense
 
 
 def rewrite(
     code: compat.Code,
-    values: Sequence[Any],
+    values: Sequence[Value],
     *,
-    key: Any,
+    key: jax.Array | None,
     form: Form,
-    merged: Callable[[str, str], Any],
-) -> list[Any]:
+    merged: Callable[[str, str], object],
+) -> list[jax.Array]:
     """Evaluates `code` with weights among `values`, and returns plain arrays.
 
     Args:
@@ -27,7 +30,7 @@ def rewrite(
       merged: told `(path, why)` of each weight merged on the fly.
     """
 
-    def materialise(value: Any, eqn: Any) -> Any:
+    def materialise(value: Any, eqn: Equation | None) -> jax.Array:
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
@@ -35,13 +38,8 @@ def rewrite(
                 merged(part.path, _why(eqn))
         return dense(value)
 
-    def fallback(ctx: Context, eqn: Any, operands: Sequence[Any]) -> list[Any]:
-        return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
-
     ctx = Context(
         rules=RULES,
-        used=lambda *_, **__: None,
-        fallback=fallback,
         materialise=materialise,
         key=key,
         hoist=True,
@@ -51,7 +49,7 @@ def rewrite(
     return [materialise(v, None) for v in interpret(ctx, code, values)]
 
 
-def _why(eqn: Any) -> str:
+def _why(eqn: Equation | None) -> str:
     if eqn is None:
         return "it is returned by the function"
     return f"`{eqn.primitive.name}` at {compat.where(eqn)} has no factored rule for it"

@@ -4,30 +4,33 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import bind
+from .compat import Equation, bind
 from .interpret import Context
 from .values import (
     BROADCAST,
     Atom,
     Group,
     Labels,
+    Operand,
     Part,
     Term,
     Weight,
+    array_of,
     new_atom,
     regroup,
 )
 
 
-def concatenate(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def concatenate(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term keeps its place, zeros elsewhere."""
     return _side_by_side(eqn, values, eqn.params["dimension"])
 
 
-def stack(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def stack(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`concatenate` along a new axis."""
     axis = eqn.params["axis"]
     parts = [
@@ -42,14 +45,17 @@ def stack(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
 
 
 def _side_by_side(
-    eqn: Any, values: Sequence[Any], axis: int, parts: Sequence[Any] | None = None
-) -> list[Any]:
+    eqn: Equation,
+    values: Sequence[Operand],
+    axis: int,
+    parts: Sequence[Operand] | None = None,
+) -> list[Weight]:
     parts = values if parts is None else parts
     aligned = _align(parts, but=axis)
     if aligned is None:
         return NotImplemented
     first, weights = aligned
-    shapes = [v.w.shape if isinstance(v, Weight) else v.shape for v in parts]
+    shapes = [array_of(v).shape for v in parts]
     total = sum(shape[axis] for shape in shapes)
     old = first.dims[axis]
     atom = old[0]._replace(size=total) if old else new_atom(first, BROADCAST, total)
@@ -64,7 +70,7 @@ def _side_by_side(
             own = weight.dims[axis]
             terms += [_padded(t, own, atom, before, after) for t in weight.terms]
         start += shape[axis]
-    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    (w,) = bind(eqn, *map(array_of, values))
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
     parts_of = tuple(p for weight in weights if weight for p in weight.parts)
     joint = first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)
@@ -116,7 +122,7 @@ def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term
         )
         own = (Atom(atom.name, 1),)
 
-    def pad(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def pad(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         if own[0] not in labels:
             return x, labels
         i = labels.index(own[0])
@@ -128,22 +134,22 @@ def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term
     return term.map(pad)
 
 
-def add(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def add(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) + (w2 + s a2 b2)`: the terms of both."""
     return _sum(eqn, x, y, 1)
 
 
-def sub(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def sub(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) - (w2 + s a2 b2)`: the terms of both, the second's negated."""
     return _sum(eqn, x, y, -1)
 
 
-def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
+def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
     aligned = _align((x, y))
     if aligned is None:
         return NotImplemented
     first, (left, right) = aligned
-    (w,) = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in (x, y)))
+    (w,) = bind(eqn, array_of(x), array_of(y))
     if any(weight and weight.gain is not None for weight in (left, right)):
         return NotImplemented
     if w.shape != first.w.shape:
@@ -156,7 +162,7 @@ def _sum(eqn: Any, x: Any, y: Any, sign: int) -> list[Any]:
 
 
 def _align(
-    values: Sequence[Any], but: int | None = None
+    values: Sequence[Operand], but: int | None = None
 ) -> tuple[Weight, list[Weight | None]] | None:
     """Returns the first weight, and the weights with their atoms named as in it.
 
@@ -165,7 +171,9 @@ def _align(
     """
     weights = [v for v in values if isinstance(v, Weight)]
     first = weights[0]
-    shapes = {tuple(n for i, n in enumerate(_shape(v)) if i != but) for v in values}
+    shapes = {
+        tuple(n for i, n in enumerate(array_of(v).shape) if i != but) for v in values
+    }
     if len(shapes) != 1 or any(v.looked_up or not _is_matrix(v) for v in weights):
         return None
     out: list[Weight | None] = []
@@ -186,7 +194,7 @@ def _align(
 
 
 def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
-    def rename(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def rename(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         return x, tuple(names.get(s, s) for s in labels)
 
     now = {old.root: new.root for old, new in names.items()}
@@ -196,10 +204,6 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
     )
     dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
     return weight.map(rename, dims=dims, parts=parts)
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    return value.w.shape if isinstance(value, Weight) else value.shape
 
 
 def _is_matrix(weight: Weight) -> bool:

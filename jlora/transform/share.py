@@ -10,23 +10,24 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from .compat import Equation, Var, has_typed_placement
+from .compat import Equation, Literal, Var, has_typed_placement
 from .primitives import PREPARES
-from .thin import thin_dot
+from .thin import PrecisionLike, thin_dot
 from .values import RANK, Group, Term, Weight, regroup
 
 # An activation, the axes of it that are summed over, and the precision.
-Site = tuple[Any, tuple[int, ...], Any]
+Site = tuple[Var | Literal, tuple[int, ...], PrecisionLike]
 Uses = Mapping[Site, Sequence[tuple[int, int]]]
 
 
-def weights_first(eqns: Sequence[Equation], weights: Iterable[Any]) -> list[Equation]:
+def weights_first(eqns: Sequence[Equation], weights: Iterable[Var]) -> list[Equation]:
     """Returns `eqns` with what only prepares `weights` (casts) at the front."""
-    ready: set[Any] = set(weights)
+    ready: set[Var] = set(weights)
     early, late = [], []
     for eqn in eqns:
         if eqn.primitive.name in PREPARES and all(
@@ -104,7 +105,7 @@ def products(
     return filled
 
 
-def _pays(x: Any, summed: Sequence[int], factors: Sequence[Any]) -> bool:
+def _pays(x: jax.Array, summed: Sequence[int], factors: Sequence[jax.Array]) -> bool:
     """Returns whether the reads of `x` that are saved outweigh a copy of the factors.
 
     Rows of `x` and columns of the factors have one length. Rows that `vmap` adds come
@@ -117,13 +118,13 @@ def _pays(x: Any, summed: Sequence[int], factors: Sequence[Any]) -> bool:
     return (len(factors) - 1) * math.prod(rows) >= columns
 
 
-def _is_weight(v: Any, env: Mapping[Any, Any]) -> bool:
+def _is_weight(v: Var | Literal, env: Mapping[Any, Any]) -> bool:
     return isinstance(v, Var) and isinstance(env.get(v), Weight)
 
 
 def _prepared(
     weight: Weight, eqn: Equation, side: int
-) -> tuple[Weight, Term, Any] | None:
+) -> tuple[Weight, Term, jax.Array] | None:
     """Returns the weight, its term, and the factor to meet first as `[*summed, rank]`.
 
     None unless that factor has just the axes that are summed over.

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import bind
+from .compat import Equation, bind, kind
 from .interpret import Context
 from .values import (
     BROADCAST,
@@ -21,13 +22,16 @@ from .values import (
     Atom,
     Group,
     Labels,
+    Operand,
+    Step,
     Term,
     Weight,
+    array_of,
     new_atom,
 )
 
 
-def keep(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`."""
     (w,) = bind(eqn, weight.w)
     if not jnp.issubdtype(w.dtype, jnp.floating):
@@ -35,29 +39,31 @@ def keep(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
     return [weight.replace(w=w)]
 
 
-def stop_gradient(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """No derivative reaches the factors either."""
     (w,) = bind(eqn, weight.w)
     return [weight.map(lambda x, labels: (lax.stop_gradient(x), labels), w=w)]
 
 
-def optimization_barrier(ctx: Context, eqn: Any, *values: Any) -> list[Any]:
+def optimization_barrier(
+    ctx: Context, eqn: Equation, *values: Operand
+) -> list[Operand]:
     """The barrier holds for `w`; the factors pass."""
-    out = bind(eqn, *(v.w if isinstance(v, Weight) else v for v in values))
+    out = bind(eqn, *map(array_of, values))
     return [
         v.replace(w=w) if isinstance(v, Weight) else w
         for v, w in zip(values, out, strict=True)
     ]
 
 
-def transpose(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def transpose(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """The groups change places; the factors stay."""
     (w,) = bind(eqn, weight.w)
     dims = tuple(weight.dims[i] for i in eqn.params["permutation"])
     return [weight.replace(w=w, dims=dims)]
 
 
-def reshape(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
+def reshape(ctx: Context, eqn: Equation, weight: Weight, *_: Operand) -> list[Weight]:
     """Axes are split or joined where the new sizes cut between atoms or divide one."""
     order = eqn.params["dimensions"]  # the axes are first put in this order
     (w,) = bind(eqn, weight.w)
@@ -105,8 +111,8 @@ def _split_to(
     return (weight, tuple(dims)) if not atoms else None
 
 
-def _splitter(atom: Atom, parts: tuple[Atom, ...]) -> Callable[[Any, Labels], Any]:
-    def split(x: Any, labels: Labels) -> tuple[Any, Labels]:
+def _splitter(atom: Atom, parts: tuple[Atom, ...]) -> Step:
+    def split(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         if atom not in labels:
             return x, labels
         i = labels.index(atom)
@@ -121,7 +127,7 @@ def _squeeze_atoms(weight: Weight, atoms: Sequence[Atom]) -> Weight:
     if not atoms:
         return weight
 
-    def squeeze_factor(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def squeeze_factor(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         gone = [i for i, s in enumerate(labels) if s in atoms]
         rest = tuple(s for s in labels if s not in atoms)
         return lax.squeeze(x, gone), rest
@@ -130,7 +136,7 @@ def _squeeze_atoms(weight: Weight, atoms: Sequence[Atom]) -> Weight:
     return weight.map(squeeze_factor, dims=dims)
 
 
-def squeeze(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def squeeze(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Axes of size one go, from the factors too."""
     (w,) = bind(eqn, weight.w)
     gone = eqn.params["dimensions"]
@@ -139,7 +145,9 @@ def squeeze(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
     return [weight.replace(w=w, dims=dims)]
 
 
-def broadcast_in_dim(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
+def broadcast_in_dim(
+    ctx: Context, eqn: Equation, weight: Weight, *_: Operand
+) -> list[Weight]:
     """New axes are in neither factor."""
     shape = eqn.params["shape"]
     source = {j: i for i, j in enumerate(eqn.params["broadcast_dimensions"])}
@@ -157,21 +165,21 @@ def broadcast_in_dim(ctx: Context, eqn: Any, weight: Any, *_: Any) -> list[Any]:
     return [out.replace(dims=tuple(dims))]
 
 
-def rev(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def rev(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Reversal along axes of single atoms."""
     groups = [weight.dims[i] for i in eqn.params["dimensions"]]
     if any(len(group) > 1 for group in groups):
         return NotImplemented
     atoms = {atom for group in groups for atom in group}
 
-    def reverse(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def reverse(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         return lax.rev(x, [i for i, s in enumerate(labels) if s in atoms]), labels
 
     (w,) = bind(eqn, weight.w)
     return [weight.map(reverse, w=w)]
 
 
-def slice_(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """A static slice along axes of single atoms."""
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
@@ -185,43 +193,35 @@ def slice_(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
     )
 
 
-def split(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
-    """Slices side by side along one axis."""
-    axis, start, results = eqn.params["axis"], 0, []
+def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
+    """Slices side by side along one axis, which `unstack` takes away: its are of 1."""
+    axis, start, pieces = eqn.params["axis"], 0, []
     for w in bind(eqn, weight.w):
-        stop = start + w.shape[axis]
+        loses_axis = w.ndim < weight.w.ndim
+        slab = lax.expand_dims(w, [axis]) if loses_axis else w
+        stop = start + slab.shape[axis]
         cut = _cut(
             weight,
-            w,
-            lambda x, axis, i, start=start, stop=stop: lax.slice_in_dim(
+            slab,
+            lambda x, axis, _, start=start, stop=stop: lax.slice_in_dim(
                 x, start, stop, axis=axis
             ),
         )
         if cut is NotImplemented:
             return cut
-        results += cut
+        (piece,) = cut
+        if loses_axis:
+            piece = _squeeze_atoms(piece, piece.dims[axis])
+            dims = (*piece.dims[:axis], *piece.dims[axis + 1 :])
+            piece = piece.replace(w=w, dims=dims)
+        pieces.append(piece)
         start = stop
-    return results
+    return pieces
 
 
-def unstack(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
-    """Each entry along one axis, which goes: what iterating over an array is."""
-    axis, results = eqn.params["axis"], []
-    for i, w in enumerate(bind(eqn, weight.w)):
-        cut = _cut(
-            weight,
-            lax.expand_dims(w, [axis]),
-            lambda x, axis, _, i=i: lax.slice_in_dim(x, i, i + 1, axis=axis),
-        )
-        if cut is NotImplemented:
-            return cut
-        one = _squeeze_atoms(cut[0], cut[0].dims[axis])
-        dims = (*one.dims[:axis], *one.dims[axis + 1 :])
-        results.append(one.replace(w=w, dims=dims))
-    return results
-
-
-def dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> list[Any]:
+def dynamic_slice(
+    ctx: Context, eqn: Equation, weight: Weight, *starts: Any
+) -> list[Weight]:
     """A slice at computed positions; one entry of an axis takes the axis away."""
     if any(isinstance(s, Weight) for s in starts):
         return NotImplemented
@@ -240,7 +240,9 @@ def dynamic_slice(ctx: Context, eqn: Any, weight: Any, *starts: Any) -> list[Any
     return [out.replace(looked_up=weight.looked_up or bool(picked))]
 
 
-def _cut(weight: Weight, w: Any, cut: Callable[[Any, int, int], Any]) -> list[Any]:
+def _cut(
+    weight: Weight, w: jax.Array, cut: Callable[[jax.Array, int, int], jax.Array]
+) -> list[Weight]:
     """Returns `weight` with the axes on which `w` is shorter cut in its factors too."""
     changed = {}
     for i, group in enumerate(weight.dims):
@@ -249,7 +251,7 @@ def _cut(weight: Weight, w: Any, cut: Callable[[Any, int, int], Any]) -> list[An
                 return NotImplemented
             changed[group[0]] = (i, group[0]._replace(size=w.shape[i]))
 
-    def cut_factor(x: Any, labels: Labels) -> tuple[Any, Labels]:
+    def cut_factor(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
         for axis, atom in enumerate(labels):
             if atom in changed:
                 x = cut(x, axis, changed[atom][0])
@@ -261,7 +263,9 @@ def _cut(weight: Weight, w: Any, cut: Callable[[Any, int, int], Any]) -> list[An
     return [weight.map(cut_factor, w=w, dims=dims)]
 
 
-def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
+def gather(
+    ctx: Context, eqn: Equation, weight: Weight, indices: Operand
+) -> list[Weight]:
     """`w[ids]`: whole rows along indexed axes, picked in the factors that have them.
 
     The result is still a weight, with the axes of `indices` in place of the indexed
@@ -307,7 +311,7 @@ def gather(ctx: Context, eqn: Any, weight: Any, indices: Any) -> list[Any]:
 
 
 def _picked_axes(
-    eqn: Any, shape: Sequence[int]
+    eqn: Equation, shape: Sequence[int]
 ) -> tuple[dict[int, int], dict[int, int]]:
     """Returns which axes of the operand a `gather` indexes, and which go along.
 
@@ -326,15 +330,15 @@ def _picked_axes(
 
 
 def _pick(
-    x: Any,
+    x: jax.Array,
     labels: Labels,
     *,
-    eqn: Any,
-    indices: Any,
+    eqn: Equation,
+    indices: jax.Array,
     columns: Mapping[Atom, int],
     along: Mapping[Atom, int],
     atoms: Labels,
-) -> tuple[Any, Labels]:
+) -> tuple[jax.Array, Labels]:
     """Returns the entries of a factor at `indices`, whose axes `atoms` come first.
 
     `columns` and `along` are those of `_picked_axes`, by label. A factor without an
@@ -383,45 +387,48 @@ def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:
     )
 
 
-def mul(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def mul(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w + s a b) * c` for a scalar `c`, or a vector along axes of one factor."""
     return _scale(eqn, x, y, lax.mul)
 
 
-def div(ctx: Context, eqn: Any, x: Any, y: Any) -> list[Any]:
+def div(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w + s a b) / c`, as `mul`."""
     if not isinstance(x, Weight):
         return NotImplemented
     return _scale(eqn, x, y, lax.div)
 
 
-def neg(ctx: Context, eqn: Any, weight: Any) -> list[Any]:
+def neg(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """`-(w + s a b)`."""
     (w,) = bind(eqn, weight.w)
     terms = tuple(dataclasses.replace(t, b=-t.b) for t in weight.terms)
     return [weight.replace(w=w, terms=terms)]
 
 
-def _scale(eqn: Any, x: Any, y: Any, op: Callable) -> list[Any]:
+def _scale(
+    eqn: Equation, x: Operand, y: Operand, op: Callable[..., jax.Array]
+) -> list[Weight]:
     """Returns `op(x, y)` of a weight and what is constant along its other axes."""
     if isinstance(x, Weight) and isinstance(y, Weight):
         first = sum(map(bool, x.dims)) >= sum(map(bool, y.dims))
     else:
         first = isinstance(x, Weight)
     weight, other = (x, y) if first else (y, x)
+    assert isinstance(weight, Weight)
     if isinstance(other, Weight):
         if other.terms:
             return NotImplemented
         other = other.w
     scale = jnp.asarray(other)
-    if weight.w.shape != eqn.outvars[0].aval.shape:
+    if weight.w.shape != kind(eqn.outvars[0]).shape:
         return NotImplemented
     varied = [i for i, n in enumerate(scale.shape) if n != 1]
     if varied and not _leaves_a_matrix(weight, varied):
         return NotImplemented
     atoms = [weight.dims[i][0] for i in varied]
 
-    def apply(factor: Any, labels: Labels) -> Any:
+    def apply(factor: jax.Array, labels: Labels) -> jax.Array:
         flat = lax.reshape(scale, [atom.size for atom in atoms])
         order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
         shape = [s.size if s in atoms else 1 for s in labels]

@@ -9,20 +9,28 @@ forward mode and higher orders work.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 
 from .compat import Primitive, has_typed_placement, shaped
 
-Dims = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+Pair = tuple[Sequence[int], Sequence[int]]
+Dims = tuple[Pair, Pair]
+PrecisionLike = str | lax.Precision | tuple[lax.Precision, lax.Precision] | None
 
 
 def thin_dot(
-    x: Any, b: Any, numbers: Dims, *, dtype: Any, precision: Any, x_first: bool = True
+    x: jax.Array,
+    b: jax.Array,
+    numbers: Dims,
+    *,
+    dtype: DTypeLike,
+    precision: PrecisionLike,
+    x_first: bool = True,
 ) -> jax.Array:
     """Returns the product of `x` and `b`, in the dtype of `x`, summed in `dtype`.
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import add_rounded, at_least_float32
+from ..factors import Leaf
 from .compat import placed_like
-from .thin import thin_dot
+from .thin import Dims, thin_dot
 
 
 class Atom(NamedTuple):
@@ -41,15 +42,11 @@ class Atom(NamedTuple):
 
 
 RANK = Atom((-1,), 0)  # labels the rank axis of a factor; its size is never read
-
-
 INDEX, BROADCAST, OTHER = -2, -3, -4  # roots of axes that the leaf does not have
 
-
 Group = tuple[Atom, ...]
-
-
 Labels = tuple[Atom, ...]
+Step = Callable[[Any, Labels], tuple[Any, Labels]]  # on an array and its labels
 
 
 @jax.tree_util.register_dataclass
@@ -61,13 +58,13 @@ class Term:
     weights that it meets share one; None otherwise.
     """
 
-    a: Any
-    b: Any
+    a: Leaf
+    b: Leaf
     a_labels: Labels = dataclasses.field(metadata={"static": True})
     b_labels: Labels = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
-    product: Any = None
+    product: Leaf = None
 
     def swapped(self) -> "Term":
         """Returns the same summand with the factors in each other's place."""
@@ -75,7 +72,7 @@ class Term:
             self, a=self.b, b=self.a, a_labels=self.b_labels, b_labels=self.a_labels
         )
 
-    def map(self, fun: Callable[[Any, Labels], tuple[Any, Labels]]) -> "Term":
+    def map(self, fun: Step) -> "Term":
         """Returns the term with `fun(array, labels)` done to both factors."""
         a, a_labels = fun(self.a, self.a_labels)
         b, b_labels = fun(self.b, self.b_labels)
@@ -109,21 +106,19 @@ class Weight:
       gain_labels: labels of its axes.
     """
 
-    w: Any
+    w: Leaf
     terms: tuple[Term, ...]
     dims: tuple[Group, ...] = dataclasses.field(metadata={"static": True})
     parts: tuple[Part, ...] = dataclasses.field(metadata={"static": True})
     looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
-    gain: Any = None
+    gain: Leaf = None
     gain_labels: Labels = dataclasses.field(default=(), metadata={"static": True})
 
     def replace(self, **changes: Any) -> "Weight":
         """Returns a copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def map(
-        self, fun: Callable[[Any, Labels], tuple[Any, Labels]], **changes: Any
-    ) -> "Weight":
+    def map(self, fun: Step, **changes: Any) -> "Weight":
         """Returns a copy with `fun(array, labels)` done to every factor and the gain.
 
         `changes` are those of other fields.
@@ -152,11 +147,21 @@ class Weight:
 class Derived:
     """While planning: an array computed from leaves `paths` and no input data."""
 
-    w: Any
+    w: Leaf
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
-def leaf(path: str, w: Any, terms: tuple[Term, ...] = ()) -> Weight:
+# What an array is on its way through the interpreter.
+Operand = jax.Array | Weight
+Value = Operand | Derived
+
+
+def array_of(value: Value) -> jax.Array:
+    """Returns the frozen array of a weight, and any other value as an array."""
+    return value.w if isinstance(value, Weight | Derived) else value
+
+
+def leaf(path: str, w: Leaf, terms: tuple[Term, ...] = ()) -> Weight:
     """Returns the untouched leaf `path`, whose axis `i` is the atom `(i,)`."""
     roots = tuple((i, i) for i in range(w.ndim))
     return Weight(w, terms, leaf_dims(w.shape), (Part(path, roots),))
@@ -178,7 +183,7 @@ def new_atom(weight: Weight, kind: int, n: int) -> Atom:
     return Atom((kind, max(taken, default=-1) + 1), n)
 
 
-def regroup(x: Any, labels: Labels, groups: Sequence[Group]) -> Any:
+def regroup(x: jax.Array, labels: Labels, groups: Sequence[Group]) -> jax.Array:
     """Returns `x` with one axis for each of `groups`, which hold all its labels."""
     flat = [atom for group in groups for atom in group]
     x = lax.transpose(x, [labels.index(atom) for atom in flat])
@@ -206,7 +211,7 @@ def dense(weight: Weight) -> jax.Array:
     return add_rounded(w, changes, lambda total: rescaled(total, weight, atoms))
 
 
-def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
+def rescaled(x: jax.Array, weight: Weight, want: Sequence[Atom]) -> jax.Array:
     """Returns `x`, whose axes are `want` (some joined), times the gain of `weight`."""
     if weight.gain is None:
         return x
@@ -215,7 +220,7 @@ def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
     gain = gain.astype(at_least_float32(x.dtype, gain.dtype))
     along = [i for i, atom in enumerate(want) if atom in own]
 
-    def times(x: Any, gain: Any) -> jax.Array:
+    def times(x: jax.Array, gain: jax.Array) -> jax.Array:
         parted = x
         if x.ndim != len(want):
             parted = lax.reshape(x, [atom.size for atom in want])
@@ -227,7 +232,7 @@ def rescaled(x: Any, weight: Weight, want: Sequence[Atom]) -> Any:
 
 
 def lay_out(
-    x: Any, labels: Labels, want: Sequence[Atom], shape: tuple[int, ...]
+    x: jax.Array, labels: Labels, want: Sequence[Atom], shape: tuple[int, ...]
 ) -> jax.Array:
     """Returns `x` with its axes in the order `want`, broadcast, reshaped to `shape`."""
     absent = [atom for atom in want if atom not in labels]
@@ -242,10 +247,10 @@ def lay_out(
 
 
 def contract(
-    dot: Callable[..., Any],
-    x: Any,
+    dot: Callable[[jax.Array, jax.Array, Dims], jax.Array],
+    x: jax.Array,
     x_labels: Labels,
-    y: Any,
+    y: jax.Array,
     y_labels: Labels,
     *,
     keep: Sequence[Atom],
@@ -273,8 +278,8 @@ def contract(
 
 
 def sum_out(
-    x: Any, labels: Labels, keep: Sequence[Atom], other: Labels
-) -> tuple[Any, Labels]:
+    x: jax.Array, labels: Labels, keep: Sequence[Atom], other: Labels
+) -> tuple[jax.Array, Labels]:
     """Returns `x` summed over labels that are neither in `keep` nor in `other`."""
     lonely = [i for i, s in enumerate(labels) if s not in keep and s not in other]
     if lonely:
