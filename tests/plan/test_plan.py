@@ -441,7 +441,8 @@ def test_integer_weights_are_refused_by_name_and_left_out_of_all_linear():
 
 def test_rank_above_the_smaller_side_is_refused_with_a_remedy():
     text = refused(
-        r"rank 17 is above min\(in, out\) = min\(64, 16\) of 'layer_{0\.\.5}/down/kernel'",
+        r"rank 17 is above min\(in, out\) = min\(64, 16\) of "
+        r"'layer_{0\.\.5}/down/kernel'",
         rank=17,
     )
     assert "Rule('layer_{0..5}/down/kernel', rank=16) (×6)" in text
