@@ -86,8 +86,8 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     if left:
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {listed(left, separator=', ')}. Add them to train= or "
-            "targets=.",
+            f"lacks their change: {listed(left, separator=', ')}. Add them to train= "
+            "or targets=.",
             stacklevel=2,
         )
     return Trainable(lora, {path: tuned[path] for path in plan.full})
