@@ -99,7 +99,7 @@ def safetensors(path: Path, params: Any) -> None:
 
 
 def stablehlo(
-    fn: Callable,
+    fn: Callable[..., Any],
     params: Any,
     *args: Any,
     batch: str | None = "b",

@@ -97,7 +97,7 @@ def split(
 
 
 def _extras(
-    plan: Plan, statistics: Statistics, quantize: Callable | None
+    plan: Plan, statistics: Statistics, quantize: Callable[..., Any] | None
 ) -> dict[str, tuple[Any, ...]]:
     """Returns what each init takes besides the weight, or an error for what lacks."""
     if not (quantize is None or callable(quantize)):
@@ -138,7 +138,7 @@ def _extras(
     return extra
 
 
-def _quantised(path: str, quantize: Callable, w: jax.Array) -> jax.Array:
+def _quantised(path: str, quantize: Callable[..., Any], w: jax.Array) -> jax.Array:
     values = quantize(w)
     if jnp.shape(values) != w.shape:
         raise ConfigError(

@@ -17,7 +17,7 @@ from .tree import check_plan
 
 
 def activation_statistics(
-    fn: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+    fn: Callable[..., Any], params: Any, plan: Plan, batches: Iterable[Any]
 ) -> Statistics:
     """Returns the moments of what the weights of `plan` are multiplied by.
 
@@ -93,7 +93,7 @@ def activation_statistics(
 
 
 def gradient_statistics(
-    loss_fn: Callable, params: Any, plan: Plan, batches: Iterable[Any]
+    loss_fn: Callable[..., Any], params: Any, plan: Plan, batches: Iterable[Any]
 ) -> Statistics:
     """Returns the mean gradient of `loss_fn` over `batches`, for `init="lora_ga"`.
 
@@ -159,7 +159,9 @@ def _arrays(params: Any) -> tuple[list[str], Callable[[dict[str, Any]], Any], An
     return list(leaves), rebuild, {k: x for k, x in leaves.items() if is_array(x)}
 
 
-def _summed(step: Callable, leaves: Any, batches: Iterable[Any]) -> tuple[Any, int]:
+def _summed(
+    step: Callable[..., Any], leaves: Any, batches: Iterable[Any]
+) -> tuple[Any, int]:
     """Returns the sum of `step(leaves, batch)` over `batches`, and their number."""
     compiled = jax.jit(step)
     total, n = None, 0

@@ -28,7 +28,7 @@ from .names import GENERIC, NameMap
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     trainable: Trainable,
     *,
     names: NameMap | None = None,

@@ -151,7 +151,7 @@ def has_typed_placement(x: jax.Array) -> bool:
     return bool(getattr(aval, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
 
 
-def stage(fun: Callable, *args: Any) -> Code:
+def stage(fun: Callable[..., Any], *args: Any) -> Code:
     """Returns the code of `fun` on arrays or shapes `args`, less what nothing uses."""
     jaxpr, consts = code(jax.make_jaxpr(fun)(*args))
     used, _ = partial_eval.dce_jaxpr(

@@ -33,7 +33,7 @@ def is_array(x: Any) -> bool:
 
 
 def stage(
-    fn: Callable,
+    fn: Callable[..., Any],
     params: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
