@@ -9,8 +9,7 @@ import numpy as np
 
 from . import checkpoint
 from ._io import adapter_file, tensors as tensors
-from ._io.describe import Json
-from ._io.disk import Path, read_json, reading
+from ._io.disk import Json, Path, read_json, reading
 from ._io.models import is_orbax_tree, open_model
 from ._io.shards import open_tensors
 from ._tables import listed

@@ -12,8 +12,8 @@ from .._tables import listed
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
-from .describe import Json, arrays, describe, rebuild
-from .disk import Path, reading
+from .describe import arrays, describe, rebuild
+from .disk import Json, Path, reading
 
 FORMAT = "jlora"
 _VERSION = "1"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Factors, Leaf, Spec, Trainable
 from ..methods import METHODS, low_rank_pair
-
-Json = dict[str, Any]  # fields of a JSON object
+from .disk import Json
 
 _LEAVES = ("a", "b", "magnitude")
 
@@ -46,7 +44,7 @@ def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Leaf]]:
         yield i, path, "full", x
 
 
-def rebuild(about: Any, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
+def rebuild(about: object, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
     """Returns the adapter that `describe` described, with arrays by path and leaf.
 
     Raises:
@@ -127,7 +125,7 @@ def _spec(path: str, fields: Json, wrong: list[str]) -> Spec | None:
     return None if off else spec
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, tuple) and all(
         type(n) is int and 0 <= n < 2**31 for n in values
     )

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from .._tables import listed
 from ..errors import CheckpointError, JloraError
 
+Json = dict[str, Any]  # fields of a JSON object
 Path = str | os.PathLike[str]
 Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps names, as tqdm does
 Fault = type[JloraError]  # the class of the errors that the caller's user sees
@@ -72,7 +73,7 @@ def reading(path: Path, fault: Fault = CheckpointError) -> Iterator[BinaryIO]:
                 raise CheckpointError(f"{name}: {error}") from error
 
 
-def read_json(path: Path, fault: Fault = CheckpointError) -> dict[str, Any]:
+def read_json(path: Path, fault: Fault = CheckpointError) -> Json:
     """Returns the JSON object in the file `path`.
 
     Raises:
@@ -92,7 +93,7 @@ def read_json(path: Path, fault: Fault = CheckpointError) -> dict[str, Any]:
         return value
 
 
-def fields_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def fields_once(pairs: list[tuple[str, object]]) -> Json:
     """Returns the fields of a JSON object.
 
     Raises:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,7 @@ def differences(
     return found
 
 
-def _bits(x: Any) -> Any:
+def _bits(x: jax.Array | np.ndarray | np.generic) -> jax.Array | np.ndarray:
     """Returns the bits of an array as unsigned integers of at most four bytes."""
     if isinstance(x, np.ndarray | np.generic):
         x = np.ascontiguousarray(x)[..., None]
@@ -108,7 +107,7 @@ def _as_unsigned(x: jax.Array) -> jax.Array:
     return bits if _width(x.dtype) > 32 else bits[..., None]
 
 
-def _width(dtype: Any) -> int:
+def _width(dtype: np.dtype) -> int:
     if jnp.issubdtype(dtype, jnp.integer):
         return jnp.iinfo(dtype).bits
     return jnp.finfo(dtype).bits if dtype != jnp.bool_ else 8

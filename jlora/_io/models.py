@@ -6,7 +6,7 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from .. import paths
 from .._tables import listed
 from ..errors import CheckpointError
-from ..factors import PyTree
+from ..factors import Leaf, PyTree
 from . import tensors as tensors
 from .disk import Path, told
 from .shards import find_tensors, open_tensors
@@ -119,7 +119,7 @@ class _OrbaxTree:
 
     folder: pathlib.Path
     shapes: Mapping[str, jax.ShapeDtypeStruct]
-    unflatten: Callable[[Iterable[Any]], PyTree]
+    unflatten: Callable[[Iterable[Leaf]], PyTree]
 
     def read(self, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         """Returns the arrays of these names."""
@@ -177,7 +177,7 @@ def _of_orbax(folder: pathlib.Path) -> Model:
     return Model(shapes, read, lambda name: [tensors.raw(read(name))], {})
 
 
-def _shapes(leaves: Mapping[str, Any], what: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(leaves: Mapping[str, Leaf], what: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shape and dtype of each leaf; `what` begins the error if one has none."""
     odd = [repr(p) for p, x in leaves.items() if getattr(x, "shape", None) is None]
     if odd:

@@ -13,8 +13,8 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
-from .describe import Json, arrays, key_from_dict, rebuild
-from .disk import told
+from .describe import arrays, key_from_dict, rebuild
+from .disk import Json, told
 from .fingerprint import Fingerprint, as_fingerprint, differences
 from .write_step import FORMAT, numbered, shapes_of
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from .._tables import listed
 from ..errors import CheckpointError
-from .disk import Path, fields_once, replacing
+from .disk import Json, Path, fields_once, replacing
 
 Buffer = bytes | memoryview
 
@@ -164,7 +164,7 @@ def write(
             f"It has {', '.join(str(d) for d in NAMES)}."
         )
     order = in_order(tensors)
-    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    fields: Json = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         dtype, shape = _little(tensors[name].dtype), tuple(tensors[name].shape)
@@ -205,7 +205,7 @@ def _little(dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
 
 
-def _parse(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> Json:
     # Each bracket becomes an object of a hundred bytes; a tensor has three in sixty.
     if len(text) > 10**6 and text.count(b"[") + text.count(b"{") > len(text) // 10:
         raise _damaged("its header has more brackets than tensors take")
@@ -219,7 +219,7 @@ def _parse(text: bytes) -> dict[str, Any]:
     return fields
 
 
-def _info(name: str, value: Any, data: int) -> TensorInfo:
+def _info(name: str, value: object, data: int) -> TensorInfo:
     match value:
         case {
             "dtype": str(dtype),

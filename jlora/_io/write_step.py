@@ -21,8 +21,8 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
-from .describe import Json, arrays, describe, key_to_dict
-from .disk import Path, told
+from .describe import arrays, describe, key_to_dict
+from .disk import Json, Path, told
 from .fingerprint import Fingerprint, as_fingerprint
 
 if TYPE_CHECKING:

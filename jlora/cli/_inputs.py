@@ -7,12 +7,12 @@ import operator
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import files
-from .._io.disk import reading
+from .._io.disk import Json, reading
 from .._io.models import open_model
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
@@ -67,7 +67,7 @@ def name_map(names: str | None) -> "NameMap | None":
     return getattr(maps, names.upper())
 
 
-def attribute_of(path: str) -> Any:
+def attribute_of(path: str) -> object:
     """Returns what `package.module:attribute` names, from here or installed."""
     module, _, attribute = path.partition(":")
     if not module or not attribute:
@@ -91,7 +91,7 @@ def _running(what: str) -> Iterator[None]:
         raise click.UsageError(f"{what} ({type(error).__name__}: {error}).") from error
 
 
-def planned(model: str, options: dict[str, Any]) -> Plan:
+def planned(model: str, options: Json) -> Plan:
     """Returns the plan of the model that `package.module:attribute` names."""
     found = attribute_of(model)
     if callable(found):
@@ -112,7 +112,7 @@ def planned(model: str, options: dict[str, Any]) -> Plan:
         return make_plan(fn, params, *args, config=config or LoraConfig())
 
 
-def config_of(options: dict[str, Any]) -> LoraConfig | None:
+def config_of(options: Json) -> LoraConfig | None:
     """Returns the config of the options, None if there is none among them."""
     own = {k: v for k, v in options.items() if v not in (None, ()) and k != "config"}
     if options["config"] is None:

@@ -4,11 +4,10 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import click
 
-from .._io.disk import Progress
+from .._io.disk import Json, Progress
 from .._tables import count
 from ..factors import Trainable
 
@@ -23,7 +22,7 @@ def tell(text: str) -> None:
     click.echo(" ".join(text.split()), err=True)
 
 
-def done(fields: dict[str, Any], as_json: bool) -> None:
+def done(fields: Json, as_json: bool) -> None:
     """Prints what a command has written to `fields["out"]`."""
     if as_json:
         print_json(fields)
@@ -36,12 +35,12 @@ def done(fields: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{fields['out']}: {rest}")
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Prints JSON values, NaN and infinity as null."""
     click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Returns `value` with null for NaN and infinity, which JSON lacks."""
     match value:
         case float() if not math.isfinite(value):

@@ -8,6 +8,7 @@ import click
 
 from .. import files, inspection
 from .._core.tree import check
+from .._io.disk import Json
 from .._io.fingerprint import Fingerprint, fingerprint
 from .._io.models import open_model
 from .._plan.row import Row
@@ -67,7 +68,7 @@ def show_plan(model: str, as_json: bool, **config: Any) -> None:
     )
 
 
-def _fields(row: Row) -> dict[str, Any]:
+def _fields(row: Row) -> Json:
     """Returns a row of a plan as JSON values."""
     names = ("path", "shape", "dtype", "op", "status", "spec", "trained", "note")
     fields = {name: getattr(row, name) for name in names}

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import click
 
 from .. import export, files
+from .._io.disk import Json
 from .._io.models import open_model
 from ..config import LoraConfig
 from . import _options as options
@@ -90,7 +91,7 @@ def convert(
     _check_free(out, overwrite)
     if to == "orbax":
         _check_steps(out)
-    more: dict[str, Any] = {"overwrite": overwrite} if to == "orbax" else {}
+    more: Json = {"overwrite": overwrite} if to == "orbax" else {}
     if to == "peft":
         more = {
             "names": name_map(names),

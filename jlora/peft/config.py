@@ -11,7 +11,7 @@ from typing import TypeGuard, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from .._io.describe import Json
+from .._io.disk import Json
 from ..errors import PeftError
 
 T = TypeVar("T")
