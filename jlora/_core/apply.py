@@ -10,7 +10,7 @@ import jax
 from .._checks import check_function, check_key
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
-from ..factors import Axes, Factors, PyTree, Trainable
+from ..factors import Axes, Factors, Leaf, PyTree, Trainable
 from ..methods import low_rank_pair, method_of
 from ..transform.cost import Form
 from ..transform.rewrite import rewrite
@@ -147,7 +147,7 @@ def apply_lora(
     return lora_fn
 
 
-def _weight(path: str, w: Any, factors: Factors) -> Weight:
+def _weight(path: str, w: Leaf, factors: Factors) -> Weight:
     """Returns `w` with its factors, for the interpreter."""
     axes: Axes = factors.spec.axes
     dims = leaf_dims(w.shape)

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from .._checks import check_function
 from .._core.apply import Args, OnMerge, Out, Out_co, apply_lora
 from ..errors import TreeError
-from ..factors import PyTree, Trainable
+from ..factors import Leaf, PyTree, Trainable
 from ._several import leaves_of
 from ._stack import count, pick
 
@@ -123,7 +123,7 @@ def per_row(
         keys = None if lora_key is None else jax.random.split(lora_key, batch)
         apply = apply_lora(fn, on_merge=on_merge)
 
-        def one(row: Trainable, key: Any, *args: Any) -> Any:
+        def one(row: Trainable, key: jax.Array | None, *args: PyTree) -> PyTree:
             args = tuple(_restore(a, x) for a, x in zip(axes, args, strict=True))
             out = apply(frozen, row, *args, lora_key=key, **kwargs)
             return _drop(out_axes, out)
@@ -134,7 +134,7 @@ def per_row(
     return row_fn
 
 
-def _per_argument(in_axes: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _per_argument(in_axes: PyTree, args: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
     if not isinstance(in_axes, tuple | list):
         return (in_axes,) * len(args)
     if len(in_axes) != len(args):
@@ -145,7 +145,7 @@ def _per_argument(in_axes: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(in_axes)
 
 
-def _batch_size(axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
+def _batch_size(axes: tuple[PyTree, ...], args: tuple[PyTree, ...]) -> int:
     sizes = {
         jnp.shape(x)[axis]
         for a, arg in zip(axes, args, strict=True)
@@ -160,14 +160,14 @@ def _batch_size(axes: tuple[Any, ...], args: tuple[Any, ...]) -> int:
     return sizes.pop()
 
 
-def _pairs(axes: Any, tree: Any) -> list[tuple[Any, Any]]:
+def _pairs(axes: PyTree, tree: PyTree) -> list[tuple[int | None, Leaf]]:
     """Returns `(axis, leaf)` for all leaves."""
     whole = jax.tree.broadcast(axes, tree, is_leaf=lambda x: x is None)
     found = jax.tree.leaves(whole, is_leaf=lambda x: x is None)
     return list(zip(found, jax.tree.leaves(tree), strict=True))
 
 
-def _restore(axes: Any, tree: Any) -> Any:
+def _restore(axes: PyTree, tree: PyTree) -> PyTree:
     """Returns `tree` with a batch axis of length one where `vmap` removed it."""
     new = [
         x if axis is None else jnp.expand_dims(x, axis)
@@ -176,7 +176,7 @@ def _restore(axes: Any, tree: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(tree), new)
 
 
-def _drop(axes: Any, tree: Any) -> Any:
+def _drop(axes: PyTree, tree: PyTree) -> PyTree:
     """Returns `tree` without the batch axis of length one, which `vmap` adds."""
     new = [
         x if axis is None else jnp.squeeze(x, axis) for axis, x in _pairs(axes, tree)
