@@ -1,10 +1,13 @@
 """`adapted_dot`: the product with an adapted weight, in the form the platform likes.
 
-One primitive with a lowering for each platform, so that a program exported for several
-is right on all. Only the value takes the temporary weight `w + s a b`; derivatives are
-those of `x . w + t . b` with `t = s x . a`, so no weight-sized gradient is formed. A
-gain `g` makes that `g (x . w) + t . g b`, and the derivative by it is the result over
-`g`: the result is kept for it, which later operations often need too, not `x . w`.
+It is one primitive with a lowering for each platform, so a program that is exported for
+several platforms is right on all of them. Only the value uses the temporary weight
+`w + s a b`. Derivatives are those of `x . w + t . b` with `t = s x . a`, so no
+weight-sized gradient is formed.
+
+With a gain `g` the value is `g (x . w) + t . g b`. Its derivative with respect to `g`
+is the result divided by `g`. So the result is kept for the gradient, and not `x . w`:
+later operations often keep the result anyway.
 """
 
 import dataclasses
@@ -38,11 +41,11 @@ from .values import (
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What is static about an adapted product.
+    """The static settings of an adapted product.
 
     Attributes:
       site: as in `low_rank_product`.
-      term: the term without its factors.
+      term: the term, without its factors.
       t_labels: labels of the axes of `t`.
       gain_labels: labels of the axes of the gain.
       dims: the groups of atoms of the weight's axes.
@@ -59,7 +62,7 @@ class Static:
     form: cost.Form
 
     def weight(self, w: Leaf, terms: tuple[Term, ...], gain: Sequence[Leaf]) -> Weight:
-        """Returns the weight again; `gain` is empty if it has none."""
+        """Returns a weight of these settings; `gain` is empty if it has none."""
         own = gain[0] if gain else None
         labels = self.gain_labels if gain else ()
         return Weight(w, terms, self.dims, (), gain=own, gain_labels=labels)
@@ -81,7 +84,7 @@ def adapted_dot(
 
 
 def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns `gain`, away from zero by what is nothing to a value of `dtype`.
+    """Returns `gain`, moved away from zero by an amount that is negligible in `dtype`.
 
     So the derivative can divide by it, and a column of length zero can grow again.
     """
@@ -94,10 +97,10 @@ def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
 def form_of(
     x: jax.Array, weight: Weight, site: Site, form: cost.Form
 ) -> cost.Form | None:
-    """Returns the form of the `adapted_dot` to use, or None where it gains nothing.
+    """Returns the form of the `adapted_dot` to use, or None where it does not help.
 
-    It gains a temporary weight on some platform, or keeps less for the gradient of a
-    gain.
+    It helps where some platform uses a temporary weight, and where the gradient of a
+    gain keeps less.
     """
     w = weight.w
     if has_typed_placement(x) or has_typed_placement(w):
@@ -146,7 +149,7 @@ def _lowered(*operands: jax.Array, static: Static, platform: str) -> jax.Array:
     term = dataclasses.replace(static.term, a=a, b=b)
     merged = dense(static.weight(w, (term,), gain))
     if platform != "cpu":
-        # Else XLA may choose the sum's layout for `w` too, and copy a stack of layers.
+        # Without it XLA may give `w` the layout of the sum, and copy a stack of layers.
         merged = lax.optimization_barrier(merged)
     return _dot(x, merged, (), static)
 
@@ -160,18 +163,18 @@ def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
         parts.append(_dot(dx, w, gain, static))
     if dw is not None:
         parts.append(_dot(x, dw, gain, static))
-    if dt is not None:  # what the tangent of A does is in that of `t`
+    if dt is not None:  # the tangent of A is part of that of `t`
         parts.append(_expand(dt, b, gain, static))
     if db is not None:
         parts.append(_expand(t, db, gain, static))
-    if dgain and dgain[0] is not None:  # so that what the gain multiplies is not kept
+    if dgain and dgain[0] is not None:  # computed from `out`, so `x . w` is not kept
         rate = static.weight(w, (), [dgain[0] / gain[0]])
         parts.append(rescaled(out, rate, static.site.want))
     return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
 
 
 def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static):
-    """Transposes with respect to the activation, `x` and `t` together."""
+    """Transposes with respect to `x` and `t`: both come from the activation."""
 
     def product(x: Any, t: Any) -> Any:
         return _factored(x, w, a, b, t, *gain, static=static)
@@ -181,7 +184,7 @@ def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, stat
 
 
 def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
-    """More rows of the activation stay one product; other batches are factored."""
+    """Batches of activations stay one product; other batches take the factored form."""
     factored = functools.partial(_factored, static=static)
     has_batch_axes = any(map(len, static.numbers[1]))
     of_rows = [i in (0, 4) for i in range(len(axes))]  # the activation and `t`

@@ -1,7 +1,7 @@
 """Every read of JAX's internals, and every switch between its versions.
 
-Equation parameters and the classes of jaxprs change between JAX releases (0.10 to 0.12
-are supported); the rest of the transform sees only what this file returns.
+Equation parameters and the classes of jaxprs change between the JAX releases that are
+supported, 0.10 to 0.12. The rest of the transform sees only what this file returns.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Code(NamedTuple):
 
 
 def code(closed: Any) -> Code:
-    """Returns the code of an open or closed jaxpr (one class from JAX 0.12 on)."""
+    """Returns the code of an open or closed jaxpr; JAX 0.12 has one class for both."""
     consts = list(getattr(closed, "consts", ()))
     return Code(getattr(closed, "jaxpr", closed), consts)
 
@@ -50,7 +50,7 @@ def constvars(jaxpr: Jaxpr) -> Sequence[Var]:
 
 
 def inner_code(eqn: Equation, name: str | None = None) -> Code:
-    """Returns the code in an equation; `name` says which if there are several."""
+    """Returns the code in an equation; `name` says which one if it has several."""
     names = ("jaxpr", "call_jaxpr", "call") if name is None else (name,)
     return code(next(eqn.params[n] for n in names if n in eqn.params))
 
@@ -61,7 +61,7 @@ def call_name(eqn: Equation) -> str:
 
 
 def call_shardings(eqn: Equation) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Returns a `jit` equation's input and output shardings; None is unspecified."""
+    """Returns a `jit` equation's input and output shardings, None where unspecified."""
 
     def known(shardings: Sequence[Any]) -> list[Any]:
         return [s if isinstance(s, jax.sharding.Sharding) else None for s in shardings]
@@ -87,7 +87,7 @@ def bind(eqn: Equation, *values: Any) -> list[jax.Array]:
 
 @contextlib.contextmanager
 def at(eqn: Equation) -> Iterator[None]:
-    """Gives what is bound inside the source line, name stack and context of `eqn`."""
+    """Makes equations bound inside have the source line, names and context of `eqn`."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     with (
@@ -104,7 +104,7 @@ def where(eqn: Equation) -> str:
 
 
 def scope(eqn: Equation) -> str:
-    """Returns the name stack of `eqn`, the modules and scopes that it stands in."""
+    """Returns the name stack of `eqn`: the modules and scopes around it."""
     return str(eqn.source_info.name_stack)
 
 
@@ -113,7 +113,7 @@ def placed_like(
 ) -> jax.Array:
     """Returns `fun(*args)` laid out as `base`.
 
-    Under a mesh with explicit axes the partitioner works out what is in between.
+    Under a mesh with explicit axes the partitioner chooses the layouts inside `fun`.
     """
     sharding = jax.typeof(base).sharding
     if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
@@ -136,7 +136,7 @@ def kind(var: Var | Literal) -> core.ShapedArray:
 
 
 def is_staging(*trees: Any) -> bool:
-    """Returns whether any leaf is a tracer, so that work is recorded, not done."""
+    """Returns whether any leaf is a tracer: then work is recorded, and not done."""
     leaves = jax.tree.leaves(trees)
     return any(isinstance(leaf, core.Tracer) for leaf in leaves)
 
@@ -144,7 +144,7 @@ def is_staging(*trees: Any) -> bool:
 def has_typed_placement(x: jax.Array) -> bool:
     """Returns whether the type of `x` says over which mesh axes it is laid out.
 
-    True inside `shard_map` and under meshes with explicit axes.
+    It does inside `shard_map` and under meshes with explicit axes.
     """
     aval = jax.typeof(x)
     mesh = aval.sharding.mesh
@@ -152,7 +152,7 @@ def has_typed_placement(x: jax.Array) -> bool:
 
 
 def stage(fun: Callable[..., Any], *args: Any) -> Code:
-    """Returns the code of `fun` on arrays or shapes `args`, less what nothing uses."""
+    """Returns the code of `fun` on arrays or shapes `args` without unused equations."""
     jaxpr, consts = code(jax.make_jaxpr(fun)(*args))
     used, _ = partial_eval.dce_jaxpr(
         jaxpr, [True] * len(jaxpr.outvars), instantiate=True

@@ -1,7 +1,7 @@
 """Code inside code: calls, rematerialisation, loops and branches.
 
-The inner jaxpr is interpreted again under the JAX function that made it. Weights go in
-as pytrees; those that a loop or branch hands out are made plain arrays first.
+The inner jaxpr is interpreted under the JAX function that made it. Weights go in as
+pytrees. Weights that a loop or a branch returns are materialised first.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from .values import Labels, Value, Weight
 
 
 def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
-    """A nested `jit`: its name, shardings and being called twice are kept."""
+    """A nested `jit` keeps its name and shardings, and stays one where called twice."""
     code = compat.inner_code(eqn)
     if not compat.is_staging(values):
         return interpret(ctx, code, values)
@@ -34,7 +34,7 @@ def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
             return [_place(v, s) for v, s in zip(results, outs, strict=True)]
 
         inner.__name__ = compat.call_name(eqn)
-        # The jaxpr is kept alive, so that its id stays its own.
+        # The jaxpr is kept alive, so that no other object gets its id.
         ctx.calls[signature] = (jax.jit(inner), code)
     return ctx.calls[signature][0](ctx.next_key(), *values)
 
@@ -48,7 +48,7 @@ def _place(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
 
 
 def closed_call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
-    """A call without settings of its own is inlined."""
+    """A call that has no settings is inlined."""
     return interpret(ctx, compat.inner_code(eqn), values)
 
 
@@ -65,11 +65,11 @@ def remat(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
 
 
 def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
-    """`lax.scan`: constant weights stay whole, stacked ones go a layer at a time.
+    """`lax.scan`: constant weights stay whole, stacked ones are read layer by layer.
 
-    Of a stacked weight, whichever of `w`, `a` and `b` has the stacked axis is scanned,
-    the others are constants. A carry that the body hands on as it came is a constant,
-    and a stack that it hands out as it came in is that stack.
+    Of a stacked weight, those of `w`, `a` and `b` that have the stacked axis are
+    scanned and the others are constants. A carry that the body returns unchanged is a
+    constant. A stack whose layers the body returns unchanged is returned as it is.
     """
     code = compat.inner_code(eqn)
     n_consts, n_carry = compat.scan_counts(eqn)
@@ -117,7 +117,7 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
 
 
 def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
-    """`lax.while_loop`: constant weights, and carries handed on, stay factored."""
+    """`lax.while_loop`: constant weights, and unchanged carries, stay factored."""
     cond = compat.inner_code(eqn, "cond_jaxpr")
     body = compat.inner_code(eqn, "body_jaxpr")
     materialised = _merge_before(ctx, eqn, while_loop, values, len(values))
@@ -166,10 +166,10 @@ def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Valu
 def _merge_before(
     ctx: Context, eqn: Equation, rule: Rule, values: Sequence[Value], n: int
 ) -> Sequence[Value]:
-    """Returns `values`, those of the first `n` merged that the loop would merge.
+    """Returns `values`; of the first `n`, those that the loop would merge are merged.
 
-    Otherwise each turn of the loop would merge them again. What the loop would merge is
-    found by tracing it once more.
+    Otherwise each step of the loop would merge them again. Tracing the loop once more
+    tells what it would merge.
     """
     if not ctx.hoist or not any(isinstance(v, Weight) for v in values[:n]):
         return values
@@ -195,8 +195,8 @@ def _merge_before(
 def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
 
-    A part of the fan-in gives a part of the sum for the base product and for the
-    low-rank one alike, so the collectives of the body hold for both.
+    A shard of the fan-in gives a part of the sum, in the base product as in the
+    low-rank one, so the collectives of the body are right for both.
     """
     in_specs, out_specs = eqn.params["in_specs"], eqn.params["out_specs"]
     mesh = eqn.params["mesh"]
@@ -242,7 +242,7 @@ def _specs(weight: Weight, spec: Any) -> Weight:
 
 
 def _local(weight: Weight, shape: Sequence[int]) -> Weight:
-    """Returns `weight` with its atoms cut to the sizes of one shard."""
+    """Returns `weight` with the sizes that its atoms have in one shard."""
     sizes = {
         g[0]: g[0]._replace(size=n)
         for g, n in zip(weight.dims, shape, strict=True)
@@ -257,7 +257,7 @@ def _local(weight: Weight, shape: Sequence[int]) -> Weight:
 
 
 def _cut(values: Sequence[Value], *counts: int) -> list[list[Value]]:
-    """Returns consecutive pieces of `values` of the given lengths, and the rest."""
+    """Returns consecutive pieces of `values` of the given lengths, then the rest."""
     pieces, start = [], 0
     for n in counts:
         pieces.append(list(values[start : start + n]))
@@ -280,7 +280,7 @@ def _hoist(
 
 
 def source(jaxpr: compat.Jaxpr, j: int) -> int | None:
-    """Returns which argument of `jaxpr` its result `j` is, through calls too."""
+    """Returns which argument of `jaxpr` its result `j` is, also through calls."""
     var = jaxpr.outvars[j]
     while not isinstance(var, compat.Literal):
         if var in jaxpr.invars:
@@ -298,9 +298,9 @@ def source(jaxpr: compat.Jaxpr, j: int) -> int | None:
 
 
 def _unstack(weight: Weight) -> tuple[Any, Any]:
-    """Returns `w`, and each factor and gain with its axis 0, that axis first.
+    """Returns `w`, and each factor and gain with the stacked axis moved to the front.
 
-    None stands for one without that axis.
+    None stands for one that does not have the axis.
     """
     slices = []
 
@@ -314,7 +314,7 @@ def _unstack(weight: Weight) -> tuple[Any, Any]:
 
 
 def _layer(stack: Weight, part: Any) -> Weight:
-    """Returns one layer of `stack` from a slice of what `_unstack` gave."""
+    """Returns one layer of `stack` from a slice of the result of `_unstack`."""
     w, slices = part
     remaining = iter(slices)
 

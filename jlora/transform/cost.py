@@ -1,8 +1,8 @@
 """Which form of an adapted product is cheaper, from its shapes alone.
 
 The low-rank term is added to the activations, `x w + s (x a) b`, or to a temporary
-weight, `x (w + s a b)`. The first reads and writes the product once more, tokens x out
-entries; the second reads and writes the weight once more, in x out entries. Both do the
+weight, `x (w + s a b)`. The first reads and writes the product once more: tokens x out
+entries. The second reads and writes the weight once more: in x out entries. Both do the
 same few FLOPs, so bytes decide. The backward pass is the same for both.
 """
 
@@ -17,9 +17,9 @@ PLATFORMS = ("cpu", "accelerator")
 def form(
     tokens: int, fan_in: int, dtype: object, platform: str
 ) -> Literal["factored", "merged"]:
-    """Returns the form to compute the product of `tokens` rows and a weight in.
+    """Returns the cheaper form for the product of `tokens` rows and a weight.
 
-    The length of the results does not matter: both costs grow with it.
+    The fan-out does not matter: both costs grow with it.
 
     Args:
       tokens: rows of the activation.
@@ -28,8 +28,8 @@ def form(
       platform: one of `PLATFORMS`.
     """
     if platform == "cpu":
-        # Measured: where rows fit the cache the thin products are nearly free. Low
-        # precision is emulated there, and rounding the sum costs digits.
+        # Measured: where rows fit the cache, the thin products are nearly free. A CPU
+        # emulates low precision, and rounding the sum costs digits.
         exact = jnp.finfo(dtype).bits >= 32
         return "merged" if exact and tokens >= 4 * fan_in else "factored"
     return "merged" if tokens > fan_in else "factored"
@@ -38,8 +38,8 @@ def form(
 def forms(tokens: object, fan_in: int, x_dtype: object, w_dtype: object) -> list[str]:
     """Returns the form on each of `PLATFORMS`.
 
-    Factored where nothing is known of `tokens` (exported for any number of them) and
-    where the activation and the weight differ in dtype.
+    It is factored where `tokens` is unknown (a program exported for any number of them)
+    and where the activation and the weight differ in dtype.
     """
     if not isinstance(tokens, int) or x_dtype != w_dtype:
         return ["factored"] * len(PLATFORMS)

@@ -28,8 +28,8 @@ class Use:
       path: the leaf.
       op: name of the primitive.
       route: `"factored"`; `"merged"`, a linear or opaque operation that needs the whole
-        weight; `"derived"`, something computed from weights alone; or `"elementwise"`.
-      batch: the leaf's axes with a matrix each.
+        weight; `"derived"`, a result of weights only; or `"elementwise"`.
+      batch: the leaf's axes along which each entry is a matrix.
       fan_in: the leaf's axes that are summed over or looked up.
       fan_out: the leaf's axes that remain.
       where: the user's source line.
@@ -52,7 +52,7 @@ class Use:
 def discover(
     code: compat.Code, inputs: Sequence[Any], paths: Sequence[str | None]
 ) -> list[Use]:
-    """Returns every use of the leaves in `code`, in order, each once.
+    """Returns every use of the leaves in `code`, in order and without repeats.
 
     Args:
       code: the staged function.
@@ -76,11 +76,11 @@ def discover(
 
 
 class _Discovery:
-    """The context of a trace that notes every use of a leaf.
+    """Notes every use of a leaf during one trace.
 
     Attributes:
-      shapes: of the leaves, by path.
-      uses: what was found, in order.
+      shapes: the shape of each leaf.
+      uses: the uses found so far, in order.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
@@ -88,7 +88,7 @@ class _Discovery:
         self.uses: dict[Use, None] = {}
 
     def context(self) -> Context:
-        """Returns the context in which `interpret` tells this object what it meets."""
+        """Returns the context that makes `interpret` report uses to this object."""
         guarded = {k: self.unless_derived(r) for k, r in (LINEAR | STRUCTURE).items()}
         return Context(
             rules=guarded | CONTROL,
@@ -131,7 +131,7 @@ class _Discovery:
             self.record(part.path, op, FACTORED, eqn, roles, forms)
 
     def materialise(self, value: Value, eqn: Equation | None) -> jax.Array:
-        """Returns `value` as an array, and notes why a weight had to become one."""
+        """Returns `value` as an array, and notes the use if it is a weight."""
         if isinstance(value, Weight):
             if value.is_lookup:
                 self.used(value, "gather", fan_in=(), batch=(), eqn=eqn)
@@ -144,7 +144,7 @@ class _Discovery:
     def fallback(
         self, ctx: Context, eqn: Equation, operands: Sequence[Value]
     ) -> Sequence[Value]:
-        """Returns the results of an equation that has no rule, and notes its route."""
+        """Returns the results of an equation without a rule, and notes its route."""
         operands = [
             self.materialise(v, eqn) if isinstance(v, Weight) and v.is_lookup else v
             for v in operands
@@ -163,7 +163,7 @@ class _Discovery:
         return [Derived(x, tuple(sources)) for x in results]
 
     def unless_derived(self, rule: Rule) -> Rule:
-        """Returns `rule` for weights that no array computed from weights meets."""
+        """Returns `rule` except where a weight meets an array computed from weights."""
 
         def guarded(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
             name = eqn.primitive.name
@@ -173,11 +173,11 @@ class _Discovery:
                 for v in operands
             ]
             if name in JOINS and not all(isinstance(v, Weight) for v in values):
-                return NotImplemented  # with data: a bias, a position table, a token
+                return NotImplemented  # a bias, a position table or a token meets data
             derived = [v for v in values if isinstance(v, Derived)]
             if derived and name not in LINEAR:
                 return NotImplemented
-            # Learned queries, or normalised ones, are activations.
+            # Learned or normalised queries are activations.
             values = [v.w if isinstance(v, Derived) else v for v in values]
             if not any(isinstance(v, Weight) for v in values):
                 return NotImplemented
@@ -196,7 +196,7 @@ class _Discovery:
     def record_scales(
         self, eqn: Equation, operands: Sequence[Value], scaled: Sequence[str]
     ) -> None:
-        """Notes the leaves that scale a weight, which is made of `scaled`."""
+        """Notes the leaves among `operands` that scale a weight made of `scaled`."""
         for path in (path for v in operands for path in _sources(v)):
             if path not in scaled:
                 self.record(path, eqn.primitive.name, ELEMENTWISE, eqn)
@@ -213,8 +213,8 @@ def _has_data(eqn: Equation, operands: Sequence[Value]) -> bool:
     """Returns whether an operand comes from the function's inputs.
 
     An array that the function closes over, or computes from constants, is a mask where
-    it meets a matrix, but data where it meets a vector. What data chooses among weights
-    is a weight.
+    it meets a matrix, and data where it meets a vector. A choice that data makes among
+    weights is a weight.
     """
     chosen = operands[1:] if eqn.primitive.name == "select_n" else operands
     vectors = any(
@@ -238,8 +238,8 @@ def _roles(
 ) -> Roles:
     """Returns the leaf's batch, fan-in and fan-out axes in a use.
 
-    An axis that was indexed or scanned on the way is a batch axis, or the fan-in where
-    rows were looked up.
+    An axis that was indexed or scanned before the use is a batch axis; where rows were
+    looked up it is the fan-in.
     """
     axis = dict(part.roots)
     present = {axis.get(atom.root) for group in weight.dims for atom in group}

@@ -1,4 +1,4 @@
-"""Which linear weights are output heads: no parameter but a bias acts after them."""
+"""Which linear weights are output heads: after them only biases act."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from .primitives import BIASES, CALLS, MAPPED_CALLS
 
 
 def output_heads(code: compat.Code, paths: Sequence[str | None]) -> frozenset[str]:
-    """Returns the leaves whose product reaches the outputs past biases alone.
+    """Returns the leaves whose product meets only biases on its way to the outputs.
 
     Args:
       code: the staged function.
@@ -33,8 +33,8 @@ def _walk(
 ) -> Mapping[compat.Var, bool]:
     """Returns for each variable that reaches a result whether a parameter acts later.
 
-    `made_of` has the variables made of parameters alone and is filled on the way;
-    `after` says it for each result of `code`, None for one that is not used.
+    `made_of` has the variables that are made of parameters only; this function fills
+    it. `after` has the answer for each result of `code`, None for an unused one.
     """
     for eqn in code.jaxpr.eqns:
         sources = [v for v in eqn.invars if not isinstance(v, compat.Literal)]

@@ -1,12 +1,12 @@
-"""Second moments of what weights are multiplied by, inside any function.
+"""Second moments of the inputs of weights, inside any function.
 
-A weight carries a probe of zeros and a selector, the identity over its fan-in, in the
-place of A and B, so all structural rules act on both. Where the weight meets an
-activation, `x . selector` is the input in the leaf's own coordinates, whatever was
-sliced, joined, reshaped or scaled on the way. The product's derivative with respect to
-the probe is declared to be the sum of its outer products. So the moments are a
-gradient: `scan` gives one for each layer, `jit`, `cond` and `checkpoint` are no special
-cases.
+A weight carries a probe of zeros in the place of A, and a selector, the identity over
+its fan-in, in the place of B. So all structural rules act on both. Where the weight
+meets an activation, `x . selector` is the input in the leaf's own coordinates, whatever
+was sliced, joined, reshaped or scaled before. The product's derivative with respect to
+the probe is declared to be the sum of the outer products of that input. So the moments
+are a gradient: `scan` gives one for each layer, and `jit`, `cond` and `checkpoint` are
+not special cases.
 """
 
 import dataclasses
@@ -51,13 +51,13 @@ class Trace:
     """What one trace has met, for errors.
 
     Attributes:
-      sites: the leaves and source line of each product.
-      reached: those that a derivative came back through.
-      missed: why, by leaf, a use of it gives no input.
-      kept: keeps the code alive, so that ids stay its own.
+      products: the leaves and the source line of each product.
+      reached: the products that a derivative came back through.
+      missed: for each leaf with a use that gives no input, the reason.
+      kept: keeps the code alive, so that no other object gets its ids.
     """
 
-    sites: dict[CallPath, tuple[tuple[str, ...], str]] = dataclasses.field(
+    products: dict[CallPath, tuple[tuple[str, ...], str]] = dataclasses.field(
         default_factory=dict
     )
     reached: set[CallPath] = dataclasses.field(default_factory=set)
@@ -67,10 +67,10 @@ class Trace:
     def problems(self) -> dict[str, str]:
         """Returns why the moments of a leaf would be wrong, by leaf."""
         lost = {
-            path: f"what it gives at {where} reaches no result through derivatives "
+            path: f"its product at {where} reaches no result through derivatives "
             "(stop_gradient, argmax, integers): return it from the function"
-            for site, (paths, where) in self.sites.items()
-            if site not in self.reached
+            for product, (paths, where) in self.products.items()
+            if product not in self.reached
             for path in paths
         }
         return {**lost, **self.missed}
@@ -89,8 +89,8 @@ def input_moments(
     Args:
       code: the staged function.
       values: its arguments.
-      weights: path and roles of the axes of those arguments to look at.
-      trace: filled with what the caller has to check.
+      weights: for the position of each argument to look at, its path and its axes.
+      trace: filled with facts that the caller has to check.
     """
     trace.kept.append(code)
 
@@ -137,16 +137,16 @@ def _context(trace: Trace) -> Context:
         if not isinstance(value, Weight):
             return value
         if value.terms and eqn is not None:
-            why = f"`{eqn.primitive.name}` at {compat.where(eqn)} is no matrix product"
+            where = f"`{eqn.primitive.name}` at {compat.where(eqn)}"
             for part in value.parts:
-                trace.missed.setdefault(part.path, why)
+                trace.missed.setdefault(part.path, f"{where} is not a matrix product")
         return value.w
 
     return Context(rules=_rules(trace, ()), materialise=materialise)
 
 
 def _rules(trace: Trace, calls: CallPath) -> dict[str, Rule]:
-    """Returns the rules for code that the equations `calls` lead to."""
+    """Returns the rules for code inside the equations `calls`."""
 
     def nested(rule: Rule) -> Rule:
         def inside(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
@@ -168,12 +168,12 @@ def _rules(trace: Trace, calls: CallPath) -> dict[str, Rule]:
 
 
 def _unseen(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
-    """Leaves the equation to `fallback`, which reports the weights in it."""
+    """Leaves the equation to the fallback, which reports the weights in it."""
     return NotImplemented
 
 
 def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
-    """Returns `rule` with the inputs of the weight it meets tied to its probes."""
+    """Returns `rule`, which ties the inputs of a weight to the probe of the weight."""
 
     def watched(
         ctx: Context, eqn: Equation, lhs: Operand, rhs: Operand
@@ -190,12 +190,12 @@ def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
             if not isinstance(weight, Weight) or not weight.terms:
                 continue
             if not any(bare[side] is seen for seen in met):
-                ctx.materialise(weight, eqn)  # an activation by now
+                ctx.materialise(weight, eqn)  # it is an activation here
                 continue
             x = array_of(bare[1 - side])
             x, x_labels, summed = _labelled(eqn, side, x, weight)
             paths = tuple(part.path for part in weight.parts)
-            site = (*calls, id(eqn), side)
+            product = (*calls, id(eqn), side)
             for term in weight.terms:
                 rows = _rows(x, x_labels, summed, term)
                 if rows is None:
@@ -205,8 +205,9 @@ def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
                         for path in paths
                     )
                     continue
-                trace.sites[site] = (paths, compat.where(eqn))
-                y = _tied(y, rows, term.a, functools.partial(trace.reached.add, site))
+                trace.products[product] = (paths, compat.where(eqn))
+                reach = functools.partial(trace.reached.add, product)
+                y = _tied(y, rows, term.a, reach)
         return [y]
 
     return watched
@@ -215,7 +216,7 @@ def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
 def _labelled(
     eqn: Equation, side: int, x: jax.Array, weight: Weight
 ) -> tuple[jax.Array, Labels, Labels]:
-    """Returns the activation, a label for each of its axes, and those summed over."""
+    """Returns the activation, the labels of its axes, and the labels summed over."""
     contracted, batch = eqn.params["dimension_numbers"]
     partner = {
         **dict(zip(contracted[1 - side], contracted[side], strict=True)),
@@ -236,8 +237,9 @@ def _rows(
 ) -> jax.Array | None:
     """Returns the inputs `[x, 1]` of a leaf as `[*batch, rows, n + 1]`.
 
-    Rows that do not meet the leaf (another one is stacked there) are zeros, the last
-    entry too. None if the product does not sum over just the leaf's fan-in.
+    A row that does not meet the leaf, since another leaf is stacked there, is zero,
+    also in the last entry. The result is None unless the product sums over exactly the
+    leaf's fan-in.
     """
     probe_labels, labels = term.a_labels, term.b_labels
     batch = [s for s in probe_labels if s not in (RANK, SECOND)]
@@ -268,14 +270,15 @@ def _tied(
 ) -> jax.Array:
     """Returns `y`; its derivative with respect to `probe` is the sum of `rows rowsᵀ`.
 
-    The derivative is the same whatever comes back, if only something does.
+    The derivative is the same for any cotangent of `y`; `reach` is called if there is
+    one.
     """
 
     def moments(rows: jax.Array) -> jax.Array:
         exact = lax.Precision.HIGHEST
         return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=exact)
 
-    few = rows.shape[-2] < rows.shape[-1]  # then the rows are the smaller to keep
+    few = rows.shape[-2] < rows.shape[-1]  # then rows take less memory than moments
 
     @jax.custom_vjp
     def tie(y: jax.Array, rows: jax.Array, probe: jax.Array) -> jax.Array:

@@ -41,10 +41,10 @@ def dot_general(
 ) -> list[jax.Array]:
     """`x . (w + s a b) = x . w + s (x . a) . b` for any dimension numbers.
 
-    The weight may be on either side; of two, one repeated along new axes (learned
-    queries, for each of a batch) is the activation. Where the contracted axes are those
-    of B (a tied weight used through its transpose) the factors change places; where
-    they are in both the first product leaves what the second one sums.
+    The weight may be on either side. Of two weights, one that is repeated along new
+    axes (learned queries for each entry of a batch) is the activation. Where the
+    contracted axes are those of B (a tied weight that is used transposed) the factors
+    change places. Where both hold contracted axes, the first product leaves those of B.
     """
     (contracted, batch) = eqn.params["dimension_numbers"]
     operands: list[Any] = [
@@ -88,7 +88,7 @@ def dot_general(
 
 
 def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
-    """Returns where `x` meets `weight`, which is operand `side`: labels and shapes."""
+    """Returns the site where `x` meets `weight`, which is the operand `side`."""
     (contracted, batch) = eqn.params["dimension_numbers"]
     met = dict(zip(contracted[1 - side], contracted[side], strict=True))
     met |= dict(zip(batch[1 - side], batch[side], strict=True))
@@ -137,9 +137,9 @@ def conv_general_dilated(
 ) -> list[jax.Array]:
     """`conv(x, w + s a b) = conv(x, w) + s (conv(x, a) . b)`.
 
-    A is a kernel of the same window with `rank` output channels, B mixes its channels
-    as a 1x1 kernel. With feature groups A is shared by the groups. `vmap` puts the
-    kernels of a stack side by side as output channels: each then has an A of its own.
+    A is a kernel of the same window with `rank` output channels, and B mixes these as a
+    1x1 kernel. Feature groups share A. `vmap` puts the kernels of a stack side by side
+    as output channels: then each kernel has its own A.
     """
     params = eqn.params
     out_dim, *in_dims = params["dimension_numbers"].rhs_spec
@@ -181,7 +181,7 @@ def conv_general_dilated(
 
 
 def _stacked_kernels(outs: Group, groups: int) -> Group:
-    """Returns the leading atoms of the output channels that also part the inputs."""
+    """Returns the leading atoms of the output channels that also divide the inputs."""
     n = 0
     while n < len(outs) - 1 and groups > 1 and groups % size(outs[: n + 1]) == 0:
         n += 1
@@ -198,7 +198,7 @@ def ragged_dot_general(
 ) -> list[jax.Array]:
     """`r(x, w + s a b) = r(x, w) + s r(r(x, a), b)` for a ragged product `r`.
 
-    Rows of `x` are multiplied by the matrix of their group: A and B are per group.
+    Each row of `x` is multiplied by the matrix of its group, which has its A and B.
     """
     if isinstance(x, Weight) or any(isinstance(v, Weight) for v in (sizes, *offset)):
         return NotImplemented
@@ -277,7 +277,7 @@ def _tuples(nested: Any) -> Any:
 def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...], groups: int):
     """Returns the factors as `[stack, rank, *ins]` and `[stack, rank, outs]`, or None.
 
-    Output channels run over the stack first; `stack` is 1 where A is one kernel.
+    Output channels run over the stack first. `stack` is 1 where A is one kernel.
     """
     flat = [atom for group in ins for atom in group]
     for a, a_labels, b, b_labels in (
@@ -352,9 +352,9 @@ def _conv_product(
 
 
 def _indexes_batch(weight: Weight, batch: Sequence[int]) -> bool:
-    """Returns whether looked-up matrices are multiplied, one for each batch entry.
+    """Returns whether each entry of the batch is multiplied by a looked-up matrix.
 
-    Otherwise rows were looked up, as in an embedding, and are activations.
+    Otherwise rows were looked up, as in an embedding, and they are activations.
     """
     in_batch = {atom for i in batch for atom in weight.dims[i]}
     rest = [g for i, g in enumerate(weight.dims) if i not in batch and g]

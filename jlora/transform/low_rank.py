@@ -29,7 +29,7 @@ from .values import (
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """What is static about the product of an activation and a weight.
+    """The static settings of the product of an activation and a weight.
 
     Attributes:
       x_groups: the atoms of each axis of the activation.
@@ -76,7 +76,7 @@ def low_rank_product(x: jax.Array, term: Term, site: Site) -> jax.Array:
 def oriented(term: Term, site: Site) -> Term:
     """Returns `term` with the factor to multiply by first as `a`.
 
-    It is the one that sums over more: not A where a tied weight is transposed.
+    It is the factor that sums over more. That is B where a tied weight is transposed.
     """
 
     def summed(labels: Labels) -> int:
@@ -94,7 +94,7 @@ def gain_fits(term: Term, weight: Weight) -> bool:
 
 
 def gained(term: Term, weight: Weight) -> Term:
-    """Returns `term` times the gain of `weight`, which fits it."""
+    """Returns `term` times the gain of `weight`; `gain_fits` has to hold."""
     return dataclasses.replace(term, b=rescaled(term.b, weight, term.b_labels))
 
 
@@ -145,9 +145,9 @@ def second_product(t: jax.Array, t_labels: Labels, term: Term, site: Site) -> ja
 
 
 def join_groups(weight: Weight) -> Weight:
-    """Returns `weight` with each group that lies in the same factors made one atom.
+    """Returns `weight` with a group made one atom where all its atoms share factors.
 
-    It is the factors that are reshaped, so activations keep their axes.
+    Only factors are reshaped, so activations keep their axes.
     """
 
     def holders(atom: Atom) -> tuple[bool, ...]:

@@ -1,10 +1,10 @@
-"""Names of primitives that choose what the transform does, besides the table of rules.
+"""Sets of names of primitives; with the table of rules they choose what is done.
 
-Each name exists in a supported JAX; a test looks them up.
+A test checks that each name exists in a supported JAX.
 """
 
-# Where one of these meets a parameter and data, the parameter is a bias, a norm's
-# scale, a position table or the like, not the weight of a linear operation.
+# A parameter that meets data in one of these is a bias, a norm's scale, a position
+# table or similar. It is not the weight of a linear operation.
 POINTWISE = (
     frozenset(["add", "add_any", "atan2", "div", "max", "min", "mul", "nextafter"])
     | frozenset(["pow", "rem", "sub", "and", "or", "xor", "clamp", "select_n"])
@@ -12,7 +12,8 @@ POINTWISE = (
     | frozenset(["concatenate", "pad", "dynamic_update_slice"])
 )
 
-# These make one weight of several; with data among them it is a bias or a token.
+# These make one weight of several. A parameter that meets data in one is a bias, a
+# position table or a token.
 JOINS = frozenset(["add", "add_any", "concatenate", "stack", "sub"])
 
 # These scale a weight by their other operand.
@@ -21,15 +22,15 @@ SCALES = frozenset(["div", "mul"])
 # A bias is added to the result of an output head by one of these.
 BIASES = frozenset(["add", "add_any", "sub"])
 
-# What stands between a parameter and its product, as a rule.
+# What mostly stands between a parameter and its product.
 PREPARES = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "reshape"])
 PREPARES |= {"squeeze", "transpose"}
 
 # These run inner code once, on their own operands in their own order.
 CALLS = frozenset(["closed_call", "jit", "remat2"])
 
-# As CALLS, but for other shapes or devices than outside.
+# As CALLS, but the inner code sees other shapes than the operands have.
 MAPPED_CALLS = frozenset(["custom_vmap_call", "shard_map"])
 
-# What the plan calls the operation of a use; "linear" for all others.
+# The plan's word for the operation of a use; for all other primitives it is "linear".
 OPERATIONS = {"gather": "embedding", "conv_general_dilated": "conv"}

@@ -27,7 +27,7 @@ def rewrite(
       values: its arguments; adapted ones are `Weight`s.
       key: PRNG key of dropout, or None.
       form: how to compute a product, see `cost`.
-      merged: told `(path, why)` of each weight merged on the fly.
+      merged: called with `(path, why)` for each weight merged on the fly.
     """
 
     def materialise(value: Any, eqn: Equation | None) -> jax.Array:

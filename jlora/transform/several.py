@@ -1,4 +1,4 @@
-"""Steps that make one weight of several leaves: concatenation, stacking, sums."""
+"""Steps that make one weight of several leaves: concatenations, stacks and sums."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .values import (
 
 
 def concatenate(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
-    """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term keeps its place, zeros elsewhere."""
+    """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term is padded with zeros."""
     return _side_by_side(eqn, values, eqn.params["dimension"])
 
 
@@ -88,8 +88,9 @@ def _joint_gain(
 ) -> Any:
     """Returns the gains side by side along `atom`, and their labels.
 
-    One is where there is none; None if there is none at all. Gains that differ in their
-    other axes, or lack the axis that is joined, give NotImplemented.
+    A weight without a gain counts as a gain of one. The result is None if no weight has
+    one. Gains that differ in their other axes, or lack the joined axis, give
+    NotImplemented.
     """
     held = [weight for weight in weights if weight and weight.gain is not None]
     if not held:
@@ -113,7 +114,7 @@ def _joint_gain(
 
 
 def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term:
-    """Returns `term` with the axis `own` grown to `atom`, zeros around its entries."""
+    """Returns `term` with the axis `own` padded with zeros to the size of `atom`."""
     if not own:
         term = dataclasses.replace(
             term,
@@ -166,8 +167,9 @@ def _align(
 ) -> tuple[Weight, list[Weight | None]] | None:
     """Returns the first weight, and the weights with their atoms named as in it.
 
-    None stands for a plain array. Axis `but` may differ in size. Without matrices of
-    one layout, or with looked-up rows among them, the result is None.
+    None stands for a value that is not a weight. Axis `but` may differ in size. The
+    result is None where the weights are not matrices of one layout, or hold looked-up
+    rows.
     """
     weights = [v for v in values if isinstance(v, Weight)]
     first = weights[0]

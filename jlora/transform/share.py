@@ -1,8 +1,8 @@
 """An activation that meets several weights meets their A factors once.
 
-Queries, keys and values, or gate and up, read the same activation: `x . [A | A | A]` is
+Queries, keys and values, or gate and up, read the same activation. `x . [A | A | A]` is
 one product that reads it once, and so is its derivative. Factors side by side are a
-copy of them, so it is left out where the activation is smaller: a single token.
+copy, so they stay separate where the activation is smaller, as with a single token.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Uses = Mapping[Site, Sequence[tuple[int, int]]]
 
 
 def weights_first(eqns: Sequence[Equation], weights: Iterable[Var]) -> list[Equation]:
-    """Returns `eqns` with what only prepares `weights` (casts) at the front."""
+    """Returns `eqns` with those first that only prepare `weights`, such as casts."""
     ready: set[Var] = set(weights)
     early, late = [], []
     for eqn in eqns:
@@ -41,7 +41,7 @@ def weights_first(eqns: Sequence[Equation], weights: Iterable[Var]) -> list[Equa
 
 
 def sites(eqns: Sequence[Equation]) -> Uses:
-    """Returns for each activation in several products those: `(equation, its side)`."""
+    """Returns the products, `(equation, side)`, of activations that have several."""
     found: dict[Site, list[tuple[int, int]]] = {}
     for i, eqn in enumerate(eqns):
         if eqn.primitive.name == "dot_general":
@@ -62,7 +62,8 @@ def products(
 ) -> dict[int, Weight]:
     """Returns the weights that meet the activation of equation `i`, there and later.
 
-    Their terms hold `x . a`, slices of one product. Empty where nothing is to share.
+    Their terms hold `x . a`, a slice of one product. The result is empty where there is
+    nothing to share.
     """
     eqn = eqns[i]
     if eqn.primitive.name != "dot_general":
@@ -108,12 +109,12 @@ def products(
 def _pays(x: jax.Array, summed: Sequence[int], factors: Sequence[jax.Array]) -> bool:
     """Returns whether the reads of `x` that are saved outweigh a copy of the factors.
 
-    Rows of `x` and columns of the factors have one length. Rows that `vmap` adds come
-    with factors of their own, so they change nothing.
+    Rows of `x` and columns of the factors have the same length. Rows that `vmap` adds
+    come with factors of their own, so they change nothing.
     """
     rows = [n for i, n in enumerate(x.shape) if i not in summed]
     if not all(isinstance(n, int) for n in rows):
-        return True  # exported for any number of them
+        return True  # a program exported for any number of rows
     columns = sum(a.shape[-1] for a in factors)
     return (len(factors) - 1) * math.prod(rows) >= columns
 
@@ -127,7 +128,7 @@ def _prepared(
 ) -> tuple[Weight, Term, jax.Array] | None:
     """Returns the weight, its term, and the factor to meet first as `[*summed, rank]`.
 
-    None unless that factor has just the axes that are summed over.
+    The result is None unless that factor has exactly the axes that are summed over.
     """
     contracted, batch = eqn.params["dimension_numbers"]
     if len(weight.terms) != 1 or weight.looked_up or batch[0]:

@@ -1,4 +1,4 @@
-"""From `fn(params, *args, **kwargs)` to a jaxpr, whatever goes in and comes out."""
+"""From `fn(params, *args, **kwargs)` to a jaxpr, for any inputs and results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ class Staged(NamedTuple):
 
     Attributes:
       code: the jaxpr; its arguments are the array leaves of the inputs.
-      inputs: those leaves, the ones of `params` first.
-      param_slots: for each leaf of `params` its place among `inputs`, or None.
+      inputs: those leaves; the leaves of `params` come first.
+      param_slots: for each leaf of `params` its position in `inputs`, or None.
       rebuild: `arrays -> fn's result`, given the jaxpr's results.
     """
 
@@ -40,7 +40,7 @@ def stage(
 ) -> Staged:
     """Stages `fn(params, *args, **kwargs)` without running it.
 
-    Leaves that are no arrays (flags, strings, functions) stay what they are, in the
+    Leaves that are not arrays (flags, strings, functions) stay as they are, both in the
     inputs and in the result.
     """
     leaves, treedef = jax.tree.flatten((params, args, kwargs))

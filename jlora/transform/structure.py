@@ -1,7 +1,7 @@
 """Linear steps between a parameter and its use: they move, split or scale its axes.
 
-Each rule does the step to `w` as it was written and to the factor that holds the axes
-concerned, which is small. What a factor cannot express returns NotImplemented.
+Each rule does the step to `w` as it was written, and to the factor that holds the axes
+concerned, which is small. A step that no factor can express returns NotImplemented.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 
 
 def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """No derivative reaches the factors either."""
+    """Derivatives stop before the factors too."""
     (w,) = bind(eqn, weight.w)
     return [weight.map(lambda x, labels: (lax.stop_gradient(x), labels), w=w)]
 
@@ -48,7 +48,7 @@ def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 def optimization_barrier(
     ctx: Context, eqn: Equation, *values: Operand
 ) -> list[Operand]:
-    """The barrier holds for `w`; the factors pass."""
+    """The barrier applies to `w`, and not to the factors."""
     out = bind(eqn, *map(array_of, values))
     return [
         v.replace(w=w) if isinstance(v, Weight) else w
@@ -57,14 +57,14 @@ def optimization_barrier(
 
 
 def transpose(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """The groups change places; the factors stay."""
+    """The groups change places; the factors stay as they are."""
     (w,) = bind(eqn, weight.w)
     dims = tuple(weight.dims[i] for i in eqn.params["permutation"])
     return [weight.replace(w=w, dims=dims)]
 
 
 def reshape(ctx: Context, eqn: Equation, weight: Weight, *_: Operand) -> list[Weight]:
-    """Axes are split or joined where the new sizes cut between atoms or divide one."""
+    """Axes are split or joined where the new sizes end between atoms, or divide one."""
     order = eqn.params["dimensions"]  # the axes are first put in this order
     (w,) = bind(eqn, weight.w)
     if order is not None:
@@ -137,7 +137,7 @@ def _squeeze_atoms(weight: Weight, atoms: Sequence[Atom]) -> Weight:
 
 
 def squeeze(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Axes of size one go, from the factors too."""
+    """Axes of size one are removed, also from the factors."""
     (w,) = bind(eqn, weight.w)
     gone = eqn.params["dimensions"]
     weight = _squeeze_atoms(weight, [a for i in gone for a in weight.dims[i]])
@@ -148,7 +148,7 @@ def squeeze(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 def broadcast_in_dim(
     ctx: Context, eqn: Equation, weight: Weight, *_: Operand
 ) -> list[Weight]:
-    """New axes are in neither factor."""
+    """Neither factor has the new axes."""
     shape = eqn.params["shape"]
     source = {j: i for i, j in enumerate(eqn.params["broadcast_dimensions"])}
     (w,) = bind(eqn, weight.w)
@@ -194,7 +194,7 @@ def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 
 
 def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Slices side by side along one axis, which `unstack` takes away: its are of 1."""
+    """Slices side by side along one axis; those of `unstack` lose the axis."""
     axis, start, pieces = eqn.params["axis"], 0, []
     for w in bind(eqn, weight.w):
         loses_axis = w.ndim < weight.w.ndim
@@ -222,7 +222,7 @@ def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 def dynamic_slice(
     ctx: Context, eqn: Equation, weight: Weight, *starts: Any
 ) -> list[Weight]:
-    """A slice at computed positions; one entry of an axis takes the axis away."""
+    """A slice at computed positions; an axis of which one entry is left is removed."""
     if any(isinstance(s, Weight) for s in starts):
         return NotImplemented
     sizes = eqn.params["slice_sizes"]
@@ -243,7 +243,7 @@ def dynamic_slice(
 def _cut(
     weight: Weight, w: jax.Array, cut: Callable[[jax.Array, int, int], jax.Array]
 ) -> list[Weight]:
-    """Returns `weight` with the axes on which `w` is shorter cut in its factors too."""
+    """Returns `weight` with `w`, its factors cut along the axes on which `w` is cut."""
     changed = {}
     for i, group in enumerate(weight.dims):
         if w.shape[i] != weight.w.shape[i]:
@@ -266,11 +266,11 @@ def _cut(
 def gather(
     ctx: Context, eqn: Equation, weight: Weight, indices: Operand
 ) -> list[Weight]:
-    """`w[ids]`: whole rows along indexed axes, picked in the factors that have them.
+    """`w[ids]`: whole entries of indexed axes, picked in the factors that have them.
 
     The result is still a weight, with the axes of `indices` in place of the indexed
-    ones: experts picked by row stay factored in the product that follows, and an
-    embedding becomes an activation at its first use.
+    ones. So experts that are picked for each token stay factored in the product that
+    follows, and an embedding becomes an activation at its first use.
     """
     if isinstance(indices, Weight):
         return NotImplemented
@@ -313,10 +313,10 @@ def gather(
 def _picked_axes(
     eqn: Equation, shape: Sequence[int]
 ) -> tuple[dict[int, int], dict[int, int]]:
-    """Returns which axes of the operand a `gather` indexes, and which go along.
+    """Returns the axes of the operand that a `gather` indexes, and its batching axes.
 
-    The first gives the column of the indices for an axis, the second the axis of the
-    indices that a batching axis is paired with.
+    The first maps an axis to its column of the indices. The second maps a batching axis
+    to the axis of the indices that it is paired with.
     """
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     clamps = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
@@ -341,15 +341,15 @@ def _pick(
 ) -> tuple[jax.Array, Labels]:
     """Returns the entries of a factor at `indices`, whose axes `atoms` come first.
 
-    `columns` and `along` are those of `_picked_axes`, by label. A factor without an
-    indexed axis stays as it is.
+    `columns` and `along` are the results of `_picked_axes`, by label. A factor without
+    an indexed axis stays as it is.
     """
     held = {labels.index(atom): k for atom, k in columns.items() if atom in labels}
     if not held:
         return x, labels
     pairs = {labels.index(atom): j for atom, j in along.items() if atom in labels}
     rest = [i for i in range(x.ndim) if i not in {*held, *pairs}]
-    # A promise about whole index vectors says nothing of some of their entries.
+    # A promise about whole index vectors does not hold for some of their entries.
     promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
     picked = lax.gather(
         x,
@@ -373,9 +373,9 @@ def _pick(
 def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:
     """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
 
-    An index stands for a one-hot vector, the entry of which is dropped or kept: whole
-    rows of A, whose first `n` axes count the positions. Where both factors were picked
-    (experts), or B, the input comes later.
+    An index stands for a one-hot vector. Its one entry is dropped or kept, and with it
+    a whole row of A, whose first `n` axes count the positions. Where B was picked, or
+    both factors were (experts), the input comes later.
     """
     if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
         return after
@@ -451,8 +451,8 @@ def _scale(
 def _leaves_a_matrix(weight: Weight, varied: Sequence[int]) -> bool:
     """Returns whether a vector along axes `varied` scales rows or columns of a matrix.
 
-    A vector that meets a one-axis leaf (the scale of a norm), or looked-up rows, is an
-    activation meeting a parameter, not a weight being scaled.
+    A vector that meets a leaf of one axis (the scale of a norm), or looked-up rows, is
+    an activation: it does not scale a weight.
     """
     own = [i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)]
     single = all(len(weight.dims[i]) == 1 for i in varied)

@@ -1,10 +1,10 @@
-"""`thin_dot`: a product with a factor whose derivative turns no wide array.
+"""`thin_dot`: a product with a factor whose derivative transposes no wide array.
 
 In `y = x . b` one of `x` and `y` has the rank axis and is small. JAX's own derivative
-with respect to `b` ends as `x^T dy` with the wide one of the two turned, by JAX or by
-XLA: a copy as large as a layer's activations, or a slow kernel. Here the small one is
-turned: `db = x^T dy` or `db = (dy^T x)^T`. All other derivatives are the usual ones, so
-forward mode and higher orders work.
+with respect to `b` is `x^T dy`, and JAX or XLA transposes the wide one of the two. That
+is a copy as large as a layer's activations, or a slow kernel. Here the small one is
+transposed: `db = x^T dy` or `db = (dy^T x)^T`. All other derivatives are the usual
+ones, so forward mode and higher orders work.
 """
 
 import math
@@ -34,8 +34,8 @@ def thin_dot(
 ) -> jax.Array:
     """Returns the product of `x` and `b`, in the dtype of `x`, summed in `dtype`.
 
-    The derivative with respect to `b` is summed, and not rounded on the way, in the
-    dtype of `b`.
+    The derivative with respect to `b` is summed in the dtype of `b`, and not rounded
+    before.
 
     Args:
       x: an activation, or its product with the other factor.
@@ -91,7 +91,7 @@ def _layout(x, b, numbers, x_first):
 
 def _transpose_x(dy, x, b, *, numbers, dtype, precision, x_first):
     (cx, cb), (bx, bb) = numbers
-    x = x.aval  # what the transpose is with respect to has no value
+    x = x.aval  # the operand to transpose with respect to has no value
     batch, _, free_b = _layout(x, b, numbers, x_first)
     dx = lax.dot_general(
         dy.astype(x.dtype),
@@ -125,11 +125,11 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
 
 
 def _unfolded(db, n_batch, n_free):
-    """Returns `db` behind a barrier: else XLA folds its turning back into the product.
+    """Returns `db` behind a barrier: else XLA folds its transpose into the product.
 
-    With a batch axis the barrier is around a matrix of `[batch * free, ...]`: around
-    `db` itself it would let XLA choose a layout that its CPU compiler, in JAX 0.10,
-    aborts on. With more batch axes that would move a sharded one, so none is put.
+    With one batch axis the barrier is around a matrix of `[batch * free, ...]`. Around
+    `db` itself XLA could choose a layout that its CPU compiler, in JAX 0.10, aborts on.
+    With more batch axes that would move a sharded axis, so there is no barrier.
     """
     if n_batch == 0:
         return lax.optimization_barrier(db)

@@ -1,10 +1,10 @@
 """A weight on its way through the interpreter: the array, its factors, labelled axes.
 
-An adapted weight stands for `gain * (w + sum of scale * einsum(a, b))`, as a rule
-without a gain. Every axis of a factor is one `Atom`; every axis of `w` is a group of
-atoms (one, as a rule; several after a reshape joined axes; none for an axis of size
-one). Operations on the weight permute, split, join or slice the groups, and act on the
-factor that holds the atoms concerned.
+An adapted weight stands for `gain * (w + sum of scale * einsum(a, b))`; most have no
+gain. Every axis of a factor is one `Atom`. Every axis of `w` is a group of atoms:
+mostly one, several after a reshape joined axes, none for an axis of size one.
+Operations on the weight permute, split, join or slice the groups, and act on the factor
+that holds the atoms concerned.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from .thin import Dims, thin_dot
 
 
 class Atom(NamedTuple):
-    """An axis that is never split further.
+    """An axis, or a part of one after a split.
 
     Attributes:
       name: `(i,)` for axis `i` of the leaf, `(i, 0)` and `(i, 1)` for its parts after a
@@ -37,7 +37,7 @@ class Atom(NamedTuple):
 
     @property
     def root(self) -> int:
-        """The axis of the leaf that this atom comes from; negative if from none."""
+        """The axis of the leaf that this atom comes from; negative if there is none."""
         return self.name[0]
 
 
@@ -54,8 +54,8 @@ Step = Callable[[Any, Labels], tuple[Any, Labels]]  # on an array and its labels
 class Term:
     """One low-rank summand: `scale * sum over RANK of a * b`, axes named by labels.
 
-    `product` is the activation's product with `a`, axes `[free, rank]`, where several
-    weights that it meets share one; None otherwise.
+    `product` is the activation's product with `a`, with axes `[free, rank]`. It is
+    there only where several weights that the activation meets share one product.
     """
 
     a: Leaf
@@ -67,13 +67,13 @@ class Term:
     product: Leaf = None
 
     def swapped(self) -> "Term":
-        """Returns the same summand with the factors in each other's place."""
+        """Returns the same summand with A and B exchanged."""
         return dataclasses.replace(
             self, a=self.b, b=self.a, a_labels=self.b_labels, b_labels=self.a_labels
         )
 
     def map(self, fun: Step) -> "Term":
-        """Returns the term with `fun(array, labels)` done to both factors."""
+        """Returns the term with `fun(array, labels)` applied to both factors."""
         a, a_labels = fun(self.a, self.a_labels)
         b, b_labels = fun(self.b, self.b_labels)
         return dataclasses.replace(self, a=a, b=b, a_labels=a_labels, b_labels=b_labels)
@@ -101,8 +101,8 @@ class Weight:
       terms: what is added to it; empty while planning.
       dims: the group of atoms of each axis of `w`.
       parts: the leaves it comes from; more than one after a concatenation or a sum.
-      looked_up: rows were picked by computed indices, as in an embedding.
-      gain: multiplies the sum along the axes that it has; None for 1.
+      looked_up: whether computed indices picked entries, as in an embedding.
+      gain: multiplies the sum along the axes that it has; None stands for 1.
       gain_labels: labels of its axes.
     """
 
@@ -119,9 +119,9 @@ class Weight:
         return dataclasses.replace(self, **changes)
 
     def map(self, fun: Step, **changes: Any) -> "Weight":
-        """Returns a copy with `fun(array, labels)` done to every factor and the gain.
+        """Returns a copy with `fun(array, labels)` applied to each factor and the gain.
 
-        `changes` are those of other fields.
+        `changes` are the changes of other fields.
         """
         if self.gain is not None:
             gain, gain_labels = fun(self.gain, self.gain_labels)
@@ -131,27 +131,27 @@ class Weight:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether this is looked-up rows, an embedding's result, and no matrix."""
+        """Whether this is the result of an embedding: looked-up rows, not a matrix."""
         return self.looked_up and (
             bool(self.index_atoms) or sum(map(bool, self.dims)) <= 1
         )
 
     @property
     def index_atoms(self) -> frozenset[Atom]:
-        """Atoms that count looked-up positions rather than entries of the leaf."""
+        """Atoms that count looked-up positions, and not entries of the leaf."""
         return frozenset(a for g in self.dims for a in g if a.root == INDEX)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """While planning: an array computed from leaves `paths` and no input data."""
+    """While planning: an array computed from the leaves `paths` and no input data."""
 
     w: Leaf
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
-# What an array is on its way through the interpreter.
+# What an equation can be given while its code is interpreted.
 Operand = jax.Array | Weight
 Value = Operand | Derived
 
@@ -192,7 +192,7 @@ def regroup(x: jax.Array, labels: Labels, groups: Sequence[Group]) -> jax.Array:
 
 
 def dense(weight: Weight) -> jax.Array:
-    """Returns `gain * (w + sum of terms)`: computed in float32, rounded once."""
+    """Returns `gain * (w + sum of terms)`, computed in float32 and rounded once."""
     if not weight.terms:
         return weight.w
     w = weight.w
@@ -257,11 +257,9 @@ def contract(
 ) -> tuple[jax.Array, Labels]:
     """Returns the einsum of two arrays by label, and the labels of its axes.
 
-    `dot(x, y, dimension_numbers)` is the product.
-
-    A label of both is summed over unless it is in `keep`, then it is a batch axis; a
-    label of one alone is summed over unless it is in `keep`. Axes come out in the order
-    batch, rest of `x`, rest of `y`.
+    `dot(x, y, dimension_numbers)` is the product. Labels that are not in `keep` are
+    summed over. A label in `keep` that both arrays have is a batch axis. The axes of
+    the result are the batch axes, then the others of `x`, then the others of `y`.
     """
     x, x_labels = sum_out(x, x_labels, keep, y_labels)
     y, y_labels = sum_out(y, y_labels, keep, x_labels)

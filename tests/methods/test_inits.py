@@ -494,7 +494,7 @@ def test_moments_of_parts_stacked_by_the_function():
     [
         (lambda w, x: jax.lax.stop_gradient(x @ w), "reaches no result"),
         (lambda w, x: jnp.argmax(x @ w, -1), "reaches no result"),
-        (lambda w, x: (x @ w, (x + 1) @ jnp.tanh(w)), "is no matrix product"),
+        (lambda w, x: (x @ w, (x + 1) @ jnp.tanh(w)), "is not a matrix product"),
         (lambda w, x: (x @ w) @ w.T, "sums over other axes"),
         (
             lambda w, x: jax.lax.while_loop(

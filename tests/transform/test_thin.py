@@ -41,7 +41,7 @@ def products(draw):
 
 
 def plain_dot(t, b, numbers, *, x_first=True, dtype="float32", precision=None):
-    """What `thin_dot` stands for, written with `dot_general` alone."""
+    """What `thin_dot` stands for, written with only `dot_general`."""
     (ct, cb), (bt, bb) = numbers
     if not x_first:
         t, b, ct, cb, bt, bb = b, t, cb, ct, bb, bt
@@ -161,7 +161,7 @@ def test_low_precision_sums_in_float32():
 
 
 def test_the_wide_array_is_never_transposed():
-    """In the backward pass only arrays with the rank axis are turned."""
+    """In the backward pass only arrays with the rank axis are transposed."""
     rank, rows, wide = 2, 7, 5
     t, b = jnp.ones((3, rows, rank)), jnp.ones((rank, wide))
     numbers = (((2,), (0,)), ((), ()))
@@ -171,16 +171,16 @@ def test_the_wide_array_is_never_transposed():
 
     jaxpr = jax.make_jaxpr(backward)(t, b, jnp.ones((3, rows, wide)))
     text = str(jaxpr)
-    turned = [e for e in jaxpr.eqns if e.primitive.name == "transpose"]
+    transposed = [e for e in jaxpr.eqns if e.primitive.name == "transpose"]
     assert "dot_general" in text
-    for eqn in turned:
+    for eqn in transposed:
         shape = eqn.invars[0].aval.shape
         assert rank in shape or math.prod(shape) == 1, text
 
 
 @pytest.mark.parametrize("vmapped", [False, True])
 def test_the_compiler_does_not_turn_the_wide_array_either(vmapped):
-    """Nor does XLA fold the turning of the gradient back into its product."""
+    """XLA does not fold the transpose of the gradient back into its product."""
 
     def gradient(x, b):
         numbers = (((1,), (0,)), ((), ()))
@@ -196,7 +196,7 @@ def test_the_compiler_does_not_turn_the_wide_array_either(vmapped):
     assert not any(shape.endswith("48,2") for shape in products), products
 
 
-def test_lowers_to_dot_general_alone():
+def test_lowers_to_only_dot_general():
     numbers = (((1,), (0,)), ((), ()))
     lowered = jax.jit(lambda t, b: thin(t, b, numbers)).lower(
         jnp.ones((3, 2)), jnp.ones((2, 5))

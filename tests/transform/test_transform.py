@@ -16,14 +16,14 @@ from tests.helpers import close
 from tests.transform.cases import ADAPTABLE, CASES, FACTORED, MERGED, build
 
 # A sum of a rescaled weight and something else is not one rescaled weight.
-MERGED_ALONE = [("dora", "sum of two")]
+ONLY_MERGED = [("dora", "sum of two")]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
 def test_adapted_equals_merged_in_value_and_gradient(case, method):
     fn, _, x, _, frozen, trainable = build(case, method=method)
-    factored = case.route == FACTORED and (method, case.name) not in MERGED_ALONE
+    factored = case.route == FACTORED and (method, case.name) not in ONLY_MERGED
     lora_fn = jlora.apply_lora(fn, on_merge="error" if factored else "allow")
 
     def value_and_gradient(function):
@@ -72,7 +72,7 @@ def test_plan_names_route_operation_and_axes(case):
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.route == "elementwise"], ids=str
 )
-def test_plan_refuses_what_is_no_weight(case):
+def test_plan_refuses_what_is_not_a_weight(case):
     with pytest.raises(jlora.TargetError, match="no weight of a linear operation"):
         build(case)
 

@@ -327,10 +327,10 @@ def test_promises_about_index_pairs_are_not_made_for_single_indices():
     heads=st.sampled_from([(2, 2, 3, 4), (4, 3, 4), (4, 12), (2, 2, 12), (4, 6, 2)]),
     data=st.data(),
 )
-def test_axes_that_are_only_turned_split_or_joined_stay_factored(order, heads, data):
+def test_axes_that_are_only_permuted_split_or_joined_stay_factored(order, heads, data):
     """Reshapes that cut between axes, or divide one, need no merging."""
     shape = (4, 3, 4)
-    turned = [shape[i] for i in order]
+    transposed = [shape[i] for i in order]
 
     def fn(p, x):
         w = p["w"].transpose(order).transpose(np.argsort(order))
@@ -338,7 +338,7 @@ def test_axes_that_are_only_turned_split_or_joined_stay_factored(order, heads, d
         n_in = next(i for i in range(len(heads) + 1) if math.prod(heads[:i]) == 4)
         return jnp.tensordot(x, w.reshape(4, *heads[n_in:]), axes=[[1], [0]])
 
-    assert math.prod(turned) == 48
+    assert math.prod(transposed) == 48
     plan = check(fn, shape, (3, 4), on_merge="error", rank=2)
     (row,) = plan.rows()
     assert row.route == "factored"
