@@ -79,8 +79,8 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
     if rescaled:
         raise TreeError(
-            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the merged "
-            "weights do not tell what they were. Keep frozen from jlora.split instead."
+            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the "
+            "merged weights do not tell what they were. Keep frozen from jlora.split."
         )
     return _shift(frozen, trainable, sign=-1)
 

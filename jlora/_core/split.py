@@ -31,13 +31,13 @@ def split(
 ) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with `MISSING` where `plan` trains leaves in full, and without what
-    `init="pissa"` and the like put into A and B: that is `w - scale * a @ b`, rounded
-    once. Works under `jax.jit` and `jax.eval_shape`. With B (or A) zero, every
-    operation of the adapted function gives the bits of the original one; one `jax.jit`
-    may fuse, and so round, the two differently. Leaves trained in full are those of
-    `params` themselves: copy `trainable` before donating it, if `params` is needed
-    later.
+    `frozen` is `params` with `MISSING` where `plan` trains leaves in full. What
+    `init="pissa"` and the like put into A and B is taken out of it: the weight is then
+    `w - scale * a @ b`, rounded once. Works under `jax.jit` and `jax.eval_shape`. With
+    B (or A) zero, every operation of the adapted function gives the bits of the
+    original one; one `jax.jit` may fuse, and so round, the two differently. Leaves
+    trained in full are those of `params` themselves: copy `trainable` before donating
+    it, if `params` is needed later.
 
     Args:
       key: PRNG key, consumed. A leaf's factors depend only on the key and its path.
@@ -53,8 +53,8 @@ def split(
       rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
-      ConfigError: if `key` is not a PRNG key or `plan` not a `Plan`; if an init lacks its
-        statistics or `quantize`, or a function given as init returns other shapes;
+      ConfigError: if `key` is not a PRNG key or `plan` not a `Plan`; if an init lacks
+        its statistics or `quantize`, or a function given as init returns other shapes;
         lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted
         weight holds NaN or infinity (not looked for under a transformation).

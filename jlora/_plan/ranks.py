@@ -56,8 +56,8 @@ def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) 
     lacking = [row.path for row in rows if row.path not in statistics.inputs]
     if lacking:
         raise ConfigError(
-            f"No input moments of {listed(map(repr, lacking), separator=', ')}: take statistics "
-            "from jlora.activation_statistics with this plan."
+            f"No input moments of {listed(map(repr, lacking), separator=', ')}: take "
+            "statistics from jlora.activation_statistics with this plan."
         )
     ranks = _ranks(rows, statistics, rho)
     return Plan(plan.config, tuple(_with_rank(row, ranks) for row in plan.rows()))
