@@ -84,10 +84,10 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
         if path not in lora and path not in plan.full and _differ(leaf, base[path])
     ]
     if left:
+        names = listed(left, separator=", ")
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {listed(left, separator=', ')}. Add them to train= "
-            "or targets=.",
+            f"lacks their change: {names}. Add them to train= or targets=.",
             stacklevel=2,
         )
     return Trainable(lora, {path: tuned[path] for path in plan.full})

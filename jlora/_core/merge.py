@@ -80,8 +80,7 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     if rescaled:
         raise TreeError(
             f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the "
-            "merged weights do not tell what they were. Keep frozen from jlora.split "
-            "instead."
+            "merged weights do not tell what they were. Keep frozen from jlora.split."
         )
     return _shift(frozen, trainable, sign=-1)
 

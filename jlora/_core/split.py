@@ -31,13 +31,13 @@ def split(
 ) -> tuple[Any, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with `MISSING` where `plan` trains leaves in full, and without
-    what `init="pissa"` and the like put into A and B: that is `w - scale * a @ b`,
-    rounded once. Works under `jax.jit` and `jax.eval_shape`. With B (or A) zero, every
-    operation of the adapted function gives the bits of the original one; one `jax.jit`
-    may fuse, and so round, the two differently. Leaves trained in full are those of
-    `params` themselves: copy `trainable` before donating it, if `params` is needed
-    later.
+    `frozen` is `params` with `MISSING` where `plan` trains leaves in full. What
+    `init="pissa"` and the like put into A and B is taken out of it: the weight is then
+    `w - scale * a @ b`, rounded once. Works under `jax.jit` and `jax.eval_shape`. With
+    B (or A) zero, every operation of the adapted function gives the bits of the
+    original one; one `jax.jit` may fuse, and so round, the two differently. Leaves
+    trained in full are those of `params` themselves: copy `trainable` before donating
+    it, if `params` is needed later.
 
     Args:
       key: PRNG key, consumed. A leaf's factors depend only on the key and its path.

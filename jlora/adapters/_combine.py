@@ -1,44 +1,29 @@
 """Weighted sums of adapters, exact in the update, and what follows from them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from .._core.algebra import (
     cut,
     decompose,
-    delta,
-    is_one,
     join,
-    largest_rank,
     recompose,
-    scaled,
 )
-from .._numerics import at_least_float32
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
 from ..transform.compat import is_staging
+from ._fold import combine, weighted_sum
 from ._several import (
     DORA,
-    FULL,
     as_lora,
-    base_weight,
     check_base,
-    check_fit,
-    check_one_base,
     leaves_of,
     rescales,
     sequence,
-    union,
     weights_for,
 )
-
-# From the factors of one weight and their weights to the factors of the result.
-Fold = Callable[[str, Sequence[Factors], Sequence[Any]], Factors]
-# The same for the differences of a leaf trained in full.
-FoldFull = Callable[[str, Sequence[jax.Array], Sequence[Any]], jax.Array]
 
 
 def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable:
@@ -66,7 +51,9 @@ def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable
       >>> scale(x, 0.5).lora["w"].b[0, 0]
       Array(0.5, dtype=float32)
     """
-    return combine("scale", sequence("scale", [trainable]), [weight], params, _sum)
+    return combine(
+        "scale", sequence("scale", [trainable]), [weight], params, weighted_sum
+    )
 
 
 def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
@@ -91,7 +78,9 @@ def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
       Ilharco et al., 2023, Editing Models with Task Arithmetic, section 3,
       https://arxiv.org/abs/2212.04089
     """
-    return combine("negate", sequence("negate", [trainable]), [-1], params, _sum)
+    return combine(
+        "negate", sequence("negate", [trainable]), [-1], params, weighted_sum
+    )
 
 
 def add(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
@@ -114,7 +103,7 @@ def add(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
       (2, 1.0, 0.0)
     """
     found = sequence("add", trainables)
-    return combine("add", found, [1] * len(found), params, _sum)
+    return combine("add", found, [1] * len(found), params, weighted_sum)
 
 
 def linear(
@@ -162,7 +151,7 @@ def linear(
     """
     found = sequence("linear", trainables)
     weights = weights_for("linear", found, weights)
-    out = combine("linear", found, weights, params, _sum)
+    out = combine("linear", found, weights, params, weighted_sum)
     return out if rank is None else truncate(out, rank, params=params)
 
 
@@ -195,7 +184,7 @@ def average(
     """
     found = sequence("average", trainables)
     weights = [1 / len(found)] * len(found)
-    out = combine("average", found, weights, params, _sum)
+    out = combine("average", found, weights, params, weighted_sum)
     return out if rank is None else truncate(out, rank, params=params)
 
 
@@ -235,7 +224,7 @@ def interpolate(
     if isinstance(t, int | float) and t in (0, 1):
         out = found[int(t)]
     else:
-        out = combine("interpolate", found, [1 - t, t], params, _sum)
+        out = combine("interpolate", found, [1 - t, t], params, weighted_sum)
     return out if rank is None else truncate(out, rank, params=params)
 
 
@@ -383,127 +372,3 @@ def to_lora(
     lora = {path: as_lora(path, f, base) for path, f in trainable.lora.items()}
     out = Trainable(lora, trainable.full)
     return out if rank is None else truncate(out, rank)
-
-
-def _sum(path: str, several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
-    """Returns the weighted sum, of no higher rank than the weight can have."""
-    del path
-    if len(several) == 1:
-        return scaled(several[0], weights[0])
-    joint = join(several, weights)
-    return cut(joint, largest_rank(joint))
-
-
-def sum_full(
-    path: str, changes: Sequence[jax.Array], weights: Sequence[Any]
-) -> jax.Array:
-    """Returns the weighted sum of the changes of a leaf trained in full."""
-    del path
-    return sum(
-        (x * jnp.asarray(w, x.dtype) for x, w in zip(changes, weights, strict=True)),
-        start=jnp.zeros_like(changes[0]),
-    )
-
-
-def combine(
-    name: str,
-    trainables: Sequence[Trainable],
-    weights: Sequence[Any],
-    params: Any,
-    fold: Fold,
-    fold_full: FoldFull = sum_full,
-    *,
-    keep_single: bool = True,
-) -> Trainable:
-    """Returns the adapter whose leaves are `fold` of those of the adapters.
-
-    Args:
-      name: the public function, for errors.
-      trainables: adapters of one model.
-      weights: one each.
-      params: base parameters or None.
-      fold: for leaves with factors; sees plain LoRA, and a single adapter's own method
-        where its update is linear in B.
-      fold_full: for the changes of leaves trained in full.
-      keep_single: whether a leaf of a single adapter with weight 1 is that leaf.
-    """
-    check_fit(name, trainables)
-    if len(trainables) > 1:
-        check_one_base(name, trainables)
-    base = leaves_of(params)
-    paths = union([t.lora for t in trainables])
-    full_paths = union([t.full for t in trainables])
-    needed: dict[str, str] = {}
-
-    def own(path: str, side: str) -> tuple[list[Any], list[Any]]:
-        found = [
-            (getattr(t, side)[path], w)
-            for t, w in zip(trainables, weights, strict=True)
-            if path in getattr(t, side)
-        ]
-        return [x for x, _ in found], [w for _, w in found]
-
-    def is_kept(weights: Sequence[Any]) -> bool:
-        return keep_single and len(weights) == 1 and is_one(weights[0])
-
-    for path in paths:
-        factors, parts = own(path, "lora")
-        in_full = path in full_paths
-        dora = any(rescales(f.spec) for f in factors)
-        if dora and (in_full or not is_kept(parts)):
-            needed[path] = DORA
-        elif in_full:
-            needed[path] = FULL
-    for path in full_paths:
-        _, parts = own(path, "full")
-        cancels = fold_full is sum_full and _base_cancels(parts, len(trainables))
-        if not (is_kept(parts) or cancels):
-            needed.setdefault(path, FULL)
-    check_base(name, needed, base)
-
-    def plain_leaves(path: str, factors: Sequence[Factors]) -> list[Factors]:
-        return [as_lora(path, f, base) for f in factors]
-
-    lora: dict[str, Factors] = {}
-    full: dict[str, Any] = {}
-    for path in paths:
-        factors, parts = own(path, "lora")
-        if path in full_paths:
-            continue
-        if is_kept(parts):
-            lora[path] = factors[0]
-        elif len(factors) == 1 and fold is _sum and not rescales(factors[0].spec):
-            lora[path] = scaled(factors[0], parts[0])
-        else:
-            lora[path] = fold(path, plain_leaves(path, factors), parts)
-    for path in full_paths:
-        values, parts = own(path, "full")
-        factors, lora_parts = own(path, "lora")
-        if not factors and is_kept(parts):
-            full[path] = values[0]
-        elif path not in needed:
-            wide = [x.astype(at_least_float32(x.dtype)) for x in values]
-            full[path] = fold_full(path, wide, parts).astype(values[0].dtype)
-        else:
-            w = base_weight(base, path)
-            dtype = at_least_float32(w.dtype)
-            wide = w.astype(dtype)
-            changes = [x.astype(dtype) - wide for x in values]
-            changes += [_in_place(f, w) for f in plain_leaves(path, factors)]
-            total = wide + fold_full(path, changes, [*parts, *lora_parts])
-            full[path] = total.astype(values[0].dtype)
-    return Trainable(lora, full)
-
-
-def _in_place(factors: Factors, w: Any) -> jax.Array:
-    """Returns the dense update of a weight that another adapter trains in full."""
-    return delta(factors, at_least_float32(w.dtype))
-
-
-def _base_cancels(weights: Sequence[Any], count: int) -> bool:
-    """Returns whether a weighted sum of values equals that of their changes."""
-    return (
-        len(weights) == count
-        and all(isinstance(w, int | float) for w in weights)
-        and abs(sum(weights) - 1) < 1e-9
-    )

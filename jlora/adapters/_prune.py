@@ -24,7 +24,7 @@ from .._core.algebra import (
 from .._numerics import key_of_path
 from ..errors import ConfigError
 from ..factors import Factors, Trainable
-from ._combine import combine
+from ._fold import combine
 from ._several import sequence, weights_for
 
 # From the key of a leaf, changes `[adapters, matrices, entries]` and weights

@@ -110,18 +110,7 @@ def adalora(
         raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
 
     def init(params: Any) -> Any:
-        factors = _adaptive(params)
-        if not factors:
-            raise TreeError(
-                "adalora found no factors of its method. Give LoraConfig "
-                "method='adalora', and this optimizer the trainable side."
-            )
-        if any(len(jax.tree.leaves(f)) < 3 for f in factors):
-            raise TreeError(
-                "adalora needs A, B and the singular values together, but sees some "
-                "alone. Give all three one label in optax.multi_transform or "
-                "optax.masked."
-            )
+        factors = _checked(_adaptive(params))
         zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
         kept = [jnp.ones(f.magnitude.shape, bool) for f in factors]
         count = jnp.zeros((), jnp.int32)
@@ -131,30 +120,12 @@ def adalora(
         check_params("adalora", params)
         gradient = _adaptive(updates)
         updates, inner = tx.update(updates, state.inner, params)
-        moved = [
-            jax.tree.map(lambda p, u: p + u.astype(p.dtype), *pair)
-            for pair in zip(_adaptive(params), _adaptive(updates), strict=True)
-        ]
-        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), moved, gradient)
-        mean = jax.tree.map(
-            lambda m, x: sensitivity_decay * m + (1 - sensitivity_decay) * x,
-            state.sensitivity,
-            now,
-        )
-        spread = jax.tree.map(
-            lambda u, x, m: (
-                uncertainty_decay * u + (1 - uncertainty_decay) * jnp.abs(x - m)
-            ),
-            state.uncertainty,
-            now,
-            mean,
-        )
         count = state.step + 1
         # The last choice goes by the importance before its step, as in PEFT.
         learning = count < steps - final
         mean, spread = jax.tree.map(
             lambda new, old: jnp.where(learning, new, old),
-            (mean, spread),
+            running_means(state, gradient, _adaptive(params), _adaptive(updates)),
             (state.sensitivity, state.uncertainty),
         )
         scores = [
@@ -169,17 +140,31 @@ def adalora(
             for new, old in zip(chosen, state.kept, strict=True)
         ]
         pruning = falling | (count >= steps - final)
-        masks = iter(kept)
-
-        def prune(params: Any, updates: Any) -> Any:
-            if not _is_adaptive(params):
-                return updates
-            mask = next(masks) | ~pruning
-            own = jnp.where(mask, updates.magnitude, -params.magnitude)
-            return dataclasses.replace(updates, magnitude=own)
-
-        updates = jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)
+        updates = _pruned(params, updates, [mask | ~pruning for mask in kept])
         return updates, RankBudgetState(inner, count, mean, spread, kept)
+
+    def running_means(
+        state: RankBudgetState,
+        gradient: list[Factors],
+        params: list[Factors],
+        updates: list[Factors],
+    ) -> tuple[list[Factors], list[Factors]]:
+        moved = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), moved, gradient)
+        mean = jax.tree.map(
+            lambda m, x: sensitivity_decay * m + (1 - sensitivity_decay) * x,
+            state.sensitivity,
+            now,
+        )
+        spread = jax.tree.map(
+            lambda u, x, m: (
+                uncertainty_decay * u + (1 - uncertainty_decay) * jnp.abs(x - m)
+            ),
+            state.uncertainty,
+            now,
+            mean,
+        )
+        return mean, spread
 
     def budget(count: jax.Array, scores: list[jax.Array]) -> jax.Array:
         total = sum(s.size for s in scores)
@@ -189,6 +174,35 @@ def adalora(
         return jnp.floor((total - target) * left**3 + target).astype(jnp.int32)
 
     return optax.GradientTransformation(init, update)
+
+
+def _checked(factors: list[Factors]) -> list[Factors]:
+    """Returns the factors to prune, or raises if there are none or some are masked."""
+    if not factors:
+        raise TreeError(
+            "adalora found no factors of its method. Give LoraConfig method='adalora', "
+            "and this optimizer the trainable side."
+        )
+    if any(len(jax.tree.leaves(f)) < 3 for f in factors):
+        raise TreeError(
+            "adalora needs A, B and the singular values together, but sees only some "
+            "of them. Give all three one label in optax.multi_transform or "
+            "optax.masked."
+        )
+    return factors
+
+
+def _pruned(params: Any, updates: Any, masks: list[jax.Array]) -> Any:
+    """Returns updates that make each singular value zero where its mask is False."""
+    own = iter(masks)
+
+    def prune(params: Any, updates: Any) -> Any:
+        if not _is_adaptive(params):
+            return updates
+        magnitude = jnp.where(next(own), updates.magnitude, -params.magnitude)
+        return dataclasses.replace(updates, magnitude=magnitude)
+
+    return jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)
 
 
 def orthogonality_penalty(trainable: Any) -> jax.Array:
@@ -232,7 +246,7 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
 
 
 def _is_adaptive(x: Any) -> bool:
-    """Returns whether `x` is factors of the method that a mask left something of."""
+    """Returns whether `x` is factors of the method, with leaves that no mask took."""
     is_method = isinstance(x, Factors) and x.spec.method == "adalora"
     return is_method and bool(jax.tree.leaves(x))
 

@@ -157,7 +157,7 @@ def test_adapters_of_a_changed_base_are_named():
     x = Trainable({"heads": dataclasses.replace(LORA.lora["heads"], spec=spec)})
     assert adapters.linear([x], [1]).lora["heads"] is x.lora["heads"]
     assert adapters.stack([x, x]).lora["heads"].spec.init == "pissa"
-    match = r"'heads' of adapter 0 started with 'pissa'.*jlora.rebase"
+    match = r"'heads' of adapter 0 began with init 'pissa'.*jlora.rebase"
     for combine in (adapters.linear, adapters.stack):
         with pytest.raises(jlora.TreeError, match=match):
             combine([x, LORA])

@@ -301,7 +301,7 @@ def test_diff_of_models(folder, call):
     code, out, _ = call("diff", "base.safetensors", "other.safetensors")
     assert code == 1
     assert "b/kernel  float32[6, 3] → float32[3, 6]" in out
-    assert "c         in the second alone" in out
+    assert "c         only in the second" in out
     assert "one number by 1.00e+00" in out
     fails(call("diff", "base.safetensors", "one.safetensors"), 2, "One is a model")
 

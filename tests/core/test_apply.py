@@ -997,7 +997,7 @@ def test_trees_that_do_not_fit_are_refused_when_called():
     call_error(frozen, None, r"must be a jlora\.Trainable, got NoneType")
     call_error({"ww": frozen["w"]}, trainable, r"'w', which .*\(nearest: 'ww'\)")
     call_error({"w": jnp.ones((4, 7))}, trainable, r"b of 'w' has shape \(2, 6\), a w")
-    call_error({"w": jlora.MISSING}, trainable, "no leaf for the hole at 'w'")
+    call_error({"w": jlora.MISSING}, trainable, "no leaf for the missing 'w'")
     call_error(
         {"w": jnp.ones((4, 6), jnp.int32)}, trainable, "is not a floating-point array"
     )

@@ -461,7 +461,7 @@ def test_what_is_no_factors_is_named(parts):
 def test_a_hole_without_its_leaf_is_named(parts):
     frozen, trainable = parts
     empty = dataclasses.replace(trainable, full={})
-    combine_error(frozen, empty, "no leaf for the hole at 'v'")
+    combine_error(frozen, empty, "no leaf for the missing 'v'")
 
 
 def test_a_full_leaf_takes_the_place_of_the_base_models(parts):

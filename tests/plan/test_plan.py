@@ -394,7 +394,7 @@ def test_a_rule_for_leaves_that_are_not_adapted_has_no_effect():
     [
         (
             "layer_0/up/bias",
-            r"float32\[64\]\) is not a weight of a linear op.*`add` at",
+            r"float32\[64\]\) is not a weight of a .*`add` at",
         ),
         ("layer_0/norm", r"float32\[16\]\) is not a weight of a linear op.*`mul` at"),
         ("pos", "is not a weight of a linear operation"),
@@ -433,9 +433,7 @@ def test_integer_weights_are_refused_by_name_and_left_out_of_all_linear():
     made = jlora.plan(fn, *args, config=jlora.LoraConfig(rank=1))
     assert made.adapted == ("v",)
     assert row(made, "w").dtype == "int8"
-    with pytest.raises(
-        jlora.TargetError, match=r"'w' \(int8\[4, 4\]\) is not a floating"
-    ):
+    with pytest.raises(jlora.TargetError, match=r"int8\[4, 4\]\) is not a floating"):
         jlora.plan(fn, *args, config=jlora.LoraConfig(rank=1, targets="w"))
 
 
