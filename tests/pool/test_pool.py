@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_listed():
         pool.fit(made, Trainable({"w": wide}))
     with pytest.raises(jlora.PoolError, match="a dict"):
         pool.fit(made, {})
-    with pytest.raises(jlora.PoolError, match=r"jlora.pool._pool.fit\(pool, adapter\)"):
+    with pytest.raises(jlora.PoolError, match=r"jlora.pool.fit\(pool, adapter\)"):
         pool.insert(made, 0, adapter(1))
     with pytest.raises(jlora.PoolError, match="'head' is trained in full"):
         pool.create(Trainable(full={"head": jnp.ones(2)}), 2)
