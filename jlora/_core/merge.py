@@ -1,7 +1,7 @@
 """Factors added to weights for good, and taken off again."""
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -16,8 +16,10 @@ from ..transform.compat import placed_like
 from .algebra import delta
 from .tree import MISSING, check, check_trainable, combine, flatten_frozen, placed_as
 
+Tree = TypeVar("Tree")
 
-def merge(frozen: Any, trainable: Trainable) -> Any:
+
+def merge(frozen: Tree, trainable: Trainable) -> Tree:
     """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
 
     With DoRA, `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. Computed in
@@ -45,7 +47,7 @@ def merge(frozen: Any, trainable: Trainable) -> Any:
     return _shift(combine(frozen, trainable), trainable, sign=1)
 
 
-def unmerge(params: Any, trainable: Trainable) -> Any:
+def unmerge(params: Tree, trainable: Trainable) -> Tree:
     """Returns `frozen` from merged parameters: the inverse of `merge`.
 
     The inverse of `merge` up to one rounding of each adapted weight; in low precision
@@ -85,7 +87,7 @@ def unmerge(params: Any, trainable: Trainable) -> Any:
     return _shift(frozen, trainable, sign=-1)
 
 
-def _shift(tree: Any, trainable: Trainable, *, sign: int) -> Any:
+def _shift(tree: Tree, trainable: Trainable, *, sign: int) -> Tree:
     """Returns `tree` with `sign * delta` added to each adapted weight."""
     leaves, treedef = flatten_frozen(tree)
     for path, factors in trainable.lora.items():

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,17 @@ from ..methods.moments import Statistics
 from ..transform.compat import is_staging
 from .tree import MISSING, check_plan, placed_as
 
+Tree = TypeVar("Tree")
+
 
 def split(
     key: jax.Array,
-    params: Any,
+    params: Tree,
     plan: Plan,
     *,
     statistics: Statistics | None = None,
     quantize: Callable[[jax.Array], jax.Array] | None = None,
-) -> tuple[Any, Trainable]:
+) -> tuple[Tree, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
     `frozen` is `params` with `MISSING` where `plan` trains leaves in full. What

@@ -1,6 +1,6 @@
 """The two sides of parameters, frozen and trainable, and checks that they fit."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from ..errors import ConfigError, TreeError
 from ..factors import Factors, Trainable
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_static
@@ -57,7 +59,7 @@ def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def combine(frozen: Any, trainable: Trainable) -> Any:
+def combine(frozen: Tree, trainable: Trainable) -> Tree:
     """Returns the parameter tree with the leaves trained in full put in their places.
 
     `frozen` may also be the whole base parameters, as when an adapter is restored: a

@@ -452,7 +452,7 @@ def test_select_of_full_leaves_is_the_base_for_minus_one():
 def test_what_is_no_stack_is_named():
     for wrong in (X, Trainable(), adapters.stack([X, Y]).lora["linear"]):
         with pytest.raises(
-            jlora.TreeError, match=r"no stack|Trainable|axis of adapters"
+            jlora.TreeError, match=r"not a stack|Trainable|axis of adapters"
         ):
             adapters.select(wrong, 0)
     with pytest.raises(jlora.TreeError, match=r"trim=False"):
