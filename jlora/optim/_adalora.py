@@ -1,6 +1,7 @@
 """AdaLoRA's training: singular values pruned by importance under a budget."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -109,6 +110,8 @@ def adalora(
     if target_rank <= 0:
         raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
 
+    schedule = _Schedule(target_rank, steps, warmup, final, every)
+
     def init(params: Any) -> Any:
         factors = _checked(_adaptive(params))
         zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
@@ -121,59 +124,76 @@ def adalora(
         gradient = _adaptive(updates)
         updates, inner = tx.update(updates, state.inner, params)
         count = state.step + 1
+        moved = jax.tree.map(
+            lambda p, u: p + u.astype(p.dtype), _adaptive(params), _adaptive(updates)
+        )
+        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), moved, gradient)
         # The last choice goes by the importance before its step, as in PEFT.
-        learning = count < steps - final
         mean, spread = jax.tree.map(
-            lambda new, old: jnp.where(learning, new, old),
-            running_means(state, gradient, _adaptive(params), _adaptive(updates)),
+            lambda new, old: jnp.where(count < schedule.last, new, old),
+            _running_means(state, now, sensitivity_decay, uncertainty_decay),
             (state.sensitivity, state.uncertainty),
         )
         scores = [
             _importance(jax.tree.map(lambda m, u: m * u, *pair))
             for pair in zip(mean, spread, strict=True)
         ]
-        chosen = _keep(scores, budget(count, scores))
-        settling = count == steps - final
-        falling = (count > warmup) & (count < steps - final) & (count % every == 0)
+        chosen = _keep(scores, schedule.budget(count, scores))
+        falling = schedule.falls(count)
         kept = [
-            jnp.where(falling | settling, new, old)
+            jnp.where(falling | (count == schedule.last), new, old)
             for new, old in zip(chosen, state.kept, strict=True)
         ]
-        pruning = falling | (count >= steps - final)
+        pruning = falling | (count >= schedule.last)
         updates = _pruned(params, updates, [mask | ~pruning for mask in kept])
         return updates, RankBudgetState(inner, count, mean, spread, kept)
 
-    def running_means(
-        state: RankBudgetState,
-        gradient: list[Factors],
-        params: list[Factors],
-        updates: list[Factors],
-    ) -> tuple[list[Factors], list[Factors]]:
-        moved = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
-        now = jax.tree.map(lambda p, g: jnp.abs(p * g.astype(p.dtype)), moved, gradient)
-        mean = jax.tree.map(
-            lambda m, x: sensitivity_decay * m + (1 - sensitivity_decay) * x,
-            state.sensitivity,
-            now,
-        )
-        spread = jax.tree.map(
-            lambda u, x, m: (
-                uncertainty_decay * u + (1 - uncertainty_decay) * jnp.abs(x - m)
-            ),
-            state.uncertainty,
-            now,
-            mean,
-        )
-        return mean, spread
+    return optax.GradientTransformation(init, update)
 
-    def budget(count: jax.Array, scores: list[jax.Array]) -> jax.Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
+    """When `adalora` prunes, and how many singular values it keeps by then."""
+
+    target_rank: float
+    steps: int
+    warmup: int
+    final: int
+    every: int
+
+    @property
+    def last(self) -> int:
+        """The step at which the choice is made for good."""
+        return self.steps - self.final
+
+    def falls(self, count: jax.Array) -> jax.Array:
+        """Returns whether the budget falls, and a choice is made, at step `count`."""
+        return (count > self.warmup) & (count < self.last) & (count % self.every == 0)
+
+    def budget(self, count: jax.Array, scores: Sequence[jax.Array]) -> jax.Array:
+        """Returns how many singular values are kept at step `count`: a cubic fall."""
         total = sum(s.size for s in scores)
-        target = min(target_rank * sum(s.size / s.shape[-1] for s in scores), total)
-        length = max(steps - final - warmup, 1)
-        left = jnp.clip(1 - (count - warmup) / length, 0, 1)
+        kept = self.target_rank * sum(s.size / s.shape[-1] for s in scores)
+        target = min(kept, total)
+        length = max(self.last - self.warmup, 1)
+        left = jnp.clip(1 - (count - self.warmup) / length, 0, 1)
         return jnp.floor((total - target) * left**3 + target).astype(jnp.int32)
 
-    return optax.GradientTransformation(init, update)
+
+def _running_means(
+    state: "RankBudgetState", now: Any, decay: float, spread_decay: float
+) -> tuple[Any, Any]:
+    """Returns the running means of the sensitivity `now`, and of its spread."""
+    mean = jax.tree.map(
+        lambda m, x: decay * m + (1 - decay) * x, state.sensitivity, now
+    )
+    spread = jax.tree.map(
+        lambda u, x, m: spread_decay * u + (1 - spread_decay) * jnp.abs(x - m),
+        state.uncertainty,
+        now,
+        mean,
+    )
+    return mean, spread
 
 
 def _checked(factors: list[Factors]) -> list[Factors]:
