@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_listed():
         pool.fit(made, Trainable({"w": turned}))
     wide = Factors(np.ones((5, 1)), np.ones((1, 3)), Spec(rank=1, alpha=1))
     with pytest.raises(
-        jlora.PoolError, match=r"sizes \(5, 3\), the pool's of \(4, 3\)"
+        jlora.PoolError, match=r"sizes \(5, 3\), that of the pool of \(4, 3\)"
     ):
         pool.fit(made, Trainable({"w": wide}))
     with pytest.raises(jlora.PoolError, match="a dict"):
