@@ -201,7 +201,7 @@ def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
     if own != sizes:
         return [f"{path!r} is for a weight of sizes {own}, that of the pool of {sizes}"]
     if factors.rank > slot.rank:
-        return [f"{path!r} has rank {factors.rank}, that of the pool has {slot.rank}"]
+        return [f"{path!r} has rank {factors.rank}, above the pool's {slot.rank}"]
     return []
 
 
