@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from .._checks import check_key
 from .._core.algebra import (
     common_dropout,
     dense,
@@ -122,7 +123,7 @@ def dare(
       params: the base parameters, needed for DoRA and for leaves trained in full.
 
     Raises:
-      ConfigError: see `ties`.
+      ConfigError: see `ties`; or if `key` is not one PRNG key.
       TreeError: see `ties`.
 
     Examples:
@@ -142,11 +143,12 @@ def dare(
     def merge(
         key: jax.Array | None, changes: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        assert key is not None  # `dare` needs one
+        assert key is not None  # checked below
         kept = jax.random.bernoulli(key, density, changes.shape)
         changes = jnp.where(kept, changes / density, 0)
         return jnp.sum(changes * weights[:, None, None], axis=0)
 
+    check_key("key", key)
     return _merged("dare", trainables, weights, density, rank, params, key, merge)
 
 

@@ -123,15 +123,15 @@ def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors
     a_dtype, b_dtype = factor_dtypes(present)
     like = padded(present[0], rank, a_dtype, b_dtype)
     empty = Factors(jnp.zeros_like(like.a), jnp.zeros_like(like.b), like.spec)
-    rows = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
+    each = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
     spec = lora_spec(present[0].spec, rank, common_dropout(present))
     if magnitude is not None:
         spec = dataclasses.replace(spec, method="dora")
     if changed_base(present[0]):
         spec = dataclasses.replace(spec, init=present[0].spec.init)
     return Factors(
-        jnp.stack([f.a for f in rows]),
-        jnp.stack([f.b for f in rows]),
+        jnp.stack([f.a for f in each]),
+        jnp.stack([f.b for f in each]),
         spec,
         magnitude,
     )
@@ -217,7 +217,7 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
     size = count(stacked)
     places = jnp.where(ids < 0, size, ids)
 
-    def rows(x: jax.Array, of_base: ArrayLike | None) -> jax.Array:
+    def gather(x: jax.Array, of_base: ArrayLike | None) -> jax.Array:
         nothing = _nothing(x.dtype)
         own = jnp.take(x, places, axis=0, mode="fill", fill_value=nothing)
         of_base = jnp.asarray(nothing if of_base is None else of_base, x.dtype)
@@ -234,12 +234,12 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
             w = weight(path)
             if w is not None:
                 w = column_norms(w.astype(at_least_float32(w.dtype)), f.spec.axes)
-            magnitude = rows(magnitude, w)
-        return Factors(rows(f.a, 0), rows(f.b, 0), f.spec, magnitude)
+            magnitude = gather(magnitude, w)
+        return Factors(gather(f.a, 0), gather(f.b, 0), f.spec, magnitude)
 
     return Trainable(
         {path: factors(path, f) for path, f in stacked.lora.items()},
-        {path: rows(x, weight(path)) for path, x in stacked.full.items()},
+        {path: gather(x, weight(path)) for path, x in stacked.full.items()},
     )
 
 
