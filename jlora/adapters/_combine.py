@@ -229,11 +229,8 @@ def interpolate(
     """
     found = sequence("interpolate", [x, y])
     if isinstance(t, int | float) and t in (0, 1):
-        return (
-            found[int(t)]
-            if rank is None
-            else truncate(found[int(t)], rank, params=params)
-        )
+        end = found[int(t)]
+        return end if rank is None else truncate(end, rank, params=params)
     return _sum("interpolate", found, [1 - t, t], params, rank)
 
 
