@@ -1,4 +1,4 @@
-"""Adapters of any format: which one a path is, read and written."""
+"""Adapters of any format: detect the format, read and write."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import checkpoint
-from ._io import adapter_file, tensors as tensors
+from ._io import adapter_file, tensors
 from ._io.disk import Json, Path, read_json, reading
 from ._io.models import is_orbax_tree, open_model
 from ._io.shards import open_tensors
@@ -23,17 +23,17 @@ Format = Literal["file", "peft", "orbax", "model"]
 
 
 def detect(path: Path) -> Format:
-    """Returns what is at `path`.
+    """Returns the format of what is at `path`.
 
-    `"file"` is an adapter of `jlora.save`, `"peft"` a directory of Hugging Face PEFT,
-    `"orbax"` one of `checkpoint.save`, `"model"` whole parameters, as safetensors or
-    Orbax.
+    `"file"` is an adapter that `jlora.save` wrote. `"peft"` is a directory of Hugging
+    Face PEFT. `"orbax"` is a directory of `checkpoint.save`. `"model"` is the whole
+    parameters of a model, as safetensors or Orbax.
 
     Args:
       path: a file or a directory.
 
     Raises:
-      CheckpointError: if there is nothing, or nothing that jlora knows.
+      CheckpointError: if there is nothing at `path`, or no format that jlora knows.
 
     Examples:
       >>> import os, tempfile, numpy as np, jlora
@@ -57,8 +57,9 @@ def detect(path: Path) -> Format:
     if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
         return "model"
     raise CheckpointError(
-        f"{str(path)!r} holds no adapter and no model: no adapter_config.json (PEFT), "
-        "no steps of jlora.checkpoint, no safetensors, no Orbax parameters."
+        f"{str(path)!r} holds neither an adapter nor a model: there is no "
+        "adapter_config.json (PEFT), and there are no steps of jlora.checkpoint, no "
+        "safetensors and no Orbax parameters."
     )
 
 
@@ -75,14 +76,15 @@ def read(
     Args:
       path: see `detect`.
       base: for PEFT: the model on disk that the adapter is for, see
-        `export.merge_files`; its paths are the adapter's. Without it the adapter keeps
-        torch's names and axes, `model.layers.0.self_attn.q_proj.weight`.
+        `export.merge_files`. The adapter then has the paths of the model. Without
+        `base` it keeps torch's axes and names, as
+        `model.layers.0.self_attn.q_proj.weight`.
       names: for PEFT with `base`: see `jlora.peft.load`.
-      tied: likewise.
-      step: for Orbax: which step; None is the newest.
+      tied: for PEFT with `base`: see `jlora.peft.load`.
+      step: for Orbax: the step to read; None is the newest.
 
     Raises:
-      JloraError: if it cannot be read, or is a model.
+      JloraError: if the adapter cannot be read, or if `path` is a model.
 
     Examples:
       >>> import os, tempfile, numpy as np, jlora
@@ -110,16 +112,16 @@ def read(
 
 
 def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> None:
-    """Writes an adapter in the format of that name.
+    """Writes an adapter in the given format.
 
     Args:
       path: the file or directory.
       trainable: the adapter.
-      format: `"file"`, `"orbax"` or `"peft"`.
+      format: `"file"`, `"orbax"` or `"peft"`, see `detect`.
       **options: for PEFT see `jlora.peft.save`, for Orbax `jlora.checkpoint.save`.
 
     Raises:
-      JloraError: if it cannot be written, or not in that format.
+      JloraError: if the adapter cannot be written in that format.
 
     Examples:
       >>> import os, tempfile, numpy as np, jlora
@@ -145,16 +147,17 @@ def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> N
 
 
 def describe(path: Path, *, step: int | None = None) -> Json:
-    """Returns what the adapter at `path` says of itself besides its leaves, as JSON.
+    """Returns what is stored with the adapter at `path` besides its leaves, as JSON.
 
-    For PEFT its config, for Orbax step, config, metrics, position and metadata.
+    For PEFT this is its config. For Orbax it is the step, config, metrics, position and
+    metadata. For other formats it is empty.
 
     Args:
       path: see `detect`.
-      step: for Orbax: which step; None is the newest.
+      step: for Orbax: the step to read; None is the newest.
 
     Raises:
-      CheckpointError: if it cannot be read.
+      CheckpointError: if the adapter cannot be read.
 
     Examples:
       >>> import tempfile, numpy as np, jlora
@@ -184,8 +187,8 @@ def describe(path: Path, *, step: int | None = None) -> Json:
 def _in_torch_names(folder: pathlib.Path) -> Trainable:
     """Returns a PEFT adapter under torch's own names and axes, without a model.
 
-    Covers what needs no model to be understood: linear layers, Conv1D, convolutions,
-    embeddings, DoRA of linear layers, modules saved whole.
+    It reads what can be understood without the model: linear layers, Conv1D,
+    convolutions, embeddings, DoRA of linear layers, and modules saved whole.
     """
     from .peft.config import CONFIG, PREFIX, STEM, parse_config, pattern_lookup
     from .peft.layers import ENDS, MAGNITUDE
@@ -198,7 +201,7 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     lora: dict[str, Factors] = {}
     left = dict(slots)
     if config.parameters or config.tokens:
-        wrong.append("it adapts parameters or single rows")
+        wrong.append("it adapts parameters or token rows")
     pairs = [
         (name.removesuffix(f".{a}"), op, a, b)
         for name in slots
@@ -208,14 +211,14 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
     for stem, op, *ends in pairs:
         module = stem.removeprefix(PREFIX)
         a, b = (left.pop(f"{stem}.{end}").read() for end in ends)
-        length = left.pop(f"{stem}.{MAGNITUDE}", None)
-        length = length or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
-        if op == "embedding" and length is not None:
+        magnitude = left.pop(f"{stem}.{MAGNITUDE}", None)
+        magnitude = magnitude or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
+        if op == "embedding" and magnitude is not None:
             wrong.append(f"{module} is an embedding with a magnitude")
         rank, alpha = ranks(module), alphas(module)
-        if (rank[1] if rank else config.r) != a.shape[0]:
-            said = rank[1] if rank else config.r
-            wrong.append(f"{module} has rank {a.shape[0]}, its config says {said}")
+        said = rank[1] if rank else config.r
+        if said != a.shape[0]:
+            wrong.append(f"{module} has rank {a.shape[0]}, but its config says {said}")
         inputs = tuple(range(1, a.ndim))
         in_first = transposed or op == "embedding"
         spec = Spec(
@@ -224,20 +227,20 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
             rank=a.shape[0],
             alpha=alpha[1] if alpha else config.alpha,
             rslora=config.rslora,
-            method="lora" if length is None else "dora",
+            method="lora" if magnitude is None else "dora",
         )
         lora[f"{module}.weight"] = Factors(
             jnp.asarray(np.moveaxis(a, 0, -1)),
             jnp.asarray(b.reshape(b.shape[0], -1).T),
             spec,
-            None if length is None else jnp.asarray(length.read().reshape(-1)),
+            None if magnitude is None else jnp.asarray(magnitude.read().reshape(-1)),
         )
     whole = [n for n in left if ".lora_" not in n and n.startswith(PREFIX)]
     full = {n.removeprefix(PREFIX): jnp.asarray(left.pop(n).read()) for n in whole}
     wrong += [f"tensor {name!r}" for name in left]
     if wrong:
         raise CheckpointError(
-            f"{str(folder)!r} needs its model to be understood (base=): "
-            f"{listed(wrong, 5)}."
+            f"{str(folder)!r} cannot be read without its model: {listed(wrong, 5)}. "
+            "Pass base=, the model on disk."
         )
     return Trainable(lora, full)

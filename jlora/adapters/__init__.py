@@ -1,10 +1,10 @@
 """Arithmetic of adapters, and many adapters as one; pure functions on trainables.
 
-An adapter is a `Trainable`, its update is what `merge` adds to the weights. All
-functions are exact in that update and work on factors: the dense change of a weight is
-formed only where its entries are what a method is about (`ties`, `dare`,
-`magnitude_prune`). One adapter with a weight of 1 is that adapter. May import the
-vocabulary, `methods` and `_core`.
+An adapter is a `Trainable`. Its update is what `merge` adds to the weights, and all
+functions are exact in that update. They work on factors: only methods that select
+entries (`ties`, `dare`, `magnitude_prune`) form the dense change of a weight. One
+adapter with a weight of 1 comes back as it is. May import the vocabulary, `methods` and
+`_core`.
 """
 
 from ._combine import (

@@ -1,44 +1,42 @@
 """Weighted sums of adapters, exact in the update, and what follows from them."""
 
+import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from .._core.algebra import (
-    cut,
-    decompose,
-    join,
-    recompose,
-)
+from .._core.algebra import cut, decompose, join, recompose
 from ..errors import ConfigError
-from ..factors import Factors, Trainable
+from ..factors import Factors, PyTree, Trainable
 from ..transform.compat import is_staging
 from ._fold import combine, weighted_sum
 from ._several import (
-    DORA,
     as_lora,
     check_base,
+    check_rank,
+    check_share,
+    dora_leaves,
     leaves_of,
-    rescales,
     sequence,
     weights_for,
 )
 
 
-def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable:
+def scale(
+    trainable: Trainable, weight: ArrayLike, *, params: PyTree = None
+) -> Trainable:
     """Returns the adapter whose update is `weight` times that of `trainable`.
 
-    The weight goes into B; rank, alpha and method stay, so nothing compiles again, and
-    the weight may be traced. With a weight of 1 the adapter comes back as it is.
+    B is multiplied by the weight. Rank, alpha and method stay, so nothing is compiled
+    again. The weight may be traced. With a weight of 1 the adapter comes back as it is.
 
     Args:
       trainable: any adapter.
       weight: a number or a scalar array.
-      params: the base parameters (those that `split` was given). Needed where the
-        update cannot be told without them: for DoRA, which becomes plain LoRA of full
-        rank (see `truncate`), and for leaves trained in full, whose update is their
-        distance from the base.
+      params: the base parameters (those that `split` was given). DoRA and leaves
+        trained in full need them, since their update depends on the base. DoRA becomes
+        plain LoRA of full rank, which `truncate` can cut.
 
     Raises:
       TreeError: lists the leaves that need `params`.
@@ -51,13 +49,11 @@ def scale(trainable: Trainable, weight: Any, *, params: Any = None) -> Trainable
       >>> scale(x, 0.5).lora["w"].b[0, 0]
       Array(0.5, dtype=float32)
     """
-    return combine(
-        "scale", sequence("scale", [trainable]), [weight], params, weighted_sum
-    )
+    return _sum("scale", sequence("scale", [trainable]), [weight], params)
 
 
-def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
-    """Returns the adapter that takes off what `trainable` adds, `scale(..., -1)`.
+def negate(trainable: Trainable, *, params: PyTree = None) -> Trainable:
+    """Returns the adapter that subtracts what `trainable` adds, `scale(..., -1)`.
 
     Args:
       trainable: any adapter.
@@ -78,13 +74,11 @@ def negate(trainable: Trainable, *, params: Any = None) -> Trainable:
       Ilharco et al., 2023, Editing Models with Task Arithmetic, section 3,
       https://arxiv.org/abs/2212.04089
     """
-    return combine(
-        "negate", sequence("negate", [trainable]), [-1], params, weighted_sum
-    )
+    return _sum("negate", sequence("negate", [trainable]), [-1], params)
 
 
-def add(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
-    """Returns the adapter whose update is the sum of the updates: `linear` of ones.
+def add(trainables: Sequence[Trainable], *, params: PyTree = None) -> Trainable:
+    """Returns the adapter whose update is the sum of the updates, as `linear` does.
 
     Args:
       trainables: adapters of one model.
@@ -103,35 +97,37 @@ def add(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
       (2, 1.0, 0.0)
     """
     found = sequence("add", trainables)
-    return combine("add", found, [1] * len(found), params, weighted_sum)
+    return _sum("add", found, [1] * len(found), params)
 
 
 def linear(
     trainables: Sequence[Trainable],
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     *,
     rank: int | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
     """Returns the adapter whose update is the weighted sum of the updates.
 
-    Exact in the update, not in the factors: the sum of A's times the sum of B's would
-    have cross terms. Ranks add up, to no more than the weight itself can have. A leaf
-    that an adapter lacks is zero there. A leaf that only one adapter has, with weight
-    1, comes back as it is, whatever its method; all others are plain LoRA with a scale
-    of 1 (exact for rsLoRA too). Drop rates stay where the adapters agree, else 0.
+    The update is exact. The factors are not summed: the product of a sum of A's and a
+    sum of B's would have cross terms. The rank is the sum of the ranks, or the largest
+    rank of such a weight if that is lower. A leaf that an adapter lacks counts as zero.
+
+    A leaf that only one adapter has, with a weight of 1, comes back as it is, whatever
+    its method. All others are plain LoRA with a scale of 1, which is exact for rsLoRA
+    too. A leaf keeps its drop rate if the adapters agree on it; otherwise it is 0.
 
     Args:
       trainables: adapters of one model.
-      weights: one number or scalar array each; None means ones.
-      rank: cut the sum to this rank, the best approximation, see `truncate`.
-      params: the base parameters (those that `split` was given). Needed for DoRA and
-        for leaves trained in full, except where the base cancels: where all adapters
-        have the leaf and the weights are numbers that sum to 1.
+      weights: a number or a scalar array for each adapter; None means ones.
+      rank: cut the sum to the nearest one of this rank, see `truncate`.
+      params: the base parameters (those that `split` was given). DoRA needs them, and
+        so do leaves trained in full, unless all adapters have the leaf and the weights
+        are numbers that sum to 1: then the base cancels.
 
     Raises:
-      TreeError: if the adapters are not of one model, or lists the leaves that need
-        `params`.
+      TreeError: if the adapters are not of one model, or if leaves need `params`; lists
+        them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -151,16 +147,27 @@ def linear(
     """
     found = sequence("linear", trainables)
     weights = weights_for("linear", found, weights)
-    out = combine("linear", found, weights, params, weighted_sum)
+    return _sum("linear", found, weights, params, rank)
+
+
+def _sum(
+    name: str,
+    trainables: Sequence[Trainable],
+    weights: Sequence[ArrayLike],
+    params: PyTree,
+    rank: int | None = None,
+) -> Trainable:
+    """Returns the weighted sum, cut to `rank` where one is given."""
+    out = combine(name, trainables, weights, params, weighted_sum)
     return out if rank is None else truncate(out, rank, params=params)
 
 
 def average(
-    trainables: Sequence[Trainable], *, rank: int | None = None, params: Any = None
+    trainables: Sequence[Trainable], *, rank: int | None = None, params: PyTree = None
 ) -> Trainable:
     """Returns the adapter whose update is the mean of the updates, see `linear`.
 
-    Leaves that all train in full are averaged themselves; others need `params`.
+    A leaf that all adapters train in full is averaged without `params`.
 
     Args:
       trainables: adapters of one model.
@@ -183,25 +190,25 @@ def average(
       (2, 2.0)
     """
     found = sequence("average", trainables)
-    weights = [1 / len(found)] * len(found)
-    out = combine("average", found, weights, params, weighted_sum)
-    return out if rank is None else truncate(out, rank, params=params)
+    return _sum("average", found, [1 / len(found)] * len(found), params, rank)
 
 
 def interpolate(
     x: Trainable,
     y: Trainable,
-    t: Any,
+    t: ArrayLike,
     *,
     rank: int | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
-    """Returns `(1 - t) x + t y` in the update: `x` at 0, `y` at 1, see `linear`.
+    """Returns the adapter whose update is that of `(1 - t) x + t y`, see `linear`.
+
+    It is `x` itself at 0, and `y` itself at 1.
 
     Args:
       x: an adapter.
       y: another one of the same model.
-      t: a number or a scalar array; outside [0, 1] it extrapolates.
+      t: a number or a scalar array. The result is an extrapolation outside [0, 1].
       rank: cut the result to this rank, see `truncate`.
       params: see `linear`.
 
@@ -222,26 +229,26 @@ def interpolate(
     """
     found = sequence("interpolate", [x, y])
     if isinstance(t, int | float) and t in (0, 1):
-        out = found[int(t)]
-    else:
-        out = combine("interpolate", found, [1 - t, t], params, weighted_sum)
-    return out if rank is None else truncate(out, rank, params=params)
+        end = found[int(t)]
+        return end if rank is None else truncate(end, rank, params=params)
+    return _sum("interpolate", found, [1 - t, t], params, rank)
 
 
 def concat(
     trainables: Sequence[Trainable],
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     *,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
-    """Returns the weighted sum with all factors kept, A's and B's side by side.
+    """Returns the weighted sum of the updates, with all factors side by side.
 
-    The same update as `linear`, but ranks always add up, also beyond what the weight
-    can have, and the columns of A are those of the adapters: PEFT's `cat`.
+    The update is that of `linear`. The columns of A are those of the adapters, and the
+    rank is always the sum of the ranks, even above the largest rank that such a weight
+    can have. This is PEFT's `cat`.
 
     Args:
       trainables: adapters of one model.
-      weights: one number or scalar array each; None means ones.
+      weights: a number or a scalar array for each adapter; None means ones.
       params: see `linear`.
 
     Raises:
@@ -269,23 +276,25 @@ def truncate(
     rank: int | None = None,
     *,
     energy: float | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
-    """Returns the adapter cut to a rank, the nearest one in the Frobenius norm.
+    """Returns the adapter of lower rank whose update is nearest in the Frobenius norm.
 
-    From the SVD of the update, by QR of both factors, without forming it. A leaf whose
-    rank is not above `rank` comes back as it is; leaves trained in full always do.
+    The SVD of the update comes from a QR of both factors; the dense update is not
+    formed. A leaf whose rank is not above `rank` comes back as it is. So do all leaves
+    trained in full.
 
     Args:
       trainable: any adapter.
       rank: the highest rank to keep.
-      energy: in place of `rank`, the part of the sum of squared singular values to
-        keep, in (0, 1]; each leaf gets the least rank that keeps it in all its
-        matrices. Not under a transformation: shapes depend on values.
+      energy: in place of `rank`, the share of the sum of squared singular values to
+        keep, in (0, 1]. Each leaf gets the least rank that keeps this share in all its
+        matrices. Cannot be used under `jit` or `vmap`: the shapes depend on values.
       params: the base parameters, needed for DoRA, see `linear`.
 
     Raises:
-      ConfigError: unless one of `rank` and `energy` is given, and can work.
+      ConfigError: unless exactly one of `rank` and `energy` is given; if `rank` is not
+        a positive integer; if `energy` is outside (0, 1], or given under `jit`.
       TreeError: lists the leaves that need `params`.
 
     Examples:
@@ -300,34 +309,24 @@ def truncate(
     References:
       Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
-    if (rank is None) == (energy is None):
-        raise ConfigError("truncate takes one of rank= and energy=.")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"energy must be in (0, 1], got {energy!r}.")
+    if rank is not None and energy is None:
+        check_rank(rank)
+        shorten = functools.partial(cut, rank=rank)
+    elif energy is not None and rank is None:
+        check_share(energy=energy)
+        shorten = functools.partial(_keep_energy, energy=energy)
+    else:
+        raise ConfigError("truncate takes exactly one of rank= and energy=.")
     (trainable,) = sequence("truncate", [trainable])
     base = leaves_of(params)
-    wide = [
-        path
-        for path, f in trainable.lora.items()
-        if rescales(f.spec) and (rank is None or f.rank > rank)
-    ]
-    check_base("truncate", dict.fromkeys(wide, DORA), base)
-
-    def shorten(path: str, factors: Factors) -> Factors:
-        if rank is not None and factors.rank <= rank:
-            return factors
-        own = as_lora(path, factors, base)
-        return _keep_energy(own, energy) if rank is None else cut(own, rank)
-
-    return Trainable(
-        {path: shorten(path, f) for path, f in trainable.lora.items()},
-        trainable.full,
-    )
+    wide = {p: f for p, f in trainable.lora.items() if rank is None or f.rank > rank}
+    check_base("truncate", dora_leaves(wide), base)
+    short = {path: shorten(as_lora(path, f, base)) for path, f in wide.items()}
+    return Trainable({**trainable.lora, **short}, trainable.full)
 
 
-def _keep_energy(factors: Factors, energy: Any) -> Factors:
+def _keep_energy(factors: Factors, energy: float) -> Factors:
+    """Returns the update of least rank that keeps the share `energy` of its squares."""
     u, s, vt = decompose(factors)
     power = jnp.cumsum(jnp.square(s), axis=-1)
     if is_staging(power):
@@ -341,12 +340,12 @@ def _keep_energy(factors: Factors, energy: Any) -> Factors:
 
 
 def to_lora(
-    trainable: Trainable, *, rank: int | None = None, params: Any = None
+    trainable: Trainable, *, rank: int | None = None, params: PyTree = None
 ) -> Trainable:
-    """Returns the adapter with every method written as plain LoRA.
+    """Returns the adapter with each leaf converted to plain LoRA with the same update.
 
-    The update is the same: AdaLoRA's middle factor and the like go into B. A DoRA leaf
-    has an update of full rank and needs `params`; cut it with `rank`.
+    AdaLoRA's middle factor, for example, is multiplied into B. A DoRA leaf needs
+    `params`, and its update has full rank; `rank` cuts it.
 
     Args:
       trainable: any adapter.
@@ -367,8 +366,7 @@ def to_lora(
     """
     (trainable,) = sequence("to_lora", [trainable])
     base = leaves_of(params)
-    dora = [p for p, f in trainable.lora.items() if rescales(f.spec)]
-    check_base("to_lora", dict.fromkeys(dora, DORA), base)
+    check_base("to_lora", dora_leaves(trainable.lora), base)
     lora = {path: as_lora(path, f, base) for path, f in trainable.lora.items()}
     out = Trainable(lora, trainable.full)
     return out if rank is None else truncate(out, rank)

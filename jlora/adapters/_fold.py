@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._core.algebra import cut, delta, is_one, join, largest_rank, scaled
 from .._numerics import at_least_float32
-from ..factors import Factors, Trainable
+from ..factors import Array, Factors, PyTree, Trainable
 from ._several import (
     DORA,
     FULL,
@@ -24,16 +23,17 @@ from ._several import (
     union,
 )
 
-# From the factors of one weight and their weights to the factors of the result.
-Fold = Callable[[str, Sequence[Factors], Sequence[Any]], Factors]
-# The same for the differences of a leaf trained in full.
-FoldFull = Callable[[str, Sequence[jax.Array], Sequence[Any]], jax.Array]
+# From a path, the factors of several adapters there and a weight for each, to the
+# factors of the result.
+Fold = Callable[[str, Sequence[Factors], Sequence[ArrayLike]], Factors]
+# The same for the changes of a leaf trained in full.
+FoldFull = Callable[[str, Sequence[Array], Sequence[ArrayLike]], Array]
 
 
 def weighted_sum(
-    path: str, several: Sequence[Factors], weights: Sequence[Any]
+    path: str, several: Sequence[Factors], weights: Sequence[ArrayLike]
 ) -> Factors:
-    """Returns the weighted sum, of no higher rank than the weight can have."""
+    """Returns the weighted sum of updates, cut to the largest rank that it can have."""
     del path
     if len(several) == 1:
         return scaled(several[0], weights[0])
@@ -42,8 +42,8 @@ def weighted_sum(
 
 
 def sum_full(
-    path: str, changes: Sequence[jax.Array], weights: Sequence[Any]
-) -> jax.Array:
+    path: str, changes: Sequence[Array], weights: Sequence[ArrayLike]
+) -> Array:
     """Returns the weighted sum of the changes of a leaf trained in full."""
     del path
     return sum(
@@ -55,24 +55,24 @@ def sum_full(
 def combine(
     name: str,
     trainables: Sequence[Trainable],
-    weights: Sequence[Any],
-    params: Any,
+    weights: Sequence[ArrayLike],
+    params: PyTree,
     fold: Fold,
     fold_full: FoldFull = sum_full,
     *,
     keep_single: bool = True,
 ) -> Trainable:
-    """Returns the adapter whose leaves are `fold` of those of the adapters.
+    """Returns one adapter, each leaf of which is `fold` of the adapters' leaves.
 
     Args:
       name: the public function, for errors.
       trainables: adapters of one model.
-      weights: one each.
+      weights: one for each adapter.
       params: base parameters or None.
-      fold: for leaves with factors; sees plain LoRA, and a single adapter's own method
-        where its update is linear in B.
+      fold: for leaves with factors, which it is given as plain LoRA.
       fold_full: for the changes of leaves trained in full.
-      keep_single: whether a leaf of a single adapter with weight 1 is that leaf.
+      keep_single: whether a leaf that only one adapter has, with a weight of 1, comes
+        back as it is.
     """
     check_fit(name, trainables)
     if len(trainables) > 1:
@@ -103,7 +103,7 @@ def combine(
             return scaled(leaf.factors[0], leaf.weights[0])
         return fold(path, [as_lora(path, f, base) for f in leaf.factors], leaf.weights)
 
-    def own_value(path: str, leaf: _Leaf) -> jax.Array:
+    def own_value(path: str, leaf: _Leaf) -> Array:
         if leaf.is_kept:
             return leaf.values[0]
         dtype = leaf.values[0].dtype
@@ -120,19 +120,20 @@ def combine(
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """What the adapters that have a leaf hold: factors or values, each with a weight.
+    """What the adapters hold at one path: factors or values, each with a weight.
 
-    `is_kept` says that it is that of a single adapter, and stays as it is.
+    `weights` are those of `factors`, and `shares` those of `values`. `is_kept` says
+    that only one adapter has the leaf, and that it stays as it is.
     """
 
     factors: list[Factors]
-    weights: list[Any]
-    values: list[Any]
-    shares: list[Any]
+    weights: list[ArrayLike]
+    values: list[Array]
+    shares: list[ArrayLike]
     is_kept: bool
 
     def needs_base(self) -> str:
-        """Returns why the base weight is needed to combine these, or nothing."""
+        """Returns why the leaf needs its base weight, or an empty text."""
         if self.is_kept:
             return ""
         if any(rescales(f.spec) for f in self.factors):
@@ -143,7 +144,7 @@ class _Leaf:
 def _gathered(
     path: str,
     trainables: Sequence[Trainable],
-    weights: Sequence[Any],
+    weights: Sequence[ArrayLike],
     keep_single: bool,
 ) -> _Leaf:
     pairs = list(zip(trainables, weights, strict=True))
@@ -159,7 +160,7 @@ def _gathered(
     )
 
 
-def _changes(path: str, leaf: _Leaf, base: Base) -> tuple[jax.Array, list[jax.Array]]:
+def _changes(path: str, leaf: _Leaf, base: Base) -> tuple[Array, list[Array]]:
     """Returns the base weight in at least float32, and the change of each adapter."""
     w = base_weight(base, path)
     dtype = at_least_float32(w.dtype)
@@ -169,10 +170,7 @@ def _changes(path: str, leaf: _Leaf, base: Base) -> tuple[jax.Array, list[jax.Ar
     return wide, changes
 
 
-def _base_cancels(weights: Sequence[Any], count: int) -> bool:
-    """Returns whether a weighted sum of values equals that of their changes."""
-    return (
-        len(weights) == count
-        and all(isinstance(w, int | float) for w in weights)
-        and abs(sum(weights) - 1) < 1e-9
-    )
+def _base_cancels(weights: Sequence[ArrayLike], count: int) -> bool:
+    """Returns whether the base drops out of the sum of `count` weighted changes."""
+    numbers = [w for w in weights if isinstance(w, int | float)]
+    return len(numbers) == len(weights) == count and abs(sum(numbers) - 1) < 1e-9

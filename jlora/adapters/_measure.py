@@ -1,29 +1,28 @@
 """How large adapters are, and how alike."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from .._core.algebra import HIGHEST, decompose, delta, inner, norm
 from .._numerics import at_least_float32
-from ..factors import Trainable
+from ..factors import Array, PyTree, Trainable
 from ._several import (
-    DORA,
     FULL,
     Base,
     as_lora,
     base_weight,
     check_base,
     check_fit,
+    dora_leaves,
     leaves_of,
-    rescales,
     sequence,
     union,
 )
 
 
-def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
+def norms(trainable: Trainable, *, params: PyTree = None) -> dict[str, jax.Array]:
     """Returns the Frobenius norm of each leaf's change, by path.
 
     Args:
@@ -49,20 +48,21 @@ def norms(trainable: Trainable, *, params: Any = None) -> dict[str, jax.Array]:
     }
 
 
-def cosine(x: Trainable, y: Trainable, *, params: Any = None) -> jax.Array:
+def cosine(x: Trainable, y: Trainable, *, params: PyTree = None) -> jax.Array:
     """Returns the cosine of the angle between two adapters' changes of all weights.
 
-    1 for the same direction, 0 for none in common, -1 for opposite ones; NaN if either
-    changes nothing. From Gram matrices, without the dense changes.
+    The cosine is 1 for changes in the same direction, 0 for orthogonal changes, and -1
+    for opposite ones. It is NaN if either adapter changes nothing. Gram matrices give
+    it; the dense change of a leaf with factors is not formed.
 
     Args:
       x: an adapter.
-      y: another one of the same model; a leaf that only one has counts as zero in the
-        other.
+      y: another adapter of the same model. A leaf that only one of the two has counts
+        as zero in the other.
       params: the base parameters, needed for DoRA and for leaves trained in full.
 
     Raises:
-      TreeError: if they are not of one model, or lists the leaves that need `params`.
+      TreeError: if they are not of one model, or if leaves need `params`; lists them.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -87,22 +87,22 @@ def cosine(x: Trainable, y: Trainable, *, params: Any = None) -> jax.Array:
 
 
 def orthogonality(
-    x: Trainable, y: Trainable, *, params: Any = None
+    x: Trainable, y: Trainable, *, params: PyTree = None
 ) -> dict[str, jax.Array]:
-    """Returns for each weight of both how little the inputs that they read overlap.
+    """Returns how little the inputs that two adapters react to overlap, by path.
 
-    1 minus the mean squared cosine of the principal angles between the spaces of inputs
-    that the two changes react to: 1 where neither reacts to what the other does, so
-    that they do not interfere, 0 where one space holds the other. Leaves that one of
-    the two lacks, and leaves trained in full, are not in the result.
+    Each change of a weight reacts to a space of inputs. The result is 1 minus the mean
+    squared cosine of the principal angles between the two spaces. At 1 neither change
+    reacts to what the other one does, so that they do not interfere. At 0 one space
+    contains the other. The result has only the leaves for which both have factors.
 
     Args:
       x: an adapter.
-      y: another one of the same model.
+      y: another adapter of the same model.
       params: the base parameters, needed for DoRA.
 
     Raises:
-      TreeError: if they are not of one model, or lists the leaves that need `params`.
+      TreeError: if they are not of one model, or if leaves need `params`; lists them.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -120,8 +120,8 @@ def orthogonality(
     check_fit("orthogonality", found)
     shared = [path for path in x.lora if path in y.lora]
     base = leaves_of(params)
-    dora = [p for p in shared for t in found if rescales(t.lora[p].spec)]
-    check_base("orthogonality", dict.fromkeys(dora, DORA), base)
+    dora = dora_leaves(x.lora) | dora_leaves(y.lora)
+    check_base("orthogonality", {p: dora[p] for p in shared if p in dora}, base)
 
     def space(trainable: Trainable, path: str) -> tuple[jax.Array, jax.Array]:
         u, s, _ = decompose(as_lora(path, trainable.lora[path], base))
@@ -138,25 +138,24 @@ def orthogonality(
     return {path: 1 - overlap(path) for path in shared}
 
 
-def _base(name: str, trainables: list[Trainable], params: Any) -> Base:
+def _base(name: str, trainables: Sequence[Trainable], params: PyTree) -> Base:
+    """Returns the base parameters by path; they may be None only if not needed."""
     base = leaves_of(params)
-    needed = {
-        path: DORA for t in trainables for path, f in t.lora.items() if rescales(f.spec)
-    }
+    needed = {p: why for t in trainables for p, why in dora_leaves(t.lora).items()}
     needed |= {path: FULL for t in trainables for path in t.full}
     check_base(name, needed, base)
     return base
 
 
 def _product(x: Trainable, y: Trainable, path: str, base: Base) -> jax.Array:
-    """Returns the sum of products of the entries of two changes of one weight."""
+    """Returns the inner product of two changes of one weight, over all entries."""
     if path in x.lora and path in y.lora:
         return inner(*(as_lora(path, t.lora[path], base) for t in (x, y)))
     return jnp.sum(_change(x, path, base) * _change(y, path, base))
 
 
-def _change(trainable: Trainable, path: str, base: Base) -> jax.Array:
-    """Returns the dense change of one weight."""
+def _change(trainable: Trainable, path: str, base: Base) -> Array:
+    """Returns the dense change of one weight, in at least float32."""
     w = base_weight(base, path)
     dtype = at_least_float32(w.dtype)
     if path in trainable.full:

@@ -1,4 +1,4 @@
-"""`per_row`: each row of a batch uses an adapter of its own."""
+"""`per_row`: each batch row uses its own adapter."""
 
 from collections.abc import Callable
 from typing import Any, Concatenate, Protocol, overload
@@ -42,7 +42,7 @@ class RowFunction(Protocol[Args, Out_co]):
 
 
 def per_row(
-    fn: Callable[Concatenate[Any, Args], Out],
+    fn: Callable[Concatenate[PyTree, Args], Out],
     *,
     in_axes: PyTree = 0,
     out_axes: PyTree = 0,
@@ -51,23 +51,23 @@ def per_row(
     """Returns `row_fn(frozen, stacked, ids, *args, lora_key=None, **kwargs)`.
 
     `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in batch row `i`,
-    or with the base model where the id is -1. The product with a frozen weight stays
-    one for the whole batch. The factors are gathered and multiplied in a batched
-    product. `row_fn` is pure and composes with `jit` and `grad`: a batch of several
-    tasks trains several adapters, each from its own batch rows. Batch rows do not see
-    each other.
+    or with the base model where the id is -1. The product with a frozen weight is
+    computed once for the whole batch. The factors are gathered and multiplied in a
+    batched product. `row_fn` is pure and composes with `jit` and `grad`: a batch of
+    several tasks trains several adapters, each from its own batch rows. Batch rows do
+    not affect each other.
 
-    Where a function runs many times on the same batch rows, as in generation, gather
+    If a function runs many times on the same batch rows, as in generation, gather
     once: `own = jlora.adapters.select(stacked, ids)`, and then
-    `row_fn(frozen, own, None, ...)` in the loop. Where each adapter has the same number
+    `row_fn(frozen, own, None, ...)` in the loop. If each adapter has the same number
     of batch rows, known beforehand, reshape `x` to `[adapters, batch, ...]`:
     `jax.vmap(jlora.apply_lora(fn), (None, 0, 0))(frozen, stacked, x)` gathers nothing.
 
     Args:
       fn: `fn(params, *args, **kwargs)`. It is traced once, for a batch of length one.
-      in_axes: the batch axis of each of `args`, as in `jax.vmap`: an integer, None for
-        what all batch rows share, or a tuple with one of these, or a tree of them, for
-        each argument. Keyword arguments are shared.
+      in_axes: the batch axis of `args`, as in `jax.vmap`: an integer, or None for what
+        all batch rows share. A tuple has one of these, or a tree of them, for each
+        argument. Keyword arguments are shared.
       out_axes: the batch axis of the results, or a tree of them where they differ.
       on_merge: see `apply_lora`.
 
@@ -116,9 +116,9 @@ def per_row(
             shape, rows = ids.shape, pick(stacked, ids, leaves_of(frozen))
         if shape != (batch,):
             raise TreeError(
-                f"The batch has {batch} rows, "
-                + ("the adapters " if ids is None else "ids have shape ")
-                + f"{shape}. Give one id for each batch row, -1 for the base model."
+                f"There are {batch} batch rows, but the shape of the "
+                + ("stack" if ids is None else "ids")
+                + f" is {shape}. Give one id for each batch row, -1 for the base model."
             )
         keys = None if lora_key is None else jax.random.split(lora_key, batch)
         apply = apply_lora(fn, on_merge=on_merge)
@@ -154,14 +154,14 @@ def _batch_size(axes: tuple[PyTree, ...], args: tuple[PyTree, ...]) -> int:
     }
     if len(sizes) != 1:
         raise TreeError(
-            f"The arguments have batches of {sorted(sizes) or 'no size'}. Say with "
-            "in_axes= which axis of each is the batch, None for what is shared."
+            f"The arguments have batches of {sorted(sizes) or 'no size'}. Give "
+            "in_axes=: the batch axis of each argument, None for what batch rows share."
         )
     return sizes.pop()
 
 
 def _pairs(axes: PyTree, tree: PyTree) -> list[tuple[int | None, Leaf]]:
-    """Returns `(axis, leaf)` for all leaves."""
+    """Returns `(axis, leaf)` for all leaves of `tree`."""
     whole = jax.tree.broadcast(axes, tree, is_leaf=lambda x: x is None)
     found = jax.tree.leaves(whole, is_leaf=lambda x: x is None)
     return list(zip(found, jax.tree.leaves(tree), strict=True))

@@ -1,18 +1,21 @@
 """Merging that drops entries of the updates: TIES, DARE, magnitude pruning.
 
-The papers prune the dense change of each weight, not its factors: a product of pruned
-factors is another matrix, with cross terms. So the change of one weight at a time is
-formed, pruned and combined, and cut back to a rank by an SVD.
+The papers prune the dense change of each weight, not its factors: the product of pruned
+factors is a different matrix, with cross terms. So the dense changes are formed for one
+weight at a time. They are pruned and combined, and an SVD cuts the result to a rank.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from .._checks import check_key
 from .._core.algebra import (
     common_dropout,
     dense,
@@ -23,44 +26,45 @@ from .._core.algebra import (
 )
 from .._numerics import key_of_path
 from ..errors import ConfigError
-from ..factors import Factors, Trainable
+from ..factors import Array, Factors, PyTree, Trainable
 from ._fold import combine
-from ._several import sequence, weights_for
+from ._several import check_rank, check_share, sequence, weights_for
 
 # From the key of a leaf, changes `[adapters, matrices, entries]` and weights
-# `[adapters]` to the combined change `[matrices, entries]`.
+# `[adapters]`, to the combined change `[matrices, entries]`.
 Merge = Callable[[jax.Array | None, jax.Array, jax.Array], jax.Array]
 
 
 def ties(
     trainables: Sequence[Trainable],
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     *,
     density: float,
     majority: Literal["total", "frequency"] = "total",
     rank: int | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
-    """Returns the adapters merged by TIES: trim, elect signs, mean of those that agree.
+    """Returns the adapters merged by TIES: trim, elect signs, average what agrees.
 
-    In each weight every adapter keeps the `density` largest entries of its change. Each
-    entry's sign is that of the sum over adapters; the result is the sum of the weighted
-    entries with that sign, divided by how many they are. PEFT's `ties_svd`.
+    Of its change of each weight, every adapter keeps only the largest entries, a share
+    of `density`. The sum over the adapters elects the sign of each entry. The result is
+    the weighted sum of the entries that have the elected sign, divided by their number.
+    This is PEFT's `ties_svd`.
 
     Args:
-      trainables: adapters of one model; a leaf that an adapter lacks is zero there.
-      weights: one number or scalar array each; None means ones.
-      density: the part of the entries to keep, in (0, 1].
+      trainables: adapters of one model. A leaf that an adapter lacks counts as zero.
+      weights: a number or a scalar array for each adapter; None means ones.
+      density: the share of the entries to keep, in (0, 1].
       majority: elect signs by the sum of the entries, or by the number of signs.
       rank: rank of the result; None means the sum of the ranks. The combined change
-        has full rank as a rule and is cut to the nearest of this rank, so
+        usually has full rank, and is cut to the nearest one of this rank. Only
         `min(in, out)` is exact.
-      params: the base parameters, needed for DoRA and leaves trained in full.
+      params: the base parameters, needed for DoRA and for leaves trained in full.
 
     Raises:
-      ConfigError: for a density outside (0, 1].
-      TreeError: if the adapters are not of one model, or lists the leaves that need
-        `params`.
+      ConfigError: for a density outside (0, 1], or a rank that is not positive.
+      TreeError: if the adapters are not of one model, or if leaves need `params`; lists
+        them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -81,7 +85,9 @@ def ties(
     if majority not in ("total", "frequency"):
         raise ConfigError(f"majority must be 'total' or 'frequency', got {majority!r}.")
 
-    def merge(key: Any, changes: jax.Array, weights: jax.Array) -> jax.Array:
+    def merge(
+        key: jax.Array | None, changes: jax.Array, weights: jax.Array
+    ) -> jax.Array:
         del key
         kept = _keep_largest(changes, density)
         votes = kept if majority == "total" else jnp.sign(kept)
@@ -95,29 +101,29 @@ def ties(
 
 def dare(
     trainables: Sequence[Trainable],
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     *,
     key: jax.Array,
     density: float,
     rank: int | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
     """Returns the weighted sum with entries dropped at random and the rest rescaled.
 
-    Each entry of each adapter's change is kept with probability `density` and divided
-    by it, so the expected sum is that of `linear`. PEFT's `dare_linear_svd`.
+    Each entry of each adapter's change is kept with probability `density`, and divided
+    by it. So the expected sum is that of `linear`. This is PEFT's `dare_linear_svd`.
 
     Args:
       trainables: adapters of one model.
-      weights: one number or scalar array each; None means ones.
-      key: PRNG key, consumed. What is dropped in a leaf depends on it, on the leaf's
-        path and on the adapter's place only.
-      density: the part of the entries to keep, in (0, 1].
+      weights: a number or a scalar array for each adapter; None means ones.
+      key: PRNG key, consumed. Which entries of a leaf are dropped depends only on the
+        key, the leaf's path and the adapter's place in `trainables`.
+      density: the share of the entries to keep, in (0, 1].
       rank: rank of the result, see `ties`.
-      params: the base parameters, needed for DoRA and leaves trained in full.
+      params: the base parameters, needed for DoRA and for leaves trained in full.
 
     Raises:
-      ConfigError: for a density outside (0, 1].
+      ConfigError: see `ties`; or if `key` is not one PRNG key.
       TreeError: see `ties`.
 
     Examples:
@@ -134,35 +140,39 @@ def dare(
       https://arxiv.org/abs/2311.03099
     """
 
-    def merge(key: Any, changes: jax.Array, weights: jax.Array) -> jax.Array:
+    def merge(
+        key: jax.Array | None, changes: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        assert key is not None  # checked below
         kept = jax.random.bernoulli(key, density, changes.shape)
         changes = jnp.where(kept, changes / density, 0)
         return jnp.sum(changes * weights[:, None, None], axis=0)
 
+    check_key("key", key)
     return _merged("dare", trainables, weights, density, rank, params, key, merge)
 
 
 def magnitude_prune(
     trainables: Sequence[Trainable],
-    weights: Sequence[Any] | None = None,
+    weights: Sequence[ArrayLike] | None = None,
     *,
     density: float,
     rank: int | None = None,
-    params: Any = None,
+    params: PyTree = None,
 ) -> Trainable:
     """Returns the weighted sum of the largest entries of each adapter's changes.
 
-    PEFT's `magnitude_prune_svd`.
+    This is PEFT's `magnitude_prune_svd`.
 
     Args:
       trainables: adapters of one model.
-      weights: one number or scalar array each; None means ones.
-      density: the part of the entries to keep, in (0, 1].
+      weights: a number or a scalar array for each adapter; None means ones.
+      density: the share of the entries to keep, in (0, 1].
       rank: rank of the result, see `ties`.
-      params: the base parameters, needed for DoRA and leaves trained in full.
+      params: the base parameters, needed for DoRA and for leaves trained in full.
 
     Raises:
-      ConfigError: for a density outside (0, 1].
+      ConfigError: see `ties`.
       TreeError: see `ties`.
 
     Examples:
@@ -179,7 +189,9 @@ def magnitude_prune(
              [0., 0.]], dtype=float32)
     """
 
-    def merge(key: Any, changes: jax.Array, weights: jax.Array) -> jax.Array:
+    def merge(
+        key: jax.Array | None, changes: jax.Array, weights: jax.Array
+    ) -> jax.Array:
         del key
         kept = _keep_largest(changes, density)
         return jnp.sum(kept * weights[:, None, None], axis=0)
@@ -190,7 +202,7 @@ def magnitude_prune(
 
 
 def _keep_largest(changes: jax.Array, density: float) -> jax.Array:
-    """Returns `[..., entries]` with zeros but for the largest `density` of them."""
+    """Returns `[..., entries]` with zeros for all but the largest `density` of them."""
     count = int(density * changes.shape[-1])
     if count == changes.shape[-1]:
         return changes
@@ -203,52 +215,64 @@ def _keep_largest(changes: jax.Array, density: float) -> jax.Array:
 
 def _merged(
     name: str,
-    trainables: Any,
-    weights: Any,
+    trainables: Sequence[Trainable],
+    weights: Sequence[ArrayLike] | None,
     density: float,
     rank: int | None,
-    params: Any,
-    key: Any,
+    params: PyTree,
+    key: jax.Array | None,
     merge: Merge,
 ) -> Trainable:
-    if not 0 < density <= 1:
-        raise ConfigError(f"density must be in (0, 1], got {density!r}.")
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
+    """Returns the adapters combined by `merge`, cut to `rank` or the sum of ranks."""
+    check_share(density=density)
+    check_rank(rank)
     found = sequence(name, trainables)
-    weights = weights_for(name, found, weights)
-
-    def key_of(path: str) -> Any:
-        if key is None:
-            return None
-        return key_of_path(key, path)
-
-    def fold(path: str, several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
-        first, (a_dtype, b_dtype) = several[0], factor_dtypes(several)
-        like = dataclasses.replace(
-            first, a=first.a.astype(a_dtype), b=first.b.astype(b_dtype)
-        )
-        changes = [dense(f) for f in several]
-        shape = changes[0].shape
-        total = sum(f.rank for f in several) if rank is None else rank
-        limit = min(total, largest_rank(like))
-        combined = fold_full(path, changes, weights, shape[:-2]).reshape(shape)
-        u, s, vt = jnp.linalg.svd(combined, full_matrices=False)
-        return recompose(u, s, vt, limit, like, common_dropout(several))
-
-    def fold_full(
-        path: str,
-        changes: Sequence[jax.Array],
-        weights: Sequence[Any],
-        batch: tuple[int, ...] = (),
-    ) -> jax.Array:
-        shape, dtype = changes[0].shape, widest([x.dtype for x in changes])
-        flat = jnp.stack(
-            [x.astype(dtype).reshape(math.prod(batch), -1) for x in changes]
-        )
-        shares = jnp.stack([jnp.asarray(w, dtype) for w in weights])
-        return merge(key_of(path), flat, shares).reshape(shape)
-
     return combine(
-        name, found, weights, params, fold, fold_full, keep_single=density == 1
+        name,
+        found,
+        weights_for(name, found, weights),
+        params,
+        functools.partial(_merged_factors, merge, key, rank),
+        functools.partial(_merged_changes, merge, key),
+        keep_single=density == 1,
     )
+
+
+def _merged_factors(
+    merge: Merge,
+    key: jax.Array | None,
+    rank: int | None,
+    path: str,
+    several: Sequence[Factors],
+    weights: Sequence[ArrayLike],
+) -> Factors:
+    """Returns the combined update of one weight, cut to factors by an SVD."""
+    a_dtype, b_dtype = factor_dtypes(several)
+    a, b = several[0].a.astype(a_dtype), several[0].b.astype(b_dtype)
+    like = dataclasses.replace(several[0], a=a, b=b)
+    changes = [dense(f) for f in several]
+    combined = _merged_changes(merge, key, path, changes, weights, batch_axes=-2)
+    u, s, vt = jnp.linalg.svd(combined, full_matrices=False)
+    total = sum(f.rank for f in several) if rank is None else rank
+    limit = min(total, largest_rank(like))
+    return recompose(u, s, vt, limit, like, common_dropout(several))
+
+
+def _merged_changes(
+    merge: Merge,
+    key: jax.Array | None,
+    path: str,
+    changes: Sequence[Array],
+    weights: Sequence[ArrayLike],
+    batch_axes: int = 0,
+) -> jax.Array:
+    """Returns the combined change of one weight; each matrix is pruned by itself.
+
+    The first `batch_axes` axes of the changes count matrices, from the end if negative.
+    """
+    shape, dtype = changes[0].shape, widest([x.dtype for x in changes])
+    n = math.prod(shape[:batch_axes])
+    flat = jnp.stack([x.astype(dtype).reshape(n, -1) for x in changes])
+    shares = jnp.stack([jnp.asarray(w, dtype) for w in weights])
+    own = None if key is None else key_of_path(key, path)
+    return merge(own, flat, shares).reshape(shape)

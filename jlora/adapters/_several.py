@@ -1,10 +1,10 @@
-"""Several adapters side by side: which leaves they have, and whether these fit."""
+"""Several adapters side by side: which leaves they have, and whether the leaves fit."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .. import paths
 from .._core.algebra import lora_spec, weight_sizes
@@ -12,14 +12,18 @@ from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
 from .._tables import listed
-from ..errors import TreeError
-from ..factors import Factors, Spec, Trainable
+from ..errors import ConfigError, TreeError
+from ..factors import Array, Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import find_init, low_rank_pair, method_of
 from ..methods.init import matrices, shaped
 
 
-def sequence(name: str, trainables: Any) -> list[Trainable]:
-    """Returns the adapters as a list, or raises what to write instead."""
+def sequence(name: str, trainables: Iterable[Trainable] | Trainable) -> list[Trainable]:
+    """Returns the adapters as a list.
+
+    Raises:
+      TreeError: if they are not a sequence of adapters, or if there are none.
+    """
     if isinstance(trainables, Trainable):
         raise TreeError(
             f"{name} takes a sequence of adapters: write {name}([x, y]), or {name}([x])"
@@ -32,20 +36,20 @@ def sequence(name: str, trainables: Any) -> list[Trainable]:
         if not isinstance(x, Trainable)
     ]
     if wrong:
-        raise TreeError(f"{name} takes jlora.Trainable adapters, {', '.join(wrong)}.")
+        raise TreeError(f"{name} takes jlora.Trainable adapters, but {listed(wrong)}.")
     if not found:
         raise TreeError(f"{name} needs at least one adapter, got none.")
     return found
 
 
-def weights_for(name: str, trainables: Sequence[Trainable], weights: Any) -> list[Any]:
-    """Returns one weight for each adapter; ones for None.
+def weights_for(
+    name: str, trainables: Sequence[Trainable], weights: Iterable[ArrayLike] | None
+) -> list[ArrayLike]:
+    """Returns one weight for each adapter: 1 for each where `weights` is None.
 
-    Python numbers stay what they are, so that a weight of 1 is known to be one.
+    Python numbers are not converted, so that a weight of 1 is recognised as such.
     """
-    if weights is None:
-        return [1] * len(trainables)
-    found = list(weights)
+    found: list[ArrayLike] = [1] * len(trainables) if weights is None else list(weights)
     if len(found) != len(trainables):
         raise TreeError(
             f"{name} got {len(trainables)} adapters and {len(found)} weights. Give "
@@ -54,13 +58,26 @@ def weights_for(name: str, trainables: Sequence[Trainable], weights: Any) -> lis
     return found
 
 
-def union(trees: Sequence[Any]) -> list[str]:
+def check_rank(rank: int | None) -> None:
+    """Raises a ConfigError unless `rank` is None or a positive integer."""
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
+
+
+def check_share(**shares: float) -> None:
+    """Raises a ConfigError for the first of `shares` that is outside (0, 1]."""
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"{name} must be in (0, 1], got {share!r}.")
+
+
+def union(trees: Iterable[Iterable[str]]) -> list[str]:
     """Returns the keys of all mappings, each once, in the order of appearance."""
     return list(dict.fromkeys(path for tree in trees for path in tree))
 
 
 def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
-    """Raises a TreeError that lists the leaves that are not of one weight."""
+    """Raises a TreeError that lists the leaves that do not adapt the same weight."""
     wrong = []
     for path in union([t.lora for t in trainables]):
         own = [(i, t.lora[path]) for i, t in enumerate(trainables) if path in t.lora]
@@ -90,7 +107,7 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
 
 
 def _sizes(factors: Factors) -> tuple[int, ...]:
-    """Returns the sizes that A and B tell of the weight."""
+    """Returns the sizes of the weight, from the shapes of A and B."""
     if not (is_lora(factors.spec) or rescales(factors.spec)):
         a, b = jax.eval_shape(low_rank_pair, factors)
         factors = Factors(a, b, factors.spec)
@@ -98,13 +115,13 @@ def _sizes(factors: Factors) -> tuple[int, ...]:
 
 
 def changed_base(factors: Factors) -> bool:
-    """Returns whether the start of these factors took something out of the weight."""
+    """Returns whether the initialisation of these factors changed the weight."""
     init = find_init(factors.spec.init)
     return init is not None and init.changes_base
 
 
 def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
-    """Raises a TreeError that lists the leaves that belong to a base of their own."""
+    """Raises a TreeError that lists the leaves whose init changed the base."""
     wrong = [
         f"{path!r} of adapter {i} began with init {f.spec.init!r}"
         for i, t in enumerate(trainables)
@@ -118,18 +135,23 @@ def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:
         )
 
 
-Base = Mapping[str, Any] | None
+# The base parameters by path; None where the caller gave none.
+Base = Mapping[str, Leaf] | None
 
 
-def leaves_of(params: Any) -> Base:
-    """Returns the base parameters by path, or None where none are given."""
+def leaves_of(params: PyTree) -> Base:
+    """Returns the base parameters by path, or None if `params` is None."""
     if params is None:
         return None
     return paths.flatten(params, is_leaf=lambda x: isinstance(x, Missing))[0]
 
 
-def base_weight(base: Base, path: str) -> Any:
-    """Returns the base weight of `path`, or raises a TreeError that names it."""
+def base_weight(base: Base, path: str) -> Array:
+    """Returns the base weight at `path`.
+
+    Raises:
+      TreeError: if the base has no weight there; names `path`.
+    """
     if base is None:
         raise TreeError(f"{path!r} needs its base weight. Pass params=.")
     leaf = base.get(path)
@@ -139,13 +161,13 @@ def base_weight(base: Base, path: str) -> Any:
             f"params= has no weight {path!r}"
             + (f" (nearest: {near[0]!r})" if near else "")
             + ". Give the base model's whole parameters, those that jlora.split was "
-            "given; its frozen side lacks the leaves trained in full."
+            "given. The frozen side of a split lacks the leaves trained in full."
         )
     return leaf
 
 
 def is_lora(spec: Spec) -> bool:
-    """Returns whether the leaves of `spec` are A and B of the whole weight."""
+    """Returns whether the method is plain LoRA: A and B, of the whole weight."""
     return spec.method == "lora" and not spec.rows and spec.parts is None
 
 
@@ -155,10 +177,10 @@ def rescales(spec: Spec) -> bool:
 
 
 def as_lora(path: str, factors: Factors, base: Base) -> Factors:
-    """Returns the leaf as plain LoRA with the same update; LoRA stays as it is.
+    """Returns the leaf as plain LoRA with the same update; plain LoRA stays as it is.
 
-    A magnitude over the whole weight (DoRA) has an update of full rank: it becomes one
-    factor, beside an identity.
+    The update of DoRA, whose magnitude rescales the whole weight, has full rank: it
+    becomes one factor, and the other factor is an identity.
     """
     spec = factors.spec
     if is_lora(spec):
@@ -172,8 +194,8 @@ def as_lora(path: str, factors: Factors, base: Base) -> Factors:
     return Factors(a, b, lora_spec(spec, rank))
 
 
-def _dora_update(factors: Factors, w: Any) -> Factors:
-    """Returns the whole change that DoRA makes to `w`, exactly, as plain factors."""
+def _dora_update(factors: Factors, w: Array) -> Factors:
+    """Returns the exact change that DoRA makes to `w`, as plain LoRA."""
     wide = w.astype(at_least_float32(w.dtype))
     (merged,) = merge([wide], Trainable({"0": factors}))
     change = matrices(merged - wide, factors.spec.axes)
@@ -186,8 +208,13 @@ def _dora_update(factors: Factors, w: Any) -> Factors:
     return Factors(a.astype(factors.a.dtype), b.astype(factors.b.dtype), spec)
 
 
-def check_base(name: str, needed: dict[str, str], base: Base) -> None:
-    """Raises a TreeError that lists the leaves that need the base weights."""
+def dora_leaves(lora: Mapping[str, Factors]) -> dict[str, str]:
+    """Returns the leaves of `lora` that need the base weights, and why."""
+    return {path: DORA for path, f in lora.items() if rescales(f.spec)}
+
+
+def check_base(name: str, needed: Mapping[str, str], base: Base) -> None:
+    """Raises a TreeError that lists the `needed` leaves if there is no base."""
     if base is not None or not needed:
         return
     lines = listed(f"{path!r}: {why}" for path, why in needed.items())
@@ -198,4 +225,6 @@ def check_base(name: str, needed: dict[str, str], base: Base) -> None:
 
 
 DORA = "DoRA's change depends on the base weight"
-FULL = "a leaf trained in full is a value; its change is the distance from the base"
+FULL = (
+    "a leaf trained in full holds its value, and its change is measured from the base"
+)

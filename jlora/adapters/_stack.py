@@ -1,20 +1,21 @@
-"""Many adapters as one: a new leading axis, for `jax.vmap`."""
+"""Many adapters as one, with a new leading axis for `jax.vmap`."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from .._core.algebra import common_dropout, factor_dtypes, lora_spec, widest
 from .._core.merge import merge
 from .._core.tree import Missing
 from .._numerics import at_least_float32
+from .._tables import listed
 from ..errors import TreeError
-from ..factors import Axes, Factors, Trainable
+from ..factors import Axes, Factors, PyTree, Trainable
 from ..methods.dora import column_norms
 from ..transform.compat import is_staging
 from ._several import (
@@ -35,27 +36,31 @@ from ._several import (
 )
 
 
-def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
-    """Returns one adapter whose leaves have a leading axis, an entry for each adapter.
+def stack(trainables: Sequence[Trainable], *, params: PyTree = None) -> Trainable:
+    """Returns one adapter whose leaves have a leading axis, one index for each adapter.
 
-    `jax.vmap(apply, (None, 0, 0))` runs all at once on one base; `select` picks some.
-    Ranks may differ (the smaller ones end in zeros), alphas and rsLoRA too (they go
-    into B, the scale is 1), and so may the weights they adapt: an adapter is zero where
-    it has no factors. Methods other than DoRA become plain LoRA; a leaf that is DoRA in
-    some is DoRA in all. Drop rates stay where the adapters agree, else 0.
+    `jax.vmap(apply, (None, 0, 0))` runs all adapters at once on one base; `select`
+    picks some. The adapters may differ in rank: smaller factors are padded with zeros
+    at the end. They may differ in alpha and rsLoRA: B is multiplied by the scale, and
+    the scale becomes 1. They may also adapt different weights: an adapter is zero where
+    it has no factors.
+
+    A leaf that is DoRA in some adapters is DoRA in all; every other method becomes
+    plain LoRA. A leaf keeps its drop rate if the adapters agree on it; otherwise it
+    is 0.
 
     Args:
-      trainables: adapters of one model, arrays or numpy arrays.
+      trainables: adapters of one model, of JAX or NumPy arrays.
       params: the base parameters (those that `split` was given), needed for a leaf that
-        some but not all adapters train in full, or have a DoRA magnitude for.
+        only some of the adapters train in full, and for one that is DoRA in only some.
 
     Returns:
       A `Trainable` of leaves `[len(trainables), ...]`.
 
     Raises:
-      TreeError: if the adapters are not of one model, or started with inits that
-        change the base (PiSSA) each in its own way; or lists the leaves that need
-        `params`, or that some train in full and others by factors.
+      TreeError: if the adapters are not of one model; if their inits changed the base
+        (PiSSA) in different ways; if leaves need `params`; or if some adapters train a
+        leaf in full and others by factors. Lists the leaves.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -70,7 +75,7 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
     """
     found = sequence("stack", trainables)
     check_fit("stack", found)
-    if len({frozenset(_starts(t)) for t in found}) > 1:  # else one frozen side fits all
+    if len({_changes_of_base(t) for t in found}) > 1:  # else one frozen side fits all
         check_one_base("stack", found)
     base = leaves_of(params)
     paths = union([t.lora for t in found])
@@ -78,8 +83,9 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
     clash = [path for path in paths if path in full]
     if clash:
         raise TreeError(
-            f"Some adapters train {', '.join(map(repr, clash))} in full and others by "
-            "factors. Extract factors from the full ones, or leave them out."
+            f"Some adapters train {listed(map(repr, clash), separator=', ')} in full "
+            "and others by factors. Leave the full leaves out, or extract factors "
+            "from them."
         )
     needed = {p: FULL for p in full if any(p not in t.full for t in found)}
     for path in paths:
@@ -93,10 +99,10 @@ def stack(trainables: Sequence[Trainable], *, params: Any = None) -> Trainable:
     )
 
 
-def _starts(trainable: Trainable) -> set[tuple[str, str]]:
-    """Returns the leaves whose start changed the base, and how."""
+def _changes_of_base(trainable: Trainable) -> frozenset[tuple[str, str]]:
+    """Returns the leaves whose initialisation changed the base, each with its init."""
     lora = trainable.lora.items()
-    return {(path, f.spec.init) for path, f in lora if changed_base(f)}
+    return frozenset((path, f.spec.init) for path, f in lora if changed_base(f))
 
 
 def _stack_full(path: str, found: Sequence[Trainable], base: Base) -> jax.Array:
@@ -117,22 +123,24 @@ def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors
     a_dtype, b_dtype = factor_dtypes(present)
     like = padded(present[0], rank, a_dtype, b_dtype)
     empty = Factors(jnp.zeros_like(like.a), jnp.zeros_like(like.b), like.spec)
-    rows = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
+    each = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
     spec = lora_spec(present[0].spec, rank, common_dropout(present))
     if magnitude is not None:
         spec = dataclasses.replace(spec, method="dora")
     if changed_base(present[0]):
         spec = dataclasses.replace(spec, init=present[0].spec.init)
     return Factors(
-        jnp.stack([f.a for f in rows]),
-        jnp.stack([f.b for f in rows]),
+        jnp.stack([f.a for f in each]),
+        jnp.stack([f.b for f in each]),
         spec,
         magnitude,
     )
 
 
-def padded(factors: Factors, rank: int, a_dtype: Any, b_dtype: Any) -> Factors:
-    """Returns plain factors of a rank with zeros at the end, the scale in B."""
+def padded(
+    factors: Factors, rank: int, a_dtype: DTypeLike, b_dtype: DTypeLike
+) -> Factors:
+    """Returns plain LoRA padded with zeros to `rank`; B is multiplied by the scale."""
     n = len(factors.spec.axes.batch)
     missing = rank - factors.rank
     wide = at_least_float32(b_dtype)
@@ -153,7 +161,7 @@ def _without_magnitude(path: str, factors: Factors) -> Factors:
 
 
 def _magnitude(path: str, factors: Factors | None, axes: Axes, base: Base) -> jax.Array:
-    """Returns DoRA's magnitude; for others the one with which DoRA is their sum."""
+    """Returns DoRA's magnitude; for plain LoRA the one with which DoRA equals it."""
     if factors is not None and rescales(factors.spec):
         return jnp.asarray(factors.magnitude)
     w = jnp.asarray(base_weight(base, path))
@@ -163,25 +171,26 @@ def _magnitude(path: str, factors: Factors | None, axes: Axes, base: Base) -> ja
     return column_norms(w, axes)
 
 
-def select(stacked: Trainable, ids: Any, *, params: Any = None) -> Trainable:
-    """Returns adapter `ids` of a stack, or one for each entry of an array of them.
+def select(stacked: Trainable, ids: ArrayLike, *, params: PyTree = None) -> Trainable:
+    """Returns adapter `ids` of a stack, or one adapter for each id of an array.
 
-    `-1` is the base model: zero factors. An id beyond the stack raises an error; under
-    a transformation, where it is not known, its adapter is NaN, so that it harms its
-    own row only and never passes for another one.
+    The id -1 is the base model: its factors are zero. An id that the stack does not
+    have raises an error. Under `jit` and `vmap`, where ids are not known, it gives NaN
+    in place of an adapter: that spoils its own batch row and cannot pass unnoticed.
 
     Args:
       stacked: from `stack`.
       ids: an integer, or an integer array `[batch]`.
-      params: the base parameters. Needed for `-1` where the stack has leaves trained in
-        full or DoRA magnitudes; without them an id of -1 gives NaN there, or raises
-        where it is known.
+      params: the base parameters. The id -1 needs them if the stack has leaves trained
+        in full or DoRA magnitudes. Without them it raises an error, or gives NaN in
+        these leaves under `jit` and `vmap`.
 
     Returns:
       A `Trainable` of leaves `[...]`, or `[batch, ...]` for `jax.vmap`.
 
     Raises:
-      TreeError: for ids that the stack does not have, and ids that are not integers.
+      TreeError: for ids that the stack does not have, for ids that are not integers,
+        and for -1 where `params` is needed.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -208,14 +217,14 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
     size = count(stacked)
     places = jnp.where(ids < 0, size, ids)
 
-    def rows(x: Any, of_base: Any) -> jax.Array:
+    def gather(x: jax.Array, of_base: ArrayLike | None) -> jax.Array:
         nothing = _nothing(x.dtype)
         own = jnp.take(x, places, axis=0, mode="fill", fill_value=nothing)
         of_base = jnp.asarray(nothing if of_base is None else of_base, x.dtype)
         is_base = (ids == -1).reshape(ids.shape + (1,) * (x.ndim - 1))
         return jnp.where(is_base, jnp.broadcast_to(of_base, own.shape), own)
 
-    def weight(path: str) -> Any:
+    def weight(path: str) -> jax.Array | None:
         w = None if base is None else base.get(path)
         return None if w is None or isinstance(w, Missing) else jnp.asarray(w)
 
@@ -225,17 +234,17 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
             w = weight(path)
             if w is not None:
                 w = column_norms(w.astype(at_least_float32(w.dtype)), f.spec.axes)
-            magnitude = rows(magnitude, w)
-        return Factors(rows(f.a, 0), rows(f.b, 0), f.spec, magnitude)
+            magnitude = gather(magnitude, w)
+        return Factors(gather(f.a, 0), gather(f.b, 0), f.spec, magnitude)
 
     return Trainable(
         {path: factors(path, f) for path, f in stacked.lora.items()},
-        {path: rows(x, weight(path)) for path, x in stacked.full.items()},
+        {path: gather(x, weight(path)) for path, x in stacked.full.items()},
     )
 
 
-def _nothing(dtype: Any) -> Any:
-    """Returns what stands for no value at all: NaN, or the lowest integer."""
+def _nothing(dtype: DTypeLike) -> float | int:
+    """Returns the number that marks a missing value: NaN, or the lowest integer."""
     inexact = jnp.issubdtype(dtype, jnp.inexact)
     return jnp.nan if inexact else jnp.iinfo(dtype).min
 
@@ -250,7 +259,7 @@ def _check_ids(ids: jax.Array, size: int, stacked: Trainable, base: Base) -> Non
     if wrong:
         raise TreeError(
             f"The stack has {size} adapters, so ids go from -1 (the base model) to "
-            f"{size - 1}, but got {', '.join(map(str, wrong))}."
+            f"{size - 1}, but got {listed(map(str, wrong), separator=', ')}."
         )
     if bool((ids < 0).any()):
         needed = {p: DORA for p, f in stacked.lora.items() if f.magnitude is not None}
@@ -264,7 +273,7 @@ def count(stacked: Trainable) -> int:
     """Returns how many adapters a stack has.
 
     Raises:
-      TreeError: if its leaves do not agree, or there are none.
+      TreeError: if its leaves differ in the size of their first axis, or have none.
     """
     sizes = {tuple(x.shape)[:1] for x in jax.tree.leaves(stacked)}
     if len(sizes) != 1 or sizes == {()}:
@@ -280,8 +289,9 @@ def count(stacked: Trainable) -> int:
     ]
     if wrong:
         raise TreeError(
-            f"These leaves have no axis of adapters: {', '.join(map(repr, wrong))}. "
-            "Make a stack with jlora.adapters.stack([x, y])."
+            "These leaves have no axis of adapters: "
+            f"{listed(map(repr, wrong), separator=', ')}. Make a stack with "
+            "jlora.adapters.stack([x, y])."
         )
     return sizes.pop()[0]
 
@@ -289,17 +299,17 @@ def count(stacked: Trainable) -> int:
 def unstack(stacked: Trainable, *, trim: bool = True) -> list[Trainable]:
     """Returns the adapters of a stack, the inverse of `stack`.
 
-    Their alphas stay in B. Ranks that are zero at the end of both factors are cut off,
-    and leaves that are zero throughout are left out, so ranks and targets are those
-    before `stack`.
+    B keeps the scale that `stack` multiplied into it. Trailing ranks that are zero in
+    both factors are cut off, and leaves that are zero throughout are left out. So ranks
+    and targets are those before `stack`.
 
     Args:
       stacked: from `stack`, trained or not.
-      trim: whether to cut zeros off. Must be False under a transformation, where the
+      trim: whether to cut zeros off. Must be False under `jit` and `vmap`, where the
         values are not known.
 
     Raises:
-      TreeError: if `trim` is left on under a transformation.
+      TreeError: if `trim` is True under `jit` or `vmap`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -328,7 +338,7 @@ def _trimmed(trainable: Trainable) -> Trainable:
 
 
 def _trim(factors: Factors) -> Factors | None:
-    """Returns the factors without zeros at the end, or None if nothing is left."""
+    """Returns the factors without trailing zero ranks, or None if all are zero."""
     spec = factors.spec
     if not (is_lora(spec) or rescales(spec)):
         return factors

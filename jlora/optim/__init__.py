@@ -1,6 +1,6 @@
 """Optax glue: masks and labels, and optimizers that know what A and B are.
 
-May import the vocabulary and `methods`; optax when an optimizer is made.
+May import the vocabulary and `methods`, and optax once an optimizer is made.
 """
 
 from ._adalora import (

@@ -1,25 +1,24 @@
 """Which leaves an optimizer treats alike: labels and masks."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, PyTree, Trainable
 
 Label = str  # "a", "b", "magnitude", "full" or "frozen"
 
 
-def labels(tree: Any) -> Any:
-    """Returns `tree` with the name of its role at each leaf, for optax's partitions.
+def labels(tree: PyTree) -> PyTree:
+    """Returns `tree` with a label at each leaf, for `optax.multi_transform`.
 
     Args:
-      tree: a `Trainable`, or any pytree that holds some, as
+      tree: a `Trainable`, or any pytree that contains one or more, such as
         `{"frozen": frozen, "trainable": trainable}`.
 
     Returns:
-      A tree of the same structure; leaves of `Trainable`s are `"a"`, `"b"`,
-      `"magnitude"` or `"full"`, all others `"frozen"`.
+      A tree of the same structure. The label of a leaf of a `Trainable` is `"a"`,
+      `"b"`, `"magnitude"` or `"full"`. All other leaves are `"frozen"`.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -32,7 +31,7 @@ def labels(tree: Any) -> Any:
         named = Factors("a", "b", factors.spec, "magnitude")
         return jax.tree.map(lambda _, name: name, factors, _prune(named, factors))
 
-    def of(node: Any) -> Any:
+    def of(node: PyTree) -> PyTree:
         if not isinstance(node, Trainable):
             return "frozen"
         return Trainable(
@@ -50,11 +49,11 @@ def _prune(named: Factors, factors: Factors) -> Factors:
     return Factors(a, named.b, named.spec, magnitude)
 
 
-def mask(tree: Any) -> Any:
+def mask(tree: PyTree) -> PyTree:
     """Returns `tree` with True at the leaves that are trained and False at all others.
 
     Args:
-      tree: a `Trainable`, or any pytree that holds some.
+      tree: a `Trainable`, or any pytree that contains one or more.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -67,18 +66,20 @@ def mask(tree: Any) -> Any:
 NO_DECAY = ("b", "beta", "bias", "gain", "gamma", "offset", "scale")
 
 
-def decay_mask(tree: Any) -> Any:
+def decay_mask(tree: PyTree) -> PyTree:
     """Returns `tree` with True at the leaves that weight decay may shrink.
 
-    Those are the factors, and matrices trained in full. Not decayed are magnitudes,
-    factors that are vectors (VeRA), leaves trained in full that have fewer than two
-    axes, and biases and norms by name, since stacked layers and attention heads give
-    them more axes: the last component of the path ends in `bias`, or is `b`, `beta`,
+    These are the factors, and matrices trained in full. Decay does not apply to
+    magnitudes, to the vectors of VeRA, or to leaves trained in full with fewer than two
+    axes.
+
+    Nor does it apply to biases and norms. Stacked layers and attention heads give them
+    more axes, so the path tells: its last component ends in `bias`, or is `b`, `beta`,
     `gain`, `gamma`, `offset` or `scale`, or a component contains `norm`. Frozen leaves
     are False too.
 
     Args:
-      tree: a `Trainable`, or any pytree that holds some.
+      tree: a `Trainable`, or any pytree that contains one or more.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -95,13 +96,13 @@ def decay_mask(tree: Any) -> Any:
             return answers
         return dataclasses.replace(answers, magnitude=False)
 
-    def of_full(path: str, leaf: Any) -> Any:
+    def of_full(path: str, leaf: Leaf) -> Leaf:
         *outer, last = path.lower().split("/")
         named = last in NO_DECAY or last.endswith("bias")
         named = named or any("norm" in part for part in (*outer, last))
         return jax.tree.map(lambda x: not named and x.ndim >= 2, leaf)
 
-    def of(node: Any) -> Any:
+    def of(node: PyTree) -> PyTree:
         if not isinstance(node, Trainable):
             return False
         return Trainable(
@@ -112,6 +113,6 @@ def decay_mask(tree: Any) -> Any:
     return jax.tree.map(of, tree, is_leaf=is_trainable)
 
 
-def is_trainable(node: Any) -> bool:
+def is_trainable(node: object) -> bool:
     """Returns whether a node of a tree is a `Trainable`."""
     return isinstance(node, Trainable)

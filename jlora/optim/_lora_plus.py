@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._checks import check_positive
-from ..factors import Factors, Trainable
+from ..factors import Factors, PyTree, Trainable
 from ._labels import is_trainable
 
 if TYPE_CHECKING:
@@ -22,17 +23,17 @@ def lora_plus(
 ) -> "optax.GradientTransformationExtraArgs":
     """Returns `tx` with a larger learning rate for B than for A.
 
-    Updates of B (and of magnitudes, and of vectors trained in full, as in PEFT) are
-    multiplied by `ratio`. For every optimizer whose update is proportional to its
-    learning rate (SGD, Adam, AdamW with its decay) that is a learning rate `ratio`
+    Updates of B are multiplied by `ratio`. So are those of magnitudes and of vectors
+    trained in full, as in PEFT. If the update of `tx` is proportional to its learning
+    rate (SGD, Adam, AdamW with its decay), this is the same as a learning rate `ratio`
     times as large. `tx` may have a schedule.
 
     Args:
       tx: any optax transformation, whose learning rate is that of A.
-      ratio: the learning rate of B over that of A.
-      embedding_ratio: multiplies the updates of both factors of an embedding table, in
-        place of `ratio`. PEFT's default is a fixed learning rate of 1e-6, which is
-        `1e-6 / learning_rate` here.
+      ratio: the learning rate of B divided by that of A.
+      embedding_ratio: in place of `ratio`, the multiplier of the updates of both
+        factors of an embedding table. PEFT's default is a fixed learning rate of 1e-6,
+        which is `1e-6 / learning_rate` here.
 
     Raises:
       ConfigError: if a ratio is not a positive number.
@@ -54,7 +55,7 @@ def lora_plus(
 
     check_positive(ratio=ratio, embedding_ratio=embedding_ratio)
 
-    def times(x: Any, factor: Any) -> Any:
+    def times(x: jax.Array, factor: ArrayLike) -> jax.Array:
         return x * jnp.asarray(factor).astype(x.dtype)
 
     def factors(own: Factors) -> Factors:
@@ -64,7 +65,7 @@ def lora_plus(
         fast = jax.tree.map(lambda x: times(x, ratio), fast)
         return dataclasses.replace(fast, a=own.a)
 
-    def scale(node: Any) -> Any:
+    def scale(node: PyTree) -> PyTree:
         if not isinstance(node, Trainable):
             return node
         full = {
@@ -73,7 +74,12 @@ def lora_plus(
         }
         return Trainable({path: factors(own) for path, own in node.lora.items()}, full)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: "optax.Updates",
+        state: "optax.OptState",
+        params: "optax.Params | None" = None,
+        **extra: Any,
+    ) -> tuple["optax.Updates", "optax.OptState"]:
         updates, state = inner.update(updates, state, params, **extra)
         return jax.tree.map(scale, updates, is_leaf=is_trainable), state
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from ..factors import Leaf
 from ._labels import mask
 
 if TYPE_CHECKING:
@@ -16,11 +17,11 @@ def masked(
 ) -> "optax.GradientTransformationExtraArgs":
     """Returns `tx` for trees that hold the frozen side too, as in Flax's `TrainState`.
 
-    Optimizer state exists only for the leaves of `Trainable`s, `tx` sees only their
-    gradients (a global norm is theirs), and `optax.apply_updates` leaves every
-    other leaf bit for bit as it was, weight decay or not (outside `jax.jit` XLA may
-    flush a subnormal number to zero). Under one `jax.jit` the gradients of frozen
-    leaves are never computed. Put `optax.MultiSteps` inside.
+    Optimizer state exists only for the leaves of `Trainable`s. `tx` is given only their
+    gradients, so a global norm is theirs. `optax.apply_updates` does not change a bit
+    of any other leaf, with or without weight decay (outside `jax.jit` XLA may flush a
+    subnormal number to zero). Under one `jax.jit` the gradients of frozen leaves are
+    not computed. `optax.MultiSteps` goes inside: `masked(optax.MultiSteps(...))`.
 
     Args:
       tx: any optax transformation, chains, schedules and `optax.MultiSteps` included.
@@ -42,7 +43,12 @@ def masked(
         tx = tx.gradient_transformation()
     inner = optax.masked(tx, mask)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: "optax.Updates",
+        state: "optax.OptState",
+        params: "optax.Params | None" = None,
+        **extra: Any,
+    ) -> tuple["optax.Updates", "optax.OptState"]:
         updates, state = inner.update(updates, state, params, **extra)
         like = updates if params is None else params
         updates = jax.tree.map(
@@ -56,8 +62,8 @@ def masked(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _nothing(leaf: Any) -> Any:
-    """Returns what leaves the bits of any number alone when added: minus zero."""
+def _nothing(leaf: Leaf) -> jax.Array:
+    """Returns minus zero, the number that changes no bit of the one it is added to."""
     if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
         return -jnp.zeros_like(leaf)
     return jnp.zeros_like(leaf)

@@ -1,43 +1,46 @@
-"""Gradients of A and B corrected by the other factor, around any optax optimizer."""
+"""Gradients of A and B corrected by the other factor, for any optax optimizer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._checks import check_params, check_positive
 from .._tables import listed
 from ..errors import TreeError
-from ..factors import Factors, Spec, Trainable
+from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import low_rank_pair
+from ._labels import is_trainable
 
 if TYPE_CHECKING:
     import optax
 
 
-PAIRED = ("lora", "dora")  # methods whose leaves a and b are the two factors
+PAIRED = ("lora", "dora")  # methods whose leaves a and b are A and B
 
 
 def lora_fa(
     tx: "optax.GradientTransformation",
 ) -> "optax.GradientTransformationExtraArgs":
-    """Returns `tx` for LoRA-FA: A stays as it is, the gradient of B is corrected.
+    """Returns `tx` for LoRA-FA, which fixes A and corrects the gradient of B.
 
     With A fixed, the step of B that brings the update nearest to the gradient of the
-    dense weight is `(Aᵀ A)⁻¹ g_B / scale²`, in float32; `tx` sees that gradient. No
-    state is kept for A, and one `jax.jit` around gradient and step leaves its gradient
-    out. In an embedding table B is the random factor and A starts at zero, so there the
-    roles change: B stays, `g_A (B Bᵀ)⁻¹ / scale²` trains A. Where the fixed factor has
-    linearly dependent directions (an orthogonal start) the inverse is the
-    pseudo-inverse.
+    dense weight is `(Aᵀ A)⁻¹ g_B / scale²`, in float32. `tx` is given that gradient.
+    If the ranks of A are linearly dependent (an orthogonal initialisation), the
+    pseudo-inverse replaces the inverse. There is no optimizer state for A, and one
+    `jax.jit` around gradient and step does not compute A's gradient.
 
-    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
-    weight each by itself; magnitudes, trained rows, leaves trained in full and the
-    leaves of other methods go to `tx` as they are. The optimizers of PEFT and the paper
-    are this around AdamW.
+    In an embedding table B is the random factor, and A is initialised to zero. There
+    the roles are swapped: B is fixed, and `tx` is given `g_A (B Bᵀ)⁻¹ / scale²` for A.
+
+    The correction applies to factors of the methods `"lora"` and `"dora"`, and to each
+    part of a fused weight by itself. Gradients of magnitudes, of trained token rows, of
+    leaves trained in full and of other methods go to `tx` unchanged. PEFT and the paper
+    use AdamW as `tx`.
 
     Args:
       tx: any optax transformation, schedules and chains included.
@@ -46,7 +49,7 @@ def lora_fa(
       A transformation whose `update` needs `params`.
 
     Raises:
-      TreeError: (from `update`) if a mask leaves one of A and B without the other.
+      TreeError: (from `update`) if a mask removes only one of A and B.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -64,6 +67,9 @@ def lora_fa(
     References:
       Zhang et al., 2023, LoRA-FA, https://arxiv.org/abs/2308.03303
     """
+    import optax
+
+    inner = optax.with_extra_args_support(tx)
 
     def correct(gradient: Factors, own: Factors) -> Factors:
         scales = _scales(own.spec)
@@ -84,17 +90,21 @@ def lora_fa(
         zero = jnp.zeros_like(getattr(own, fixed))
         return dataclasses.replace(update, **{fixed: zero})
 
-    def init(params: Any) -> Any:
+    def init(params: "optax.Params") -> "optax.OptState":
         return inner.init(_on_pairs(without_fixed, params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: "optax.Updates",
+        state: "optax.OptState",
+        params: "optax.Params | None" = None,
+        **extra: Any,
+    ) -> tuple["optax.Updates", "optax.OptState"]:
         _check_pairs(params, "lora_fa")
         corrected = _on_pairs(correct, updates, params)
         trained = _on_pairs(without_fixed, params)
         updates, state = inner.update(corrected, state, trained, **extra)
         return _on_pairs(with_zero, updates, params), state
 
-    optax, inner = _extra_args(tx)
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -103,14 +113,15 @@ def riemannian(
 ) -> "optax.GradientTransformationExtraArgs":
     """Returns `tx` on gradients preconditioned by the other factor's Gram matrix.
 
-    `g_A (B Bᵀ + damping I)⁻¹` and `(Aᵀ A + damping I)⁻¹ g_B`, in float32. The inverses
-    are rank × rank, so a step costs little more, and the step no longer depends on how
-    a product is shared between A and B: high ranks and large learning rates are more
-    forgiving. With AdamW inside this is the paper's scaled AdamW.
+    `tx` is given `g_A (B Bᵀ + damping I)⁻¹` and `(Aᵀ A + damping I)⁻¹ g_B`, computed in
+    float32. The inverses are of rank × rank matrices, so a step costs little more. The
+    step no longer depends on the relative sizes of A and B, and training is less
+    sensitive to high ranks and large learning rates. With AdamW as `tx` this is the
+    paper's scaled AdamW.
 
-    Factors of the methods `"lora"` and `"dora"` are treated so, the parts of a fused
-    weight each by itself; magnitudes, trained rows, leaves trained in full and the
-    leaves of other methods go to `tx` as they are.
+    The correction applies to factors of the methods `"lora"` and `"dora"`, and to each
+    part of a fused weight by itself. Gradients of magnitudes, of trained token rows, of
+    leaves trained in full and of other methods go to `tx` unchanged.
 
     Args:
       tx: any optax transformation, schedules and chains included.
@@ -121,7 +132,7 @@ def riemannian(
 
     Raises:
       ConfigError: if `damping` is not a positive number.
-      TreeError: (from `update`) if a mask leaves one of A and B without the other.
+      TreeError: (from `update`) if a mask removes only one of A and B.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -138,32 +149,33 @@ def riemannian(
       Zhang and Pilanci, 2024, Riemannian Preconditioned LoRA for Fine-Tuning
       Foundation Models, https://arxiv.org/abs/2402.02347
     """
+    import optax
+
     check_positive(damping=damping)
+    inner = optax.with_extra_args_support(tx)
 
     def precondition(gradient: Factors, own: Factors) -> Factors:
         a = _right(gradient.a, _inverse(_gram_b(own), damping), own)
         b = _left(_inverse(_gram_a(own), damping), gradient.b, own)
         return dataclasses.replace(gradient, a=a, b=b)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: "optax.Updates",
+        state: "optax.OptState",
+        params: "optax.Params | None" = None,
+        **extra: Any,
+    ) -> tuple["optax.Updates", "optax.OptState"]:
         _check_pairs(params, "riemannian")
         updates = _on_pairs(precondition, updates, params)
         return inner.update(updates, state, params, **extra)
 
-    optax, inner = _extra_args(tx)
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _extra_args(tx: Any) -> tuple[Any, Any]:
-    """Returns optax, imported only here, and `tx` with support for extra arguments."""
-    import optax
-
-    return optax, optax.with_extra_args_support(tx)
-
-
-def _check_pairs(params: Any, name: str) -> None:
+def _check_pairs(params: PyTree, name: str) -> None:
+    """Raises a TreeError that lists the factors of which a mask left only A or B."""
     check_params(name, params)
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Trainable))
+    nodes = jax.tree.leaves(params, is_leaf=is_trainable)
     halves = [
         path
         for node in nodes
@@ -173,34 +185,34 @@ def _check_pairs(params: Any, name: str) -> None:
     ]
     if halves:
         raise TreeError(
-            f"{name} needs A and B together, but sees only one of "
+            f"{name} needs A and B together, but a mask left only one of them at "
             f"{listed(map(repr, halves), separator=', ')}. Give both one label in "
             "optax.multi_transform or optax.masked."
         )
 
 
 def _is_pair(own: Factors) -> bool:
-    """Returns whether `own` has the two factors, or what a mask left of them."""
+    """Returns whether `own` has A and B, or the one of them that a mask left."""
     is_method = own.spec.method in PAIRED and not own.spec.rows
     return is_method and (_has_leaves(own.a) or _has_leaves(own.b))
 
 
-def _has_leaves(x: Any) -> bool:
+def _has_leaves(x: Leaf) -> bool:
     return bool(jax.tree.leaves(x))
 
 
 def _fixed(own: Factors) -> str:
-    """Returns which factor starts random, and so can stay as it is."""
+    """Returns which factor is random at initialisation, and so can stay fixed."""
     return "b" if own.spec.op == "embedding" else "a"
 
 
-def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
+def _on_pairs(change: Callable[..., Factors], tree: PyTree, *rest: PyTree) -> PyTree:
     """Returns `tree` with `change(factors, *rest)` at each pair of factors.
 
-    The last of the trees is the parameters.
+    The last of the trees holds the parameters.
     """
 
-    def of(node: Any, *others: Any) -> Any:
+    def of(node: PyTree, *others: PyTree) -> PyTree:
         if not isinstance(node, Trainable):
             return node
         params = (node, *others)[-1]
@@ -212,13 +224,11 @@ def _on_pairs(change: Callable[..., Factors], tree: Any, *rest: Any) -> Any:
         }
         return Trainable(lora, node.full)
 
-    return jax.tree.map(
-        of, tree, *rest, is_leaf=lambda node: isinstance(node, Trainable)
-    )
+    return jax.tree.map(of, tree, *rest, is_leaf=is_trainable)
 
 
 def _scales(spec: Spec) -> np.ndarray:
-    """Returns the scale of each rank, `[rank]`: parts of a weight have their own."""
+    """Returns the scale of each rank, `[rank]`; parts of a weight differ in scale."""
     if spec.parts is None:
         return np.full(spec.rank, spec.scale, np.float32)
     own = [spec.part_scale(rank) for rank in spec.parts.ranks if rank]
@@ -226,7 +236,7 @@ def _scales(spec: Spec) -> np.ndarray:
 
 
 def _divided(x: jax.Array, scales: np.ndarray) -> jax.Array:
-    """Returns `x`, `[*batch, rank, rank]`, over the scales of row and column."""
+    """Returns `x`, `[*batch, rank, rank]`, divided by the scales of both ranks."""
     return x / jnp.broadcast_to(np.outer(scales, scales).astype(x.dtype), x.shape)
 
 
@@ -243,7 +253,9 @@ def _gram_a(own: Factors) -> jax.Array:
 def _gram_b(own: Factors) -> jax.Array:
     """Returns `B Bᵀ`, `[*batch, rank, rank]`, in float32; zero between parts."""
     batch = len(own.spec.axes.batch)
-    _, b = low_rank_pair(own)  # parts of a weight lie side by side in it, times a share
+    _, b = low_rank_pair(
+        own
+    )  # has the parts side by side, each scaled relative to `scale`
     gram = _gram(b, batch, range(batch + 1, b.ndim))
     return _divided(gram, _scales(own.spec) / np.float32(own.scale))
 
@@ -253,7 +265,7 @@ def _gram(x: jax.Array, batch: int, summed: range) -> jax.Array:
     return _product(x, x, (tuple(summed), tuple(summed)), batch)
 
 
-def _inverse(gram: jax.Array, damping: Any) -> jax.Array:
+def _inverse(gram: jax.Array, damping: ArrayLike) -> jax.Array:
     """Returns the pseudo-inverse of `gram + damping I`."""
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     eye = eye * jnp.asarray(damping).astype(gram.dtype)
@@ -277,7 +289,13 @@ def _left(inverse: jax.Array, g_b: jax.Array, own: Factors) -> jax.Array:
     return _product(inverse, wide, axes, batch).astype(g_b.dtype)
 
 
-def _product(x: jax.Array, y: jax.Array, summed: Any, batch: int) -> jax.Array:
+def _product(
+    x: jax.Array,
+    y: jax.Array,
+    summed: tuple[Sequence[int], Sequence[int]],
+    batch: int,
+) -> jax.Array:
+    """Returns `x` times `y`, summed over `summed`, with `batch` leading batch axes."""
     leading = tuple(range(batch))
     return jax.lax.dot_general(
         x, y, (summed, (leading, leading)), precision=jax.lax.Precision.HIGHEST

@@ -1,7 +1,7 @@
 """What the leaves of common models are called in torch; each map is data.
 
-The maps for `transformers` are for its Flax classes, with `params/` before the paths or
-without. Add or replace rules by putting others in front:
+The maps for `transformers` are for its Flax classes, with or without `params/` before
+the paths. To add or replace rules, put others in front:
 `NameMap((Entry(...), *LLAMA.entries), prefix=LLAMA.prefix)`.
 """
 
@@ -36,7 +36,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def _decoder(layer: str, axes: str | None, vector: str | None) -> tuple[Entry, ...]:
-    """Returns the rules of a Llama-style decoder; `layer` is the path of its layers."""
+    """Returns the rules of a Llama-style decoder; `layer` is the path of a layer."""
     torch = "[model.]layers.{i}"
     modules = [
         *(f"self_attn/{name}" for name in _ATTENTION),
@@ -93,13 +93,13 @@ def _decoder(layer: str, axes: str | None, vector: str | None) -> tuple[Entry, .
 
 _ROTARY = ("[model.]layers.{i}.self_attn.rotary_emb.inv_freq",)
 
-#: Llama, Mistral, Qwen2, Gemma: decoders with q_proj, k_proj, v_proj, o_proj.
+#: Llama, Mistral, Qwen2, Gemma: decoders with q_proj, k_proj, v_proj and o_proj.
 LLAMA = NameMap(
     _decoder("[model/]layers/{i}", None, None), prefix="model.", ignore=_ROTARY
 )
 MISTRAL = QWEN2 = GEMMA = LLAMA
 
-#: The same with one leaf for all layers (`nn.scan`), its first axis the layer.
+#: The same with one leaf for all layers (`nn.scan`), whose first axis is the layer.
 LLAMA_STACKED = NameMap(
     _decoder("[model/]layers", "i in out -> out in", "i d -> d"),
     prefix="model.",
@@ -168,7 +168,7 @@ GEMMA_EINSUM = NameMap(
 
 _H = "[transformer/]h/{i}", "[transformer.]h.{i}"
 
-#: GPT-2; its Flax kernels are `[out, in]`, torch's Conv1D is `[in, out]`.
+#: GPT-2, whose Flax kernels are `[out, in]`; torch's Conv1D is `[in, out]`.
 GPT2 = NameMap(
     (
         Entry(
@@ -240,7 +240,7 @@ def _encoder(flax: str, torch: str) -> tuple[Entry, ...]:
     )
 
 
-#: BERT and what is built like it (MiniLM, sentence encoders).
+#: BERT and models built like it (MiniLM, sentence encoders).
 BERT = NameMap(
     (
         *_encoder("[bert/]", "[bert.]"),
@@ -293,12 +293,9 @@ def _t5(side: str, parts: tuple[tuple[int, tuple[str, ...]], ...]) -> tuple[Entr
             for n, names in parts
             for name in names
         ),
-        *(
-            Entry(
-                f"{block}/{n}/SelfAttention/relative_attention_bias/embedding",
-                f"{torch}.{n}.SelfAttention.relative_attention_bias.weight",
-            )
-            for n in (0,)
+        Entry(
+            f"{block}/0/SelfAttention/relative_attention_bias/embedding",
+            f"{torch}.0.SelfAttention.relative_attention_bias.weight",
         ),
         *(
             Entry(
@@ -362,7 +359,7 @@ def _vit(layers: str, modules: dict[str, str]) -> NameMap:
     )
 
 
-#: Vision transformers, as transformers 4 names them, and files of whole models.
+#: Vision transformers with the names of transformers 4 and of files of whole models.
 VIT = _vit(
     "encoder.layer",
     {
@@ -378,7 +375,7 @@ VIT = _vit(
     },
 )
 
-#: The same as modules of transformers 5 are called, and so the adapters made for them.
+#: The same with the names of transformers 5, also of adapters made for its modules.
 VIT_V5 = _vit(
     "layers",
     {

@@ -1,4 +1,4 @@
-"""Names: which torch tensors a Flax leaf is, as data read in both directions."""
+"""Names: which torch tensors hold a Flax leaf, as data read in both directions."""
 
 import dataclasses
 import functools
@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes
+
+Groups = tuple[tuple[str, ...], ...]  # names of axes, "d (h k)" as (("d",), ("h", "k"))
+At = int | tuple[int, int]  # a place on an axis of a leaf: one index, or (start, stop)
 
 # Roles of the tensor's own axes: e experts, o out, i in.
 KINDS = {
@@ -27,30 +30,33 @@ KINDS = {
 class Entry:
     """One rule between a Flax leaf and torch tensors.
 
-    In both names `{i}` stands for a number and `[...]` for something that is in both
-    or in neither, so `"[bert/]pooler/dense/kernel"` and `"[bert.]pooler.dense.weight"`
-    cover models with and without their prefix. `{part:q_proj,k_proj,v_proj}` stands for
-    one of the words. A placeholder that is only in the tensor's name is an axis of the
-    leaf: its first axis for stacked layers, or the parts of a fused weight.
+    In both names `{i}` stands for a number. `[...]` stands for text that is in both
+    names or in neither: `"[bert/]pooler/dense/kernel"` and
+    `"[bert.]pooler.dense.weight"` cover models with and without their prefix.
+    `{part:q_proj,k_proj,v_proj}` stands for one of the words. A placeholder that is
+    only in the tensor's name is an axis of the leaf: its first axis for stacked layers,
+    or the parts of a fused weight.
 
-    `axes` gives the leaf's axes and, after the arrow, which of them each axis of the
-    tensor is made of: `"d h k -> (h k) d"` for a query of `[features, heads, width]`.
-    Axes named like a placeholder pick the tensor: `"i d o -> o d"` for stacked layers,
-    `"d part h k -> (h k) d"` for parts with an axis of their own, `"d (part o) -> o d"`
-    for parts side by side, whose lengths are in the proportions of `sizes`.
+    `axes` names the leaf's axes. After the arrow it says which of them make up each
+    axis of the tensor: `"d h k -> (h k) d"` for a query of `[features, heads, width]`.
+    An axis with the name of a placeholder selects the tensor: `"i d o -> o d"` for
+    stacked layers, and `"d part h k -> (h k) d"` for parts with an axis of their own.
+    `"d (part o) -> o d"` is for parts side by side, with lengths in the proportions of
+    `sizes`.
 
     Attributes:
       flax: the leaf's path; `params/` before it is optional.
       torch: the tensor's name.
-      axes: None transposes a kernel as torch keeps it, and leaves the rest as it is.
+      axes: see above. None transposes a kernel into torch's order, and keeps the axes
+        of all other leaves.
       kind: what torch calls the layer: `"linear"`, `"conv1d"` (GPT-2's, `[in, out]`),
         `"embedding"`, `"conv"`, `"experts"` (a parameter `[E, out, in]`), `"experts_t"`
-        (`[E, in, out]`), `"parameter"` (a bare `[out, in]`) or `"other"`, which takes
-        no adapter. None goes by the leaf's last name and number of axes. Rules for
-        several parameters of one torch module stand in the order in which the module
-        registers them.
-      sizes: proportions of the parts side by side; if empty, they are equal.
-      tied: a second tensor that is the same weight in models that tie it.
+        (`[E, in, out]`), `"parameter"` (a bare `[out, in]`) or `"other"`, which cannot
+        be adapted. None chooses by the last name of the path and the number of axes.
+        Rules for several parameters of one torch module must be in the order in which
+        the module registers them.
+      sizes: proportions of the parts side by side; if empty, the parts are equal.
+      tied: a second tensor that is the same weight in models that tie the two.
       groups: feature groups of a convolution.
 
     Examples:
@@ -80,23 +86,23 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One torch tensor that is a leaf, or a part of it.
+    """One torch tensor that holds a leaf, or a slice of it.
 
     Attributes:
-      name: the tensor.
+      name: the tensor's name.
       kind: see `Entry`.
-      index: for each axis of the leaf, which part of it the tensor holds: a number, or
-        `(start, stop)`, or None for all.
-      groups: for each axis of the tensor, the leaf's axes it is made of.
+      index: for each axis of the leaf, what the tensor holds of it: one index, a slice
+        `(start, stop)`, or None for the whole axis.
+      groups: for each axis of the tensor, the leaf's axes that make it up.
       tied: a second name of the tensor in models that tie it.
       feature_groups: feature groups of a convolution.
-      parts: the leaf's axes that pick a part of a fused weight.
-      order: number of its rule.
+      parts: the leaf's axes that select a part of a fused weight.
+      order: number of the rule.
     """
 
     name: str
     kind: str
-    index: tuple[int | tuple[int, int] | None, ...]
+    index: tuple[At | None, ...]
     groups: tuple[tuple[int, ...], ...]
     tied: str | None = None
     feature_groups: int = 1
@@ -105,7 +111,7 @@ class Place:
 
     @property
     def module(self) -> str:
-        """The tensor's name without `.weight`; a bare parameter's own name."""
+        """The tensor's name without `.weight`; the whole name of a bare parameter."""
         return self.name.removesuffix(".weight")
 
     @property
@@ -115,46 +121,41 @@ class Place:
         return roles + "i" * (len(self.groups) - len(roles)) if roles else ""
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the leaf's sizes within this tensor; 1 where it takes one entry."""
+        """Returns the sizes of the slice in this tensor, for a leaf of `shape`."""
         return tuple(
             n if at is None else 1 if isinstance(at, int) else at[1] - at[0]
             for n, at in zip(shape, self.index, strict=True)
         )
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the tensor's shape, for a leaf of `shape`."""
+        """Returns the shape of this tensor, for a leaf of `shape`."""
         sizes = self.sizes(shape)
         return tuple(math.prod(sizes[i] for i in group) for group in self.groups)
 
     def axes(self) -> Axes:
-        """Returns the roles of the leaf's axes, as the layer uses them."""
+        """Returns the roles that the leaf's axes have in the layer."""
         roles = {i: r for r, group in zip(self.roles, self.groups, strict=True)
                  for i in group}  # fmt: skip
         stacked = [i for i, at in enumerate(self.index) if isinstance(at, int)]
-        batch = [i for i in stacked if i not in self.parts]
-        return Axes(
-            tuple(
-                i for i in range(len(self.index)) if i in batch or roles.get(i) == "e"
-            ),
-            tuple(i for i in range(len(self.index)) if roles.get(i) == "i"),
-            tuple(
-                i
-                for i in range(len(self.index))
-                if roles.get(i) == "o" or i in self.parts
-            ),
+        roles |= dict.fromkeys(stacked, "e") | dict.fromkeys(self.parts, "o")
+        batch, fan_in, fan_out = (
+            tuple(i for i in range(len(self.index)) if roles.get(i) == role)
+            for role in "eio"
         )
+        return Axes(batch, fan_in, fan_out)
 
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Ordered rules between the leaves of a model and torch tensors; the first fits.
+    """Ordered rules between leaves and torch tensors; the first that fits is used.
 
     Attributes:
       entries: the rules.
-      prefix: what torch's names have before them in models with a head and lack in the
-        bare one, `"bert."`; files of either are read.
+      prefix: what torch's names begin with in models with a head, but not in the bare
+        model: `"bert."`. Files of both kinds can be read.
       ignore: tensors of whole models that are not parameters (masks, buffers).
-      generic: where no rule fits, use the leaf's own path, joined by dots.
+      generic: whether a leaf without a rule has its own path, joined by dots, as its
+        name.
 
     Examples:
       >>> rule = Entry("layer_{i}/up/kernel", "bert.layer.{i}.up.weight")
@@ -178,16 +179,16 @@ class NameMap:
         op: str = "",
         axes: Axes | None = None,
     ) -> tuple[Place, ...]:
-        """Returns the torch tensors that the leaf is, `()` if no rule has it.
+        """Returns the torch tensors that hold the leaf, `()` if no rule fits its path.
 
         Args:
-          path: the leaf.
-          shape: its shape.
-          op: the operation that uses it, if known; only the generic rule looks at it.
-          axes: the roles of its axes, if known; only the generic rule looks at them.
+          path: the path of the leaf.
+          shape: the shape of the leaf.
+          op: the operation that uses the leaf, if known; only for the generic rule.
+          axes: the roles of the leaf's axes, if known; only for the generic rule.
 
         Raises:
-          PeftError: if a rule fits the name, but not the shape.
+          PeftError: if a rule fits the path, but not the shape.
         """
         for order, entry in enumerate(self.entries):
             found = _match(entry, path)
@@ -210,10 +211,10 @@ class NameMap:
         )
 
     def other_prefix(self, name: str) -> str:
-        """Returns `name` with the prefix taken off, or put before it.
+        """Returns `name` without the prefix if it has it, or else with the prefix.
 
         Args:
-          name: a tensor's name, with `prefix` or without.
+          name: a tensor's name.
         """
         if self.prefix and name.startswith(self.prefix):
             return name.removeprefix(self.prefix)
@@ -226,7 +227,7 @@ _PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 
 def _words(template: str) -> dict[str, tuple[str, ...]]:
-    """Returns the placeholders with their words; those for numbers have none."""
+    """Returns the words of each placeholder; `()` for one that stands for a number."""
     return {
         name: tuple(words.split(",")) if words else ()
         for name, words in _PLACEHOLDER.findall(template)
@@ -235,9 +236,9 @@ def _words(template: str) -> dict[str, tuple[str, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def _variants(template: str) -> tuple[str, ...]:
-    """Returns the template with its optional parts, and without them."""
+    """Returns the template with its optional texts, and without them."""
     if template.count("[") != template.count("]"):
-        raise PeftError(f"{template!r} has a '[' without its ']'.")
+        raise PeftError(f"{template!r} has a '[' or ']' without its partner.")
     full = template.replace("[", "").replace("]", "")
     bare = re.sub(r"\[[^\]]*\]", "", template)
     return (full,) if full == bare else (full, bare)
@@ -260,7 +261,7 @@ def _regex(template: str) -> re.Pattern[str]:
 
 
 def _match(entry: Entry, path: str) -> tuple[str, str | None, dict[str, str]] | None:
-    """Returns the tensor's template, that of its tied name, and the path's values."""
+    """Returns the templates of the tensor and its tied name, and the path's values."""
     path = path.removeprefix("params/")
     flax, torch = _variants(entry.flax), _variants(entry.torch)
     tied = _variants(entry.tied) if entry.tied else (None,)
@@ -277,13 +278,11 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _parse_axes(
-    text: str,
-) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+def _parse_axes(text: str) -> tuple[Groups, Groups]:
     """Returns both sides of `"d h k -> (h k) d"` as groups of names."""
     sides = text.split("->")
     if len(sides) != 2:
-        raise PeftError(f"axes {text!r} need one arrow, as in 'd h k -> (h k) d'.")
+        raise PeftError(f"axes {text!r} needs one arrow, as in 'd h k -> (h k) d'.")
     left, right = (
         tuple(
             tuple((inner or single).split())
@@ -296,7 +295,8 @@ def _parse_axes(
     wrong = [n for n in used if n not in names]
     if wrong or len(set(names)) != len(names) or len(set(used)) != len(used):
         raise PeftError(
-            f"axes {text!r}: each axis has one name, and the right side has no others."
+            f"axes {text!r}: each axis needs one name, and a name on the right must "
+            "also be on the left."
         )
     return left, right
 
@@ -314,8 +314,8 @@ def _places(
     left, right = _axes_of(entry, path, own, shape)
     if len(left) != len(shape):
         raise PeftError(
-            f"{path!r} has shape {shape}, the rule {entry.axes or entry.flax!r} is for "
-            f"{len(left)} axes."
+            f"{path!r} has shape {shape}, but the rule {entry.axes or entry.flax!r} is "
+            f"for {len(left)} axes."
         )
     picks = {name: i for i, group in enumerate(left) for name in group if name in own}
     absent = [name for name in own if name not in picks]
@@ -330,7 +330,7 @@ def _places(
     out = []
     for chosen in _choices(own, words, picks, left, shape, entry, path):
         names = values | {name: word for name, (word, _) in chosen.items()}
-        index: list[int | tuple[int, int] | None] = [None] * len(shape)
+        index: list[At | None] = [None] * len(shape)
         for name, (_, where) in chosen.items():
             index[picks[name]] = where
         out.append(
@@ -355,12 +355,12 @@ def _choices(
     own: list[str],
     words: dict[str, tuple[str, ...]],
     picks: dict[str, int],
-    left: tuple[tuple[str, ...], ...],
+    left: Groups,
     shape: tuple[int, ...],
     entry: Entry,
     path: str,
-) -> Iterator[dict[str, tuple[str, int | tuple[int, int]]]]:
-    """Yields for each tensor the words of its own placeholders and where they lie."""
+) -> Iterator[dict[str, tuple[str, At]]]:
+    """Yields for each tensor its own placeholders, each with its word and its place."""
     if not own:
         yield {}
         return
@@ -371,15 +371,15 @@ def _choices(
         unit, odd = divmod(size, sum(ratio))
         if odd or len(ratio) != len(words[name]):
             raise PeftError(
-                f"{path!r}: its axis of {size} does not divide into {words[name]} as "
-                f"{ratio}. Give their proportions in sizes=."
+                f"{path!r}: its axis of size {size} does not divide into {words[name]} "
+                f"as {ratio}. Give their proportions in sizes=."
             )
         ends = [unit * sum(ratio[: i + 1]) for i in range(len(ratio))]
         spans = zip([0, *ends[:-1]], ends, strict=True)
         picked = list(zip(words[name], spans, strict=True))
     elif words[name] and len(words[name]) != size:
         raise PeftError(
-            f"{path!r}: its axis {name!r} has {size} entries, the rule names "
+            f"{path!r}: the size of its axis {name!r} is {size}, but the rule names "
             f"{len(words[name])} parts: {', '.join(words[name])}."
         )
     else:
@@ -392,8 +392,8 @@ def _choices(
 
 def _axes_of(
     entry: Entry, path: str, own: list[str], shape: tuple[int, ...]
-) -> tuple[tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """Returns the rule's axes, or those that a leaf of its name has."""
+) -> tuple[Groups, Groups]:
+    """Returns the axes of the rule; if it has none, those for the kind of the leaf."""
     if entry.axes is not None:
         return _parse_axes(entry.axes)
     inner = [f"_{i}" for i in range(len(shape) - len(own))]
@@ -407,7 +407,7 @@ def _axes_of(
 
 
 def _kind(path: str, ndim: int) -> str:
-    """Returns what a leaf of that name and number of axes is in torch."""
+    """Returns the kind of a leaf, from its name and its number of axes."""
     name = path.rpartition("/")[2]
     if name == "embedding" and ndim == 2:
         return "embedding"
@@ -429,7 +429,7 @@ _LEAVES = {
 def _generic(
     path: str, shape: tuple[int, ...], op: str, axes: Axes | None
 ) -> tuple[Place, ...]:
-    """Returns the tensor that has the leaf's own path, with dots."""
+    """Returns the tensor whose name is the leaf's own path, with dots."""
     *parents, leaf = path.removeprefix("params/").split("/")
     name = ".".join([*parents, _LEAVES.get(leaf, leaf)])
     ndim = len(shape)
@@ -438,7 +438,7 @@ def _generic(
     if axes is not None and op == "linear" and ndim >= 2:
         if axes.batch:
             raise PeftError(
-                f"{path!r} is a stack of {len(axes.batch)} batch axes. Give names= "
+                f"{path!r} is a stack with {len(axes.batch)} batch axes. Give names= "
                 "with an Entry that says which torch tensors they are."
             )
         groups = (axes.fan_out, axes.fan_in)
@@ -454,9 +454,9 @@ def _generic(
     elif kind == "conv":
         if ndim == 3 and not op:
             raise PeftError(
-                f"{path!r} of shape {shape} is a one-dimensional convolution or has "
-                "heads; its name does not say which. Give the plan instead of the "
-                "parameters, or names= with an Entry for it."
+                f"{path!r} of shape {shape} is a one-dimensional convolution, or a "
+                "weight with heads; its name does not say which. Give the plan instead "
+                "of the parameters, or names= with an Entry for it."
             )
         groups = (everything[-1], everything[-2], *everything[:-2])
     else:
@@ -465,7 +465,7 @@ def _generic(
 
 
 def untied(placed: Iterable[tuple[Place, ...]]) -> list[tuple[Place, ...]]:
-    """Returns the places of a model, tied only to names that no other leaf has."""
+    """Returns the places of a model, without ties to names of other leaves."""
     placed = list(placed)
     own = {place.name for places in placed for place in places}
     return [
@@ -478,7 +478,7 @@ def untied(placed: Iterable[tuple[Place, ...]]) -> list[tuple[Place, ...]]:
 
 
 def unnamed(path: str, names: NameMap) -> str:
-    """Returns in words that no rule has the leaf, and which rule is nearest."""
+    """Returns the message that no rule fits the leaf, with the nearest rule."""
     known = [entry.flax for entry in names.entries]
     near = paths.nearest(path, known, n=1)
     return f"{path!r} has no name in torch" + (

@@ -1,7 +1,8 @@
 """Adapters that come and go while one compiled program serves: a pool of slots.
 
-`Pool` is a stack of adapters of fixed capacity, a pytree with pure functions; `Cache`
-is the host's side: names, the least recently used slot, loading in the background.
+`Pool` is a stack of adapters of fixed capacity: a pytree with pure functions. `Cache`
+does what the host has to do: it keeps names, replaces the least recently used adapter,
+and loads in the background.
 May import the vocabulary, `methods`, `_core` and `adapters`.
 """
 

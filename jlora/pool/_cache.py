@@ -1,14 +1,15 @@
-"""The pool's only state: adapters that come and go by name."""
+"""The pool's only state: which named adapter is in which slot."""
 
 import collections
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from ..errors import PoolError
 from ..factors import Trainable
@@ -19,25 +20,24 @@ if TYPE_CHECKING:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def insert_in_place(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
+def insert_in_place(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
     return insert(pool, slot, trainable)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def evict_in_place(pool: Pool, slot: Any) -> Pool:
+def evict_in_place(pool: Pool, slot: ArrayLike) -> Pool:
     return evict(pool, slot)
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a batch of requests needs.
+    """The adapters of a batch of requests, and the slot of each batch row.
 
     Attributes:
-      adapters: the pool's stack, valid until the next call of the cache that puts an
-        adapter in.
-      ids: `[rows]` int32; -1 for the base model. A row with an error has the id
-        `capacity`, which makes it NaN.
-      errors: for each row that cannot be served why.
+      adapters: the pool's stack. It is valid until the cache next puts an adapter in.
+      ids: `[batch]` int32; -1 for the base model. A batch row with an error has the id
+        `capacity`, which makes the row NaN.
+      errors: why a batch row cannot be served, by its number.
     """
 
     adapters: Trainable
@@ -46,14 +46,15 @@ class Batch:
 
 
 class Cache:
-    """Adapters by name around a `Pool`: loads, places and replaces them.
+    """Adapters by name in a `Pool`: loads, places and replaces them.
 
-    The one part of jlora that keeps state. Safe to use from several threads; `acquire`
-    writes into the pool in place, so run one batch after another.
+    This is the only part of jlora that keeps state. Several threads may use it.
+    `acquire` writes into the pool in place, so run one batch after another.
 
     Args:
-      load: `load(name) -> Trainable`, for example from a PEFT directory; it runs in
-        threads of its own. What it raises is the error of the rows that asked.
+      load: `load(name) -> Trainable`, for example from a PEFT directory. It runs in
+        threads of its own. An exception that it raises is reported for the batch rows
+        that asked for this adapter.
       like: the largest adapter, see `create`.
       capacity: the number of slots.
       workers: how many adapters load at the same time.
@@ -75,8 +76,8 @@ class Cache:
       (Array([9., 3.], dtype=float32), array([ 0, -1,  2], dtype=int32),
        {2: KeyError('three')})
 
-      Load the next batch's adapters while this one runs, and put a newly trained one
-      in place of that of its name:
+      Load the next batch's adapters while this batch runs, and replace an adapter by a
+      newly trained one of the same name:
 
       >>> with jlora.pool.Cache(load, load("one"), capacity=2) as cache:
       ...     cache.prefetch(["two"])
@@ -103,7 +104,7 @@ class Cache:
         self._shapes = jax.eval_shape(lambda p: p, self._pool)
         self._slots: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._free = list(range(capacity))[::-1]
-        self._loading: dict[str, Future] = {}
+        self._loading: dict[str, Future[Trainable]] = {}
         self._lock = threading.RLock()
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="jlora-pool")
 
@@ -119,10 +120,10 @@ class Cache:
             return tuple(self._slots)
 
     def prefetch(self, names: Iterable[str | None]) -> None:
-        """Starts to load adapters that are not in the pool, and does not wait.
+        """Starts to load the adapters that are not in the pool, and returns at once.
 
         Args:
-          names: of adapters; None, the base model, needs nothing.
+          names: names of adapters. None, the base model, needs no loading.
         """
         with self._lock:
             for name in names:
@@ -141,12 +142,12 @@ class Cache:
     def acquire(self, names: Sequence[str | None]) -> Batch:
         """Returns slots for a batch of requests, loading what is missing.
 
-        Adapters of this batch do not replace each other; others are replaced, the
-        least recently used first. An adapter that cannot be loaded, does not fit, or
-        finds all slots taken by this batch is the error of its own rows.
+        Adapters of this batch do not replace each other. Other adapters are replaced,
+        the least recently used first. If an adapter cannot be loaded, does not fit, or
+        finds all slots taken by this batch, only its own batch rows have an error.
 
         Args:
-          names: for each row an adapter's name, or None for the base model.
+          names: for each batch row an adapter's name, or None for the base model.
         """
         from concurrent.futures import wait
 
@@ -156,17 +157,17 @@ class Cache:
             self.prefetch(wanted)
             with self._lock:
                 loading = [self._loading[n] for n in wanted if n in self._loading]
-            wait(loading)  # not under the lock: others may go on
+            wait(loading)  # not under the lock: other threads may go on
             with self._lock:
                 if all(map(self.ready, wanted)):
                     return self._placed(names, wanted)
-            # One that was waited for has been placed and replaced by another thread.
+            # Another thread has placed and replaced an adapter that was waited for.
 
     def put(self, name: str, trainable: Trainable) -> None:
-        """Puts an adapter in under a name, in place of one of the same name.
+        """Puts an adapter into the pool, in place of one with the same name.
 
         Args:
-          name: what requests will call it.
+          name: the name that requests use.
           trainable: the adapter.
 
         Raises:
@@ -187,7 +188,7 @@ class Cache:
                 self._free.append(slot)
 
     def close(self) -> None:
-        """Ends the threads that load."""
+        """Stops the threads that load adapters."""
         self._workers.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Cache":
@@ -200,7 +201,7 @@ class Cache:
         return fit(self._shapes, self._load(name))
 
     def _placed(self, names: Sequence[str | None], wanted: Sequence[str]) -> Batch:
-        """Returns the batch, all of whose adapters are in the pool or loaded."""
+        """Returns the batch; all its adapters must be in the pool or loaded."""
         for name in wanted:
             if name in self._slots:
                 self._slots.move_to_end(name)
@@ -209,7 +210,7 @@ class Cache:
             try:
                 if name not in self._slots:
                     self._write(name, self._loading.pop(name).result(), wanted)
-            except Exception as error:  # any error of `load` is that of its rows
+            except Exception as error:  # of `load`: reported for its batch rows
                 failed[name] = error
         none = self._pool.capacity
         ids = [-1 if n is None else self._slots.get(n, none) for n in names]

@@ -1,17 +1,17 @@
 """Adapters that come and go while one compiled program serves: a pool of slots.
 
-`Pool` is a stack of adapters of fixed capacity, a pytree with pure functions; `Cache`
-is the host's side: names, the least recently used slot, loading in the background.
-Every adapter is padded to the pool's shapes on the host, so that putting one in, or
-taking one out, never compiles anything.
+`Pool` is a stack of adapters of fixed capacity: a pytree with pure functions. `Cache`
+does what the host has to do: it keeps names, replaces the least recently used adapter,
+and loads in the background. Every adapter is padded to the pool's shapes on the host,
+so that inserting or removing one never compiles anything.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .._core.algebra import lora_spec
 from .._numerics import is_finite
@@ -20,7 +20,7 @@ from ..adapters import to_lora
 from ..adapters._several import changed_base, is_lora, rescales
 from ..adapters._stack import pick
 from ..errors import PoolError
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, Trainable
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +29,9 @@ class Pool:
     """Slots for adapters, a pytree of device arrays.
 
     Attributes:
-      adapters: leaves `[capacity, ...]`, scale 1; for `jlora.adapters.per_row` and
-        `jlora.adapters.select`.
-      occupied: `[capacity]`, whether a slot holds an adapter.
+      adapters: leaves `[capacity, ...]` with a scale of 1, for
+        `jlora.adapters.per_row` and `jlora.adapters.select`.
+      occupied: `[capacity]` booleans, whether a slot holds an adapter.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -44,11 +44,11 @@ class Pool:
     """
 
     adapters: Trainable
-    occupied: Any
+    occupied: Leaf
 
     @property
     def capacity(self) -> int:
-        """How many adapters there is room for."""
+        """The number of slots."""
         return self.occupied.shape[0]
 
 
@@ -57,13 +57,12 @@ def create(like: Trainable, capacity: int) -> Pool:
 
     Args:
       like: an adapter, or its shapes from `jax.eval_shape`, with every weight that an
-        adapter of the pool may adapt, at the highest rank. Dtypes are those of the
-        pool.
+        adapter of the pool may adapt, at the highest rank. The pool has its dtypes.
       capacity: the number of slots, see `capacity_for`.
 
     Raises:
-      PoolError: if `like` has leaves trained in full or methods other than LoRA, which
-        a pool cannot hold; lists them.
+      PoolError: if `like` has leaves trained in full or leaves of other methods than
+        plain LoRA, which a pool cannot hold; lists them.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -86,7 +85,7 @@ def create(like: Trainable, capacity: int) -> Pool:
             "jlora.adapters.to_lora and jlora.adapters.stack."
         )
 
-    def zeros(x: Any) -> jax.Array:
+    def zeros(x: Leaf) -> jax.Array:
         return jnp.zeros((capacity, *x.shape), x.dtype)
 
     lora = {
@@ -114,7 +113,7 @@ def bytes_of(like: Trainable) -> int:
 
 
 def capacity_for(like: Trainable, budget: int) -> int:
-    """Returns how many adapters like `like` fit into `budget` bytes of the device.
+    """Returns how many adapters like `like` fit into `budget` bytes.
 
     Args:
       like: see `create`.
@@ -128,21 +127,21 @@ def capacity_for(like: Trainable, budget: int) -> int:
       >>> capacity_for(like, 16 * 1024**2)
       578524
     """
-    return budget // (bytes_of(like) + 1)  # one for `occupied`
+    return budget // (bytes_of(like) + 1)  # and one byte of `occupied`
 
 
 def fit(pool: Pool, trainable: Trainable) -> Trainable:
-    """Returns the adapter with the pool's shapes, as numpy arrays.
+    """Returns the adapter with the pool's shapes, as NumPy arrays.
 
-    Ranks and missing weights are filled with zeros, alphas go into B, and the numbers
-    are rounded to the pool's dtypes.
+    Missing ranks and weights are filled with zeros, B is multiplied by the scale, and
+    the numbers are rounded to the pool's dtypes.
 
     Args:
       pool: the pool, or its shapes from `jax.eval_shape`.
       trainable: an adapter of any method but DoRA, without leaves trained in full.
 
     Raises:
-      PoolError: lists all that does not fit.
+      PoolError: if the adapter does not fit; lists every reason.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np
@@ -182,30 +181,32 @@ def fit(pool: Pool, trainable: Trainable) -> Trainable:
         ]
     if wrong:
         raise PoolError(
-            f"This adapter does not fit the pool: {listed(wrong)}. Make the pool "
-            "with jlora.pool.create for larger ones, or see jlora.adapters.to_lora."
+            f"This adapter does not fit the pool: {listed(wrong)}. Make a pool for "
+            "larger adapters with jlora.pool.create, or see jlora.adapters.to_lora."
         )
     return Trainable(filled)
 
 
 def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
+    """Returns why `factors` do not fit into the leaf `slot` of the pool."""
     spec = factors.spec
     if spec.axes != slot.spec.axes or spec.op != slot.spec.op:
         return [
-            f"{path!r} is for a {spec.op} with {spec.axes}, the pool's for a "
+            f"{path!r} is for a {spec.op} with {spec.axes}, that of the pool for a "
             f"{slot.spec.op} with {slot.spec.axes}"
         ]
     n = len(spec.axes.batch)
     own = (*factors.a.shape[:-1], *factors.b.shape[n + 1 :])
     sizes = (*slot.a.shape[1:-1], *slot.b.shape[n + 2 :])
     if own != sizes:
-        return [f"{path!r} is for a weight of sizes {own}, the pool's of {sizes}"]
+        return [f"{path!r} is for a weight of sizes {own}, that of the pool of {sizes}"]
     if factors.rank > slot.rank:
-        return [f"{path!r} has rank {factors.rank}, the pool {slot.rank}"]
+        return [f"{path!r} has rank {factors.rank}, above the pool's {slot.rank}"]
     return []
 
 
 def _fill(factors: Factors | None, slot: Factors) -> Factors:
+    """Returns `factors` padded with zeros to one slot, on the host; zeros for None."""
     a = np.zeros(slot.a.shape[1:], slot.a.dtype)
     b = np.zeros(slot.b.shape[1:], slot.b.dtype)
     if factors is not None:
@@ -217,20 +218,20 @@ def _fill(factors: Factors | None, slot: Factors) -> Factors:
     return Factors(a, b, slot.spec)
 
 
-def insert(pool: Pool, slot: Any, trainable: Trainable) -> Pool:
-    """Returns the pool with an adapter in `slot`, in place of what was there.
+def insert(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
+    """Returns the pool with an adapter in `slot`, in place of the one that was there.
 
-    Pure. Under `jax.jit` with the pool donated it writes one slot and copies nothing;
-    `slot` may be traced. Give it what `fit` returns, so that adapters of all ranks have
-    one shape.
+    This is a pure function. Under `jax.jit` with the pool donated it writes one slot
+    and copies nothing. `slot` may be traced. The adapter must come from `fit`, so that
+    adapters of all ranks have one shape.
 
     Args:
       pool: the pool.
-      slot: its number, an integer or a scalar array.
+      slot: number of the slot, an integer or a scalar array.
       trainable: from `fit`.
 
     Raises:
-      PoolError: if the adapter has other shapes than a slot.
+      PoolError: if the shapes of the adapter are not those of a slot.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -259,17 +260,17 @@ def _check_shapes(pool: Pool, trainable: Trainable) -> None:
     )
     if not same:
         raise PoolError(
-            "The adapter has other leaves, ranks or scales than the pool's slots. Give "
-            "insert what jlora.pool.fit(pool, adapter) returns."
+            "The leaves, ranks or scales of the adapter are not those of the pool's "
+            "slots. Give insert what jlora.pool.fit(pool, adapter) returns."
         )
 
 
-def evict(pool: Pool, slot: Any) -> Pool:
+def evict(pool: Pool, slot: ArrayLike) -> Pool:
     """Returns the pool with `slot` free; its numbers stay until the next `insert`.
 
     Args:
       pool: the pool.
-      slot: its number, an integer or a scalar array.
+      slot: number of the slot, an integer or a scalar array.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -283,11 +284,11 @@ def evict(pool: Pool, slot: Any) -> Pool:
     return Pool(pool.adapters, pool.occupied.at[slot].set(False))
 
 
-def lookup(pool: Pool, ids: Any) -> Trainable:
-    """Returns the adapters in slots `ids`, one for each row, as `adapters.select` does.
+def lookup(pool: Pool, ids: ArrayLike) -> Trainable:
+    """Returns the adapters in slots `ids`, one for each id, as `adapters.select` does.
 
-    `-1` is the base model. A free slot, or one that does not exist, gives NaN: its row
-    is lost, and never passes for that of another adapter.
+    The id -1 is the base model. A slot that is free or does not exist gives NaN in
+    place of an adapter: that spoils its own batch row and cannot pass unnoticed.
 
     Args:
       pool: the pool.

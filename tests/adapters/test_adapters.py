@@ -369,7 +369,9 @@ def test_full_leaves_need_the_base_unless_it_cancels():
     with pytest.raises(jlora.TreeError, match=r"params= has no weight 'head'"):
         adapters.add([x, y], params={"linear": 0})
     frozen = {**BASE, "head": jlora.MISSING}
-    with pytest.raises(jlora.TreeError, match=r"its frozen side lacks the leaves"):
+    with pytest.raises(
+        jlora.TreeError, match=r"The frozen side of a split lacks the leaves"
+    ):
         adapters.add([x, y], params=frozen)
 
 

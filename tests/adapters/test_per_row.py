@@ -174,9 +174,9 @@ def test_dropout_draws_a_mask_for_each_row(key):
 
 def test_what_does_not_fit_is_named():
     row_fn = jlora.adapters.per_row(model)
-    with pytest.raises(jlora.TreeError, match=r"5 rows, ids have shape \(2,\)"):
+    with pytest.raises(jlora.TreeError, match=r"5 batch rows, .* the ids is \(2,\)"):
         row_fn(PARAMS, STACKED, jnp.array([0, 1]), TOKENS)
-    with pytest.raises(jlora.TreeError, match=r"5 rows, the adapters \(3,\)"):
+    with pytest.raises(jlora.TreeError, match=r"5 batch rows, .* stack is \(3,\)"):
         row_fn(PARAMS, STACKED, None, TOKENS)
     with pytest.raises(jlora.TreeError, match=r"batches of \[2, 5\].*in_axes="):
         jlora.adapters.per_row(step, in_axes=(0, 0, None))(

@@ -347,7 +347,7 @@ def test_validate_tells_what_is_wrong(folder, call):
         pass
     fails(call("validate", "empty"), 1, "0 bytes")
     os.mkdir("nothing")
-    fails(call("validate", "nothing"), 1, "holds no adapter and no model")
+    fails(call("validate", "nothing"), 1, "holds neither an adapter nor a model")
 
 
 def test_validate_compares_with_the_base(folder, call):
@@ -459,7 +459,7 @@ def test_peft_of_a_tied_table_and_of_trained_rows(folder, call):
 
 def test_peft_that_is_not_understood_is_refused(folder, call):
     write_peft("wrong", r=3)
-    fails(call("inspect", "wrong"), 1, "has rank 2, its config says 3")
+    fails(call("inspect", "wrong"), 1, "has rank 2, but its config says 3")
     write_peft("other", use_qalora=True)
     fails(call("inspect", "other"), 1, "use_qalora")
 

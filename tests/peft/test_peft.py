@@ -989,9 +989,9 @@ def test_tied_base_model_has_one_tensor_or_two(tmp_path):
     ("make", "text"),
     [
         (lambda: Entry("a", "b", kind="dense"), "kind must be one of"),
-        (lambda: Entry("a[b", "b"), "without its ']'"),
-        (lambda: Entry("a", "b", "i o"), "need one arrow"),
-        (lambda: Entry("a", "b", "i o -> o x"), "the right side has no others"),
+        (lambda: Entry("a[b", "b"), "without its partner"),
+        (lambda: Entry("a", "b", "i o"), "needs one arrow"),
+        (lambda: Entry("a", "b", "i o -> o x"), "must also be on the left"),
         (
             lambda: NameMap((Entry("a", "b.{i}", "x y -> y x"),)).places("a", (2, 2)),
             "nothing says which axis",

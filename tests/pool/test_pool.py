@@ -104,7 +104,7 @@ def test_errors_say_what_is_wrong_with_which_row():
         batch = cache.acquire(["1", "missing", None, "large", "nan", "1", "2", "3"])
         assert set(batch.errors) == {1, 3, 4, 7}
         assert isinstance(batch.errors[1], FileNotFoundError)
-        assert "'w' has rank 4, the pool 3" in str(batch.errors[3])
+        assert "'w' has rank 4, above the pool's 3" in str(batch.errors[3])
         assert "'w' holds NaN or infinity" in str(batch.errors[4])
         assert "more adapters than the pool's 2" in str(batch.errors[7])
         np.testing.assert_array_equal(batch.ids[[1, 3, 4, 7]], 2)
@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_listed():
         pool.fit(made, Trainable({"w": turned}))
     wide = Factors(np.ones((5, 1)), np.ones((1, 3)), Spec(rank=1, alpha=1))
     with pytest.raises(
-        jlora.PoolError, match=r"sizes \(5, 3\), the pool's of \(4, 3\)"
+        jlora.PoolError, match=r"sizes \(5, 3\), that of the pool of \(4, 3\)"
     ):
         pool.fit(made, Trainable({"w": wide}))
     with pytest.raises(jlora.PoolError, match="a dict"):
