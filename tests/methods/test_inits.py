@@ -652,7 +652,7 @@ def test_to_plain_is_for_the_original_base(init, rslora, key):
 def test_to_plain_says_what_does_not_fit(key):
     _, params, plan, _ = plan_of("matrix", init="loftq")
     _, trainable = jlora.split(key, params, plan, quantize=coarse)
-    with pytest.raises(jlora.TreeError, match=r"'w' began with init 'loftq'"):
+    with pytest.raises(jlora.TreeError, match=r"'w' has init 'loftq'"):
         jlora.rebase(trainable, trainable)
     with pytest.raises(jlora.TreeError, match=r"'w' is in only one of the two"):
         jlora.rebase(trainable, jlora.Trainable())
