@@ -188,7 +188,7 @@ def _dot(x: Array, y: Array) -> Array:
 
 
 def cut(factors: Factors, rank: int) -> Factors:
-    """Returns the nearest factors of at most `rank`; the same ones if they fit."""
+    """Returns the nearest factors of at most `rank`: `factors` itself if it fits."""
     if factors.rank <= rank:
         return factors
     return recompose(*decompose(factors), rank, factors)

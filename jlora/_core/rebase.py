@@ -23,7 +23,7 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
 
     Args:
       trainable: trained.
-      initial: what `split` returned before training; the same key gives the same.
+      initial: what `split` returned before training; the same key returns it again.
 
     Raises:
       TreeError: if the two are not of one plan, or a weight was quantised by

@@ -29,7 +29,7 @@ def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) 
 
     Raises:
       ConfigError: if `rho` is below 1, no leaf has `init="eva"`, or `statistics` lacks
-        the inputs of one that has.
+        the inputs of such a leaf.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
