@@ -20,6 +20,8 @@ from ..methods.moments import Statistics
 from ..transform.compat import is_staging
 from .tree import MISSING, Tree, check_plan, placed_as
 
+Quantize = Callable[[jax.Array], jax.Array]
+
 
 def split(
     key: jax.Array,
@@ -97,9 +99,7 @@ def split(
 
 
 def _extras(
-    plan: Plan,
-    statistics: Statistics,
-    quantize: Callable[[jax.Array], jax.Array] | None,
+    plan: Plan, statistics: Statistics, quantize: Quantize | None
 ) -> dict[str, tuple[Any, ...]]:
     """Returns what each init takes besides the weight, or raises if some is missing."""
     if not (quantize is None or callable(quantize)):
@@ -140,9 +140,7 @@ def _extras(
     return extra
 
 
-def _quantised(
-    path: str, quantize: Callable[[jax.Array], jax.Array], w: jax.Array
-) -> jax.Array:
+def _quantised(path: str, quantize: Quantize, w: jax.Array) -> jax.Array:
     values = quantize(w)
     if jnp.shape(values) != w.shape:
         raise ConfigError(
