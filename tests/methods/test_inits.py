@@ -517,7 +517,8 @@ def test_inputs_that_cannot_be_seen_are_an_error(use, why):
     plan = jlora.plan(fn, params, X, config=config)
     config = dataclasses.replace(config, init="eva")
     (row,) = plan.rows()
-    row = dataclasses.replace(row, spec=dataclasses.replace(row.spec, init="eva"))
+    spec = dataclasses.replace(row.spec, init="eva")
+    row = dataclasses.replace(row, spec=spec, init=INITS["eva"])
     plan = jlora.Plan(config, (row,))
     with pytest.raises(jlora.ConfigError, match=why):
         jlora.activation_statistics(fn, params, plan, [X])
