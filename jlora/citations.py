@@ -1,4 +1,4 @@
-"""The papers behind what a config uses, as BibTeX."""
+"""Cites the papers behind a config or a plan, as BibTeX."""
 
 from typing import NamedTuple
 
@@ -141,8 +141,8 @@ WITHOUT_PAPER = ("kaiming", "gaussian", "orthogonal", "rows")
 def cite(used: LoraConfig | Plan, *also: str) -> str:
     """Returns the BibTeX entries of the papers behind a config or a plan.
 
-    LoRA comes first, then the methods, scale and inits in use, each once. Of a config
-    that is everything its rules name, of a plan only what its weights use.
+    LoRA comes first, then the methods, scale and inits in use, each once. A config uses
+    all that it and its rules name; a plan uses only what its weights use.
 
     Args:
       used: a config, or the plan made from it.

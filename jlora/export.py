@@ -1,4 +1,4 @@
-"""Merged models for other programs: Orbax, safetensors, StableHLO; disk to disk."""
+"""Writes merged models for other programs: Orbax, safetensors, StableHLO."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,24 +22,24 @@ from ._plan.row import Row
 from ._tables import listed
 from .config import LoraConfig
 from .errors import CheckpointError, ConfigError, TargetError, TreeError
-from .factors import Axes, Trainable
+from .factors import Axes, Leaf, PyTree, Trainable
 from .transform.discover import FACTORED, MERGED, Use
 
-_EMBED_LIMIT = 2**31 - 2**24  # of a serialized function
+_EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
 
-def orbax(directory: Path, params: Any, *, overwrite: bool = False) -> None:
-    """Writes parameters as a plain Orbax checkpoint, which needs no jlora to be read.
+def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
+    """Writes parameters as a plain Orbax checkpoint, which is read without jlora.
 
     Read it with `orbax.checkpoint.StandardCheckpointer().restore(directory, like)`.
 
     Args:
-      directory: where; appears when all is written.
+      directory: where to write; it appears once everything is written.
       params: any pytree of arrays, such as `merge`'s result.
-      overwrite: whether to replace what is there.
+      overwrite: whether to replace an existing `directory`.
 
     Raises:
-      CheckpointError: if something is there already, or it cannot be written.
+      CheckpointError: if `directory` exists already, or cannot be written.
 
     Examples:
       >>> import os, tempfile, jax.numpy as jnp, orbax.checkpoint as ocp
@@ -69,19 +68,19 @@ def orbax(directory: Path, params: Any, *, overwrite: bool = False) -> None:
         ) from error
 
 
-def safetensors(path: Path, params: Any) -> None:
+def safetensors(path: Path, params: PyTree) -> None:
     """Writes parameters to one safetensors file, each leaf under its path.
 
     Leaves come to the host one by one. The file is written whole or not at all. For
     names and axes as `transformers` wants them, see `jlora.peft.save_base`.
 
     Args:
-      path: the file; one that is there is replaced.
+      path: the file; an existing one is replaced.
       params: any pytree of arrays, such as `merge`'s result.
 
     Raises:
-      CheckpointError: if a leaf is no array or its dtype has no place in the format, or
-        the file cannot be written.
+      CheckpointError: if a leaf is not an array, the format lacks its dtype, or the
+        file cannot be written.
 
     Examples:
       >>> import os, tempfile, jax.numpy as jnp
@@ -99,9 +98,9 @@ def safetensors(path: Path, params: Any) -> None:
 
 
 def stablehlo(
-    fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    fn: Callable[..., PyTree],
+    params: PyTree,
+    *args: PyTree,
     batch: str | None = "b",
     path: Path | None = None,
     embed: bool = True,
@@ -116,12 +115,12 @@ def stablehlo(
       fn: the plain function, `fn(params, *args)`.
       params: merged parameters, from `jlora.merge`.
       *args: arrays or `jax.ShapeDtypeStruct`s.
-      batch: name of the size of each argument's first axis, which stays free; None
-        takes the shapes as they are, symbolic dimensions of `jax.export` included.
+      batch: name of the size of each argument's first axis, which stays free. None
+        keeps the shapes as they are, including symbolic dimensions of `jax.export`.
       path: a file to write as well, whole or not at all.
-      embed: whether the parameters are in it; otherwise they are the first argument of
-        `call`.
-      platforms: for instance `("cpu", "cuda", "tpu")`; None is the default one.
+      embed: whether the result holds the parameters; otherwise they are the first
+        argument of `call`.
+      platforms: for instance `("cpu", "cuda", "tpu")`; None means JAX's default.
 
     Raises:
       TreeError: if the parameters to embed have two gigabytes or more.
@@ -139,10 +138,9 @@ def stablehlo(
     """
     from jax import export
 
-    def shape_of(x: Any) -> jax.ShapeDtypeStruct:
-        shape = tuple(np.shape(x)) if not hasattr(x, "shape") else tuple(x.shape)
+    def shape_of(x: Leaf) -> jax.ShapeDtypeStruct:
         dtype = x.dtype if hasattr(x, "dtype") else jax.dtypes.result_type(x)
-        return jax.ShapeDtypeStruct(shape, dtype)
+        return jax.ShapeDtypeStruct(tuple(np.shape(x)), dtype)
 
     shapes = jax.tree.map(shape_of, args)
     if batch is not None:
@@ -179,11 +177,12 @@ def stablehlo(
 def merge_files(
     base: Path, trainable: Trainable, out: Path, *, progress: Progress = iter
 ) -> None:
-    """Writes the merged model of a base on disk, without either in memory.
+    """Writes the merged model of a base on disk, with neither model in memory.
 
-    Leaf by leaf from file to file: memory is bounded by a few times the largest adapted
-    leaf (from Orbax, the largest leaf). The result is that of `jlora.merge`, bit for
-    bit. A merged model in Orbax's format is written from memory: `orbax`.
+    One leaf at a time goes from file to file, so memory is bounded by a few times the
+    largest adapted leaf (from Orbax, the largest leaf). The result is that of
+    `jlora.merge`, bit for bit. To write a merged model in Orbax's format, merge it in
+    memory and use `orbax`.
 
     Args:
       base: safetensors with a leaf under each path, as `safetensors` writes it: a file,
@@ -191,7 +190,7 @@ def merge_files(
         of parameters.
       trainable: the adapter.
       out: the safetensors file to write, whole or not at all.
-      progress: wraps the names as they are gone through, such as `tqdm.tqdm`.
+      progress: wraps the iteration over the names, such as `tqdm.tqdm`.
 
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
@@ -219,7 +218,7 @@ def merge_files(
         with jax.enable_x64(True) if w.dtype.itemsize > 4 else contextlib.nullcontext():
             return np.asarray(merge.merge({name: w}, own)[name])
 
-    def pieces(name: str) -> Iterable[Any]:
+    def pieces(name: str) -> Iterable[tensors.Buffer]:
         if name in trainable.lora:
             return [tensors.raw(merged(name))]
         if name in trainable.full:
@@ -237,13 +236,13 @@ def merge_files(
 def extract_files(
     tuned: Path, base: Path, plan: Plan, *, progress: Progress = iter
 ) -> Trainable:
-    """Returns `jlora.extract` of two models on disk, one leaf of both in memory.
+    """Returns `jlora.extract` of two models on disk, with one leaf of each in memory.
 
     Args:
-      tuned: a fine-tuned model, see `merge_files`.
+      tuned: a fine-tuned model; for the formats see `merge_files`.
       base: the model that the fine-tune began with.
       plan: ranks and axes, from `jlora.plan` or `flat_plan`.
-      progress: wraps the names as they are gone through.
+      progress: wraps the iteration over the names.
 
     Raises:
       TreeError: if the models differ from each other or from the plan.
@@ -286,7 +285,8 @@ def extract_files(
     if left:
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {', '.join(left)}. Add them to train= or targets=.",
+            f"lacks their change: {listed(left, separator=', ')}. Add them to "
+            "train= or targets=.",
             stacklevel=2,
         )
     order = [row.path for row in plan.leaves]
@@ -302,16 +302,16 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     Without a trace, a floating-point leaf of two axes is taken to be a kernel
     `[fan-in, fan-out]`, as in Flax, or a table of embeddings if its name is
     `embedding`. A leaf of more axes is a kernel only if a `Rule` gives its `axes`; a
-    `Rule` may give those of the others too. The rest of `config` means what it means in
-    `jlora.plan`, which knows better where the function is at hand.
+    `Rule` may give those of the others too. The rest of `config` means the same as in
+    `jlora.plan`. Prefer `jlora.plan` where you have the function.
 
     Args:
-      base: a model, see `merge_files`.
-      config: a `LoraConfig`.
+      base: a model; for the formats see `merge_files`.
+      config: what to adapt and how.
 
     Raises:
       ConfigError: if `targets` is a predicate.
-      TargetError: for what `jlora.plan` refuses, and targets of unknown axes.
+      TargetError: for all that `jlora.plan` refuses, and targets of unknown axes.
 
     Examples:
       >>> import os, tempfile, numpy as np
@@ -334,7 +334,7 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     if guessed:
         raise TargetError(
             f"These targets have {unknown}: {listed(map(repr, guessed), 5, ', ')}. Say "
-            f"with Rule({guessed[0]!r}, axes=Axes(...)) which are summed over."
+            f"with Rule({guessed[0]!r}, axes=Axes(...)) which axes are summed over."
         )
     return Plan(
         config,
@@ -346,7 +346,7 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
 
 
 def _assumed_use(name: str, shape: tuple[int, ...], config: LoraConfig) -> Use:
-    """Returns how a leaf is taken to be used."""
+    """Returns the use that a leaf is assumed to have."""
     ruled = [r.axes for r in config.rules if r.axes and paths.matches(r.pattern, name)]
     if len(shape) < 2:
         return Use(name, "", "elementwise", (), (), (), where="", scope="")
@@ -361,8 +361,8 @@ def _assumed_use(name: str, shape: tuple[int, ...], config: LoraConfig) -> Use:
 def _write(path: Path, model: Model, progress: Progress = iter) -> None:
     names = iter(())
 
-    def pieces(name: str) -> Iterable[Any]:
-        next(names, None)  # moves the bar
+    def pieces(name: str) -> Iterable[tensors.Buffer]:
+        next(names, None)  # advances the progress bar
         return model.pieces(name)
 
     names = iter(progress(list(model.shapes)))

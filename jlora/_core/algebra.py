@@ -1,8 +1,8 @@
 """Low-rank algebra: matrices of factors, joins, truncation, norms, inner products.
 
-The update of a leaf is `scale * a @ b`. Only `delta` and `dense` form it: a sum of
-updates is a longer rank axis, and its singular values are those of a small core
-between two orthogonal factors (QR of A, QR of B, then an SVD of rank x rank entries).
+The update of a leaf is `scale * a @ b`. Only `delta` and `dense` form it. A sum of
+updates has a longer rank axis. Its singular values are those of a small core between
+two orthogonal factors: QR of A, QR of B, then an SVD of rank x rank numbers.
 """
 
 import dataclasses
@@ -14,17 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
-from ..factors import Factors, Spec
+from ..factors import Array, Factors, Leaf, Spec
 from ..methods import low_rank_pair, method_of
 
 
-def delta(factors: Factors, dtype: Any = jnp.float32) -> jax.Array:
+def delta(factors: Factors, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """Returns the dense update `scale * a @ b` of a weight, computed in `dtype`.
 
     Shapes: A `[*batch, *fan_in, rank]` and B `[*batch, rank, *fan_out]` give an array
-    with the weight's own axes in the weight's own order.
+    with the axes of the weight, in the weight's order.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -59,10 +60,10 @@ def lora_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
     )
 
 
-def matrices(factors: Factors) -> tuple[Any, Any]:
-    """Returns A `[*batch, in, rank]` and `scale * B` `[*batch, rank, out]`, wide.
+def matrices(factors: Factors) -> tuple[Array, Array]:
+    """Returns A `[*batch, in, rank]` and `scale * B` `[*batch, rank, out]`.
 
-    The matrices are JAX or NumPy arrays, as the leaves of `factors` are.
+    They have at least float32. They are JAX or NumPy arrays, as the leaves are.
     """
     n = len(factors.spec.axes.batch)
     a, b = low_rank_pair(factors)
@@ -74,16 +75,15 @@ def matrices(factors: Factors) -> tuple[Any, Any]:
 
 
 def on_host(factors: Factors) -> Factors:
-    """Returns factors of plain LoRA with the same update, float64 arrays of NumPy.
+    """Returns factors of plain LoRA with the same update, as float64 on the host.
 
-    What a DoRA magnitude does is not in them.
+    They leave out what a DoRA magnitude does.
     """
     a, b = map(as_float64, low_rank_pair(factors))
-    own = lora_spec(factors.spec, a.shape[-1])
-    return Factors(a, b * factors.scale, own)
+    return Factors(a, b * factors.scale, lora_spec(factors.spec, a.shape[-1]))
 
 
-def as_float64(x: Any) -> np.ndarray:
+def as_float64(x: Leaf) -> np.ndarray:
     """Returns an array as float64 on the host."""
     return np.asarray(jax.device_get(x)).astype(np.float64)
 
@@ -97,16 +97,13 @@ def weight_sizes(factors: Factors) -> tuple[int, ...]:
 def largest_rank(factors: Factors) -> int:
     """Returns the highest rank that an update of this weight can have."""
     n = len(factors.spec.axes.batch)
-    return min(
-        math.prod(factors.a.shape[n:-1]),
-        math.prod(factors.b.shape[n + 1 :]),
-    )
+    return min(math.prod(factors.a.shape[n:-1]), math.prod(factors.b.shape[n + 1 :]))
 
 
-def scaled(factors: Factors, weight: Any) -> Factors:
-    """Returns the factors with `weight` in B; A, spec and dtypes stay.
+def scaled(factors: Factors, weight: ArrayLike) -> Factors:
+    """Returns the factors with B times `weight`; A, spec and dtypes stay.
 
-    Every method's update is linear in B, except that of a magnitude over the weight.
+    The update of every method without a magnitude over the weight is linear in B.
     """
     if is_one(weight):
         return factors
@@ -115,13 +112,13 @@ def scaled(factors: Factors, weight: Any) -> Factors:
     return dataclasses.replace(factors, b=b)
 
 
-def is_one(weight: Any) -> bool:
+def is_one(weight: object) -> bool:
     """Returns whether a weight is the number 1, which changes nothing."""
     return isinstance(weight, int | float) and weight == 1
 
 
-def join(several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
-    """Returns plain factors whose update is the weighted sum: the ranks in a row."""
+def join(several: Sequence[Factors], weights: Sequence[ArrayLike]) -> Factors:
+    """Returns factors of plain LoRA whose update is the weighted sum; ranks add up."""
     spec = several[0].spec
     n = len(spec.axes.batch)
     a_dtype, b_dtype = factor_dtypes(several)
@@ -138,18 +135,18 @@ def join(several: Sequence[Factors], weights: Sequence[Any]) -> Factors:
     )
 
 
-def factor_dtypes(several: Sequence[Factors]) -> tuple[Any, Any]:
+def factor_dtypes(several: Sequence[Factors]) -> tuple[DTypeLike, DTypeLike]:
     """Returns the dtypes that hold every A and every B."""
     return widest([f.a.dtype for f in several]), widest([f.b.dtype for f in several])
 
 
-def widest(dtypes: Sequence[Any]) -> Any:
-    """Returns the dtype where there is one, else float32, or float64 if that is in."""
+def widest(dtypes: Sequence[DTypeLike]) -> DTypeLike:
+    """Returns the dtype that all share, else float64 if present, else float32."""
     return dtypes[0] if len(set(dtypes)) == 1 else at_least_float32(*dtypes)
 
 
 def common_dropout(several: Sequence[Factors]) -> float:
-    """Returns the drop rate where all agree, else 0."""
+    """Returns the drop rate if all agree, else 0."""
     rates = {f.spec.dropout for f in several}
     return rates.pop() if len(rates) == 1 else 0.0
 
@@ -157,16 +154,17 @@ def common_dropout(several: Sequence[Factors]) -> float:
 def decompose(factors: Factors) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `(u, s, vt)`, the SVD of the update of each matrix, up to its rank.
 
-    Shapes: `[*batch, in, k]`, `[*batch, k]`, `[*batch, k, out]`, where `k` is the rank
-    or what the weight's own size leaves of it.
+    Shapes: `[*batch, in, k]`, `[*batch, k]`, `[*batch, k, out]`, where `k` is the
+    smallest of the rank, `in` and `out`.
     """
     qa, core, qb = _core(factors)
     u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    return _dot(qa, u), s, _dot(vt, jnp.swapaxes(qb, -1, -2))
+    right = jnp.matmul(vt, jnp.swapaxes(qb, -1, -2), precision=HIGHEST)
+    return jnp.matmul(qa, u, precision=HIGHEST), s, right
 
 
-def singular_values(factors: Factors, xp: ModuleType = jnp) -> Any:
-    """Returns those of the update of each matrix, largest first, `[*batch, k]`.
+def singular_values(factors: Factors, xp: ModuleType = jnp) -> Array:
+    """Returns the singular values of each matrix's update, `[*batch, k]`, descending.
 
     `k` is as in `decompose`. `xp` is `numpy` for factors from `on_host`.
     """
@@ -174,23 +172,23 @@ def singular_values(factors: Factors, xp: ModuleType = jnp) -> Any:
     return xp.linalg.svd(core, compute_uv=False)
 
 
-def _core(factors: Factors, xp: ModuleType = jnp) -> tuple[Any, Any, Any]:
-    """Returns `(qa, core, qb)`, orthonormal but `core`: the update is `qa core qbᵀ`."""
+def _core(factors: Factors, xp: ModuleType = jnp) -> tuple[Array, Array, Array]:
+    """Returns `(qa, core, qb)`: the update is `qa core qbᵀ`, `qa`, `qb` orthonormal."""
     a, b = matrices(factors)
     qa, ra = xp.linalg.qr(a)
     qb, rb = xp.linalg.qr(xp.swapaxes(b, -1, -2))
     return qa, _dot(ra, xp.swapaxes(rb, -1, -2)), qb
 
 
-def _dot(x: Any, y: Any) -> Any:
+def _dot(x: Array, y: Array) -> Array:
     if isinstance(x, np.ndarray):
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity go on
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity pass
             return x @ y
     return jnp.matmul(x, y, precision=HIGHEST)
 
 
 def cut(factors: Factors, rank: int) -> Factors:
-    """Returns the nearest update of at most `rank`; as it is where it fits already."""
+    """Returns the nearest factors of at most `rank`: `factors` itself if it fits."""
     if factors.rank <= rank:
         return factors
     return recompose(*decompose(factors), rank, factors)
@@ -204,9 +202,10 @@ def recompose(
     like: Factors,
     dropout: float | None = None,
 ) -> Factors:
-    """Returns the leading `rank` parts of an SVD, singular values shared evenly.
+    """Returns the leading `rank` terms of an SVD as factors of plain LoRA.
 
-    Axes and dtypes, and the drop rate if none is given, are those of `like`.
+    A and B share the singular values evenly. Axes and dtypes, and the drop rate if none
+    is given, are those of `like`.
     """
     n = len(like.spec.axes.batch)
     batch, fan_in, fan_out = like.a.shape[:n], like.a.shape[n:-1], like.b.shape[n + 1 :]
@@ -224,9 +223,9 @@ def dense(factors: Factors) -> jax.Array:
 
 
 def norm(factors: Factors, xp: ModuleType = jnp) -> Any:
-    """Returns the Frobenius norm of the update; parts that cancel leave no residue.
+    """Returns the Frobenius norm of the update; terms that cancel leave no residue.
 
-    `|A B| = |R B|` with `A = Q R`: what cancels does so before anything is squared.
+    `|A B| = |R B|` with `A = Q R`: terms cancel before anything is squared.
     `xp` is `numpy` for factors from `on_host`.
     """
     a, b = matrices(factors)
@@ -234,7 +233,7 @@ def norm(factors: Factors, xp: ModuleType = jnp) -> Any:
 
 
 def inner(x: Factors, y: Factors) -> jax.Array:
-    """Returns the sum of products of two updates' entries, from Gram matrices."""
+    """Returns the inner product of two updates, from Gram matrices."""
     ax, bx = matrices(x)
     ay, by = matrices(y)
     wide = widest([ax.dtype, ay.dtype])

@@ -10,7 +10,7 @@ import jax
 from .._checks import check_function, check_key
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
-from ..factors import Axes, Factors, Leaf, PyTree, Trainable
+from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import low_rank_pair, method_of
 from ..transform.cost import Form
 from ..transform.rewrite import rewrite
@@ -53,7 +53,7 @@ class LoraFunction(Protocol[Args, Out_co]):
 
 
 def apply_lora(
-    fn: Callable[Concatenate[Any, Args], Out],
+    fn: Callable[Concatenate[PyTree, Args], Out],
     *,
     on_merge: OnMerge = "warn",
     form: Form = "auto",
@@ -62,20 +62,21 @@ def apply_lora(
 
     `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
     `scale * (x a) b` to the activations at every place where an adapted weight is used,
-    so no weight-sized array is made, forward or backward. It is pure and composes with
-    `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in `jax.jit`.
-    With an empty `trainable` it is `fn`.
+    so it makes no array of the weight's size, forward or backward. It is pure and
+    composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in
+    `jax.jit`. With an empty `trainable` it calls `fn` as it is.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
         function around `nnx.merge`, plain JAX.
       on_merge: what to do where the factored route does not exist and the weight is
-        merged on the fly, which is right but slower: `"warn"` once for each trace,
+        merged on the fly, which is correct but slower: `"warn"` once for each trace,
         `"allow"` it, or raise an `"error"`.
-      form: where the value of a matrix product gets its low-rank term, for experiments:
-        `"factored"`, on the activations; `"merged"`, on a temporary weight, which moves
-        fewer bytes where many tokens meet a small weight; `"auto"` picks from shapes,
-        dtype and platform. Gradients are factored with all three.
+      form: how the value of a matrix product is computed; for experiments.
+        `"factored"` adds the low-rank term to the activations. `"merged"` adds it to a
+        temporary weight, which moves fewer bytes where many tokens meet a small weight.
+        `"auto"` chooses by shapes, dtype and platform. Gradients are factored with all
+        three.
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
@@ -107,7 +108,6 @@ def apply_lora(
         raise ConfigError(
             f"on_merge must be 'allow', 'warn' or 'error', got {on_merge!r}."
         )
-
     if form not in ("auto", "factored", "merged"):
         raise ConfigError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
 
@@ -133,11 +133,7 @@ def apply_lora(
                 values[slot] = _weight(path, values[slot], trainable.lora[path])
         merges: dict[str, str] = {}
         outs = rewrite(
-            staged.code,
-            values,
-            key=lora_key,
-            form=form,
-            merged=merges.setdefault,
+            staged.code, values, key=lora_key, form=form, merged=merges.setdefault
         )
         _tell(merges, on_merge)
         return staged.rebuild(outs)
@@ -149,8 +145,7 @@ def apply_lora(
 
 def _weight(path: str, w: Leaf, factors: Factors) -> Weight:
     """Returns `w` with its factors, for the interpreter."""
-    axes: Axes = factors.spec.axes
-    dims = leaf_dims(w.shape)
+    axes, dims = factors.spec.axes, leaf_dims(w.shape)
     batch, fan_in, fan_out = (
         tuple(dims[i][0] for i in role)
         for role in (axes.batch, axes.fan_in, axes.fan_out)
@@ -180,7 +175,7 @@ def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:
             'Leave them out with exclude=, or permit merging with on_merge="allow".'
         )
     warnings.warn(
-        f"These weights are merged on the fly, which is right but slower than the "
+        f"These weights are merged on the fly, which is correct but slower than the "
         f'factored route:{lines}\nSilence this with on_merge="allow".',
         MergeWarning,
         stacklevel=3,

@@ -1,17 +1,17 @@
-"""The adapter nearest to what a full fine-tune changed."""
+"""Finds the adapter nearest to the change that a full fine-tune made."""
 
 import dataclasses
 import warnings
-from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from .. import paths
 from .._numerics import at_least_float32, sqrt_halves
 from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
-from ..factors import Factors, Spec, Trainable
+from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import find_init, method_of
 from ..methods.dora import column_norms
 from ..methods.init import matrices, shaped
@@ -19,16 +19,16 @@ from ..transform.stage import is_array
 from .tree import check_plan
 
 
-def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
+def extract(params: PyTree, base_params: PyTree, plan: Plan) -> Trainable:
     """Returns the adapter of `plan` nearest to a full fine-tune's change.
 
     Each adapted weight's difference is cut to its rank by a truncated SVD, the best
-    approximation in the Frobenius norm; the singular values are shared evenly by A and
-    B. Leaves that `plan` trains in full are taken over whole.
+    approximation in the Frobenius norm. A and B share the singular values evenly.
+    Leaves that `plan` trains in full are copied.
 
     Args:
       params: fine-tuned parameters.
-      base_params: the parameters the fine-tune began with.
+      base_params: the parameters that the fine-tune began with.
       plan: ranks and axes, from `jlora.plan`.
 
     Raises:
@@ -56,9 +56,10 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     tuned, treedef = paths.flatten(params)
     base, base_treedef = paths.flatten(base_params)
     if treedef != base_treedef:
+        odd = listed(map(repr, sorted(tuned.keys() ^ base.keys())), separator=", ")
         raise TreeError(
-            "params and base_params are trees of different structure: leaves "
-            f"{sorted(set(tuned) ^ set(base)) or 'equal, containers differ'}."
+            "params and base_params are trees of different structure: "
+            + (f"only one has {odd}." if odd else "leaves equal, containers differ.")
         )
     check_plan(base, plan)
     check_plan(tuned, plan)
@@ -93,17 +94,17 @@ def extract(params: Any, base_params: Any, plan: Plan) -> Trainable:
     return Trainable(lora, {path: tuned[path] for path in plan.full})
 
 
-def _differ(a: Any, b: Any) -> bool:
-    """Returns whether two leaves are floating-point arrays with other numbers."""
+def _differ(a: Leaf, b: Leaf) -> bool:
+    """Returns whether two leaves are floating-point arrays of different numbers."""
     if not is_array(a) or not jnp.issubdtype(a.dtype, jnp.inexact):
         return False
     return not bool(jnp.array_equal(a, b, equal_nan=True))
 
 
-def _nearest(tuned: Any, base: Any, spec: Spec, dtype: Any) -> Factors:
+def _nearest(tuned: Leaf, base: Leaf, spec: Spec, dtype: np.dtype) -> Factors:
     """Returns factors with the best approximation of `tuned - base` of their rank."""
     init = find_init(spec.init)
-    if init is not None and init.changes_base:  # these factors are for the base itself
+    if init is not None and init.changes_base:  # these apply to the unchanged base
         spec = dataclasses.replace(spec, init="kaiming")
     wide = at_least_float32(base.dtype)
     change = tuned.astype(wide) - base.astype(wide)

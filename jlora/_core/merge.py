@@ -1,7 +1,6 @@
-"""Factors added to weights for good, and taken off again."""
+"""Adds factors to weights for good, and takes them off again."""
 
 import functools
-from typing import Any, TypeVar
 
 import jax
 
@@ -9,22 +8,28 @@ from .. import paths
 from .._numerics import add_rounded, at_least_float32
 from .._tables import listed
 from ..errors import TreeError
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, Trainable
 from ..methods import method_of
 from ..methods.dora import dense_gain
 from ..transform.compat import placed_like
 from .algebra import delta
-from .tree import MISSING, check, check_trainable, combine, flatten_frozen, placed_as
-
-Tree = TypeVar("Tree")
+from .tree import (
+    MISSING,
+    Tree,
+    check,
+    check_trainable,
+    combine,
+    flatten_frozen,
+    placed_as,
+)
 
 
 def merge(frozen: Tree, trainable: Trainable) -> Tree:
     """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
 
-    With DoRA, `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. Computed in
-    float32 (float64 for float64 weights) and rounded once to the weight's dtype. Tree,
-    dtypes and shardings are those of the original parameters, so
+    With DoRA it is `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. The sum is
+    computed in float32 (float64 for float64 weights) and rounded once to the weight's
+    dtype. Tree, dtypes and shardings are those of the original parameters, so
     `fn(merge(frozen, trainable), ...)` costs what `fn` costs.
 
     Args:
@@ -50,16 +55,16 @@ def merge(frozen: Tree, trainable: Trainable) -> Tree:
 def unmerge(params: Tree, trainable: Trainable) -> Tree:
     """Returns `frozen` from merged parameters: the inverse of `merge`.
 
-    The inverse of `merge` up to one rounding of each adapted weight; in low precision
-    keep the original `frozen` instead.
+    Each adapted weight is rounded once more, so in low precision keep the original
+    `frozen` instead.
 
     Args:
       params: from `merge`.
       trainable: what was merged, unchanged.
 
     Raises:
-      TreeError: if `trainable` does not fit `params`, or holds DoRA, whose merged
-        weights no longer tell the length that their columns had.
+      TreeError: if `trainable` does not fit `params`, or holds DoRA: its merged weights
+        do not determine the norms that their columns had.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -81,8 +86,9 @@ def unmerge(params: Tree, trainable: Trainable) -> Tree:
     rescaled = [p for p, f in trainable.lora.items() if method_of(f.spec).gain]
     if rescaled:
         raise TreeError(
-            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA): the "
-            "merged weights do not tell what they were. Keep frozen from jlora.split."
+            f"{listed(map(repr, rescaled), 3, ', ')} have a magnitude (DoRA), so the "
+            "merged weights do not determine the original ones. Keep frozen from "
+            "jlora.split."
         )
     return _shift(frozen, trainable, sign=-1)
 
@@ -95,7 +101,7 @@ def _shift(tree: Tree, trainable: Trainable, *, sign: int) -> Tree:
     return treedef.unflatten(leaves.values())
 
 
-def _add_delta(w: Any, factors: Factors, sign: int) -> jax.Array:
+def _add_delta(w: Leaf, factors: Factors, sign: int) -> jax.Array:
     wide = at_least_float32(w.dtype)
     gain = method_of(factors.spec).gain
 

@@ -1,4 +1,4 @@
-"""An adapter of a changed base as ordinary LoRA for the original one."""
+"""Rewrites an adapter of a changed base as plain LoRA for the original one."""
 
 import dataclasses
 import math
@@ -12,22 +12,22 @@ from ..methods import find_init
 
 
 def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
-    """Returns an adapter for the original parameters: what `trainable` is for `frozen`.
+    """Returns `trainable`, an adapter of `frozen`, as one of the original parameters.
 
     Where an init (`"pissa"`, `"olora"`, `"corda"`, `"lora_ga"`) took `s a0 b0` out of
     the weight, the factors become `a' = [a | a0]` and `b' = [b ; -b0]` of rank `2r`,
     alpha grows so that the scale stays, and
     `merge(params, rebase(trainable, initial))` is `merge(frozen, trainable)` up to
-    rounding. Other factors, and leaves trained in full, stay as they are. Share it,
-    or use it beside other adapters, without a changed base.
+    rounding. Other factors, and leaves trained in full, stay as they are. The
+    result can be shared, or used beside other adapters, without the changed base.
 
     Args:
       trainable: trained.
-      initial: as it came from `split`; the same key gives it again.
+      initial: what `split` returned before training; the same key returns it again.
 
     Raises:
       TreeError: if the two are not of one plan, or a weight was quantised by
-        `init="loftq"`: what its base lost is in no adapter. Lists the leaves.
+        `init="loftq"`: no adapter holds what its base lost. Lists the leaves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -51,21 +51,21 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
     ]
     lora = {}
     for path, factors in trainable.lora.items():
-        start = initial.lora.get(path)
-        if start is None:
+        old = initial.lora.get(path)
+        if old is None:
             continue
         init = find_init(factors.spec.init)
-        if start.spec != factors.spec:
-            wrong.append(f"{path!r} has other settings in initial: {start.spec}")
+        if old.spec != factors.spec:
+            wrong.append(f"{path!r} has other settings in initial: {old.spec}")
         elif init is None or not init.changes_base:
             lora[path] = factors
         elif init.base == "own":
             wrong.append(
-                f"{path!r} began with init {factors.spec.init!r}, whose base is "
+                f"{path!r} has init {factors.spec.init!r}, whose base is "
                 "quantised: keep frozen and trainable together"
             )
         else:
-            lora[path] = _doubled(factors, start)
+            lora[path] = _doubled(factors, old)
     if wrong:
         raise TreeError(
             f"This adapter cannot be rebased: {listed(wrong)}. Take initial from "
@@ -74,7 +74,8 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
     return Trainable(lora, trainable.full)
 
 
-def _doubled(factors: Factors, start: Factors) -> Factors:
+def _doubled(factors: Factors, initial: Factors) -> Factors:
+    """Returns `scale * (a @ b - a0 @ b0)` as factors of twice the rank."""
     spec = factors.spec
     grown = dataclasses.replace(
         spec,
@@ -82,10 +83,11 @@ def _doubled(factors: Factors, start: Factors) -> Factors:
         alpha=spec.alpha * (math.sqrt(2) if spec.rslora else 2),
         init="kaiming",
     )
-    rows = len(spec.axes.batch)
     return dataclasses.replace(
         factors,
-        a=jnp.concatenate([factors.a, start.a.astype(factors.a.dtype)], axis=-1),
-        b=jnp.concatenate([factors.b, -start.b.astype(factors.b.dtype)], axis=rows),
+        a=jnp.concatenate([factors.a, initial.a.astype(factors.a.dtype)], axis=-1),
+        b=jnp.concatenate(
+            [factors.b, -initial.b.astype(factors.b.dtype)], axis=len(spec.axes.batch)
+        ),
         spec=grown,
     )

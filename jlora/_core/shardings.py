@@ -1,6 +1,4 @@
-"""How factors are laid out over devices: as the axes of the weight that they share."""
-
-from typing import Any
+"""Lays factors out over devices like the axes that they share with their weight."""
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -8,21 +6,24 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from .. import paths
 from .._tables import listed
 from ..errors import TreeError
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
 from .tree import Missing, check_trainable
 
+Placement = Sharding | PartitionSpec
 
-def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
+
+def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
     """Returns a sharding for each leaf of `trainable`, from those of the base.
 
-    A takes the batch and fan-in axes of its weight, B the batch and fan-out axes, and
-    the rank axis is replicated; so the products with A and B need no more communication
-    than the base's own. A magnitude lies as the columns that it scales, a leaf trained
-    in full as the base's. Storage, collectives and optimizer state are left to JAX.
+    A is laid out like the batch and fan-in axes of its weight, and B like the batch and
+    fan-out axes. The rank axis is replicated. The products with A and B therefore need
+    no more communication than those of the base. A magnitude is laid out like the
+    columns that it scales, and a leaf trained in full like that leaf of the base.
+    Storage, collectives and optimizer state are left to JAX.
 
     Args:
-      base_shardings: a tree as the parameters (or `frozen`) with a `NamedSharding` or
+      base_shardings: a tree like the parameters (or `frozen`) with a `NamedSharding` or
         `PartitionSpec` at each leaf, or the placed arrays themselves.
       trainable: from `split`, or its `jax.eval_shape`.
 
@@ -31,8 +32,8 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
       `jax.device_put`, `jax.jit(..., out_shardings=...)` or `checkpoint.restore`.
 
     Raises:
-      TreeError: if `trainable` is not a `Trainable`; lists the leaves without a
-        sharding, or with one for too many axes.
+      TreeError: if `trainable` is not a `Trainable`, or leaves have no sharding or one
+        for too many axes; lists the leaves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -51,7 +52,7 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
     known = {path: _placement(leaf) for path, leaf in leaves.items()}
     wrong: list[str] = []
 
-    def base(path: str) -> Any:
+    def base(path: str) -> Placement | None:
         if known.get(path) is None:
             near = paths.nearest(path, tuple(known), n=1)
             hint = f" (nearest: {near[0]!r})" if near and path not in known else ""
@@ -66,24 +67,26 @@ def shardings(base_shardings: Any, trainable: Trainable) -> Trainable:
     if wrong:
         raise TreeError(
             f"The shardings do not fit the adapter: {listed(wrong)}. Give a "
-            "tree as the parameters, with a sharding at each leaf."
+            "tree like the parameters, with a sharding at each leaf."
         )
     return Trainable(lora, full)
 
 
-def _is_placement(x: Any) -> bool:
-    return isinstance(x, Sharding | PartitionSpec | Missing)
+def _is_placement(x: object) -> bool:
+    return isinstance(x, Placement | Missing)
 
 
-def _placement(leaf: Any) -> Any:
-    """Returns the sharding that a leaf is or has; None for neither."""
-    if isinstance(leaf, Sharding | PartitionSpec):
+def _placement(leaf: Leaf) -> Placement | None:
+    """Returns the sharding that a leaf is or has, or None."""
+    if isinstance(leaf, Placement):
         return leaf
     sharding = getattr(leaf, "sharding", None)
     return sharding if isinstance(sharding, Sharding) else None
 
 
-def _laid_out(path: str, base: Any, factors: Factors, wrong: list[str]) -> Any:
+def _laid_out(
+    path: str, base: Placement | None, factors: Factors, wrong: list[str]
+) -> Factors:
     """Returns `factors` with a sharding at each leaf."""
     if base is None:
         return factors
@@ -95,12 +98,12 @@ def _laid_out(path: str, base: Any, factors: Factors, wrong: list[str]) -> Any:
     if len(named) > ndim:
         wrong.append(f"{path!r} has {ndim} axes, its sharding {named} is for more")
         return factors
-    entries = [*named, *(None for _ in range(ndim - len(named)))]
+    mesh_axes = [*named, *(None for _ in range(ndim - len(named)))]
     if spec.parts is not None:
-        entries[spec.parts.axis] = None  # B holds one part's length of it
+        mesh_axes[spec.parts.axis] = None  # B holds only one part's length of this axis
 
-    def place(leaf: str) -> Any:
-        own = PartitionSpec(*(None if i is None else entries[i] for i in axes[leaf]))
+    def place(leaf: str) -> Placement:
+        own = PartitionSpec(*(None if i is None else mesh_axes[i] for i in axes[leaf]))
         if isinstance(base, PartitionSpec):
             return own
         return NamedSharding(base.mesh, own, memory_kind=base.memory_kind)

@@ -1,8 +1,8 @@
-"""Taking parameters apart into (frozen, trainable)."""
+"""Splits parameters into (frozen, trainable)."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ from .._plan.plan import Plan
 from .._plan.row import Row
 from .._tables import listed
 from ..errors import ConfigError, TreeError
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, Trainable
 from ..methods import method_of, residual
 from ..methods.moments import Statistics
 from ..transform.compat import is_staging
-from .tree import MISSING, check_plan, placed_as
+from .tree import MISSING, Tree, check_plan, placed_as
 
-Tree = TypeVar("Tree")
+Quantize = Callable[[jax.Array], jax.Array]
 
 
 def split(
@@ -33,13 +33,14 @@ def split(
 ) -> tuple[Tree, Trainable]:
     """Returns `(frozen, trainable)`: the parameters to keep and those to train.
 
-    `frozen` is `params` with `MISSING` where `plan` trains leaves in full. What
-    `init="pissa"` and the like put into A and B is taken out of it: the weight is then
-    `w - scale * a @ b`, rounded once. Works under `jax.jit` and `jax.eval_shape`. With
-    B (or A) zero, every operation of the adapted function gives the bits of the
-    original one; one `jax.jit` may fuse, and so round, the two differently. Leaves
-    trained in full are those of `params` themselves: copy `trainable` before donating
-    it, if `params` is needed later.
+    `frozen` is `params` with `MISSING` where `plan` trains leaves in full. For
+    `init="pissa"` and the like, the initial update is subtracted from the weight, which
+    becomes `w - scale * a @ b`, rounded once. `split` works under `jax.jit` and
+    `jax.eval_shape`. While B (or A) is zero, every operation of the adapted function
+    gives the same bits as in the original one; under `jax.jit`, XLA may fuse the two
+    differently and so round them differently. Leaves trained in full are the arrays of
+    `params` themselves: copy `trainable` before you donate it, if you need `params`
+    later.
 
     Args:
       key: PRNG key, consumed. A leaf's factors depend only on the key and its path.
@@ -51,15 +52,15 @@ def split(
         quantised weight stands for.
 
     Returns:
-      `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again, to the one
+      `(frozen, trainable)`; `merge(frozen, trainable)` is `params` again, up to one
       rounding of a changed weight (`init="loftq"`: as near as rank and bits allow).
 
     Raises:
-      ConfigError: if `key` is not a PRNG key or `plan` not a `Plan`; if an init lacks
-        its statistics or `quantize`, or a function given as init returns other shapes;
-        lists the leaves.
+      ConfigError: if `key` is not a PRNG key or `plan` is not a `Plan`; if an init
+        lacks its statistics or `quantize`, or a function given as init returns wrong
+        shapes; lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for, or an adapted
-        weight holds NaN or infinity (not looked for under a transformation).
+        weight holds NaN or infinity (not checked under a transformation).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -80,13 +81,12 @@ def split(
     _check_finite({p: leaves[p] for p in plan.adapted})
     dtype = jnp.dtype(plan.config.dtype or "float32")
     lora: dict[str, Factors] = {}
-    full: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
+    full: dict[str, Leaf] = {}
+    changed: dict[str, jax.Array] = {}
     for row in plan.rows():
         if row.spec is not None:
-            own = key_of_path(key, row.path)
-            w = leaves[row.path]
-            lora[row.path], base = _start(own, w, row, dtype, extra[row.path])
+            own, w = key_of_path(key, row.path), leaves[row.path]
+            lora[row.path], base = _initialised(own, w, row, dtype, extra[row.path])
             if base is not w:
                 changed[row.path] = placed_as(w, base)
         elif row.status == "full":
@@ -99,9 +99,9 @@ def split(
 
 
 def _extras(
-    plan: Plan, statistics: Statistics, quantize: Callable[..., Any] | None
+    plan: Plan, statistics: Statistics, quantize: Quantize | None
 ) -> dict[str, tuple[Any, ...]]:
-    """Returns what each init takes besides the weight, or an error for what lacks."""
+    """Returns what each init takes besides the weight, or raises if some is missing."""
     if not (quantize is None or callable(quantize)):
         raise ConfigError(
             "quantize must be a function from a weight to its quantised values, got "
@@ -140,7 +140,7 @@ def _extras(
     return extra
 
 
-def _quantised(path: str, quantize: Callable[..., Any], w: jax.Array) -> jax.Array:
+def _quantised(path: str, quantize: Quantize, w: jax.Array) -> jax.Array:
     values = quantize(w)
     if jnp.shape(values) != w.shape:
         raise ConfigError(
@@ -151,7 +151,7 @@ def _quantised(path: str, quantize: Callable[..., Any], w: jax.Array) -> jax.Arr
 
 
 def _statistic_misfits(row: Row, needs: str, given: Any) -> list[str]:
-    """Returns in words where a statistic is not of the leaf's shape."""
+    """Returns in words where a statistic does not fit the leaf's shape."""
     if row.spec is None or needs == "quantize":
         return []
     _, n_in, _ = row.spec.axes.sizes(row.shape)
@@ -164,13 +164,9 @@ def _statistic_misfits(row: Row, needs: str, given: Any) -> list[str]:
     return [f"{row.path!r}: statistics of shape {tuple(got.shape)}, it needs {want}"]
 
 
-def _start(
-    key: jax.Array,
-    w: Any,
-    row: Row,
-    dtype: jnp.dtype,
-    extra: tuple[Any, ...],
-) -> tuple[Factors, Any]:
+def _initialised(
+    key: jax.Array, w: Leaf, row: Row, dtype: jnp.dtype, extra: tuple[Any, ...]
+) -> tuple[Factors, Leaf]:
     """Returns the factors of `row` and the weight to freeze."""
     spec = row.spec
     assert spec is not None
@@ -197,7 +193,7 @@ def _start(
     return factors if method.finish is None else method.finish(factors, base), base
 
 
-def _check_finite(weights: dict[str, Any]) -> None:
+def _check_finite(weights: dict[str, Leaf]) -> None:
     wrong = []
     for path, w in weights.items():
         if isinstance(w, jax.ShapeDtypeStruct):
@@ -207,6 +203,6 @@ def _check_finite(weights: dict[str, Any]) -> None:
             wrong.append(f"{path!r} holds NaN or infinity")
     if wrong:
         raise TreeError(
-            f"Nothing can be learnt from these weights: {listed(wrong)}. Check how "
+            f"These weights cannot be adapted: {listed(wrong)}. Check how "
             "they were loaded, or leave them out with exclude=."
         )

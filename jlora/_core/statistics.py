@@ -1,7 +1,7 @@
-"""Statistics of data for initialisations that want some: moments and gradients."""
+"""Statistics of data for initialisations that need them: moments and gradients."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,34 +9,39 @@ import jax.numpy as jnp
 from .. import paths
 from .._plan.plan import Plan
 from .._plan.row import Row
+from .._tables import listed
 from ..errors import ConfigError, JloraError
+from ..factors import Axes, Leaf, PyTree
 from ..methods.moments import InputMoments, Statistics
 from ..transform.inputs import Trace, input_moments
 from ..transform.stage import is_array, stage
 from .tree import check_plan
 
+Sums = TypeVar("Sums")
+
 
 def activation_statistics(
-    fn: Callable[..., Any], params: Any, plan: Plan, batches: Iterable[Any]
+    fn: Callable[..., PyTree], params: PyTree, plan: Plan, batches: Iterable[PyTree]
 ) -> Statistics:
-    """Returns the moments of what the weights of `plan` are multiplied by.
+    """Returns the moments of the inputs that the weights of `plan` are multiplied by.
 
-    For the leaves whose `init` needs them, `"eva"` and `"corda"`. Weights stacked for
-    `scan` or `vmap`, and experts, have moments for each layer or expert. The moments
-    come as a derivative of `fn`, which must be differentiable where these weights are.
-    A weight of fan-in `n` costs `n²` numbers of memory, and a batch `2 tokens n²`
-    multiply-adds beside the forward pass: a few forward passes in all.
+    Only leaves whose `init` needs moments, `"eva"` or `"corda"`, have them. Weights
+    stacked for `scan` or `vmap`, and experts, have moments for each layer or expert.
+    The moments are computed as a derivative of `fn`, which must be differentiable with
+    respect to these weights. A weight of fan-in `n` takes `n²` numbers of memory. Each
+    batch takes `2 tokens n²` multiply-adds beside the forward pass. Together these cost
+    as much as a few forward passes.
 
     Args:
       fn: the function that `plan` was made for.
       params: the parameters, before `split`.
       plan: from `jlora.plan`.
-      batches: any iterable; of each item `fn(params, *item)` is looked at if it is a
-        tuple, else `fn(params, item)`. Batches of one shape are compiled once.
+      batches: any iterable. An item that is a tuple is used as `fn(params, *item)`, any
+        other as `fn(params, item)`. Batches of one shape are compiled once.
 
     Raises:
-      ConfigError: if no leaf of `plan` needs moments, there is no batch, or some use
-        of a leaf is not a matrix product over its fan-in that results depend on
+      ConfigError: if no leaf of `plan` needs moments, `batches` is empty, or a use of a
+        leaf is not a matrix product over its fan-in that the result depends on
         (ragged products, the inside of `shard_map` or `while_loop`); lists the leaves.
       TreeError: if `params` is not the tree that `plan` was made for.
 
@@ -53,10 +58,10 @@ def activation_statistics(
     """
     rows = _needing(plan, "inputs", params, "activation_statistics")
 
-    def step(leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+    def step(leaves: dict[str, Leaf], args: tuple[PyTree, ...]) -> dict[str, jax.Array]:
         staged = stage(fn, rebuild(leaves), args, {})
         places = dict(zip(names, staged.param_slots, strict=True))
-        weights = {}
+        weights: dict[int, tuple[str, Axes]] = {}
         for row in rows:
             slot = places[row.path]
             assert slot is not None
@@ -69,15 +74,15 @@ def activation_statistics(
             raise
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ConfigError(
-                "The moments of activations come as a derivative, but this function "
-                f"has none: {error} Give a function of the same parameters that can "
-                "be differentiated."
+                "The moments of activations are computed as a derivative, but this "
+                f"function has none: {error} Give a function of the same parameters "
+                "that can be differentiated."
             ) from error
         problems = trace.problems()
         if problems:
             raise ConfigError(
                 "Not every input of these weights can be seen: "
-                + "; ".join(f"{path!r}: {why}" for path, why in problems.items())
+                + listed(f"{path!r}: {why}" for path, why in problems.items())
                 + ". Give them another init with Rule(path, init='kaiming')."
             )
         return found
@@ -93,12 +98,15 @@ def activation_statistics(
 
 
 def gradient_statistics(
-    loss_fn: Callable[..., Any], params: Any, plan: Plan, batches: Iterable[Any]
+    loss_fn: Callable[..., jax.Array],
+    params: PyTree,
+    plan: Plan,
+    batches: Iterable[PyTree],
 ) -> Statistics:
     """Returns the mean gradient of `loss_fn` over `batches`, for `init="lora_ga"`.
 
-    Only the leaves whose `init` needs it are differentiated; each takes as much memory
-    as the weight in float32.
+    Only leaves whose `init` needs a gradient have one. Each gradient takes as much
+    memory as its weight in float32.
 
     Args:
       loss_fn: `loss_fn(params, *batch) -> scalar`.
@@ -107,7 +115,7 @@ def gradient_statistics(
       batches: as in `activation_statistics`.
 
     Raises:
-      ConfigError: if no leaf of `plan` needs gradients, or there is no batch.
+      ConfigError: if no leaf of `plan` needs gradients, or `batches` is empty.
       TreeError: if `params` is not the tree that `plan` was made for.
 
     Examples:
@@ -124,8 +132,8 @@ def gradient_statistics(
     """
     rows = _needing(plan, "gradients", params, "gradient_statistics")
 
-    def step(leaves: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
-        def loss(own: dict[str, Any]) -> Any:
+    def step(leaves: dict[str, Leaf], args: tuple[PyTree, ...]) -> dict[str, jax.Array]:
+        def loss(own: dict[str, Leaf]) -> jax.Array:
             return loss_fn(rebuild({**leaves, **own}), *args)
 
         found = jax.grad(loss)({row.path: leaves[row.path] for row in rows})
@@ -136,8 +144,8 @@ def gradient_statistics(
     return Statistics(gradients={path: x / n for path, x in sums.items()})
 
 
-def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Row]:
-    """Returns the rows of `plan` whose init needs statistics of that kind."""
+def _needing(plan: Plan, needs: str, params: PyTree, name: str) -> list[Row]:
+    """Returns the rows of `plan` whose init needs statistics of the kind `needs`."""
     check_plan(paths.flatten(params)[0], plan)
     rows = [row for row in plan.rows() if row.init and row.init.needs == needs]
     if not rows:
@@ -149,27 +157,29 @@ def _needing(plan: Plan, needs: str, params: Any, name: str) -> list[Row]:
     return rows
 
 
-def _arrays(params: Any) -> tuple[list[str], Callable[[dict[str, Any]], Any], Any]:
+def _arrays(
+    params: PyTree,
+) -> tuple[list[str], Callable[[dict[str, Leaf]], PyTree], dict[str, Leaf]]:
     """Returns all paths, `arrays by path -> params`, and the arrays by path."""
     leaves, treedef = paths.flatten(params)
 
-    def rebuild(arrays: dict[str, Any]) -> Any:
+    def rebuild(arrays: dict[str, Leaf]) -> PyTree:
         return treedef.unflatten({**leaves, **arrays}.values())
 
     return list(leaves), rebuild, {k: x for k, x in leaves.items() if is_array(x)}
 
 
 def _summed(
-    step: Callable[..., Any], leaves: Any, batches: Iterable[Any]
-) -> tuple[Any, int]:
+    step: Callable[..., Sums], leaves: dict[str, Leaf], batches: Iterable[PyTree]
+) -> tuple[Sums, int]:
     """Returns the sum of `step(leaves, batch)` over `batches`, and their number."""
     compiled = jax.jit(step)
     total, n = None, 0
     for batch in batches:
         args = batch if isinstance(batch, tuple) else (batch,)
         found = compiled(leaves, args)
-        total = found if n == 0 else jax.tree.map(jnp.add, total, found)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
         n += 1
-    if n == 0:
+    if total is None:
         raise ConfigError("batches is empty: give at least one batch of inputs.")
     return total, n

@@ -1,5 +1,6 @@
-"""The two sides of parameters, frozen and trainable, and checks that they fit."""
+"""Joins the two sides of parameters, frozen and trainable, and checks that they fit."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ from .._checks import misshapen
 from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, PyTree, Trainable
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
 
@@ -34,10 +35,10 @@ class Missing:
 MISSING = Missing()
 
 
-def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
+def check_plan(leaves: Mapping[str, Leaf], plan: Plan) -> None:
     """Raises a TreeError that lists where `leaves` are not those of `plan`.
 
-    Raises a ConfigError for what is not a plan.
+    Raises a ConfigError if `plan` is not a `Plan`.
     """
     if not isinstance(plan, Plan):
         raise ConfigError(
@@ -62,12 +63,12 @@ def check_plan(leaves: dict[str, Any], plan: Plan) -> None:
 def combine(frozen: Tree, trainable: Trainable) -> Tree:
     """Returns the parameter tree with the leaves trained in full put in their places.
 
-    `frozen` may also be the whole base parameters, as when an adapter is restored: a
-    leaf trained in full takes the place of the base's. The low-rank factors are left
-    out: adapted weights are those of `frozen`; with factors added, use `merge`.
+    `frozen` may also be the whole parameters, as when an adapter is restored: a leaf
+    trained in full then replaces the original one. The low-rank factors are left out:
+    adapted weights are those of `frozen`. To add the factors, use `merge`.
 
     Args:
-      frozen: from `split`, or the base parameters.
+      frozen: from `split`, or the whole parameters.
       trainable: from `split`, or restored.
 
     Raises:
@@ -86,7 +87,7 @@ def combine(frozen: Tree, trainable: Trainable) -> Tree:
     )
 
 
-def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
+def flatten_frozen(frozen: PyTree) -> tuple[dict[str, Leaf], Any]:
     """Returns the leaves of `frozen` by path, `MISSING` among them, and the treedef.
 
     The treedef has a leaf at each `MISSING`, so it unflattens to whole parameters.
@@ -94,15 +95,15 @@ def flatten_frozen(frozen: Any) -> tuple[dict[str, Any], Any]:
     return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
 
 
-def placed_as(w: Any, x: jax.Array) -> jax.Array:
+def placed_as(w: Leaf, x: jax.Array) -> jax.Array:
     """Returns `x` laid out over devices as the weight `w` that it replaces."""
     if not isinstance(w, jax.Array) or is_staging(x) or x.sharding == w.sharding:
         return x
     return jax.device_put(x, w.sharding)
 
 
-def check(leaves: dict[str, Any], trainable: Trainable) -> None:
-    """Raises a TreeError that lists all that does not fit between the two sides."""
+def check(leaves: Mapping[str, Leaf], trainable: Trainable) -> None:
+    """Raises a TreeError that lists every misfit between the two sides."""
     check_trainable(trainable)
     wrong = []
     for path, factors in trainable.lora.items():
@@ -136,8 +137,8 @@ def check(leaves: dict[str, Any], trainable: Trainable) -> None:
         )
 
 
-def check_trainable(trainable: Any) -> None:
-    """Raises a TreeError for what is not a `Trainable`."""
+def check_trainable(trainable: object) -> None:
+    """Raises a TreeError if `trainable` is not a `Trainable`."""
     if not isinstance(trainable, Trainable):
         raise TreeError(
             f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
@@ -145,7 +146,7 @@ def check_trainable(trainable: Any) -> None:
         )
 
 
-def _misfits(path: str, w: Any, factors: Factors) -> list[str]:
+def _misfits(path: str, w: Leaf, factors: Factors) -> list[str]:
     if not (is_array(w) and jnp.issubdtype(w.dtype, jnp.floating)):
         return [f"{path!r} is not a floating-point array, so it takes no factors"]
     spec = factors.spec

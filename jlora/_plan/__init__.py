@@ -1,4 +1,4 @@
-"""From intent and one abstract trace to a `Plan`, and how a plan is shown and written.
+"""Makes a `Plan` from a config and one abstract trace; shows and writes plans.
 
 May import the vocabulary, `methods` and `transform`.
 """

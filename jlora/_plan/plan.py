@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from .. import paths
 from .._checks import check_function
 from ..config import LoraConfig
 from ..errors import ConfigError
+from ..factors import PyTree
 from ..transform.discover import Use, discover
 from ..transform.heads import output_heads
 from ..transform.stage import is_array, stage
@@ -21,7 +21,7 @@ class Plan:
     """What is adapted and how; static and hashable. Printing it shows the table.
 
     Attributes:
-      config: the intent it was made from.
+      config: what the plan was made from.
       leaves: a `Row` for each leaf of the parameters, in the tree's order.
 
     Examples:
@@ -71,31 +71,31 @@ class Plan:
 
 
 def plan(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: Callable[..., PyTree],
+    params: PyTree,
     /,
-    *args: Any,
+    *args: PyTree,
     config: LoraConfig,
-    fn_kwargs: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    fn_kwargs: Mapping[str, PyTree] | None = None,
+    **kwargs: PyTree,
 ) -> Plan:
     """Returns what `config` means for `fn`: what is adapted, how, and at what cost.
 
     `fn(params, *args, **kwargs)` is traced once, without running it or allocating
-    anything. The trace, not names, says which leaves are weights of linear operations,
-    over which axes they sum, and which can only be merged on the fly.
+    anything. The trace shows which leaves are weights of linear operations, over which
+    axes they sum, and which can only be merged on the fly; names do not matter.
 
     Args:
       fn: the function that `apply_lora` will wrap.
       params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
       *args: `fn`'s other arguments, arrays or shapes.
       config: what to adapt and how.
-      fn_kwargs: `fn`'s keyword arguments whose names `plan` takes for itself, as
+      fn_kwargs: `fn`'s keyword arguments whose names `plan` itself uses, as in
         `fn_kwargs={"config": model_config}`.
       **kwargs: `fn`'s other keyword arguments.
 
     Raises:
-      ConfigError: if `config` is not a `LoraConfig`, or `fn` not a function.
+      ConfigError: if `config` is not a `LoraConfig`, or `fn` is not a function.
       TargetError: lists every pattern that matches nothing (with the nearest path),
         every target that is not a weight of a linear operation, every rank above
         `min(fan-in, fan-out)`, every leaf that does not suit its init, and patterns

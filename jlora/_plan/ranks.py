@@ -1,4 +1,4 @@
-"""Ranks given to the weights whose inputs need them, under one budget."""
+"""Distributes ranks by the variance of the weights' inputs, under one budget."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ from .row import Row
 
 
 def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) -> Plan:
-    """Returns `plan` with the ranks of its `"eva"` leaves moved to where they explain.
+    """Returns `plan` with ranks moved to the `"eva"` leaves where they explain most.
 
     Each principal axis of each weight's inputs explains a share of their variance. The
-    axes with the largest shares get the ranks: no leaf more than `rho` times its own,
-    all together as many as before. Alpha moves with the rank, so scales stay. Leaves
-    left without any are not adapted. A stack of weights counts once a layer, with its
-    layers' mean shares.
+    axes with the largest shares get the ranks. No leaf gets more than `rho` times its
+    own rank, and the sum of all ranks does not grow. Alpha moves with the rank, so
+    scales stay. A leaf of rank 0 is not adapted. A rank of a stack of weights counts
+    once for each layer, with the mean of the layers' shares.
 
     Args:
       plan: from `jlora.plan`, with `init="eva"`.
@@ -28,7 +28,8 @@ def redistribute_ranks(plan: Plan, statistics: Statistics, *, rho: float = 2.0) 
       rho: the bound, at least 1; with 1 nothing moves.
 
     Raises:
-      ConfigError: if `rho` is below 1, no leaf has `init="eva"`, or statistics lack.
+      ConfigError: if `rho` is below 1, no leaf has `init="eva"`, or `statistics` lacks
+        the inputs of such a leaf.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -88,7 +89,7 @@ def _with_rank(row: Row, ranks: dict[str, int]) -> Row:
     if row.spec is None or rank is None:
         return row
     if rank == 0:
-        note = "rank 0: its inputs' directions explain less than those of others"
+        note = "rank 0: the directions of its inputs explain less than those of others"
         return dataclasses.replace(
             row, status="frozen", spec=None, init=None, note=note
         )

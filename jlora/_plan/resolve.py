@@ -17,7 +17,7 @@ from .row import Row
 
 
 def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
-    """Returns `rows` with status, spec and note, or one error for all that is off."""
+    """Returns `rows` with status, spec and note; raises one error for all misfits."""
     wrong: list[str] = []
     excluded = _match("exclude", config.exclude, rows, wrong)
     trained = _match("train", config.train_whole, rows, wrong)
@@ -30,12 +30,14 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
         if row.path in targets:
             row = _adapted(row, config, wrong)
             if row.path in tables:
-                wrong.append(f"train: TokenRows of {row.path!r}, which has factors")
+                wrong.append(f"train: {row.path!r} takes no TokenRows: it has factors")
         elif row.path in tables:
             row = dataclasses.replace(row, status="adapted", spec=tables[row.path])
         elif row.path in trained:
             if not is_float(row):
-                wrong.append(f"train: {row.path!r} is {row.dtype}, it has no gradient")
+                wrong.append(
+                    f"train: {row.path!r} is {row.dtype}, which has no gradient"
+                )
             row = dataclasses.replace(row, status="full")
         else:
             status = "frozen" if row.uses else "unused"
@@ -57,7 +59,7 @@ def _match(
     wrong: list[str],
     among: Set[str] | None = None,
 ) -> set[str]:
-    """Returns the leaves that `patterns` match; notes each pattern without a match."""
+    """Returns the leaves that `patterns` match; adds the other patterns to `wrong`."""
     every = [row.path for row in rows]
     matched: set[str] = set()
     for pattern in patterns:
@@ -126,7 +128,7 @@ def _targets(
         for pattern in config.targets:
             matched = set(paths.select(pattern, [row.path for row in rows]))
             if matched and matched <= excluded:
-                wrong.append(f"targets: exclude= leaves nothing of {pattern!r}")
+                wrong.append(f"targets: exclude= removes every match of {pattern!r}")
     both = sorted((hits & trained) - excluded)
     if both:
         wrong.append(f"{listed(map(repr, both), 3, ', ')} in both targets and train")
@@ -156,7 +158,7 @@ def is_float(row: Row) -> bool:
 
 
 def _what(row: Row) -> str:
-    """Returns in words what a leaf is that cannot be adapted."""
+    """Returns in words why a leaf cannot be adapted."""
     if not is_float(row):
         return "is not a floating-point array"
     if not row.uses:
@@ -169,7 +171,7 @@ def _what(row: Row) -> str:
 
 
 def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
-    """Returns why "all-linear" left out a leaf that could be adapted."""
+    """Returns why a leaf that could be adapted is not, or an empty text."""
     if not _can_adapt(row):
         return ""
     if row.path in excluded:
@@ -189,7 +191,7 @@ def _hint(able: Sequence[Row]) -> str:
 
 
 def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
-    """Returns `row` with how it is adapted, and notes what cannot be."""
+    """Returns `row` with its spec and init; adds what does not fit to `wrong`."""
     settings = _settings(config, row.path)
     spec = _spec(row, config, settings, wrong)
     init = settings["init"]
@@ -202,9 +204,7 @@ def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
 
 def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
     """Returns what the config and the rules that match it set for a leaf."""
-    names = [
-        field.name for field in dataclasses.fields(Rule) if field.name != "pattern"
-    ]
+    names = [f.name for f in dataclasses.fields(Rule) if f.name != "pattern"]
     settings = {name: getattr(config, name, None) for name in names}
     for rule in config.rules:
         if paths.matches(rule.pattern, path):
@@ -254,9 +254,9 @@ def _spec(
 
 
 def _checked_parts(
-    parts: FusedParts, row: Row, axes: Axes, method: str, init: Any, wrong: list[str]
+    parts: FusedParts, row: Row, axes: Axes, method: str, init: object, wrong: list[str]
 ) -> FusedParts:
-    """Returns `parts` with its axis counted from the front; notes what cannot be."""
+    """Returns `parts` with a positive axis; adds what does not fit to `wrong`."""
     name = f"parts of {row.path!r}"
     axis = parts.axis + len(row.shape) if parts.axis < 0 else parts.axis
     if axis not in axes.fan_out:
@@ -278,7 +278,7 @@ def _checked_parts(
         wrong.append(f"{name}: ranks {parts.ranks} must be in 0 to {tuple(most)}")
     if (method, init) != ("lora", "kaiming"):
         wrong.append(
-            f"{name}: they take method 'lora' with init 'kaiming', not {method!r} with "
+            f"{name}: method and init must be 'lora' and 'kaiming', got {method!r} and "
             f"{init_name(init)!r}"
         )
     return dataclasses.replace(parts, axis=axis)
@@ -287,23 +287,23 @@ def _checked_parts(
 def _tables(
     rows: tuple[Row, ...], config: LoraConfig, trained: set[str], wrong: list[str]
 ) -> dict[str, Spec]:
-    """Returns how the tables are adapted of which single rows are trained."""
+    """Returns the specs of the embedding tables whose single rows are trained."""
     specs: dict[str, Spec] = {}
     by_path = {row.path: row for row in rows}
-    for entry in config.train_rows:
-        for path in sorted(_match("train", (entry.pattern,), rows, wrong)):
+    for tokens in config.train_rows:
+        for path in sorted(_match("train", (tokens.pattern,), rows, wrong)):
             row = by_path[path]
-            name = f"train: TokenRows({entry.pattern!r}): {path!r}"
+            name = f"train: TokenRows({tokens.pattern!r}): {path!r}"
             axes = axes_of(row)
             if row.op != "embedding" or len(axes.fan_in) != 1 or not is_float(row):
                 wrong.append(f"{name} is not an embedding table")
                 continue
             n = row.shape[axes.fan_in[0]]
-            if max(entry.ids) >= n:
-                wrong.append(f"{name} has {n} rows, so no row {max(entry.ids)}")
+            if max(tokens.ids) >= n:
+                wrong.append(f"{name} has {n} rows, but no row {max(tokens.ids)}")
             if path in trained or path in specs:
                 wrong.append(f"{name} is trained twice")
-            rank = len(entry.ids)
+            rank = len(tokens.ids)
             specs[path] = Spec(
                 op="embedding",
                 axes=axes,
@@ -312,7 +312,7 @@ def _tables(
                 method="rows",
                 init="zeros",
                 shape=row.shape,
-                rows=entry.ids,
+                rows=tokens.ids,
             )
     return specs
 
@@ -320,8 +320,8 @@ def _tables(
 def axes_of(row: Row) -> Axes:
     """Returns the roles of the leaf's axes, from all its factored uses.
 
-    A lookup sets the direction; an axis is a batch axis only if every use has it so. A
-    weight that is only merged has its last axis as fan-out.
+    A lookup sets the direction. An axis is a batch axis only if it is one in every use.
+    The last axis of a weight that is only merged is its fan-out.
     """
     uses = [use for use in row.uses if use.route == FACTORED]
     if not uses:

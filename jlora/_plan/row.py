@@ -1,4 +1,4 @@
-"""What a plan says of one leaf: a `Row`."""
+"""What a plan says about one leaf: a `Row`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ Status = Literal["adapted", "full", "frozen", "unused"]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the plan says of one leaf.
+    """What the plan says about one leaf.
 
     Attributes:
       path: its name.
@@ -23,10 +23,10 @@ class Row:
       dtype: its dtype's name.
       uses: where the function uses it.
       status: `"adapted"`, `"full"` (trained whole), `"frozen"` or `"unused"`.
-      spec: how it is adapted, if it is.
-      head: whether it is an output head: no parameter but a bias acts after it.
+      spec: how it is adapted; None if it is not.
+      head: whether it is an output head: only a bias may act after it.
       note: why a linear weight was left out.
-      init: what A and B begin with; None where the method itself says so.
+      init: how A and B are initialised; None where the method decides that.
 
     Examples:
       `targets` may be a function of it:
@@ -75,18 +75,18 @@ class Row:
 
     @property
     def layer(self) -> int:
-        """The first number in the path, the layer's index as a rule; -1 without one."""
+        """The first number in the path, usually the layer's index; -1 without one."""
         number = re.search(r"\d+", self.path)
         return int(number.group()) if number else -1
 
     @property
     def size(self) -> int:
-        """How many entries the leaf has."""
+        """How many numbers the leaf has."""
         return math.prod(self.shape)
 
     @property
     def trained(self) -> int:
-        """How many entries are trained for it: of A and B, or its own."""
+        """How many numbers are trained for it: those of A and B, or its own."""
         if self.spec is not None:
             return sum(map(math.prod, leaf_shapes(self.spec, self.shape).values()))
         return self.size if self.status == "full" else 0

@@ -26,7 +26,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
 
 
 def plan_from_dict(fields: Mapping[str, Any]) -> Plan:
-    """Returns the plan that `plan_to_dict` described; equal to it, hash and all."""
+    """Returns the plan that `plan_to_dict` described, equal and of equal hash."""
     return Plan(
         LoraConfig.from_json(fields["config"]),
         tuple(_row(row) for row in fields["leaves"]),

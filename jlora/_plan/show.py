@@ -1,4 +1,4 @@
-"""How a plan is shown: a table with a line for each group of leaves."""
+"""Shows a plan as a table with a line for each group of leaves."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _HEAD = ("leaf", "shape", "status", "op", "in → out", "rank", "trained", "cost
 
 
 def as_text(leaves: Sequence[Row]) -> str:
-    """Returns the table of a plan, and below it what is trained in all."""
+    """Returns the table of a plan, with the totals below it."""
     shown = table(_HEAD, _lines(leaves), right=("rank", "trained", "cost"))
     return f"{shown}\n{_summary(leaves)}"
 
@@ -23,7 +23,7 @@ def as_html(leaves: Sequence[Row]) -> str:
 
 
 def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Returns the table's lines; leaves alike in all but numbers share one."""
+    """Returns the table's lines; leaves that differ only in numbers share one."""
     groups: dict[tuple, list[Row]] = {}
     for row in leaves:
         same = (
@@ -35,7 +35,7 @@ def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def _summary(leaves: Sequence[Row]) -> str:
-    """Returns what is trained in all, and below it each weight merged on the fly."""
+    """Returns the totals, and below them each weight that is merged on the fly."""
     trained = sum(row.trained for row in leaves)
     total = sum(row.size for row in leaves)
     share = 100 * trained / max(total, 1)
@@ -52,12 +52,12 @@ def _summary(leaves: Sequence[Row]) -> str:
         for use in row.uses
         if use.route != FACTORED
     ]
-    warning = ["merged on the fly (right, but slower):", *merges] if merges else []
+    warning = ["merged on the fly (correct, but slower):", *merges] if merges else []
     return "\n".join([counts, *_forms(leaves), *warning])
 
 
 def _forms(leaves: Sequence[Row]) -> list[str]:
-    """Returns a line on the products that are computed with a temporary weight."""
+    """Returns a line on the weights whose products use a temporary weight, if any."""
     adapted = [row for row in leaves if row.status == "adapted"]
     uses = [[use.forms for use in row.uses if use.forms] for row in adapted]
     counts = [

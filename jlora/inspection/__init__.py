@@ -1,4 +1,4 @@
-"""What an adapter or a model is: report, inspect, diff; no model is run.
+"""Tells what an adapter or a model is, without running it: report, inspect, diff.
 
 May import the vocabulary, `methods`, `_core` and `_io`.
 """

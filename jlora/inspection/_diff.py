@@ -1,8 +1,7 @@
-"""How two adapters or models differ, without running a model."""
+"""Compares two adapters or models, without running a model."""
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from .._core.algebra import as_float64, lora_spec, norm, on_host
 from .._io.disk import Path, Progress
 from .._io.models import open_model
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Difference:
 
     Attributes:
       path: the leaf.
-      what: in words.
+      what: the difference in words.
       relative: norm of the difference over the larger norm; NaN if not comparable.
     """
 
@@ -29,9 +28,9 @@ class Difference:
 
 
 def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
-    """Returns how two adapters differ; nothing if they are equal bit for bit.
+    """Returns how two adapters differ; `()` if they are equal bit for bit.
 
-    Updates are compared, `scale * A B`: factors may differ although these agree.
+    Updates `scale * A B` are compared: factors may differ although updates agree.
 
     Args:
       a: an adapter.
@@ -59,12 +58,12 @@ def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
 def diff_files(
     a: Path, b: Path, *, progress: Progress = iter
 ) -> tuple[Difference, ...]:
-    """Returns how two models on disk differ, one leaf of both in memory.
+    """Returns how two models on disk differ, with one leaf of each in memory.
 
     Args:
-      a: see `export.merge_files`.
-      b: the other.
-      progress: wraps the names as they are gone through.
+      a: a model; for the formats see `export.merge_files`.
+      b: another one.
+      progress: wraps the iteration over the names.
 
     Raises:
       CheckpointError: if a file cannot be read.
@@ -91,8 +90,7 @@ def diff_files(
 
 def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
     told = []
-    names = [field.name for field in dataclasses.fields(a.spec)]
-    for name in names:
+    for name in (field.name for field in dataclasses.fields(a.spec)):
         one, other = getattr(a.spec, name), getattr(b.spec, name)
         if one != other:
             told.append(Difference(path, f"{name}: {one} → {other}"))
@@ -123,7 +121,7 @@ def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
     return told
 
 
-def _arrays_differ(path: str, a: Any, b: Any) -> list[Difference]:
+def _arrays_differ(path: str, a: Leaf, b: Leaf) -> list[Difference]:
     if a.shape != b.shape or a.dtype != b.dtype:
         one, other = (f"{x.dtype}{list(x.shape)}" for x in (a, b))
         return [Difference(path, f"{one} → {other}")]
@@ -135,7 +133,7 @@ def _arrays_differ(path: str, a: Any, b: Any) -> list[Difference]:
         larger = max(np.linalg.norm(one.ravel()), np.linalg.norm(other.ravel()))
         relative = float(np.linalg.norm(change.ravel()) / larger) if larger else 0.0
     largest = float(np.abs(change).max())
-    what = f"differs by {relative:.2e}, one number by {largest:.2e}"
+    what = f"differs by {relative:.2e}, at most {largest:.2e} in one number"
     return [Difference(path, what, relative)]
 
 
@@ -145,6 +143,6 @@ def _kind(path: str, adapter: Trainable) -> str:
     return "trained in full" if path in adapter.full else "absent"
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: Leaf, b: Leaf) -> bool:
     a, b = np.asarray(a), np.asarray(b)
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()

@@ -1,8 +1,7 @@
-"""What an adapter is, leaf by leaf, without its model."""
+"""Tells what an adapter is, leaf by leaf, without its model."""
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from .._core import algebra
 from .._io.describe import arrays
 from .._numerics import is_finite
 from .._tables import count, listed, nbytes, table
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, Trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +18,15 @@ class InspectedLeaf:
 
     Attributes:
       path: its name.
-      method: how it is adapted, `"full"` for a leaf trained in full.
+      method: how it is adapted; `"full"` for a leaf trained in full.
       shape: shapes of A and B in words, or the leaf's own.
       rank: size of the rank axis; 0 for a full leaf.
       scale: the multiplier of `A B`; NaN for a full leaf.
-      trained: how many numbers.
-      dtype: of its arrays.
-      norm: Frobenius norm of the update; of a full leaf its own.
+      trained: how many numbers are trained.
+      dtype: dtype of its arrays.
+      norm: Frobenius norm of the update, or of the leaf itself if it is a full one.
       effective_rank: the exponential of the entropy of the update's singular values,
-        the mean over batch axes; NaN for a full leaf or no update.
+        as a mean over batch axes; NaN for a full leaf or if there is no update.
       finite: whether all numbers are finite.
     """
 
@@ -49,9 +48,9 @@ class Inspection:
 
     Attributes:
       leaves: one for each path.
-      warnings: in words, what looks wrong.
-      trained_count: how many numbers it has.
-      nbytes: and bytes.
+      warnings: what looks wrong, in words.
+      trained_count: how many numbers are trained.
+      nbytes: how many bytes they take.
 
     Examples:
       >>> import numpy as np
@@ -92,7 +91,7 @@ def inspect(trainable: Trainable) -> Inspection:
     """Returns what an adapter is: its leaves, norms, effective ranks, and warnings.
 
     Norms and singular values come from QR decompositions of A and B, in float64 on the
-    host. No update is formed. What a DoRA magnitude does is not in them.
+    host. No update is formed. They leave out what a DoRA magnitude does.
 
     Args:
       trainable: the adapter.
@@ -122,10 +121,10 @@ def inspect(trainable: Trainable) -> Inspection:
 
 
 def singular_values(factors: Factors) -> np.ndarray:
-    """Returns those of the update `scale * A B`, `[*batch, rank]`, largest first.
+    """Returns the singular values of `scale * A B`, `[*batch, rank]`, descending.
 
     Args:
-      factors: of any method; what a DoRA magnitude does is not seen.
+      factors: of any method; what a DoRA magnitude does is left out.
 
     Returns:
       float64 array on the host.
@@ -160,7 +159,7 @@ def _adapted(path: str, f: Factors) -> InspectedLeaf:
     )
 
 
-def _full(path: str, x: Any) -> InspectedLeaf:
+def _full(path: str, x: Leaf) -> InspectedLeaf:
     return InspectedLeaf(
         path=path,
         method="full",

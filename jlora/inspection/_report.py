@@ -1,7 +1,6 @@
-"""What an adapter is and what it has learnt, as a table."""
+"""Reports what an adapter is and what it has learnt, as a table."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from .._core.algebra import delta, norm, on_host
 from .._core.tree import Missing, check, flatten_frozen
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
-from ..factors import Factors, Trainable
+from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
 from ..methods.dora import dense_gain
 from ..transform.stage import is_array
@@ -28,9 +27,9 @@ class ReportedLeaf:
       shape: the weight's shape.
       rank: size of the rank axis; 0 for a leaf trained in full.
       trained: how many numbers are trained.
-      update: Frobenius norm of what is added to the weight; of a full leaf its own
-        norm.
-      relative: `update` over the weight's own norm; NaN for a full leaf.
+      update: Frobenius norm of what is added to the weight, or of the leaf itself if
+        it is trained in full.
+      relative: `update` divided by the norm of the weight; NaN for a full leaf.
       finite: whether all trained numbers are finite.
     """
 
@@ -51,8 +50,8 @@ class Report:
       entries: one for each trained leaf.
       trained_count: how many numbers are trained.
       total_count: how many numbers the parameters have.
-      adapter_bytes: size of what is trained.
-      model_bytes: size of the parameters.
+      adapter_bytes: how many bytes the trained numbers take.
+      model_bytes: how many bytes the parameters take.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -98,12 +97,12 @@ class Report:
         ]
 
 
-def report(frozen: Any, trainable: Trainable) -> Report:
+def report(frozen: PyTree, trainable: Trainable) -> Report:
     """Returns what is trained, its size, and how far it moved each weight.
 
-    The norm of an update comes from a QR decomposition of A, in float64 on the host, so
-    it is right where updates cancel (see `rebase`). The dense update is formed only for
-    DoRA.
+    The norm of an update is computed from a QR decomposition of A, in float64 on the
+    host, so it is accurate where updates cancel (see `rebase`). The dense update is
+    formed only for DoRA.
 
     Args:
       frozen: from `split`.
@@ -143,7 +142,7 @@ def report(frozen: Any, trainable: Trainable) -> Report:
     )
 
 
-def _adapted(path: str, w: Any, f: Factors) -> ReportedLeaf:
+def _adapted(path: str, w: Leaf, f: Factors) -> ReportedLeaf:
     moved = _norm(f) if method_of(f.spec).gain is None else float(_moved(w, f))
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
     return ReportedLeaf(
@@ -157,7 +156,7 @@ def _adapted(path: str, w: Any, f: Factors) -> ReportedLeaf:
     )
 
 
-def _full(path: str, x: Any) -> ReportedLeaf:
+def _full(path: str, x: Leaf) -> ReportedLeaf:
     return ReportedLeaf(
         path=path,
         shape=tuple(x.shape),
@@ -169,7 +168,7 @@ def _full(path: str, x: Any) -> ReportedLeaf:
     )
 
 
-def _moved(w: Any, f: Factors) -> jax.Array:
+def _moved(w: Leaf, f: Factors) -> jax.Array:
     """Returns how far a magnitude and an update together move `w`."""
     w = w.astype(jnp.float32)
     total = w + delta(f)

@@ -302,7 +302,7 @@ def test_diff_of_models(folder, call):
     assert code == 1
     assert "b/kernel  float32[6, 3] → float32[3, 6]" in out
     assert "c         only in the second" in out
-    assert "one number by 1.00e+00" in out
+    assert "at most 1.00e+00 in one number" in out
     fails(call("diff", "base.safetensors", "one.safetensors"), 2, "One is a model")
 
 

@@ -765,7 +765,7 @@ def test_merging_warns_once_for_each_trace_and_points_to_the_caller(odd_setting)
         jlora.apply_lora(odd)(frozen, trainable, x)
     (warning,) = caught
     text = str(warning.message)
-    assert "merged on the fly, which is right but slower" in text
+    assert "merged on the fly, which is correct but slower" in text
     assert "  w: `exp` at test_apply.py:" in text
     assert "\n  v:" not in text
     assert 'on_merge="allow"' in text

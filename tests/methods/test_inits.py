@@ -517,7 +517,8 @@ def test_inputs_that_cannot_be_seen_are_an_error(use, why):
     plan = jlora.plan(fn, params, X, config=config)
     config = dataclasses.replace(config, init="eva")
     (row,) = plan.rows()
-    row = dataclasses.replace(row, spec=dataclasses.replace(row.spec, init="eva"))
+    spec = dataclasses.replace(row.spec, init="eva")
+    row = dataclasses.replace(row, spec=spec, init=INITS["eva"])
     plan = jlora.Plan(config, (row,))
     with pytest.raises(jlora.ConfigError, match=why):
         jlora.activation_statistics(fn, params, plan, [X])
@@ -652,7 +653,7 @@ def test_to_plain_is_for_the_original_base(init, rslora, key):
 def test_to_plain_says_what_does_not_fit(key):
     _, params, plan, _ = plan_of("matrix", init="loftq")
     _, trainable = jlora.split(key, params, plan, quantize=coarse)
-    with pytest.raises(jlora.TreeError, match=r"'w' began with init 'loftq'"):
+    with pytest.raises(jlora.TreeError, match=r"'w' has init 'loftq'"):
         jlora.rebase(trainable, trainable)
     with pytest.raises(jlora.TreeError, match=r"'w' is in only one of the two"):
         jlora.rebase(trainable, jlora.Trainable())

@@ -253,7 +253,7 @@ def test_only_the_chosen_rows_exist_and_move():
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        (jlora.TokenRows("embed", (11,)), "has 11 rows, so no row 11"),
+        (jlora.TokenRows("embed", (11,)), "has 11 rows, but no row 11"),
         (jlora.TokenRows("heads", (0,)), "is not an embedding table"),
         (jlora.TokenRows("emb", (0,)), "nearest: 'embed'"),
     ],

@@ -513,7 +513,7 @@ def test_a_leaf_in_targets_and_train_is_a_contradiction():
 
 def test_a_target_that_exclude_takes_away_whole_is_a_contradiction():
     refused(
-        r"targets: exclude= leaves nothing of '\*\*/up/kernel'",
+        r"targets: exclude= removes every match of '\*\*/up/kernel'",
         targets=("**/up/kernel", "**/down/kernel"),
         exclude="**/up/**",
     )
@@ -524,7 +524,7 @@ def test_excluding_everything_leaves_nothing_to_adapt():
 
 
 def test_training_an_integer_leaf_is_refused():
-    refused("train: 'step' is int32, it has no gradient", train="step")
+    refused("train: 'step' is int32, which has no gradient", train="step")
 
 
 def test_a_predicate_that_chooses_nothing_is_refused():
