@@ -43,4 +43,4 @@ class PeftError(JloraError):
 
 
 class MergeWarning(UserWarning):
-    """A weight is merged on the fly: right, but slower than the factored route."""
+    """A weight is merged on the fly: correct, but slower than the factored route."""
