@@ -30,8 +30,8 @@ PRELUDE = "import jax, jax.numpy as jnp, jlora, optax\n"
 def is_told(diagnostic: dict[str, Any]) -> bool:
     """Whether an error is jlora's.
 
-    What JAX, Flax and optax leave untyped is not; nor that optax's `Params` and state
-    are no dataclasses, which an Equinox module meets as well.
+    What JAX, Flax and optax leave untyped is theirs. So is the type of optax's
+    parameters, which refuses every dataclass, an Equinox module too.
     """
     if diagnostic["severity"] != "error":
         return False
