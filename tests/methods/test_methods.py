@@ -309,7 +309,7 @@ def test_parts_of_a_fused_weight_have_ranks_of_their_own():
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (jlora.FusedParts(0, (6,), (1,)), "none of its fan-out axes"),
+        (jlora.FusedParts(0, (6,), (1,)), "not one of its fan-out axes"),
         (jlora.FusedParts(1, (8, 4), (1, 1)), "add up to 16"),
         (jlora.FusedParts(1, (8, 8), (1,)), "a rank for each"),
         (jlora.FusedParts(1, (8, 8), (0, 0)), "must be in 0 to"),

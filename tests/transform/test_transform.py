@@ -73,7 +73,7 @@ def test_plan_names_route_operation_and_axes(case):
     "case", [c for c in CASES if c.route == "elementwise"], ids=str
 )
 def test_plan_refuses_what_is_not_a_weight(case):
-    with pytest.raises(jlora.TargetError, match="no weight of a linear operation"):
+    with pytest.raises(jlora.TargetError, match="not a weight of a linear operation"):
         build(case)
 
 
