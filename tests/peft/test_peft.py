@@ -955,7 +955,9 @@ def test_base_model_misfits_are_listed(tmp_path):
     params, report = jlora.peft.load_base_partial(tmp_path, like)
     assert len(report) == 3
     np.testing.assert_array_equal(params["down"]["kernel"], DENSE["down"]["kernel"])
-    with pytest.raises(PeftError, match="one-dimensional convolution, or a weight with heads"):
+    with pytest.raises(
+        PeftError, match="one-dimensional convolution, or a weight with heads"
+    ):
         jlora.peft.save_base(tmp_path, {"q": {"kernel": jnp.ones((2, 3, 4))}})
 
 
