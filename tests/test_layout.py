@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -68,3 +69,13 @@ def test_file_imports_no_test(path):
     ]
     found = [name for name in imported if name.startswith("test_")]
     assert not found, "Shared code lives in tests/helpers.py, or beside the tests."
+
+
+def test_files_that_contributing_names_exist():
+    root = TESTS.parent
+    named = re.findall(
+        r"`([\w./]+\.(?:py|md|txt))`", (root / "CONTRIBUTING.md").read_text()
+    )
+    assert len(named) > 20
+    missing = [n for n in named if not any((d / n).exists() for d in (root, PACKAGE))]
+    assert not missing
