@@ -77,5 +77,5 @@ def test_files_that_contributing_names_exist():
         r"`([\w./]+\.(?:py|md|txt))`", (root / "CONTRIBUTING.md").read_text()
     )
     assert len(named) > 20
-    missing = [n for n in named if not any((d / n).exists() for d in (root, PACKAGE))]
+    missing = [n for n in named if not [*root.glob(n), *PACKAGE.glob(f"**/{n}")]]
     assert not missing
