@@ -1,5 +1,6 @@
 """`import jlora` is light, and each public name resolves and is documented."""
 
+import os
 import subprocess
 import sys
 
@@ -9,9 +10,14 @@ import jlora
 
 
 def run(program: str) -> str:
-    """What `program` prints in a new interpreter."""
+    """What `program` prints in a new interpreter, which may keep its bytecode."""
+    env = {k: x for k, x in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=env,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

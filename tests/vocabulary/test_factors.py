@@ -85,6 +85,8 @@ def test_factors_show_what_is_special_of_them():
     assert "rows=(0, 1, 2, 3, 4, 5, 6, 7, and 292 more)" in repr(Factors(None, x, spec))
 
 
+# treescope asks for NumPy's chararray.
+@pytest.mark.filterwarnings("ignore:The chararray class:DeprecationWarning")
 def test_treescope_shows_the_arrays():
     text = treescope.render_to_text(ADAPTER)
     assert text.startswith("Trainable(")
