@@ -151,8 +151,7 @@ def _weight_shape(factors: Factors) -> tuple[int, ...]:
     )
     if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
         raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
-    sizes = (*a.shape[:-1], *b.shape[n + 1 :])
-    return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
+    return axes.weight_shape(a.shape, b.shape)
 
 
 def _unfit(wrong: list[str]) -> CheckpointError:

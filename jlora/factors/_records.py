@@ -67,6 +67,16 @@ class Axes:
         batch = (shape[i] for i in self.batch)
         return (*batch, rank, *(shape[i] for i in self.fan_out))
 
+    def weight_shape(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the weight's shape, from the shapes `a` and `b` of its factors.
+
+        Examples:
+          >>> Axes(fan_in=(1,), fan_out=(0,)).weight_shape((64, 8), (8, 16))
+          (16, 64)
+        """
+        sizes = (*a[:-1], *b[len(self.batch) + 1 :])
+        return tuple(sizes[self.order.index(i)] for i in range(len(sizes)))
+
 
 @dataclasses.dataclass(frozen=True)
 class FusedParts:

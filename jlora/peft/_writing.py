@@ -154,7 +154,7 @@ class Writing:
         a, b = (self._cast(path, x) for x in low_rank_pair(factors))
         dora = spec.method == "dora"
         magnitude = self._cast(path, factors.magnitude) if dora else None
-        shape = _weight_shape(spec.axes, a.shape, b.shape)
+        shape = spec.axes.weight_shape(a.shape, b.shape)
         places = self._places(path, shape, spec.op, spec.axes)
         misfits = [r for place in places if (r := layers.misfit(place, spec.axes))]
         if misfits or not places:
@@ -281,11 +281,3 @@ class Writing:
             inner = ".base_layer" if module in adapted else ""
             stem = f"{module}{inner}." if module else ""
             self.tensors |= {f"{stem}{end}": x for end, x in leaves.items()}
-
-
-def _weight_shape(
-    axes: Axes, a: tuple[int, ...], b: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Returns the shape of the weight whose factors have the shapes `a` and `b`."""
-    sizes = (*a[:-1], *b[len(axes.batch) + 1 :])
-    return tuple(sizes[axes.order.index(i)] for i in range(len(sizes)))
