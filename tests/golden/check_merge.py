@@ -14,7 +14,8 @@ merge moves them, the largest error of a tensor and of the model's outputs, rela
 the largest number, and the verdict. In half precision the error is counted in roundings
 of PEFT's merge in float32. Below each row stand the commands that did something else.
 The exit code is 1 after a traceback, a wrong number without an error, or an adapter
-taken that had to be refused. A refusal of an adapter that PEFT reads is listed.
+taken that had to be refused. The last lines list the adapters by what `merge` did;
+"broken" are those of merge_broken.py.
 """
 
 import argparse
@@ -30,7 +31,6 @@ import tempfile
 import traceback
 import warnings
 import zlib
-from collections import Counter
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -274,7 +274,8 @@ def judge(case: Case, out: pathlib.Path, base: pathlib.Path, wanted: Wanted) -> 
         wrong = wrong[:3] or ["every tensor is right"]
         text = f"{'; '.join(wrong)}; outputs are off by {error:.1e}"
         return count, worst, error, Said("WRONG", text)
-    return count, worst, error, Said("ok")
+    told = "as PEFT's merge, not as its adapted model" if wanted.note else ""
+    return count, worst, error, Said("ok", told if wanted.tensors else "")
 
 
 def ways(case: Case, here: pathlib.Path) -> dict[str, Said]:
@@ -320,7 +321,7 @@ def extracted(case: Case, here: pathlib.Path) -> Said:
     """Returns what extracting the merged model's change and converting it does."""
     tuned, file = here / "merged.safetensors", here / "extracted.safetensors"
     globs = (word for glob in case.extract for word in ("--targets", glob))
-    said, _ = command("extract", tuned, here / "base", file, "--rank", 4, *globs)
+    said, _ = command("extract", tuned, here / "base", file, "--rank", 3, *globs)
     if file.exists():
         said, _ = command("convert", file, here / "extracted", "--to", "peft")
     return said
@@ -369,7 +370,7 @@ def check(name: str, here: pathlib.Path) -> tuple[list[str], dict[str, Said]]:
     if out.exists():
         count, worst, error, said["merge"] = judge(case, out, base, wanted)
         row = [name, str(count), row[2], f"{worst:.1e}", f"{error:.1e}"]
-    elif "--tied" in merged.text:
+    elif "tied" in merged.text:
         for flag in ("--tied", "--untied"):
             out = here / f"merged{flag}.safetensors"
             said[f"merge {flag}"], _ = command("merge", base, adapter, out, flag)
@@ -419,6 +420,18 @@ def lines(row: list[str], said: dict[str, Said], long: bool) -> list[str]:
     return out
 
 
+def summary(case: Case, said: dict[str, Said]) -> list[str]:
+    """Returns under which of the last lines the adapter is counted."""
+    did = {name: s.did for name, s in said.items()}
+    own = "" if case.refuse is None else "broken, "
+    found = [f"{own}merge {did['merge']}"]
+    if any(x in BAD for x in did.values()):
+        found.append("failed")
+    if case.refuse is None and {"ok", "refused"} <= set(did.values()):
+        found.append("read by some commands only")
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=["*"])
@@ -431,7 +444,7 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     print(f"jlora in {pathlib.Path(jlora.__file__).parent}")
     print(f"   {'adapter':26}  tensors   effect    error  outputs  merge")
-    counts, failed = Counter(), []
+    told: dict[str, list[str]] = {}
     with contextlib.ExitStack() as stack:
         root = given.keep or stack.enter_context(tempfile.TemporaryDirectory())
         root = pathlib.Path(root)
@@ -445,12 +458,12 @@ def main() -> int:
                 traceback.print_exc()
                 row, said = [name], {"merge": Said("NOT RUN", repr(error))}
             print("\n".join(lines(row, said, given.long)).replace(f"{here}/", ""))
-            counts[said["merge"].did] += 1
-            if any(s.did in BAD for s in said.values()):
-                failed.append(name)
-    told = ", ".join(f"{n} {did}" for did, n in sorted(counts.items()))
-    print(f"{len(names)} adapters; merge: {told}; {len(failed)} with failures")
-    return int(bool(failed))
+            for what in summary(ALL[name], said):
+                told.setdefault(what, []).append(name)
+    print(f"\n{len(names)} adapters")
+    for what, held in told.items():
+        print(f"{what}, {len(held)}: {', '.join(held)}")
+    return int("failed" in told)
 
 
 if __name__ == "__main__":

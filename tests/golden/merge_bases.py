@@ -37,7 +37,7 @@ class Convs(nn.Module):
         super().__init__()
         self.one = nn.Conv1d(4, 6, 3)
         self.two = nn.Conv2d(4, 6, (3, 2), stride=(2, 1))
-        self.three = nn.Conv3d(4, 2, 2)
+        self.three = nn.Conv3d(4, 3, 2)
         self.groups = nn.Conv2d(4, 6, 3, groups=2)
         self.deep = nn.Conv1d(4, 4, 3, groups=4)
 

@@ -149,6 +149,9 @@ CASES: dict[str, Case] = {
     ),
     "gpt2_position": Case("gpt2", on("wpe")),
     "gpt2_rows": Case("gpt2", on("c_attn", trainable_token_indices=ROWS, **TURNED)),
+    "gpt2_rows_dict": Case(
+        "gpt2", on("c_attn", trainable_token_indices={"wte": ROWS}, **TURNED)
+    ),
     "gpt2_table": Case("gpt2", on("wte", "c_attn", **TURNED)),
     "gpt2_table_tying": Case("gpt2", on("wte", "c_attn", **TURNED, **TYING)),
     "gpt2_all_linear": Case("gpt2", qv(target_modules="all-linear")),
@@ -201,6 +204,12 @@ CASES: dict[str, Case] = {
     "tied_head_tying": Case("tied", on("lm_head", "q_proj", **TYING)),
     "tied_table_saved_tying": Case("tied", qv(**EMBED, **TYING)),
     "tied_head_saved_tying": Case("tied", qv(**HEAD, **TYING)),
+    "tied_table_and_head_tying": Case(
+        "tied", on("embed_tokens", "lm_head", "q_proj", **TYING)
+    ),
+    "tied_both_saved_tying": Case(
+        "tied", qv(modules_to_save=["embed_tokens", "lm_head"], **TYING)
+    ),
     "rows_list": Case("llama", qv(trainable_token_indices=ROWS)),
     "rows_dict": Case("llama", qv(trainable_token_indices=TABLE_ROWS)),
     "rows_of_both": Case(
@@ -224,6 +233,7 @@ CASES: dict[str, Case] = {
     "qwen2": Case("qwen2", CAUSAL),
     "qwen2_bias_all": Case("qwen2", qv(bias="all")),
     "qwen2_bias_lora_only": Case("qwen2", qv(bias="lora_only")),
+    "llama_bias_all": Case("llama", qv(bias="all")),
     "gpt2_bias_all": Case("gpt2", on("c_attn", bias="all", **TURNED)),
     "mha_bias_all": Case("mha", on("attn", "head", bias="all")),
     # Other models.
@@ -243,9 +253,7 @@ CASES: dict[str, Case] = {
     "mha": Case("mha", on("attn")),
     "mha_and_head": Case("mha", on("attn", "head")),
     "mha_out_only": Case("mha", on("head")),
-    "conv": Case(
-        "convs", on("one", "two", "three"), extract=("one.weight", "two.weight")
-    ),
+    "conv": Case("convs", on("one", "two", "three"), extract=("two.weight",)),
     "conv_dora": Case("convs", on("one", "two", "three", use_dora=True)),
     "conv_groups": Case("convs", on("groups", "two", r=4)),
     "conv_depthwise": Case("convs", on("deep", "one", r=4)),
