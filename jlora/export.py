@@ -5,7 +5,7 @@ import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -16,6 +16,15 @@ from ._core.tree import check, check_plan
 from ._io import tensors as tensors
 from ._io.disk import Path, Progress, replacing
 from ._io.models import Model, of_tree, open_model
+from ._io.torch_models import (
+    Facts,
+    facts_of,
+    is_table,
+    is_torch_named,
+    scale_beside,
+    sides,
+    sides_by_bias,
+)
 from ._plan.plan import Plan
 from ._plan.resolve import resolve
 from ._plan.row import Row
@@ -25,6 +34,7 @@ from .errors import CheckpointError, ConfigError, TargetError, TreeError
 from .factors import Axes, Leaf, PyTree, Trainable
 from .transform.discover import FACTORED, MERGED, Use
 
+_KERNEL, _TURNED = Axes((), (0,), (1,)), Axes((), (1,), (0,))
 _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
 
@@ -194,7 +204,8 @@ def merge_files(
 
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
-      CheckpointError: if a file cannot be read or written.
+      CheckpointError: if a file cannot be read or written, or an adapted leaf is
+        quantised: its scale stands beside it.
 
     Examples:
       >>> import os, tempfile, numpy as np
@@ -210,6 +221,7 @@ def merge_files(
              [2., 2., 2.]], dtype=float32)
     """
     model = open_model(base)
+    _check_plain(base, model.shapes, [*trainable.lora, *trainable.full])
     check(dict(model.shapes), trainable)
 
     def merged(name: str) -> np.ndarray:
@@ -301,9 +313,12 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
 
     Without a trace, a floating-point leaf of two axes is taken to be a kernel
     `[fan-in, fan-out]`, as in Flax, or a table of embeddings if its name is
-    `embedding`. A leaf of more axes is a kernel only if a `Rule` gives its `axes`; a
-    `Rule` may give those of the others too. The rest of `config` means the same as in
-    `jlora.plan`. Prefer `jlora.plan` where you have the function.
+    `embedding`. In a model with torch's names, a `weight` is `[fan-out, fan-in]`, that
+    of GPT-2's Conv1D `[fan-in, fan-out]` (the bias tells, or `config.json` beside the
+    model), and `embed_tokens`, `wte` and the like are tables. A leaf of other axes is a
+    kernel only if a `Rule` gives its `axes`; a `Rule` may give those of the others too.
+    The rest of `config` means the same as in `jlora.plan`. Prefer `jlora.plan` where
+    you have the function.
 
     Args:
       base: a model; for the formats see `merge_files`.
@@ -323,18 +338,28 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     """
     if callable(config.targets):
         raise ConfigError("Without a traced function, targets= takes only globs.")
-    unknown = "more than two axes, whose roles are not known without a trace"
-    rows = []
-    for name, x in open_model(base).shapes.items():
-        shape = tuple(x.shape)
-        row = Row(name, shape, str(x.dtype), (_assumed_use(name, shape, config),))
-        rows.append(row)
-    found = resolve(tuple(rows), config)
+    unknown = "its axes' roles are not known without a trace"
+    shapes = {name: tuple(x.shape) for name, x in open_model(base).shapes.items()}
+    dtypes = {name: str(x.dtype) for name, x in open_model(base).shapes.items()}
+    assumed = _assumed(shapes, facts_of(base))
+    for rule in config.rules:
+        if rule.axes is not None:
+            for name in paths.select(rule.pattern, list(shapes)):
+                assumed[name] = (
+                    assumed.get(name, ("dot_general", _KERNEL))[0],
+                    rule.axes,
+                )
+    rows = tuple(
+        Row(name, shape, dtypes[name], (_assumed_use(name, shape, assumed.get(name)),))
+        for name, shape in shapes.items()
+    )
+    found = resolve(rows, config)
     guessed = [row.path for row in found if row.spec and row.op == "merged"]
     if guessed:
         raise TargetError(
-            f"These targets have {unknown}: {listed(map(repr, guessed), 5, ', ')}. Say "
-            f"with Rule({guessed[0]!r}, axes=Axes(...)) which axes are summed over."
+            f"Without a trace nothing tells the roles of the axes of these targets: "
+            f"{listed(map(repr, guessed), 5, ', ')}. Say with Rule({guessed[0]!r}, "
+            "axes=Axes(...)) which axes are summed over."
         )
     return Plan(
         config,
@@ -345,17 +370,51 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     )
 
 
-def _assumed_use(name: str, shape: tuple[int, ...], config: LoraConfig) -> Use:
+def _assumed(
+    shapes: Mapping[str, tuple[int, ...]], facts: Facts
+) -> dict[str, tuple[str, Axes]]:
+    """Returns operation and axes of each matrix, as Flax or torch keeps it."""
+    flat = [name for name, shape in shapes.items() if len(shape) == 2]
+    if not is_torch_named(shapes):
+        ops = {name: "gather" for name in flat if name.split("/")[-1] == "embedding"}
+        return {name: (ops.get(name, "dot_general"), _KERNEL) for name in flat}
+    modules = {n.removesuffix(".weight"): n for n in flat if n.endswith(".weight")}
+    tables = {name: module for module, name in modules.items() if is_table(module)}
+    proven = sides_by_bias(shapes)
+    side = sides(modules.keys() - tables.values(), proven, facts) | proven
+    layers = {
+        name: _KERNEL if side[module] == "conv1d" else _TURNED
+        for module, name in modules.items()
+        if name not in tables and side[module] is not None
+    }
+    layers |= {name: _TURNED for name in flat if name.endswith(".in_proj_weight")}
+    found = {name: ("dot_general", axes) for name, axes in layers.items()}
+    return found | dict.fromkeys(tables, ("gather", _KERNEL))
+
+
+def _assumed_use(
+    name: str, shape: tuple[int, ...], assumed: tuple[str, Axes] | None
+) -> Use:
     """Returns the use that a leaf is assumed to have."""
-    ruled = [r.axes for r in config.rules if r.axes and paths.matches(r.pattern, name)]
     if len(shape) < 2:
         return Use(name, "", "elementwise", (), (), (), where="", scope="")
-    if len(shape) > 2 and not ruled:
+    if assumed is None:
         return Use(name, "", MERGED, (), (), (), where="", scope="")
-    axes = ruled[-1] if ruled else Axes()
-    op = "gather" if name.split("/")[-1] == "embedding" else "dot_general"
+    op, axes = assumed
     roles = axes.batch, axes.fan_in, axes.fan_out
     return Use(name, op, FACTORED, *roles, where="", scope="")
+
+
+def _check_plain(base: Path, names: Collection[str], changed: Iterable[str]) -> None:
+    """Raises a CheckpointError for leaves that are codes of a quantised model."""
+    scales = {name: scale_beside(name, names) for name in changed}
+    odd = [f"{name!r} ({scale!r})" for name, scale in scales.items() if scale]
+    if odd:
+        raise CheckpointError(
+            f"{str(base)!r} is quantised: these leaves are codes, whose scale stands "
+            f"beside them: {listed(odd, 3, ', ')}. Merge into the model in full "
+            "precision, and quantise the result."
+        )
 
 
 def _write(path: Path, model: Model, progress: Progress = iter) -> None:

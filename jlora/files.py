@@ -4,17 +4,13 @@ import json
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
 from . import checkpoint
 from ._io import adapter_file, tensors
 from ._io.disk import Json, Path, read_json, reading
 from ._io.models import is_orbax_tree, open_model
-from ._io.shards import open_tensors
-from ._tables import listed
-from .errors import CheckpointError, PeftError
-from .factors import Axes, Factors, Spec, Trainable
+from ._io.torch_models import facts_of
+from .errors import CheckpointError
+from .factors import Trainable
 
 if TYPE_CHECKING:
     from .peft import NameMap
@@ -99,12 +95,8 @@ def read(
             return adapter_file.load(path)
         case "orbax":
             return checkpoint.restore(path, step=step).trainable
-        case "peft" if base is not None:
-            from . import peft
-
-            return peft.load(path, open_model(base).arrays(), names=names, tied=tied)
         case "peft":
-            return _in_torch_names(pathlib.Path(path))
+            return _read_peft(path, base, names, tied)
     raise CheckpointError(
         f"{str(path)!r} is a model, not an adapter. `jlora extract` makes an adapter "
         "from a fine-tuned model and its base."
@@ -184,63 +176,16 @@ def describe(path: Path, *, step: int | None = None) -> Json:
     return {}
 
 
-def _in_torch_names(folder: pathlib.Path) -> Trainable:
-    """Returns a PEFT adapter under torch's own names and axes, without a model.
+def _read_peft(
+    path: Path, base: Path | None, names: "NameMap | None", tied: bool | None
+) -> Trainable:
+    """Returns a PEFT adapter with the paths of its base, or torch's without one."""
+    from .peft import report
+    from .peft._leaves import leaves_of
+    from .peft._load import read_adapter
 
-    It reads what can be understood without the model: linear layers, Conv1D,
-    convolutions, embeddings, DoRA of linear layers, and modules saved whole.
-    """
-    from .peft.config import CONFIG, PREFIX, STEM, parse_config, pattern_lookup
-    from .peft.layers import ENDS, MAGNITUDE
-
-    fields = read_json(folder / CONFIG, PeftError)
-    config, wrong = parse_config(fields)
-    slots, _ = open_tensors(folder, STEM, fault=PeftError)
-    transposed = bool(fields.get("fan_in_fan_out"))
-    ranks, alphas = map(pattern_lookup, (config.rank_pattern, config.alpha_pattern))
-    lora: dict[str, Factors] = {}
-    left = dict(slots)
-    if config.parameters or config.tokens:
-        wrong.append("it adapts parameters or token rows")
-    pairs = [
-        (name.removesuffix(f".{a}"), op, a, b)
-        for name in slots
-        for op, (a, b) in ENDS.items()
-        if name.endswith(f".{a}") and f"{name.removesuffix(a)}{b}" in slots
-    ]
-    for stem, op, *ends in pairs:
-        module = stem.removeprefix(PREFIX)
-        a, b = (left.pop(f"{stem}.{end}").read() for end in ends)
-        magnitude = left.pop(f"{stem}.{MAGNITUDE}", None)
-        magnitude = magnitude or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
-        if op == "embedding" and magnitude is not None:
-            wrong.append(f"{module} is an embedding with a magnitude")
-        rank, alpha = ranks(module), alphas(module)
-        said = rank[1] if rank else config.r
-        if said != a.shape[0]:
-            wrong.append(f"{module} has rank {a.shape[0]}, but its config says {said}")
-        inputs = tuple(range(1, a.ndim))
-        in_first = transposed or op == "embedding"
-        spec = Spec(
-            op=op if a.ndim == 2 else "conv",
-            axes=Axes((), (0,), (1,)) if in_first else Axes((), inputs, (0,)),
-            rank=a.shape[0],
-            alpha=alpha[1] if alpha else config.alpha,
-            rslora=config.rslora,
-            method="lora" if magnitude is None else "dora",
-        )
-        lora[f"{module}.weight"] = Factors(
-            jnp.asarray(np.moveaxis(a, 0, -1)),
-            jnp.asarray(b.reshape(b.shape[0], -1).T),
-            spec,
-            None if magnitude is None else jnp.asarray(magnitude.read().reshape(-1)),
-        )
-    whole = [n for n in left if ".lora_" not in n and n.startswith(PREFIX)]
-    full = {n.removeprefix(PREFIX): jnp.asarray(left.pop(n).read()) for n in whole}
-    wrong += [f"tensor {name!r}" for name in left]
-    if wrong:
-        raise CheckpointError(
-            f"{str(folder)!r} cannot be read without its model: {listed(wrong, 5)}. "
-            "Pass base=, the model on disk."
-        )
-    return Trainable(lora, full)
+    leaves = None if base is None else leaves_of(open_model(base).arrays())
+    facts = None if base is None else facts_of(base)
+    trainable, found = read_adapter(path, leaves, names=names, tied=tied, facts=facts)
+    report.check(found, f"The adapter in {str(path)!r}")
+    return trainable

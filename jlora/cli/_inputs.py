@@ -13,7 +13,6 @@ import click
 
 from .. import files
 from .._io.disk import Json, reading
-from .._io.models import open_model
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
 from ..errors import ConfigError, JloraError
@@ -36,11 +35,6 @@ def read(
     if step is not None and files.detect(adapter) != "orbax":
         raise click.UsageError(f"--step: {adapter!r} is not an Orbax checkpoint.")
     return files.read(adapter, base=base, names=own, tied=tied, step=step)
-
-
-def fits_as_it_is(base: str, names: str | None) -> bool:
-    """Returns whether a model has torch's own names, which a PEFT adapter has too."""
-    return names is None and not any("/" in name for name in open_model(base).shapes)
 
 
 def name_map(names: str | None) -> "NameMap | None":

@@ -15,7 +15,7 @@ from .._plan.row import Row
 from .._tables import table
 from ..errors import JloraError
 from . import _options as options
-from ._inputs import fits_as_it_is, planned, read
+from ._inputs import planned, read
 from ._output import bar, print_json, tell
 
 
@@ -116,8 +116,7 @@ def validate(
     kind = None
     try:
         kind = files.detect(adapter)
-        own = base is None or fits_as_it_is(base, how.get("names"))
-        trainable = read(adapter, base=None if own else base, **how)
+        trainable = read(adapter, base=base, **how)
         found = inspection.inspect(trainable)
         problems += [text for text in found.warnings if text.startswith("NaN")]
         if base is not None:

@@ -8,9 +8,11 @@ import click
 from .. import export, files
 from .._io.disk import Json
 from .._io.models import open_model
+from .._io.torch_models import facts_of, is_torch_named, tie_of
 from ..config import LoraConfig
+from ..factors import Trainable
 from . import _options as options
-from ._inputs import config_of, fits_as_it_is, name_map, planned, read
+from ._inputs import config_of, name_map, planned, read
 from ._output import bar, counts, done
 
 
@@ -32,12 +34,11 @@ def merge(
     """Write the model BASE with ADAPTER merged to the safetensors file OUT.
 
     Leaf by leaf: memory is bounded by a few times the largest leaf. A PEFT adapter
-    merges into a model with torch's names as it is, and by --names into one with
-    Flax's.
+    merges into a model of Hugging Face as it is, and by --names into one with Flax's
+    names.
     """
     _check_free(out, overwrite)
-    own = fits_as_it_is(base, how.get("names"))
-    trainable = read(adapter, base=None if own else base, **how)
+    trainable = read(adapter, base=base, **how)
     export.merge_files(base, trainable, out, progress=bar("merging"))
     size = os.path.getsize(out)
     done({"out": out, **counts(trainable), "bytes": size}, as_json)
@@ -55,6 +56,7 @@ def merge(
 )
 @options.how("step", "base", "names", "tied")
 @click.option("--base-model", help="PEFT's base_model_name_or_path.")
+@click.option("--task-type", help="PEFT's task_type, such as CAUSAL_LM.")
 @click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
 @options.overwrite
 @options.as_json
@@ -64,6 +66,7 @@ def convert(
     to: files.Format | None,
     base: str | None,
     base_model: str | None,
+    task_type: str | None,
     portable: bool,
     overwrite: bool,
     as_json: bool,
@@ -82,7 +85,11 @@ def convert(
     if kind == "peft" and base is None:
         raise click.UsageError("From PEFT, give --base, the model it is for.")
     reading = {"--base": base, "--names": names, "--tied": tied}
-    writing = {"--base-model": base_model, "--portable": portable or None}
+    writing = {
+        "--base-model": base_model,
+        "--task-type": task_type,
+        "--portable": portable or None,
+    }
     if to != "peft":
         idle = writing if kind == "peft" else {**reading, **writing}
         given = [name for name, value in idle.items() if value is not None]
@@ -93,14 +100,19 @@ def convert(
         _check_steps(out)
     more: Json = {"overwrite": overwrite} if to == "orbax" else {}
     if to == "peft":
+        if base and tied is None:
+            tied = tie_of([*open_model(base).shapes], facts_of(base))
         more = {
             "names": name_map(names),
             "tied": tied,
             "base_model": base_model,
             "portable": portable,
             "params": base and open_model(base).arrays(),
+            "task_type": task_type,
         }
     trainable = read(source, base=base, **how)
+    if to == "peft" and base and names is None:
+        trainable = with_prefix(trainable, base)
     files.write(out, trainable, to, **more)
     done({"out": out, "from": kind, "to": to, **counts(trainable)}, as_json)
 
@@ -139,6 +151,22 @@ def extract(
     trainable = export.extract_files(tuned, base, found, progress=bar("extracting"))
     files.write(out, trainable, "file")
     done({"out": out, **counts(trainable)}, as_json)
+
+
+def with_prefix(trainable: Trainable, base: str) -> Trainable:
+    """Returns the adapter with the names that the base's class has for its modules.
+
+    Some files of whole models lack the prefix of the body.
+    """
+    prefix = facts_of(base).prefix
+    names = [*trainable.lora, *trainable.full]
+    if not prefix or not is_torch_named(names):
+        return trainable
+    if any(name.startswith(prefix) for name in open_model(base).shapes):
+        return trainable
+    lora = {prefix + name: factors for name, factors in trainable.lora.items()}
+    full = {prefix + name: leaf for name, leaf in trainable.full.items()}
+    return Trainable(lora, full)
 
 
 def _check_free(out: str, overwrite: bool) -> None:

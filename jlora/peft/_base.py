@@ -18,8 +18,9 @@ from ..factors import PyTree
 from ..paths import flatten
 from . import layers
 from ._leaves import Shaped, is_shaped
+from ._places import Place, untied
 from .config import FLOATS
-from .names import GENERIC, NameMap, Place, unnamed, untied
+from .names import GENERIC, NameMap, unnamed
 from .report import LoadReport, check
 
 STEM = "model"

@@ -1,9 +1,16 @@
 """Where an adapter's config and its tensors contradict each other."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
+import jax
+import numpy as np
+
+from .._io.torch_models import is_head
+from ._leaves import TargetLeaf
+from ._places import Place
 from .config import PeftConfig, endings, names_module
-from .names import Place
+
+_HEADS = frozenset({"classifier", "score"})
 
 
 def contradictions(
@@ -14,7 +21,8 @@ def contradictions(
     stems: Collection[Place],
     heads: set[str],
     tables: Collection[str],
-    embedding: bool,
+    saved: Collection[str],
+    shared: bool,
 ) -> list[str]:
     """Returns what the config names and the tensors do not have, and the reverse.
 
@@ -25,7 +33,8 @@ def contradictions(
       stems: bare parameters that have one.
       heads: modules that share the weight of an embedding.
       tables: modules with trained rows.
-      embedding: whether an embedding has an adapter.
+      saved: names of the tensors that are in the file whole.
+      shared: whether an embedding has an adapter, rows, or is whole.
     """
     found: list[str] = []
     for field in ("rank_pattern", "alpha_pattern"):
@@ -39,7 +48,7 @@ def contradictions(
         found += [
             f"target_modules names {t!r:.100}, for which there are no tensors"
             for t in file.targets
-            if t not in ends
+            if t not in ends and t not in file.excluded
         ]
         raw = {place.module for place in stems}
         named = set(file.targets)
@@ -60,6 +69,81 @@ def contradictions(
         for name, _ in file.tokens
         if not any(not name or names_module(name, table) for table in tables)
     ]
-    if file.tying and not embedding:
+    if file.tying and not shared:
         found.append("ensure_weight_tying is set, no embedding is adapted")
+    idle = [
+        entry
+        for entry in file.saved
+        if not any(_is_part(entry, name) for name in saved)
+    ]
+    one = bool(saved) and _HEADS.issuperset(idle)  # PEFT names both for a classifier
+    found += [
+        f"modules_to_save names {entry!r:.100}, for which there are no tensors"
+        for entry in ([] if one else idle)
+    ]
     return found
+
+
+def is_whole_by(file: PeftConfig, name: str) -> bool:
+    """Returns whether the config says that the tensor `name` is in the file whole."""
+    if any(_is_part(entry, name) for entry in file.saved):
+        return True
+    if file.tying and is_head(name.removesuffix(".weight")):
+        return True  # beside its table, which is named
+    return name.endswith(".bias") and file.bias != "none"
+
+
+def _is_part(entry: str, name: str) -> bool:
+    """Returns whether an entry of `modules_to_save` names the module of a tensor.
+
+    PEFT compares the end of the module's name, without a dot before it.
+    """
+    module = name.rpartition(".")[0]
+    return module.endswith(entry) or f".{entry}." in f".{module}."
+
+
+def biases_missing(
+    file: PeftConfig,
+    places: Iterable[Place],
+    *,
+    modules: Collection[str],
+    saved: Collection[str],
+) -> list[str]:
+    """Returns in words the biases that were trained, by the config, and are not there.
+
+    Args:
+      file: the config.
+      places: the model's tensors.
+      modules: names of the modules that have an adapter.
+      saved: names of the tensors that are in the file whole.
+    """
+    if file.bias == "none":
+        return []
+    adapted, there = {*modules}, {*saved}
+    return [
+        f"{place.name}, though bias is {file.bias!r}"
+        for place in places
+        if place.name.endswith(".bias")
+        and place.name not in there
+        and (file.bias == "all" or place.name.removesuffix(".bias") in adapted)
+    ]
+
+
+def rows_misfit(
+    leaf: TargetLeaf, places: tuple[Place, ...], rows: np.ndarray, ids: tuple[int, ...]
+) -> str:
+    """Returns in words why the rows `ids` of a table are not the leaf's, or nothing."""
+    place = places[0]
+    if not ids:
+        return "trainable_token_indices does not say which rows they are"
+    if len(places) > 1 or place.kind != "embedding":
+        return "the leaf is not an embedding table"
+    if rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
+        return f"{list(rows.shape)} for {len(ids)} token ids"
+    if max(ids) >= leaf.shape[place.groups[0][0]]:
+        return f"row {max(ids)} of a table of {list(leaf.shape)}"
+    if isinstance(leaf.value, jax.ShapeDtypeStruct | None):
+        return "the file has rows, not differences: give the parameters' arrays"
+    if leaf.planned and leaf.planned != "adapted":
+        return f"in the plan {leaf.path!r} is {leaf.planned}"
+    return ""

@@ -1,18 +1,21 @@
 """`load`: the adapter in a Hugging Face PEFT directory."""
 
 import pathlib
+from collections.abc import Sequence
 
 from numpy.typing import DTypeLike
 
 from .._io.disk import Path, read_json, told
 from .._io.shards import open_tensors
+from .._io.torch_models import Facts, is_torch_named, tie_of
 from .._plan.plan import Plan
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
-from ._leaves import leaves_of
+from ._leaves import TargetLeaf, leaves_of
+from ._own_names import leaves_in, own_names, with_plain_names
 from ._reading import Reading
-from .config import CONFIG, SIGNED, STEM, parse_config, signature
-from .names import GENERIC, NameMap
+from .config import CONFIG, PREFIX, SIGNED, STEM, parse_config, signature
+from .names import GENERIC, NameMap, Names
 from .report import LoadReport, check
 
 
@@ -94,6 +97,34 @@ def load_partial(
       >>> read, len(report.extra)
       (Trainable(lora={}, full={}), 2)
     """
+    return read_adapter(
+        directory, leaves_of(params_or_plan), names=names, tied=tied, dtype=dtype
+    )
+
+
+def read_adapter(
+    directory: Path,
+    leaves: Sequence[TargetLeaf] | None,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: DTypeLike | None = None,
+    facts: Facts | None = None,
+) -> tuple[Trainable, LoadReport]:
+    """Returns what fits of an adapter, and a report of the rest: the one reader.
+
+    Args:
+      directory: see `load`.
+      leaves: of the model. None reads the adapter under torch's own names, as far as it
+        can be understood without its model.
+      names: see `load`.
+      tied: see `load`.
+      dtype: see `load`.
+      facts: what the model's `config.json` says, where its leaves have torch's names.
+
+    Raises:
+      PeftError: if a file is missing, damaged or not a LoRA adapter.
+    """
     folder = pathlib.Path(directory)
     with told(f"{str(directory)!r} cannot be read", PeftError):
         if not folder.is_dir():
@@ -106,7 +137,21 @@ def load_partial(
             "rank, alpha or their patterns are not those that the tensors were written "
             f"with ({metadata[SIGNED]:.200}): the config was changed later"
         )
-    found = Reading(config, slots, names or GENERIC, tied, dtype)
+    slots, twice = with_plain_names(slots)
+    inner = {name.removeprefix(PREFIX): slot for name, slot in slots.items()}
+    if leaves is None:
+        leaves, open_questions = leaves_in(inner, config)
+        odd += [f"{question}. Give base=, the model" for question in open_questions]
+    own: Names = names or GENERIC
+    facts = facts or Facts()
+    if is_torch_named(leaf.path for leaf in leaves):
+        own, open_questions = own_names(leaves, inner, config, facts, names)
+        odd += open_questions
+        known = tie_of([leaf.path for leaf in leaves], facts)
+        if tied is not None and known is not None and tied != known:
+            odd.append(f"tied={tied} is not what the model and its config.json say")
+        tied = known if tied is None else tied
+    found = Reading(config, slots, own, tied, dtype, twice=twice)
     found.config += odd
-    found.read(leaves_of(params_or_plan))
+    found.read(leaves)
     return found.result()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,23 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .._io.shards import Slot
+from .._io.torch_models import is_head, is_table
 from ..errors import PeftError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
 from . import layers
-from ._contradictions import contradictions
+from ._contradictions import biases_missing, contradictions, is_whole_by, rows_misfit
 from ._leaves import TargetLeaf
+from ._places import Place, untied
 from .config import FLOATS, PREFIX, PeftConfig, names_module, pattern_lookup
 from .layers import RAW, Layer, nested
-from .names import NameMap, Place, unnamed, untied
+from .names import Names, unnamed
 from .report import LoadReport
 
-_MAGNITUDES = (layers.MAGNITUDE, f"{layers.MAGNITUDE}.weight")
 _ADAPTER_LEAVES = (
     *layers.ENDS["linear"],
     *layers.ENDS["embedding"],
-    *_MAGNITUDES,
+    *layers.LENGTHS,
     "lora_B.bias",
 )
 
@@ -40,13 +41,15 @@ class Reading:
       names: what the leaves are called in torch.
       tied: whether the embedding table is the output head too.
       dtype: type of A and B; None takes the file's.
+      twice: modules whose update PEFT adds twice, see `docs/peft_differences.md`.
     """
 
     file: PeftConfig
     slots: dict[str, Slot]
-    names: NameMap
+    names: Names
     tied: bool | None
     dtype: DTypeLike | None
+    twice: frozenset[str] = frozenset()
     left: dict[str, Slot] = dataclasses.field(default_factory=dict)
     stems: dict[Place, str] = dataclasses.field(default_factory=dict)
     used: set[tuple[str, str]] = dataclasses.field(default_factory=set)
@@ -56,6 +59,8 @@ class Reading:
     tables: list[str] = dataclasses.field(default_factory=list)
     unplaced: list[str] = dataclasses.field(default_factory=list)
     heads: set[str] = dataclasses.field(default_factory=set)
+    shared: list[str] = dataclasses.field(default_factory=list)
+    saved: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
     config: list[str] = dataclasses.field(default_factory=list)
@@ -92,6 +97,11 @@ class Reading:
         )
         for leaf, found in placed:
             self._read_leaf(leaf, found)
+        every = [place for _, found in placed for place in found]
+        self.heads |= self.twice
+        self.missing += biases_missing(
+            self.file, every, modules=self.modules, saved=self.saved
+        )
         self.config += contradictions(
             self.file,
             used=self.used,
@@ -99,7 +109,9 @@ class Reading:
             stems=self.stems,
             heads=self.heads,
             tables=self.tables,
-            embedding=any(name.endswith("lora_embedding_A") for name in self.slots),
+            saved=self.saved,
+            shared=bool(self.tables or self.shared)
+            or any(name.endswith("lora_embedding_A") for name in self.slots),
         )
 
     def _places(self, leaf: TargetLeaf) -> tuple[Place, ...]:
@@ -137,7 +149,9 @@ class Reading:
         found = {p.name: layer for p in places if (layer := self._layer(leaf, p))}
         if found:
             self._factors(leaf, places, found)
-        whole = {} if found else {p.name: s for p in places if (s := self._whole(p))}
+        whole = (
+            {} if found else {p.name: s for p in places if (s := self._whole(leaf, p))}
+        )
         if whole:
             self._full(leaf, places, whole)
         elif not found and leaf.planned in ("adapted", "full"):
@@ -178,7 +192,7 @@ class Reading:
             stem = self.stems[place]
         ends = layers.ENDS["embedding" if place.kind == "embedding" else "linear"]
         keys = [f"{stem}.{end}" for end in ends]
-        lengths = [f"{stem}.{end}" for end in _MAGNITUDES]
+        lengths = [f"{stem}.{end}" for end in layers.LENGTHS]
         magnitude = [key for key in lengths if key in self.left]
         if not any(key in self.left for key in (*keys, *magnitude)):
             return None
@@ -194,7 +208,8 @@ class Reading:
         self._check_base(leaf, place)
         rank, alpha = self._rank_and_alpha(place.module)
         scale = alpha / (math.sqrt(rank) if self.file.rslora else rank)
-        self._take_tied(leaf, place, a, b)
+        if place.kind == "embedding" and place.tied is not None:
+            self._take_head(leaf, place, a, b)
         if a is None or b is None or absent or bool(magnitude) != (m is not None):
             return None
         wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
@@ -205,47 +220,70 @@ class Reading:
             return None
         return layer
 
-    def _take_tied(
+    def _take_head(
         self, leaf: TargetLeaf, place: Place, a: np.ndarray | None, b: np.ndarray | None
     ) -> None:
-        """Reads the factors of a tied head, which must be those of the embedding."""
-        if place.tied is None or place.kind != "embedding":
-            return
-        head = place.tied.removesuffix(".weight")
-        keys = f"{head}.lora_A.weight", f"{head}.lora_B.weight"
+        """Reads the factors of a tied head, the table's with their axes swapped."""
+        head = str(place.tied).removesuffix(".weight")
+        own = None if b is None else b.T, None if a is None else a.T
+        ends = layers.ENDS["linear"]
+        keys = {f"{head}.{end}": x for end, x in zip(ends, own, strict=True)}
+        if self._take_tied(leaf, place, keys, "factors"):
+            self.modules.append(head)
+        self.left.pop(f"{head}.base_layer.weight", None)
+
+    def _take_tied(
+        self,
+        leaf: TargetLeaf,
+        place: Place,
+        own: Mapping[str, np.ndarray | None],
+        what: str,
+    ) -> bool:
+        """Reads the tensors of a tied head, which must be those of the table.
+
+        Args:
+          leaf: the table.
+          place: where it is in torch.
+          own: what each of the head's tensors has to be.
+          what: what the table has in the file, "factors".
+
+        Returns:
+          Whether the head's tensors are in the file.
+        """
+        if place.tied is None:
+            return False
         tied = leaf.tied if leaf.tied is not None else self.tied
-        there = [key in self.left for key in keys]
+        there = [key in self.left for key in own]
         if tied is None and not any(there):
             self.config.append(
-                f"{leaf.path!r} may be the output head too ({place.tied}), the file "
-                "adapts only the embedding. Give the plan, or say tied=False if the "
-                "model does not use it as both"
+                f"{leaf.path!r} may be the output head too ({place.tied}), and the "
+                f"file has {what} for the embedding only. Give the plan, or say "
+                "tied=False if the model does not use it as both"
             )
         elif tied and not all(there):
             self.config.append(
-                f"{leaf.path!r} is the output head too, but the file does not adapt "
-                f"{head}: PEFT leaves that use of the weight as it was, jlora has one "
-                "adapter for both"
+                f"{leaf.path!r} is the output head too, but the file has no {what} for "
+                f"{place.tied}: PEFT leaves that use of the weight as it was, jlora "
+                "has one leaf for both"
             )
-        if tied is not False and all(there):
-            head_a, head_b = (self._take(key) for key in keys)
-            self.modules.append(head)
-            same = (
-                a is not None and b is not None and head_a is not None
-                and head_b is not None and np.array_equal(head_a, b.T)
-                and np.array_equal(head_b, a.T)
-            )  # fmt: skip
-            if not same:
-                self.wrong.append(
-                    f"{head} and {place.module} are tied, their factors are not"
-                )
-        self.left.pop(f"{head}.base_layer.weight", None)
+        if tied is False or not all(there):
+            return False
+        found = {key: self._take(key) for key in own}
+        self.shared.append(place.tied)
+        if not all(
+            x is not None and y is not None and np.array_equal(x, y)
+            for x, y in zip(own.values(), found.values(), strict=True)
+        ):
+            self.wrong.append(
+                f"{place.tied} and {place.name} are tied, their {what} are not"
+            )
+        return True
 
     def _rows(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> bool:
         """Reads trained rows of a table, if any; returns whether there are some."""
         place = places[0]
         module = place.module
-        key = f"{module}.token_adapter.trainable_tokens_delta"
+        key = f"{module}.{layers.TOKENS}"
         if key not in self.left:
             return False
         rows = self._take(key)
@@ -254,7 +292,7 @@ class Reading:
         ids = next(tokens, ())
         if rows is None:
             return True
-        reason = _rows_misfit(leaf, places, rows, ids)
+        reason = rows_misfit(leaf, places, rows, ids)
         if reason:
             self.wrong.append(f"{key}: {reason}")
             return True
@@ -281,7 +319,9 @@ class Reading:
         rank, alpha = self.rank_of(module), self.alpha_of(module)
         hits = {"rank_pattern": rank, "alpha_pattern": alpha}
         self.used |= {(field, hit[0]) for field, hit in hits.items() if hit}
-        return rank[1] if rank else self.file.r, alpha[1] if alpha else self.file.alpha
+        number = alpha[1] if alpha else self.file.alpha
+        doubled = 2 * number if module in self.twice else number
+        return rank[1] if rank else self.file.r, doubled
 
     def _factors(
         self, leaf: TargetLeaf, places: tuple[Place, ...], found: dict[str, Layer]
@@ -358,14 +398,28 @@ class Reading:
         a, b = self._placed(*layers.compact(spec, leaf.shape, pairs))
         return Factors(a, b, spec)
 
-    def _whole(self, place: Place) -> Slot | None:
+    def _whole(self, leaf: TargetLeaf, place: Place) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
         for key in (place.name, inner) if last == "bias" else (place.name,):
-            if key in self.left:
-                self._check_saved(place.name)
-                return self.left.pop(key)
+            if key not in self.left:
+                continue
+            slot, table = self.left.pop(key), is_table(module) or is_head(module)
+            named = is_whole_by(self.file, place.name)
+            if table and not named and layers.is_same(place, leaf.value, slot):
+                head = self.left.get(str(place.tied))
+                if head and layers.is_same(place, leaf.value, head):
+                    self.left.pop(str(place.tied))
+                return None  # a copy that PEFT saves beside the adapter
+            if not named:
+                self.config.append(
+                    f"the file has {place.name} whole, but modules_to_save is "
+                    f"{list(self.file.saved)!r:.200} and bias {self.file.bias!r}"
+                )
+            self.saved.append(place.name)
+            self.shared += [module] if table else []
+            return slot
         return None
 
     def _check_base(self, leaf: TargetLeaf, place: Place) -> None:
@@ -380,28 +434,11 @@ class Reading:
                 f"{key} is {slot.shape}, the model's is {wanted}: resize the model's "
                 "vocabulary to the adapter's first"
             )
-        elif leaf.value is not None and not isinstance(
-            leaf.value, jax.ShapeDtypeStruct
-        ):
-            tensor, value = slot.read(), np.asarray(leaf.value)
-            own = layers.weight_out(place, value).astype(tensor.dtype)
-            if not np.array_equal(own, tensor):
-                self.wrong.append(
-                    f"{key}, the table that the adapter was trained on, is not the "
-                    "model's. Put it into the parameters first, with load_base"
-                )
-
-    def _check_saved(self, name: str) -> None:
-        module, _, leaf = name.rpartition(".")
-        if any(module.endswith(entry) or f".{entry}." in f".{module}."
-               for entry in self.file.saved):  # fmt: skip
-            return
-        if leaf == "bias" and self.file.bias != "none":
-            return
-        self.config.append(
-            f"the file has {name} whole, but modules_to_save is "
-            f"{list(self.file.saved)!r:.200} and bias {self.file.bias!r}"
-        )
+        elif layers.is_same(place, leaf.value, slot) is False:
+            self.wrong.append(
+                f"{key}, the table that the adapter was trained on, is not the "
+                "model's. Put it into the parameters first, with load_base"
+            )
 
     def _full(
         self, leaf: TargetLeaf, places: tuple[Place, ...], whole: dict[str, Slot]
@@ -421,6 +458,7 @@ class Reading:
             if array is None:
                 return
             arrays[place.name] = array
+            self._take_tied(leaf, place, {str(place.tied): array}, "numbers")
         floats = [slot.dtype in FLOATS for slot in whole.values()]
         if not all(floats) and jnp.issubdtype(leaf.dtype, jnp.floating):
             self.wrong.append(f"{places[0].name} is not a floating-point array")
@@ -449,26 +487,6 @@ class Reading:
             tuple(dict.fromkeys(self.config)),
         )
         return Trainable(self.lora, self.full), report
-
-
-def _rows_misfit(
-    leaf: TargetLeaf, places: tuple[Place, ...], rows: np.ndarray, ids: tuple[int, ...]
-) -> str:
-    """Returns in words why the rows `ids` of a table are not the leaf's, or nothing."""
-    place = places[0]
-    if not ids:
-        return "trainable_token_indices does not say which rows they are"
-    if len(places) > 1 or place.kind != "embedding":
-        return "the leaf is not an embedding table"
-    if rows.shape != (len(ids), leaf.shape[place.groups[1][0]]):
-        return f"{list(rows.shape)} for {len(ids)} token ids"
-    if max(ids) >= leaf.shape[place.groups[0][0]]:
-        return f"row {max(ids)} of a table of {list(leaf.shape)}"
-    if isinstance(leaf.value, jax.ShapeDtypeStruct | None):
-        return "the file has rows, not differences: give the parameters' arrays"
-    if leaf.planned and leaf.planned != "adapted":
-        return f"in the plan {leaf.path!r} is {leaf.planned}"
-    return ""
 
 
 def _beginnings(name: str) -> Iterable[str]:

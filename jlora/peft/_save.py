@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 
 from .._io.disk import replacing_files, write_text
 from .._io.shards import pending, write_tensors
+from .._io.torch_models import facts_of, is_torch_named
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
@@ -25,6 +26,12 @@ from .config import (
     signature,
 )
 from .names import GENERIC, NameMap
+
+_HEADS = {  # modules that PEFT saves whole, by the task
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def save(
@@ -53,7 +60,9 @@ def save(
       names: what the leaves are called in torch, see `jlora.peft.maps`; None joins the
         components of each path by dots, with `weight` for a kernel or an embedding.
       base_model: what to write as the base model's name or path.
-      task_type: what to write as the task, `"CAUSAL_LM"` or the like.
+      task_type: what to write as the task, `"CAUSAL_LM"` or the like, which PEFT's
+        `AutoPeftModel` classes need. None takes it from the `config.json` of
+        `base_model`, where that is a directory.
       tied: whether an adapted embedding table is the output head too. Needed where
         `names` says that it may be, as the adapter does not tell.
       params: the base's parameters, `frozen` or whole; needed where single rows of a
@@ -87,13 +96,22 @@ def save(
         )
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
+    if (
+        portable
+        and names is None
+        and not is_torch_named([*trainable.lora, *trainable.full])
+    ):
+        raise PeftError(
+            "portable=True needs names=, the map that says what the model's modules "
+            "are called in torch: vLLM silently ignores tensors of other names. See "
+            "jlora.peft.maps."
+        )
     out = Writing(names or GENERIC, tied, flatten(params)[0], dtype)
     config = out.write(trainable)
+    task_type = _task(task_type, base_model, config)
     if portable:
         _check_portable(out.tensors, config, max_shard_bytes)
-    fields = config_fields(
-        config, base_model=base_model, task_type=task_type, conv1d=out.conv1d
-    )
+    fields = config_fields(config, base_model=base_model, task_type=task_type)
     metadata = {"format": "pt", SIGNED: signature(fields)}
     folder = pathlib.Path(directory)
     with replacing_files(folder, f"{STEM}*.safetensors*", PeftError) as new:
@@ -105,6 +123,19 @@ def save(
             max_bytes=max_shard_bytes,
         )
         write_text(new / CONFIG, json.dumps(fields, indent=2) + "\n")
+
+
+def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str | None:
+    """Returns what the config says of the task: `task`, or what the base is for.
+
+    For some tasks PEFT wants the head to be in the file; such a task is not assumed.
+    """
+    if task is not None or base_model is None:
+        return task
+    found = facts_of(base_model, inside=True).task
+    heads = _HEADS.get(found or "", ())
+    there = any(module.endswith(heads) for module in config.saved)
+    return found if not heads or there else None
 
 
 def _check_portable(

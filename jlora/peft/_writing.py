@@ -14,9 +14,10 @@ from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair
 from . import layers
+from ._places import UNKNOWN, Place
 from .config import PeftConfig, most_common, patterns
 from .layers import RAW, Layer, nested
-from .names import NameMap, Place, unnamed
+from .names import NameMap, unnamed
 
 _AS_IS = ("lora", "dora")  # methods that PEFT has, with the same alpha
 
@@ -47,6 +48,8 @@ class Writing:
     bias: str = "none"
     tying: bool = False
     conv1d: bool = False
+    heads: set[str] = dataclasses.field(default_factory=set)
+    packed: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
 
     def write(self, trainable: Trainable) -> PeftConfig:
@@ -55,16 +58,19 @@ class Writing:
         Raises:
           PeftError: lists every leaf without a name in torch or a form in PEFT.
         """
+        self.heads = {*trainable.lora, *trainable.full}
         low_rank = {p: f for p, f in trainable.lora.items() if not f.spec.rows}
         specs = [f.spec for f in low_rank.values()]
         as_is = (spec.rslora and spec.method in _AS_IS for spec in specs)
         self.rslora = bool(specs) and all(as_is)
         for path, factors in trainable.lora.items():
             self._factors(path, factors)
+        self._check_order()
         for place, stem in nested(self.raw).items():
             self.tensors[f"{stem}.lora_A.weight"] = self.raw[place].a
             self.tensors[f"{stem}.lora_B.weight"] = self.raw[place].b
         self._full(trainable.full)
+        self._wrap_packed()
         drops = {spec.dropout for spec in specs}
         if len(drops) > 1:
             self.wrong.append(
@@ -98,6 +104,7 @@ class Writing:
             saved=tuple(self.saved),
             tokens=tuple(self.tokens.items()),
             tying=self.tying,
+            conv1d=self.conv1d,
         )
 
     def _places(
@@ -204,21 +211,17 @@ class Writing:
     def _layer(self, path: str, place: Place, layer: Layer) -> None:
         """Adds one module, for a tied embedding the output head as well."""
         module = place.module
+        if place.kind == "packed":
+            self.packed.append(module)
         a, b = layers.ENDS["embedding" if place.kind == "embedding" else "linear"]
         self.conv1d |= place.kind == "conv1d"
         self.targets.append(module)
         self.tensors |= {f"{module}.{a}": layer.a, f"{module}.{b}": layer.b}
         if layer.magnitude is not None:
             self.tensors[f"{module}.{layers.MAGNITUDE}"] = layer.magnitude
-        if place.kind != "embedding" or place.tied is None or self.tied is False:
+        if place.kind != "embedding" or not self._is_tied(path, place):
             return
-        if self.tied is None:
-            self.wrong.append(
-                f"{path!r} may be the output head too ({place.tied}). Say tied=True if "
-                "the model uses it as both, tied=False if not"
-            )
-            return
-        head = place.tied.removesuffix(".weight")
+        head = str(place.tied).removesuffix(".weight")
         a, b = layers.ENDS["linear"]
         self.tying = True
         self.targets.append(head)
@@ -227,6 +230,58 @@ class Writing:
         self.ranks[head], self.alphas[head] = self.ranks[module], self.alphas[module]
         if layer.magnitude is not None:
             self.wrong.append(f"{path!r}: PEFT has no DoRA on a tied head")
+
+    def _check_order(self) -> None:
+        """Notes modules of which nothing tells which parameter PEFT wraps first."""
+        modules = [place.name.rpartition(".")[0] for place in self.raw]
+        self.wrong += [
+            f"{place.name} is one of several parameters of a module, and PEFT wraps "
+            "them in the order in which it registers them: give names= with an Entry "
+            "for each, in that order"
+            for place, module in zip(self.raw, modules, strict=True)
+            if place.order == UNKNOWN and modules.count(module) > 1
+        ]
+
+    def _wrap_packed(self) -> None:
+        """Moves the adapter of `out_proj` to where PEFT has it in packed attention.
+
+        PEFT adapts both layers of the module or neither.
+        """
+        for module in self.packed:
+            out = f"{module}.out_proj"
+            if out not in self.targets:
+                self.wrong.append(
+                    f"{module} is packed attention: PEFT adapts {out} too, and the "
+                    "adapter does not"
+                )
+                continue
+            self.targets.remove(out)
+            rank, alpha = self.ranks.pop(out), self.alphas.pop(out)
+            if rank != self.ranks[module]:
+                self.wrong.append(
+                    f"{module} is packed attention, which has one rank in PEFT: here "
+                    f"it has {self.ranks[module]} and, for {out}, {rank}"
+                )
+            # PEFT adds this update twice.
+            b = self.tensors[f"{out}.lora_B.weight"]
+            half = np.asarray(alpha / self.alphas[module] / 2, b.dtype)
+            self.tensors[f"{out}.lora_B.weight"] = b * half
+            own = [name for name in self.tensors if name.startswith(f"{out}.")]
+            for name in own:
+                inner = name.replace(out, f"{module}.base_layer.out_proj", 1)
+                self.tensors[inner] = self.tensors.pop(name)
+
+    def _is_tied(self, path: str, place: Place) -> bool:
+        """Returns whether the leaf is the output head too; notes if nothing says so."""
+        if place.tied is None or place.tied in self.heads:
+            return False
+        if self.tied is not None:
+            return self.tied
+        self.wrong.append(
+            f"{path!r} may be the output head too ({place.tied}). Say tied=True if the "
+            "model uses it as both, tied=False if not"
+        )
+        return False
 
     def _rows(self, path: str, factors: Factors) -> None:
         """Adds the trained rows of a table, which PEFT keeps whole, not as changes."""
@@ -249,8 +304,7 @@ class Writing:
             rows = table[list(spec.rows)].astype(np.float32)
             rows = rows + np.asarray(factors.b, np.float32)
             module = place.module
-            name = f"{module}.token_adapter.trainable_tokens_delta"
-            self.tensors[name] = self._cast(path, rows)
+            self.tensors[f"{module}.{layers.TOKENS}"] = self._cast(path, rows)
             self.tokens[module] = spec.rows
 
     def _full(self, full: Mapping[str, ArrayLike]) -> None:
@@ -262,6 +316,10 @@ class Writing:
                 module, _, end = place.name.rpartition(".")
                 own = np.ascontiguousarray(layers.weight_out(place, array))
                 modules.setdefault(module, {})[end] = own
+                if self._is_tied(path, place):
+                    self.tying = True
+                    head = str(place.tied).removesuffix(".weight")
+                    modules.setdefault(head, {})["weight"] = own
         adapted = set(self.targets)
         for module, leaves in sorted(modules.items()):
             ends = ", ".join(leaves)

@@ -29,8 +29,6 @@ _NOTES = {
     "auto_mapping",
     "base_model_name_or_path",
     "eva_config",
-    "exclude_modules",
-    "fan_in_fan_out",
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
@@ -57,6 +55,7 @@ _LACKING = {
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
+_OFF = (None, False, {}, [])  # what an unknown field is where it is not in use
 # Names of inits that leave the base weights as they are.
 _INITS = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -75,10 +74,12 @@ class PeftConfig:
       dropout: drop rate on the input of A.
       bias: `"none"`, `"all"` or `"lora_only"`.
       targets: names of adapted modules; None if the config has a pattern instead.
+      excluded: names of modules that are not adapted, whatever the targets say.
       parameters: names of adapted bare parameters.
       saved: modules that are in the file whole.
       tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
       tying: whether the output head takes part in the embedding's adapter.
+      conv1d: whether the last module that PEFT adapted keeps its weight `[in, out]`.
     """
 
     r: int
@@ -90,10 +91,12 @@ class PeftConfig:
     dropout: float = 0.0
     bias: str = "none"
     targets: tuple[str, ...] | None = None
+    excluded: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     tokens: Pattern[tuple[int, ...]] = ()
     tying: bool = False
+    conv1d: bool = False
 
 
 def pattern_lookup(
@@ -152,7 +155,11 @@ def parse_config(fields: Json) -> tuple[PeftConfig, list[str]]:
         )
     wrong: list[str] = []
     known = _FIELDS.keys() | _NOTES | _LACKING.keys() | {"peft_type"}
-    wrong += [f"unknown field {name!r:.100}" for name in fields if name not in known]
+    wrong += [
+        f"unknown field {name!r:.100}, which is {value!r:.100}"
+        for name, value in fields.items()
+        if name not in known and not any(_equal(value, off) for off in _OFF)
+    ]
     wrong += [
         f"{name} is {fields[name]!r:.100}, which jlora does not have"
         for name, off in _LACKING.items()
@@ -286,20 +293,22 @@ _FIELDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "modules_to_save": ("saved", _names),
     "trainable_token_indices": ("tokens", _tokens),
     "ensure_weight_tying": ("tying", _flag),
+    "exclude_modules": ("excluded", lambda value: _targets(value) or ()),
+    "fan_in_fan_out": ("conv1d", _flag),
     "init_lora_weights": ("", _init),
 }
 _REQUIRED = ("r", "lora_alpha")
 
 
 def config_fields(
-    config: PeftConfig, *, base_model: str | None, task_type: str | None, conv1d: bool
+    config: PeftConfig, *, base_model: str | None, task_type: str | None
 ) -> Json:
     """Returns the JSON object that PEFT reads as `config`, its fields sorted."""
     fields = {
         "alpha_pattern": {k: _plain(v) for k, v in config.alpha_pattern},
         "base_model_name_or_path": base_model,
         "bias": config.bias,
-        "fan_in_fan_out": conv1d,
+        "fan_in_fan_out": config.conv1d,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": _plain(config.alpha),

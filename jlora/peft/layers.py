@@ -4,11 +4,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
+from .._io.shards import Slot
 from ..errors import PeftError
-from ..factors import Axes, FusedParts, Spec
-from .names import Place
+from ..factors import Axes, FusedParts, Leaf, Spec
+from ._places import Place
 
 Label = int | str  # an axis of the leaf, or "r" for the rank axis
 
@@ -18,6 +20,8 @@ ENDS = {  # what PEFT calls A and B of a module
     "embedding": ("lora_embedding_A", "lora_embedding_B"),
 }
 MAGNITUDE = "lora_magnitude_vector"
+LENGTHS = (MAGNITUDE, f"{MAGNITUDE}.weight")  # as it is saved, and as it was once
+TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,6 +56,17 @@ def weight_in(place: Place, tensor: np.ndarray, out: np.ndarray) -> None:
     rest = [i for i in range(out.ndim) if i not in order]
     split = tensor.reshape([sizes[i] for i in (*rest, *order)])
     out[_cut(place.index)] = split.transpose(np.argsort([*rest, *order]))
+
+
+def is_same(place: Place, leaf: Leaf, slot: Slot) -> bool | None:
+    """Returns whether a tensor has the leaf's numbers, None if they are not known."""
+    if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
+    if slot.shape != place.shape(leaf.shape):
+        return False
+    tensor = slot.read()
+    own = weight_out(place, np.asarray(leaf)).astype(tensor.dtype)
+    return np.array_equal(own, tensor)
 
 
 def _cut(index: Sequence[int | tuple[int, int] | None]) -> tuple[slice, ...]:

@@ -1,29 +1,14 @@
 """Names: which torch tensors hold a Flax leaf, as data read in both directions."""
 
 import dataclasses
-import functools
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes
-
-Groups = tuple[tuple[str, ...], ...]  # names of axes, "d (h k)" as (("d",), ("h", "k"))
-At = int | tuple[int, int]  # a place on an axis of a leaf: one index, or (start, stop)
-
-# Roles of the tensor's own axes: e experts, o out, i in.
-KINDS = {
-    "linear": "oi",
-    "conv1d": "io",
-    "embedding": "io",
-    "conv": "oi",
-    "experts": "eoi",
-    "experts_t": "eio",
-    "parameter": "oi",
-    "other": "",
-}
+from ._places import KINDS, At, Place, own_place, tied_head
+from ._templates import Groups, fill, parse_axes, regex, variants, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +35,12 @@ class Entry:
       axes: see above. None transposes a kernel into torch's order, and keeps the axes
         of all other leaves.
       kind: what torch calls the layer: `"linear"`, `"conv1d"` (GPT-2's, `[in, out]`),
-        `"embedding"`, `"conv"`, `"experts"` (a parameter `[E, out, in]`), `"experts_t"`
-        (`[E, in, out]`), `"parameter"` (a bare `[out, in]`) or `"other"`, which cannot
-        be adapted. None chooses by the last name of the path and the number of axes.
-        Rules for several parameters of one torch module must be in the order in which
-        the module registers them.
+        `"packed"` (the `in_proj_weight` of attention), `"embedding"`, `"conv"`,
+        `"experts"` (a parameter `[E, out, in]`), `"experts_t"` (`[E, in, out]`),
+        `"parameter"` (a bare `[out, in]`) or `"other"`, which cannot be adapted. None
+        chooses by the last name of the path and the number of axes. Rules for several
+        parameters of one torch module must be in the order in which the module
+        registers them.
       sizes: proportions of the parts side by side; if empty, the parts are equal.
       tied: a second tensor that is the same weight in models that tie the two.
       groups: feature groups of a convolution.
@@ -79,70 +65,21 @@ class Entry:
                 f"{self}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}."
             )
         for template in (self.flax, self.torch, self.tied or ""):
-            _variants(template)
+            variants(template)
         if self.axes is not None:
-            _parse_axes(self.axes)
+            parse_axes(self.axes)
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """One torch tensor that holds a leaf, or a slice of it.
+class Described(NamedTuple):
+    """What a rule says of a torch tensor.
 
     Attributes:
-      name: the tensor's name.
       kind: see `Entry`.
-      index: for each axis of the leaf, what the tensor holds of it: one index, a slice
-        `(start, stop)`, or None for the whole axis.
-      groups: for each axis of the tensor, the leaf's axes that make it up.
-      tied: a second name of the tensor in models that tie it.
-      feature_groups: feature groups of a convolution.
-      parts: the leaf's axes that select a part of a fused weight.
-      order: number of the rule.
+      tied: a second name of the tensor in models that tie it, or None.
     """
 
-    name: str
     kind: str
-    index: tuple[At | None, ...]
-    groups: tuple[tuple[int, ...], ...]
-    tied: str | None = None
-    feature_groups: int = 1
-    parts: tuple[int, ...] = ()
-    order: int = 0
-
-    @property
-    def module(self) -> str:
-        """The tensor's name without `.weight`; the whole name of a bare parameter."""
-        return self.name.removesuffix(".weight")
-
-    @property
-    def roles(self) -> str:
-        """A letter for each axis of the tensor: o out, i in, e expert."""
-        roles = KINDS[self.kind]
-        return roles + "i" * (len(self.groups) - len(roles)) if roles else ""
-
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the sizes of the slice in this tensor, for a leaf of `shape`."""
-        return tuple(
-            n if at is None else 1 if isinstance(at, int) else at[1] - at[0]
-            for n, at in zip(shape, self.index, strict=True)
-        )
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the shape of this tensor, for a leaf of `shape`."""
-        sizes = self.sizes(shape)
-        return tuple(math.prod(sizes[i] for i in group) for group in self.groups)
-
-    def axes(self) -> Axes:
-        """Returns the roles that the leaf's axes have in the layer."""
-        roles = {i: r for r, group in zip(self.roles, self.groups, strict=True)
-                 for i in group}  # fmt: skip
-        stacked = [i for i, at in enumerate(self.index) if isinstance(at, int)]
-        roles |= dict.fromkeys(stacked, "e") | dict.fromkeys(self.parts, "o")
-        batch, fan_in, fan_out = (
-            tuple(i for i in range(len(self.index)) if roles.get(i) == role)
-            for role in "eio"
-        )
-        return Axes(batch, fan_in, fan_out)
+    tied: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +135,29 @@ class NameMap:
                 return tuple(dataclasses.replace(p, order=order) for p in places)
         return _generic(path, shape, op, axes) if self.generic else ()
 
+    def describes(self, tensor: str) -> "Described | None":
+        """Returns what the rules say of a torch tensor, None if none is for it.
+
+        Args:
+          tensor: the tensor's name.
+
+        Examples:
+          >>> rule = Entry("layer_{i}/up/kernel", "h.{i}.up.weight", kind="conv1d")
+          >>> NameMap((rule,)).describes("h.0.up.weight").kind
+          'conv1d'
+        """
+        for entry in self.entries:
+            for n, template in enumerate(variants(entry.torch)):
+                found = regex(template).fullmatch(tensor)
+                if found:
+                    ties = variants(entry.tied) if entry.tied else (None,)
+                    tied = ties[min(n, len(ties) - 1)]
+                    return Described(
+                        entry.kind or _kind(entry.flax, 2),
+                        None if tied is None else fill(tied, found.groupdict()),
+                    )
+        return None
+
     def ignores(self, name: str) -> bool:
         """Returns whether the tensor `name` of a whole model is not a parameter.
 
@@ -205,9 +165,9 @@ class NameMap:
           name: the tensor's name.
         """
         return any(
-            _regex(variant).fullmatch(name)
+            regex(variant).fullmatch(name)
             for template in self.ignore
-            for variant in _variants(template)
+            for variant in variants(template)
         )
 
     def other_prefix(self, name: str) -> str:
@@ -223,82 +183,47 @@ class NameMap:
 
 GENERIC = NameMap(generic=True)
 
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
+class Names(Protocol):
+    """What tells the torch tensors of a leaf; see `NameMap`."""
 
-def _words(template: str) -> dict[str, tuple[str, ...]]:
-    """Returns the words of each placeholder; `()` for one that stands for a number."""
-    return {
-        name: tuple(words.split(",")) if words else ()
-        for name, words in _PLACEHOLDER.findall(template)
-    }
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The rules."""
+        ...
 
+    @property
+    def prefix(self) -> str:
+        """What names begin with in models with a head."""
+        ...
 
-@functools.lru_cache(maxsize=4096)
-def _variants(template: str) -> tuple[str, ...]:
-    """Returns the template with its optional texts, and without them."""
-    if template.count("[") != template.count("]"):
-        raise PeftError(f"{template!r} has a '[' or ']' without its partner.")
-    full = template.replace("[", "").replace("]", "")
-    bare = re.sub(r"\[[^\]]*\]", "", template)
-    return (full,) if full == bare else (full, bare)
+    def places(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        *,
+        op: str = "",
+        axes: Axes | None = None,
+    ) -> tuple[Place, ...]:
+        """Returns the torch tensors that hold the leaf."""
+        ...
 
-
-@functools.lru_cache(maxsize=4096)
-def _regex(template: str) -> re.Pattern[str]:
-    out, end, seen = "", 0, set()
-    for found in _PLACEHOLDER.finditer(template):
-        out += re.escape(template[end : found.start()])
-        name, words = found.groups()
-        if name in seen:
-            out += f"(?P={name})"
-        else:
-            choice = "|".join(map(re.escape, words.split(","))) if words else r"\d+"
-            out += f"(?P<{name}>{choice})"
-        seen.add(name)
-        end = found.end()
-    return re.compile(out + re.escape(template[end:]))
+    def other_prefix(self, name: str) -> str:
+        """Returns `name` with or without the prefix."""
+        ...
 
 
 def _match(entry: Entry, path: str) -> tuple[str, str | None, dict[str, str]] | None:
     """Returns the templates of the tensor and its tied name, and the path's values."""
     path = path.removeprefix("params/")
-    flax, torch = _variants(entry.flax), _variants(entry.torch)
-    tied = _variants(entry.tied) if entry.tied else (None,)
+    flax, torch = variants(entry.flax), variants(entry.torch)
+    tied = variants(entry.tied) if entry.tied else (None,)
     for n, variant in enumerate(flax):
-        found = _regex(variant).fullmatch(path)
+        found = regex(variant).fullmatch(path)
         if found:
             at = min(n, len(torch) - 1), min(n, len(tied) - 1)
             return torch[at[0]], tied[at[1]], found.groupdict()
     return None
-
-
-def _fill(template: str, values: Mapping[str, str]) -> str:
-    return _PLACEHOLDER.sub(lambda found: str(values[found.group(1)]), template)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse_axes(text: str) -> tuple[Groups, Groups]:
-    """Returns both sides of `"d h k -> (h k) d"` as groups of names."""
-    sides = text.split("->")
-    if len(sides) != 2:
-        raise PeftError(f"axes {text!r} needs one arrow, as in 'd h k -> (h k) d'.")
-    left, right = (
-        tuple(
-            tuple((inner or single).split())
-            for inner, single in re.findall(r"\(([^)]*)\)|(\S+)", side)
-        )
-        for side in sides
-    )
-    names = [name for group in left for name in group]
-    used = [name for group in right for name in group]
-    wrong = [n for n in used if n not in names]
-    if wrong or len(set(names)) != len(names) or len(set(used)) != len(used):
-        raise PeftError(
-            f"axes {text!r}: each axis needs one name, and a name on the right must "
-            "also be on the left."
-        )
-    return left, right
 
 
 def _places(
@@ -309,7 +234,7 @@ def _places(
     values: dict[str, str],
     shape: tuple[int, ...],
 ) -> tuple[Place, ...]:
-    words = _words(template)
+    words = words_of(template)
     own = [name for name in words if name not in values]
     left, right = _axes_of(entry, path, own, shape)
     if len(left) != len(shape):
@@ -335,11 +260,11 @@ def _places(
             index[picks[name]] = where
         out.append(
             Place(
-                _fill(template, names),
+                fill(template, names),
                 kind,
                 tuple(index),
                 groups,
-                None if tied is None else _fill(tied, names),
+                None if tied is None else fill(tied, names),
                 entry.groups,
                 tuple(
                     axis
@@ -395,7 +320,7 @@ def _axes_of(
 ) -> tuple[Groups, Groups]:
     """Returns the axes of the rule; if it has none, those for the kind of the leaf."""
     if entry.axes is not None:
-        return _parse_axes(entry.axes)
+        return parse_axes(entry.axes)
     inner = [f"_{i}" for i in range(len(shape) - len(own))]
     kind = entry.kind or _kind(path, len(inner))
     right = inner
@@ -426,10 +351,28 @@ _LEAVES = {
 }
 
 
+def _own_kind(path: str, ndim: int, op: str, axes: Axes | None) -> str:
+    """Returns the kind of a leaf that has torch's name, by what is known of its use."""
+    if axes is None or op not in ("linear", "embedding", "conv") or ndim < 2:
+        return "other"
+    if op != "linear":
+        return op
+    in_first = axes.fan_in < axes.fan_out
+    if axes.batch:
+        return "experts_t" if in_first else "experts"
+    if path.endswith(".weight"):
+        return "conv1d" if in_first else "linear"
+    return "packed" if path.endswith(".in_proj_weight") else "parameter"
+
+
 def _generic(
     path: str, shape: tuple[int, ...], op: str, axes: Axes | None
 ) -> tuple[Place, ...]:
     """Returns the tensor whose name is the leaf's own path, with dots."""
+    if "/" not in path and "." in path:
+        if path.rpartition(".")[2] not in _LEAVES:  # it is torch's own name
+            return (own_place(path, len(shape), _own_kind(path, len(shape), op, axes)),)
+        path = path.replace(".", "/")
     *parents, leaf = path.removeprefix("params/").split("/")
     name = ".".join([*parents, _LEAVES.get(leaf, leaf)])
     ndim = len(shape)
@@ -461,23 +404,10 @@ def _generic(
         groups = (everything[-1], everything[-2], *everything[:-2])
     else:
         groups = everything
-    return (Place(name, kind, (None,) * ndim, groups),)
+    return (Place(name, kind, (None,) * ndim, groups, tied_head(name)),)
 
 
-def untied(placed: Iterable[tuple[Place, ...]]) -> list[tuple[Place, ...]]:
-    """Returns the places of a model, without ties to names of other leaves."""
-    placed = list(placed)
-    own = {place.name for places in placed for place in places}
-    return [
-        tuple(
-            dataclasses.replace(place, tied=None) if place.tied in own else place
-            for place in places
-        )
-        for places in placed
-    ]
-
-
-def unnamed(path: str, names: NameMap) -> str:
+def unnamed(path: str, names: Names) -> str:
     """Returns the message that no rule fits the leaf, with the nearest rule."""
     known = [entry.flax for entry in names.entries]
     near = paths.nearest(path, known, n=1)

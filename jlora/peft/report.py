@@ -43,13 +43,11 @@ class LoadReport:
         return "\n".join(lines[:200] + ([f"  and {more} more"] if more > 0 else []))
 
 
-def check(report: LoadReport, what: str, partial: str) -> None:
+def check(report: LoadReport, what: str, partial: str | None = None) -> None:
     """Raises a PeftError that lists the findings, if there are any.
 
-    `what` says what was read, `partial` which function takes what fits.
+    `what` says what was read, `partial` which function takes what fits, if one does.
     """
     if report:
-        raise PeftError(
-            f"{what} does not fit, {len(report)} findings:\n{report}\n"
-            f"jlora.peft.{partial} takes what fits."
-        )
+        then = "" if partial is None else f"\njlora.peft.{partial} takes what fits."
+        raise PeftError(f"{what} does not fit, {len(report)} findings:\n{report}{then}")

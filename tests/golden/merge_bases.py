@@ -180,8 +180,10 @@ def fused(model: nn.Module, folder: pathlib.Path) -> None:
 
 
 def body(model: nn.Module, folder: pathlib.Path) -> None:
-    """Writes the base without its head, and without the prefix of its names."""
+    """Writes the base without its head and the prefix of its names, as gpt2 is."""
     model.base_model.save_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
 
 
 def sharded(model: nn.Module, folder: pathlib.Path) -> None:

@@ -267,7 +267,7 @@ def test_tied_table_is_one_adapter_and_two_modules(tmp_path):
     jlora.peft.save(tmp_path / "1", Trainable(table), names=names, tied=False)
     with pytest.raises(PeftError, match="may be the output head too"):
         jlora.peft.load(tmp_path / "1", like, names=names)
-    with pytest.raises(PeftError, match="jlora has one adapter for both"):
+    with pytest.raises(PeftError, match="jlora has one leaf for both"):
         jlora.peft.load(tmp_path / "1", like, names=names, tied=True)
     back = jlora.peft.load(tmp_path / "1", like, names=names, tied=False)
     same(back, Trainable(table))
@@ -492,6 +492,7 @@ def test_save_refuses(text, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+AS_IS = NameMap(generic=True)  # torch's names are those of the leaves
 PORTABLE = {
     "DoRA magnitudes": lambda f: Trainable(
         {
@@ -524,7 +525,9 @@ PORTABLE = {
 @pytest.mark.parametrize("text", PORTABLE)
 def test_portable_says_what_vllm_would_reject(text, tmp_path):
     with pytest.raises(PeftError, match=f"vLLM would reject: .*{text}"):
-        jlora.peft.save(tmp_path / "a", PORTABLE[text](factors((4, 6))), portable=True)
+        jlora.peft.save(
+            tmp_path / "a", PORTABLE[text](factors((4, 6))), portable=True, names=AS_IS
+        )
 
 
 def vllm_accepts(config, names):
@@ -1021,4 +1024,4 @@ def test_untied_head_of_gpt2_that_peft_left_out_is_refused():
     like = shapes(transformer__wte__embedding=(40, 16))
     folder = GOLDEN / "gpt2" / "untied"
     _, report = jlora.peft.load_partial(folder, like, names=maps.GPT2, tied=True)
-    assert any("jlora has one adapter for both" in text for text in report.config)
+    assert any("jlora has one leaf for both" in text for text in report.config)
