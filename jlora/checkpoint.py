@@ -75,8 +75,9 @@ def save(
 
     Raises:
       TreeError: if `trainable` is not a `Trainable`.
-      CheckpointError: if the step is already there, it cannot be written, or a factor
-        or a full leaf holds NaN or infinity, which nobody wants to resume from.
+      CheckpointError: if the step is already there, it cannot be written, the adapter
+        is one that `restore` would refuse, or a factor or a full leaf holds NaN or
+        infinity, which nobody wants to resume from.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, jlora

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._core.tree import check_trainable
 from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
@@ -21,7 +20,7 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
-from .describe import arrays, describe, key_to_dict
+from .describe import arrays, check_whole, describe, key_to_dict
 from .disk import Json, Path, told
 from .fingerprint import Fingerprint, as_fingerprint
 
@@ -123,7 +122,7 @@ def contents(
     metrics: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[Json, dict[str, dict[str, Leaf]]]:
     """Returns the JSON fields and the arrays of a checkpoint, both checked."""
-    check_trainable(trainable)
+    check_whole(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
     adapter, labels = {}, {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._io.describe import check_whole
 from .._io.disk import replacing_files, write_text
 from .._io.shards import pending, write_tensors
 from ..errors import PeftError
@@ -63,7 +64,8 @@ def save(
       max_shard_bytes: split the tensors into files of at most so many bytes.
 
     Raises:
-      PeftError: lists every leaf without a name in torch, or that PEFT has no form for.
+      PeftError: lists every leaf without a name in torch, or that PEFT has no form for,
+        and leaves whose shapes do not fit together.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -87,6 +89,7 @@ def save(
         )
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
+    check_whole(trainable, PeftError)
     out = Writing(names or GENERIC, tied, flatten(params)[0], dtype)
     config = out.write(trainable)
     if portable:
