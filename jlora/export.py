@@ -16,12 +16,13 @@ from ._core.tree import check, check_plan
 from ._io import tensors as tensors
 from ._io.disk import Path, Progress, replacing
 from ._io.models import Model, of_tree, open_model
+from ._numerics import not_finite
 from ._plan.plan import Plan
 from ._plan.resolve import resolve
 from ._plan.row import Row
 from ._tables import listed
 from .config import LoraConfig
-from .errors import CheckpointError, ConfigError, TargetError, TreeError
+from .errors import CheckpointError, ConfigError, MergeError, TargetError, TreeError
 from .factors import Axes, Leaf, PyTree, Trainable
 from .transform.discover import FACTORED, MERGED, Use
 
@@ -194,6 +195,8 @@ def merge_files(
 
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
+      MergeError: if a sum is too large for the dtype of the base's weight, or the
+        adapter holds NaN or infinity.
       CheckpointError: if a file cannot be read or written.
 
     Examples:
@@ -211,12 +214,15 @@ def merge_files(
     """
     model = open_model(base)
     check(dict(model.shapes), trainable)
+    bad = not_finite(trainable.full)
+    if bad:
+        raise MergeError(f"Not merged: {listed(bad, 5, ', ')} have NaN or infinity.")
 
     def merged(name: str) -> np.ndarray:
         w = model.read(name)
         own = Trainable({name: trainable.lora[name]})
         with jax.enable_x64(True) if w.dtype.itemsize > 4 else contextlib.nullcontext():
-            return np.asarray(merge.merge({name: w}, own)[name])
+            return np.asarray(merge.merge({name: w}, own, check=True)[name])
 
     def pieces(name: str) -> Iterable[tensors.Buffer]:
         if name in trainable.lora:

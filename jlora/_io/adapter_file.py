@@ -12,7 +12,7 @@ from .._tables import listed
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
-from .describe import arrays, check_whole, describe, rebuild
+from .describe import arrays, check_whole, check_width, describe, rebuild
 from .disk import Json, Path, reading
 
 FORMAT = "jlora"
@@ -127,14 +127,7 @@ def _trainable(about: Json, named: dict[str, np.ndarray]) -> Trainable:
     bad = not_finite(named)
     if bad:
         raise CheckpointError(f"NaN or infinity in {listed(bad, 5, ', ')}.")
-    wide = [
-        k for k, x in named.items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
-    ]
-    if wide:
-        raise CheckpointError(
-            f"{wide[0]!r} is {named[wide[0]].dtype}, which needs "
-            'jax.config.update("jax_enable_x64", True).'
-        )
+    check_width({name: x.dtype for name, x in named.items()})
     placed = jax.device_put(list(named.values()))
     found = {}
     for name, x in zip(named, placed, strict=True):

@@ -87,6 +87,16 @@ def _is_name(path: object) -> bool:
         return False
 
 
+def check_width(dtypes: Mapping[str, np.dtype]) -> None:
+    """Raises a CheckpointError if JAX would cut an array of one of these dtypes."""
+    for name, dtype in dtypes.items():
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise CheckpointError(
+                f"{name!r} is {dtype}, which needs "
+                'jax.config.update("jax_enable_x64", True).'
+            )
+
+
 def rebuild(about: object, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
     """Returns the adapter that `describe` described, with arrays by path and leaf.
 

@@ -40,7 +40,8 @@ def load(
       dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
 
     Raises:
-      PeftError: if a file is missing, damaged or not a LoRA adapter; lists all that is
+      PeftError: if a file is missing, damaged or not a LoRA adapter, or a number is too
+        large for the dtype; lists all that is
         missing, extra, misshapen or of a wrong type, every field of the config that
         jlora lacks, and every contradiction between config and tensors.
 

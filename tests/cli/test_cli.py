@@ -228,6 +228,21 @@ def test_merge_of_what_does_not_fit(folder, call):
     fails(call("merge", "base.safetensors", "base.safetensors", "x"), 1, "is a model")
 
 
+def test_merge_that_overflows_is_one_line(folder, call):
+    half = {
+        **PARAMS,
+        "head": jnp.zeros(3),
+        "a": {"kernel": jnp.ones((4, 6), "float16")},
+    }
+    jlora.export.safetensors("half.safetensors", half)
+    f = adapter().lora["a/kernel"]
+    far = dataclasses.replace(f, b=f.b * 1e6)
+    jlora.save("far.safetensors", jlora.Trainable({"a/kernel": far}))
+    result = call("merge", "half.safetensors", "far.safetensors", "out.safetensors")
+    fails(result, 1, "'a/kernel' would hold", "float16 holds at most 65504")
+    assert not os.path.exists("out.safetensors")
+
+
 # convert
 
 

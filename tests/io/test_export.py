@@ -1,5 +1,6 @@
 """Merged models for others: what they read is what `merge` gives."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -117,6 +118,18 @@ def test_merging_files_is_merging_trees(base, tmp_path):
 def test_a_base_may_take_the_merged_place(base):
     export.merge_files(base, ADAPTER, base)
     same(read_flat(base), flat(jlora.merge(PARAMS, ADAPTER)))
+
+
+@pytest.mark.parametrize("part", ["factors", "full"])
+def test_a_merge_that_overflows_is_refused_and_leaves_nothing(base, tmp_path, part):
+    out, own = tmp_path / "merged.safetensors", ADAPTER.lora["experts"]
+    far = jlora.Trainable({"experts": dataclasses.replace(own, b=own.b * 1e6)})
+    text = r"'experts' would hold .*, but float16 holds at most 65504: convert the base"
+    if part == "full":
+        far, text = jlora.Trainable(full={"head": jnp.full((4, 2), jnp.nan)}), "head"
+    with pytest.raises(jlora.MergeError, match=text):
+        export.merge_files(base, far, out)
+    assert os.listdir(tmp_path) == [base.name]
 
 
 @pytest.mark.parametrize("bound", [0, 80])
