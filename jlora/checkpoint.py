@@ -7,7 +7,7 @@ written whole or not at all, so a killed save loses nothing.
 """
 
 import contextlib
-import pathlib
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -144,7 +144,7 @@ def restore(
       >>> ck.opt_state[0].trace.full["head"], jax.random.key_data(ck.key)
       (Array([0., 0., 0.], dtype=float32), Array([0, 0], dtype=uint32))
     """
-    if not pathlib.Path(directory).is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"There is no folder {str(directory)!r} to restore from.")
     with open_manager(directory, write=False) as manager:
         return read_step(manager, step, opt_state, shardings, params)

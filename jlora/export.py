@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -14,7 +13,8 @@ from . import paths
 from ._core import extract, merge
 from ._core.tree import check, check_plan
 from ._io import tensors as tensors
-from ._io.disk import Path, Progress, replacing
+from ._io.clash import clash
+from ._io.disk import Path, Progress, check_name, replacing
 from ._io.models import Model, of_tree, open_model
 from ._numerics import not_finite
 from ._plan.plan import Plan
@@ -54,7 +54,8 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     import orbax.checkpoint as ocp
 
     place = pathlib.Path(directory).absolute()
-    if place.exists() and not overwrite:
+    check_name(directory)
+    if os.path.lexists(place) and not overwrite:
         raise CheckpointError(
             f"{str(directory)!r} is already there. Give another name, or pass "
             "overwrite=True."
@@ -190,14 +191,15 @@ def merge_files(
         or a directory with one file or an index and its shards; or an Orbax checkpoint
         of parameters.
       trainable: the adapter.
-      out: the safetensors file to write, whole or not at all.
+      out: the safetensors file to write, whole or not at all. It must not be, or lie
+        in, the base.
       progress: wraps the iteration over the names, such as `tqdm.tqdm`.
 
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
       MergeError: if a sum is too large for the dtype of the base's weight, or the
         adapter holds NaN or infinity.
-      CheckpointError: if a file cannot be read or written.
+      CheckpointError: if a file cannot be read or written, or `out` is the base.
 
     Examples:
       >>> import os, tempfile, numpy as np
@@ -212,6 +214,10 @@ def merge_files(
       array([[2., 2., 2.],
              [2., 2., 2.]], dtype=float32)
     """
+    check_name(out)
+    found = clash(out, [base])
+    if found:
+        raise CheckpointError(f"Not saved: {found}. Give another name.")
     model = open_model(base)
     check(dict(model.shapes), trainable)
     bad = not_finite(trainable.full)
@@ -251,7 +257,8 @@ def extract_files(
       progress: wraps the iteration over the names.
 
     Raises:
-      TreeError: if the models differ from each other or from the plan.
+      TreeError: if the leaves of the models are not those of the plan, or no leaf
+        changed from one to the other.
       CheckpointError: if a file cannot be read.
 
     Warns:
@@ -278,23 +285,20 @@ def extract_files(
     rows = {row.path: row for row in plan.leaves}
     for model in models:
         check_plan(dict(model.shapes), plan)
-    lora, full, left = {}, {}, []
+    lora, full, changed = {}, {}, []
     for name in progress(sorted(rows)):
         own = Plan(plan.config, (rows[name],))
         after, before = ({name: model.read(name)} for model in models)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = extract.extract(after, before, own)
-        left += [name] * len(caught)
+        found, moved = extract.extract_leaves(after, before, own)
         lora |= found.lora
         full |= found.full
-    if left:
-        warnings.warn(
-            "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {listed(left, separator=', ')}. Add them to "
-            "train= or targets=.",
-            stacklevel=2,
+        changed += moved
+    if not changed:
+        raise TreeError(
+            "The fine-tuned model has the numbers of its base, so the adapter would be "
+            "zero. Give the model before and after training."
         )
+    extract.warn_of_frozen(changed, plan)
     order = [row.path for row in plan.leaves]
     return Trainable(
         {p: lora[p] for p in order if p in lora},

@@ -1,6 +1,7 @@
 """Adapters of any format: detect the format, read and write."""
 
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from . import checkpoint
 from ._io import adapter_file, tensors
-from ._io.disk import Json, Path, read_json, reading
+from ._io.disk import Json, Path, read_json, reading, told
 from ._io.models import is_orbax_tree, open_model
 from ._io.shards import open_tensors
 from ._tables import listed
@@ -44,18 +45,18 @@ def detect(path: Path) -> Format:
       'model'
     """
     place = pathlib.Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(path):
         with reading(path) as file:
             header = tensors.read_header(file)
         return "file" if adapter_file.is_adapter(header.metadata) else "model"
-    if (place / "adapter_config.json").exists():
-        return "peft"
-    if any(
-        (step / "about").is_dir() for step in place.iterdir() if step.name.isdigit()
-    ):
-        return "orbax"
-    if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
-        return "model"
+    with told(f"{str(path)!r} cannot be read"):
+        if (place / "adapter_config.json").exists():
+            return "peft"
+        steps = [step for step in place.iterdir() if step.name.isdigit()]
+        if any((step / "about").is_dir() for step in steps):
+            return "orbax"
+        if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
+            return "model"
     raise CheckpointError(
         f"{str(path)!r} holds neither an adapter nor a model: there is no "
         "adapter_config.json (PEFT), and there are no steps of jlora.checkpoint, no "
@@ -213,6 +214,9 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
         a, b = (left.pop(f"{stem}.{end}").read() for end in ends)
         magnitude = left.pop(f"{stem}.{MAGNITUDE}", None)
         magnitude = magnitude or left.pop(f"{stem}.{MAGNITUDE}.weight", None)
+        if min(a.ndim, b.ndim) < 2:
+            wrong.append(f"{module} has factors of {a.ndim} and {b.ndim} axes")
+            continue
         if op == "embedding" and magnitude is not None:
             wrong.append(f"{module} is an embedding with a magnitude")
         rank, alpha = ranks(module), alphas(module)

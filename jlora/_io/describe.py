@@ -46,16 +46,27 @@ def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Leaf]]:
         yield i, path, "full", x
 
 
-def check_whole(trainable: Trainable, fault: Fault = CheckpointError) -> None:
+def check_whole(
+    trainable: Trainable,
+    fault: Fault = CheckpointError,
+    what: str = "Not saved, it could not be loaded",
+) -> None:
     """Raises a `fault` if an adapter is not one that `rebuild` would return.
 
     Whatever writes an adapter asks first, so nothing is saved that cannot be loaded.
 
     Raises:
-      fault: lists every misfit.
+      fault: lists every misfit, after the words `what`.
       TreeError: if `trainable` is not a `Trainable`.
     """
     check_trainable(trainable)
+    wrong = _faults(trainable)
+    if wrong:
+        raise fault(f"{what}: {listed(wrong)}.")
+
+
+def _faults(trainable: Trainable) -> list[str]:
+    """Returns in words what makes an adapter one that `rebuild` does not return."""
     wrong: list[str] = []
     for path, factors in trainable.lora.items():
         if not _is_name(path):
@@ -70,13 +81,12 @@ def check_whole(trainable: Trainable, fault: Fault = CheckpointError) -> None:
         elif not (hasattr(x, "shape") and hasattr(x, "dtype")):
             wrong.append(f"the full leaf {path!r} is {type(x).__name__}, not an array")
     if not wrong:
-        wrong = [
+        return [
             f"{leaf!r} of {path!r} is a shape, without numbers"
             for _, path, leaf, x in arrays(trainable)
             if isinstance(x, jax.ShapeDtypeStruct)
         ]
-    if wrong:
-        raise fault(f"Not saved, it could not be loaded: {listed(wrong)}.")
+    return wrong
 
 
 def _is_name(path: object) -> bool:

@@ -1,8 +1,10 @@
 """Steps of checkpoints, checked and written by Orbax's manager."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -21,7 +23,7 @@ from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
 from .describe import arrays, check_whole, describe, key_to_dict
-from .disk import Json, Path, told
+from .disk import Json, Path, check_name, told
 from .fingerprint import Fingerprint, as_fingerprint
 
 if TYPE_CHECKING:
@@ -67,8 +69,9 @@ def open_manager(
     if write:
         sweep(directory)
     with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
-        if pathlib.Path(directory).is_file():
-            raise NotADirectoryError("it is a file")
+        check_name(directory)
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
         return ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import click
 
 from .. import export, files
+from .._io.clash import clash
 from .._io.disk import Json
 from .._io.models import open_model
 from ..config import LoraConfig
@@ -15,9 +16,9 @@ from ._output import bar, counts, done
 
 
 @click.command(epilog="Example: jlora merge base.safetensors run merged.safetensors")
-@click.argument("base", type=click.Path())
-@click.argument("adapter", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("base", type=options.PATH)
+@click.argument("adapter", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @options.how("step", "names", "tied")
 @options.overwrite
 @options.as_json
@@ -35,7 +36,7 @@ def merge(
     merges into a model with torch's names as it is, and by --names into one with
     Flax's.
     """
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, base, adapter)
     own = fits_as_it_is(base, how.get("names"))
     trainable = read(adapter, base=None if own else base, **how)
     export.merge_files(base, trainable, out, progress=bar("merging"))
@@ -46,8 +47,8 @@ def merge(
 @click.command(
     epilog="Example: jlora convert run peft --to peft --base-model me/my-model"
 )
-@click.argument("source", metavar="ADAPTER", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("source", metavar="ADAPTER", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--to",
     type=click.Choice(["file", "orbax", "peft"]),
@@ -88,7 +89,7 @@ def convert(
         given = [name for name, value in idle.items() if value is not None]
         if given:
             raise click.UsageError(f"{', '.join(given)}: only for PEFT.")
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, source, base)
     if to == "orbax":
         _check_steps(out)
     more: Json = {"overwrite": overwrite} if to == "orbax" else {}
@@ -108,9 +109,9 @@ def convert(
 @click.command(
     epilog="Example: jlora extract tuned.safetensors base.safetensors new.safetensors"
 )
-@click.argument("tuned", type=click.Path())
-@click.argument("base", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("tuned", type=options.PATH)
+@click.argument("base", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--plan", "model", metavar="PACKAGE.MODULE:ATTRIBUTE", help="See `jlora plan`."
 )
@@ -131,7 +132,7 @@ def extract(
     With --plan the model's function says what is adapted; without it, every matrix is,
     taken as [fan-in, fan-out].
     """
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, tuned, base, config["config"])
     if model is not None:
         found = planned(model, config)
     else:
@@ -141,7 +142,11 @@ def extract(
     done({"out": out, **counts(trainable)}, as_json)
 
 
-def _check_free(out: str, overwrite: bool) -> None:
+def _check_free(out: str, overwrite: bool, *inputs: str | None) -> None:
+    """Raises a UsageError if something would be replaced, above all an input."""
+    found = clash(out, [path for path in inputs if path is not None])
+    if found:
+        raise click.UsageError(f"{found}. Give another name.")
     if os.path.lexists(out) and not overwrite:
         raise click.UsageError(
             f"{out!r} is already there. Say --overwrite to replace it."

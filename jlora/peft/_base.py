@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._io.disk import Path, reading, replacing_files, write_text
+from .._io.disk import Path, check_name, reading, replacing_files, write_text
 from .._io.shards import Pending, Slot, open_tensors, write_tensors
 from .._io.tensors import NAMES
 from .._numerics import narrowed
@@ -248,6 +248,7 @@ def save_base(
       >>> {name: x.shape for name, x in tensors.items()}
       {'mlp.up.weight': (3, 2)}
     """
+    check_name(directory, PeftError)
     names = names or GENERIC
     leaves, _ = flatten(params)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}

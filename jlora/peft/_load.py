@@ -1,5 +1,6 @@
 """`load`: the adapter in a Hugging Face PEFT directory."""
 
+import os
 import pathlib
 
 from numpy.typing import DTypeLike
@@ -97,7 +98,7 @@ def load_partial(
     """
     folder = pathlib.Path(directory)
     with told(f"{str(directory)!r} cannot be read", PeftError):
-        if not folder.is_dir():
+        if not os.path.isdir(directory):
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields = read_json(folder / CONFIG, PeftError)
     config, odd = parse_config(fields)

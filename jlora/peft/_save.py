@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .._io.describe import check_whole
-from .._io.disk import replacing_files, write_text
+from .._io.disk import check_name, replacing_files, write_text
 from .._io.shards import pending, write_tensors
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
@@ -89,6 +89,7 @@ def save(
         )
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
+    check_name(directory, PeftError)
     check_whole(trainable, PeftError)
     out = Writing(names or GENERIC, tied, flatten(params)[0], dtype)
     config = out.write(trainable)

@@ -115,9 +115,50 @@ def test_merging_files_is_merging_trees(base, tmp_path):
     assert sorted(seen) == sorted(flat(PARAMS))
 
 
-def test_a_base_may_take_the_merged_place(base):
-    export.merge_files(base, ADAPTER, base)
-    same(read_flat(base), flat(jlora.merge(PARAMS, ADAPTER)))
+def test_a_merge_never_replaces_its_base(base, tmp_path):
+    before = base.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(base)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for out in (
+        base,
+        os.path.relpath(base),
+        tmp_path / "link.safetensors",
+        tmp_path / "folder" / base.name,
+    ):
+        with pytest.raises(
+            jlora.CheckpointError, match=r"is the input .* another name"
+        ):
+            export.merge_files(base, ADAPTER, out)
+    with pytest.raises(jlora.CheckpointError, match="is the input"):
+        export.merge_files(tmp_path / "link.safetensors", ADAPTER, base)
+    assert base.read_bytes() == before
+    lone = tmp_path / "model"
+    lone.mkdir()
+    base.rename(lone / "model.safetensors")
+    for out in (lone / "merged.safetensors", lone / "a" / "b", lone):
+        with pytest.raises(jlora.CheckpointError, match=r"(lies in|is) the input"):
+            export.merge_files(lone, ADAPTER, out)
+    with pytest.raises(jlora.CheckpointError, match="contains the input"):
+        export.merge_files(lone, ADAPTER, tmp_path)
+    export.merge_files(lone, ADAPTER, tmp_path / "modelled")  # begins alike, no more
+
+
+def test_a_merge_never_replaces_a_shard_or_what_a_link_leads_to(tmp_path):
+    shards = tmp_path / "shards"
+    named = {name: np.ones(2, np.float32) for name in "ab"}
+    jlora.peft.save_base(shards, named, max_shard_bytes=8)
+    index = shards / "model.safetensors.index.json"
+    shard = shards / "model-00001-of-00002.safetensors"
+    adapter = jlora.Trainable()
+    for base in (index, shards):
+        with pytest.raises(jlora.CheckpointError, match=r"(is|lies in) the input"):
+            export.merge_files(base, adapter, shard)
+    blob, snapshot = tmp_path / "blob", tmp_path / "snapshot"
+    export.safetensors(blob, named)
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    with pytest.raises(jlora.CheckpointError, match="is the input"):
+        export.merge_files(snapshot, adapter, blob)
 
 
 @pytest.mark.parametrize("part", ["factors", "full"])
@@ -201,11 +242,15 @@ def test_a_sharded_base(tmp_path):
     places = {"w": "one.safetensors", "v": "two.safetensors"}
     shard(tmp_path, places, one={"w": w}, two={"v": v})
     f = Factors(normal((3, 1)), normal((1, 4)), Spec(rank=1, alpha=1))
-    export.merge_files(tmp_path, jlora.Trainable({"w": f}), tmp_path / "out")
-    same(
-        read_flat(tmp_path / "out"),
-        jlora.merge({"v": v, "w": w}, jlora.Trainable({"w": f})),
-    )
+    out = tmp_path.with_name("merged")
+    export.merge_files(tmp_path, jlora.Trainable({"w": f}), out)
+    same(read_flat(out), jlora.merge({"v": v, "w": w}, jlora.Trainable({"w": f})))
+    index = tmp_path / "model.safetensors.index.json"
+    for part in ("one", "two"):
+        with pytest.raises(jlora.CheckpointError, match="is the input"):
+            export.merge_files(
+                index, jlora.Trainable(), tmp_path / f"{part}.safetensors"
+            )
 
 
 def test_a_file_beside_an_index_of_its_name_counts(tmp_path):
@@ -270,7 +315,7 @@ factors = Factors(jnp.ones((1024, 2)), jnp.ones((2, 1024)), spec)
 lora = {f"{i}": factors for i in range(4)}
 small = {"0": Factors(jnp.ones((8, 2)), jnp.ones((2, 8)), spec)}
 jlora.export.safetensors("small", {"0": np.ones((8, 8), np.float32)})
-jlora.export.merge_files("small", jlora.Trainable(small), "small")
+jlora.export.merge_files("small", jlora.Trainable(small), "small_out")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 jlora.export.merge_files("base", jlora.Trainable(lora), "out")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
