@@ -417,6 +417,111 @@ def test_a_plan_without_a_function_keeps_every_setting(tmp_path):
     assert specs["stack"].axes == jlora.Axes((0,), (1,), (2,))
 
 
+WHOLE = {  # each setting, with what the plan then says of a leaf
+    "rank": ({"rank": 3}, "a/kernel", ("rank", 3)),
+    "alpha": ({"alpha": 7}, "a/kernel", ("alpha", 7)),
+    "rslora": ({"rslora": True}, "a/kernel", ("rslora", True)),
+    "dropout": ({"dropout": 0.5}, "a/kernel", ("dropout", 0.5)),
+    "method": ({"method": "vera"}, "a/kernel", ("method", "vera")),
+    "init": ({"init": "pissa"}, "a/kernel", ("init", "pissa")),
+    "the init of a rule": (
+        {"rules": jlora.Rule("a/*", init="olora")},
+        "a/kernel",
+        ("init", "olora"),
+    ),
+    "the method of a rule": (
+        {"rules": jlora.Rule("a/*", method="adalora")},
+        "a/kernel",
+        ("method", "adalora"),
+    ),
+    "the axes of a rule": (
+        {"rules": jlora.Rule("a/*", axes=jlora.Axes((), (1,), (0,)))},
+        "a/kernel",
+        ("axes", jlora.Axes((), (1,), (0,))),
+    ),
+    "the last of several axes": (
+        {
+            "rules": [
+                jlora.Rule("stack", axes=jlora.Axes((0,), (1,), (2,))),
+                jlora.Rule("st*", axes=jlora.Axes((0,), (2,), (1,))),
+            ],
+            "targets": "stack",
+        },
+        "stack",
+        ("axes", jlora.Axes((0,), (2,), (1,))),
+    ),
+    "rows of a table": (
+        {"train": jlora.TokenRows("embedding", (1, 8))},
+        "embedding",
+        ("rows", (1, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_plan_without_a_function_drops_no_setting(tmp_path, what):
+    tuned_pair(tmp_path)
+    config, path, (field, value) = WHOLE[what]
+    plan = export.flat_plan(
+        tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config})
+    )
+    specs = {row.path: row.spec for row in plan.rows() if row.spec}
+    assert getattr(specs[path], field) == value
+    assert plan.config == jlora.LoraConfig(**{"rank": 1, **config})
+
+
+IDLE = {
+    "exclude": ({"exclude": "c"}, "exclude: 'c' matched none of 4 leaves"),
+    "train": ({"train": "c"}, "train: 'c' matched none of 4 leaves"),
+    "rows": ({"train": jlora.TokenRows("c", (1,))}, "train: 'c' matched none"),
+    "rows of a kernel": (
+        {"train": jlora.TokenRows("a/*", (1,)), "targets": "embedding"},
+        "'a/kernel' is not an embedding table",
+    ),
+    "rows beyond the table": (
+        {"train": jlora.TokenRows("embedding", (9,))},
+        "has 9 rows, but no row 9",
+    ),
+    "a glob among others": (
+        {"targets": ("a/*", "d/*")},
+        r"targets: 'd/\*' matched none of 4 leaves",
+    ),
+    "an exclusion of all": (
+        {"targets": "a/*", "exclude": "a/kernel"},
+        r"exclude= removes every match of 'a/\*'",
+    ),
+    "axes that are not the leaf's": (
+        {"rules": jlora.Rule("a/*", axes=jlora.Axes((0,), (1,), (2,)))},
+        "must name each of its 2 axes",
+    ),
+    "parts that do not add up": (
+        {"rules": jlora.Rule("a/*", parts=jlora.FusedParts(1, (2, 2), (1, 1)))},
+        "must add up to 6",
+    ),
+    "an init that needs a trace": (
+        {"init": "pissa", "method": "vera"},
+        "init",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_a_plan_without_a_function_refuses_what_would_have_no_effect(tmp_path, what):
+    tuned_pair(tmp_path)
+    config, text = IDLE[what]
+    with pytest.raises((jlora.ConfigError, jlora.TargetError), match=text):
+        export.flat_plan(tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config}))
+
+
+@pytest.mark.parametrize("what", ["method", "the method of a rule", "rows of a table"])
+def test_what_cannot_be_extracted_is_refused_and_not_dropped(tmp_path, what):
+    tuned_pair(tmp_path)
+    config = jlora.LoraConfig(**{"rank": 1, **WHOLE[what][0]})
+    plan = export.flat_plan(tmp_path / "base", config)
+    with pytest.raises(jlora.ConfigError, match="for the methods lora and dora, not"):
+        export.extract_files(tmp_path / "tuned", tmp_path / "base", plan)
+
+
 def test_models_that_differ_are_refused(tmp_path):
     tuned_pair(tmp_path)
     export.safetensors(tmp_path / "other", {"c": jnp.ones(2)})
