@@ -1,6 +1,7 @@
 """Adapters of any format: detect the format, read and write."""
 
 import json
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,7 +53,7 @@ def detect(path: Path) -> Format:
     with told(f"{str(path)!r} cannot be read"):
         if (place / "adapter_config.json").exists():
             return "peft"
-        steps = [step for step in place.iterdir() if step.name.isdigit()]
+        steps = [step for step in place.iterdir() if step.name.isdecimal()]
         if any((step / "about").is_dir() for step in steps):
             return "orbax"
         if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
@@ -235,7 +236,7 @@ def _in_torch_names(folder: pathlib.Path) -> Trainable:
         )
         lora[f"{module}.weight"] = Factors(
             jnp.asarray(np.moveaxis(a, 0, -1)),
-            jnp.asarray(b.reshape(b.shape[0], -1).T),
+            jnp.asarray(b.reshape(b.shape[0], math.prod(b.shape[1:])).T),
             spec,
             None if magnitude is None else jnp.asarray(magnitude.read().reshape(-1)),
         )

@@ -156,7 +156,7 @@ def _check_free(out: str, overwrite: bool, *inputs: str | None) -> None:
 def _check_steps(out: str) -> None:
     """Raises a UsageError if steps would hide the one that is written, step 0."""
     names = os.listdir(out) if os.path.isdir(out) else []
-    others = [name for name in names if name.isdigit() and int(name)]
+    others = [name for name in names if name.isdecimal() and int(name)]
     if others:
         raise click.UsageError(
             f"{out!r} holds steps {', '.join(sorted(others, key=int))}, which would be "

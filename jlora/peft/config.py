@@ -189,6 +189,8 @@ def _rank(value: object) -> int:
 
 
 def _number(value: object) -> float:
+    if not _is_number(value):
+        raise ValueError("it must be a positive number")
     fault = scale_fault(value, 1, rslora=False)
     if fault:
         raise ValueError(fault)

@@ -7,6 +7,7 @@ so that inserting or removing one never compiles anything.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ def create(like: Trainable, capacity: int) -> Pool:
     return Pool(Trainable(lora), jnp.zeros(capacity, bool))
 
 
-def check_number(name: str, value: object, least: int = 1) -> None:
+def check_number(name: str, value: Any, least: int = 1) -> None:
     """Raises a PoolError unless `value` is a whole number of at least `least`."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least:

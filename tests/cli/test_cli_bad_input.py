@@ -14,7 +14,7 @@ import safetensors.numpy
 import jlora
 from jlora import cli, files
 from jlora.cli._main import UNEXPECTED
-from jlora.factors import Factors, Spec
+from jlora.factors import Axes, Factors, Spec
 from tests.helpers import normal
 
 PREFIX = "base_model.model.q."
@@ -361,3 +361,39 @@ def test_output_that_a_terminal_cannot_show(folder):
     )
     assert done.returncode == 0, done.stderr
     assert b"a/kernel" in done.stdout
+
+
+def test_tensors_without_numbers_are_read_like_others(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = Spec(rank=2, alpha=4)
+    stack = Spec(rank=2, alpha=4, axes=Axes((0,), (1,), (2,)))
+    dora = Spec(rank=2, alpha=4, method="dora")
+    adapters = {
+        "rows": {"w": Factors(one(0, 2), one(2, 6), spec)},
+        "columns": {"w": Factors(one(6, 2), one(2, 0), spec)},
+        "neither": {"w": Factors(one(0, 2), one(2, 0), spec)},
+        "stack": {"w": Factors(one(0, 4, 2), one(0, 2, 6), stack)},
+        "dora": {"w": Factors(one(0, 2), one(2, 6), dora, one(6))},
+        "whole": {},
+    }
+    for name, lora in adapters.items():
+        full = {} if lora else {"w": one(0)}
+        jlora.save(f"{name}.adapter", jlora.Trainable(lora, full))
+    peft("hf", {"lora_A.weight": one(2, 6), "lora_B.weight": one(0, 2)})
+    shapes = {"rows": (0, 6), "columns": (6, 0), "neither": (0, 0), "stack": (0, 4, 6)}
+    for name, shape in {**shapes, "dora": (0, 6), "whole": (0,)}.items():
+        jlora.export.safetensors(f"{name}.base", {"w": one(*shape), "k": one(2, 3)})
+        jlora.export.safetensors(
+            f"{name}.tuned", {"w": one(*shape), "k": one(2, 3) + 1}
+        )
+        for command in (
+            f"inspect {name}.adapter --json",
+            f"validate {name}.adapter --base {name}.base",
+            f"diff {name}.adapter {name}.adapter",
+            f"diff {name}.base {name}.base",
+            f"merge {name}.base {name}.adapter {name}.merged",
+            f"convert {name}.adapter {name}.again --to file",
+            f"extract {name}.tuned {name}.base {name}.new --rank 1 --targets k",
+        ):
+            assert told(capfd, command, "")[0] == 0, command
+    assert told(capfd, "inspect hf", "")[0] == 0
