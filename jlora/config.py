@@ -338,7 +338,9 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
     wrong = []
     if rank is not None and (type(rank) is not int or rank < 1):
         wrong.append(f"rank must be a positive integer, got {rank!r}")
-    if alpha is not None:  # a rule's rank may be that of another rule
+    if alpha is not None and not isinstance(alpha, int | float):  # as JSON has it
+        wrong.append(f"alpha must be a positive number, got {alpha!r}")
+    elif alpha is not None:  # a rule's rank may be that of another rule
         own = rank if type(rank) is int and rank > 0 else 1
         fault = scale_fault(alpha, own, rslora=getattr(fields, "rslora", False))
         wrong += [fault] if fault else []

@@ -26,6 +26,10 @@ from .errors import CheckpointError, ConfigError, MergeError, TargetError, TreeE
 from .factors import Axes, Leaf, PyTree, Trainable
 from .transform.discover import FACTORED, MERGED, Use
 
+_UNCHANGED = (
+    "The fine-tuned model has the numbers of its base, so the adapter would be zero. "
+    "Give the model before and after training."
+)
 _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
 
@@ -277,6 +281,8 @@ def extract_files(
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     models = open_model(tuned), open_model(base)
+    if os.path.realpath(tuned) == os.path.realpath(base):
+        raise TreeError(_UNCHANGED)
     odd = sorted(models[0].shapes.keys() ^ models[1].shapes.keys())
     if odd:
         raise TreeError(
@@ -294,10 +300,7 @@ def extract_files(
         full |= found.full
         changed += moved
     if not changed:
-        raise TreeError(
-            "The fine-tuned model has the numbers of its base, so the adapter would be "
-            "zero. Give the model before and after training."
-        )
+        raise TreeError(_UNCHANGED)
     extract.warn_of_frozen(changed, plan)
     order = [row.path for row in plan.leaves]
     return Trainable(

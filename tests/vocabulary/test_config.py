@@ -154,6 +154,7 @@ BAD = [
     ("alpha", float("inf"), "alpha must be a positive number, got inf"),
     ("alpha", True, "alpha must be a positive number, got True"),
     ("alpha", "16", "alpha must be a positive number, got '16'"),
+    ("alpha", np.float32(1), "alpha must be a positive number, got"),
     ("alpha", 1e308, "a scale that float32 holds, got 1e+308 at rank 8"),
     ("alpha", 10**400, "alpha must give a scale that float32 holds, got 1000"),
     ("alpha", 1e-40, "a scale that float32 holds, got 1e-40 at rank 8"),
