@@ -10,6 +10,7 @@ from .errors import ConfigError
 from .factors import Factors
 from .methods import leaf_shapes
 from .transform.compat import is_staging
+from .transform.stage import is_array
 
 
 def check_function(owner: str, fn: object) -> None:
@@ -62,6 +63,17 @@ def check_positive(**settings: Any) -> None:
     for name, value in settings.items():
         if not is_staging(value) and not value > 0:
             raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+
+
+def not_floating(path: str, factors: Factors) -> list[str]:
+    """Returns in words which leaves of `factors` are not floating-point arrays."""
+    found = {name: getattr(factors, name) for name in ("a", "b", "magnitude")}
+    return [
+        f"{name} of {path!r} is {getattr(x, 'dtype', type(x).__name__)}, it must be a "
+        "floating-point array"
+        for name, x in found.items()
+        if x is not None and not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating))
+    ]
 
 
 def misshapen(path: str, factors: Factors, shape: tuple[int, ...]) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .factors import Array
 
+Fault = type[Exception]  # the class of the errors that the caller's user sees
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -56,14 +57,76 @@ def not_finite(named: Mapping[str, Array]) -> list[str]:
 
 
 def _all_finite(x: np.ndarray) -> bool:
-    if x.dtype.itemsize < 4:  # NumPy is slow on bfloat16 one by one
-        x = x.astype(np.float32)
-    return bool(np.isfinite(x).all())
+    return bool(np.isfinite(_widened(x)).all())
+
+
+def _widened(x: np.ndarray) -> np.ndarray:
+    """Returns `x` in a dtype of NumPy's own: it is slow on bfloat16 one by one."""
+    return x.astype(np.float32) if x.dtype.itemsize < 4 else x
 
 
 @jax.jit
 def _finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
+
+
+def narrowed(name: str, x: np.ndarray, dtype: Any, fault: Fault) -> np.ndarray:
+    """Returns an array on the host cast to `dtype`; all finite numbers stay finite.
+
+    Raises:
+      fault: if `dtype` does not hold a number of `x`; says which and what to write.
+
+    Examples:
+      >>> narrowed("w", np.array([1.5, np.inf]), "float16", ValueError)
+      array([1.5, inf], dtype=float16)
+      >>> narrowed("w", np.array([7e4]), "float16", ValueError)
+      Traceback (most recent call last):
+      ValueError: 'w' holds 70000, but float16 holds at most 65504. Choose bfloat16 or
+      float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = x.astype(dtype, copy=False)
+    why = overflow(x, out)
+    if why:
+        raise fault(f"{name!r} {why}. Choose {wider(dtype)}.")
+    return out
+
+
+def wider(dtype: Any) -> str:
+    """Returns in words which dtypes hold what `dtype` does not."""
+    if float(jnp.finfo(dtype).max) < 1e38:
+        return "bfloat16 or float32"
+    return "float64, and switch on jax_enable_x64"
+
+
+def on_device(name: str, x: np.ndarray, dtype: Any, fault: Fault) -> jax.Array:
+    """Returns `narrowed` as a JAX array, which is float64 only if JAX has that on.
+
+    Raises:
+      fault: see `narrowed`.
+    """
+    return jnp.asarray(narrowed(name, x, jax.dtypes.canonicalize_dtype(dtype), fault))
+
+
+def overflow(x: np.ndarray, out: np.ndarray) -> str:
+    """Returns in words what finite number of `x` its cast `out` lost, or an empty text.
+
+    In place of such a number `out` has infinity, NaN in a dtype without infinity, and
+    its largest number in one without either.
+    """
+    if out.dtype == x.dtype or not jnp.issubdtype(out.dtype, jnp.inexact):
+        return ""
+    most = float(jnp.finfo(out.dtype).max)
+    saturates = _all_finite(np.array(np.inf).astype(out.dtype))
+    if not saturates and _all_finite(out):
+        return ""
+    before, after = _widened(x), _widened(out)
+    lost = np.abs(before) > 1.25 * most if saturates else ~np.isfinite(after)
+    lost &= np.isfinite(before)
+    if not lost.any():
+        return ""
+    largest = np.abs(before[lost]).max()
+    return f"holds {largest:.6g}, but {out.dtype} holds at most {most:.6g}"
 
 
 def add_rounded(

@@ -7,7 +7,7 @@ written whole or not at all, so a killed save loses nothing.
 """
 
 import contextlib
-import pathlib
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal
@@ -75,8 +75,9 @@ def save(
 
     Raises:
       TreeError: if `trainable` is not a `Trainable`.
-      CheckpointError: if the step is already there, it cannot be written, or a factor
-        or a full leaf holds NaN or infinity, which nobody wants to resume from.
+      CheckpointError: if the step is already there, it cannot be written, the adapter
+        is one that `restore` would refuse, or a factor or a full leaf holds NaN or
+        infinity, which nobody wants to resume from.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -143,7 +144,7 @@ def restore(
       >>> ck.opt_state[0].trace.full["head"], jax.random.key_data(ck.key)
       (Array([0., 0., 0.], dtype=float32), Array([0, 0], dtype=uint32))
     """
-    if not pathlib.Path(directory).is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"There is no folder {str(directory)!r} to restore from.")
     with open_manager(directory, write=False) as manager:
         return read_step(manager, step, opt_state, shardings, params)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, Never
 
@@ -10,7 +9,7 @@ import jax.typing
 import numpy as np
 
 from .errors import ConfigError
-from .factors import Axes, FusedParts, tuples
+from .factors import Axes, FusedParts, scale_fault, tuples
 from .methods import INITS, METHODS, find_init, init_name
 
 Init = str | Callable[..., Any]
@@ -129,7 +128,8 @@ class LoraConfig:
 
     Attributes:
       rank: size of the rank axis, a positive integer.
-      alpha: the scale is `alpha / rank`; None means `alpha = rank`, a scale of 1.
+      alpha: the scale is `alpha / rank`, a positive number that float32 holds; None
+        means `alpha = rank`, a scale of 1.
       targets: which weights get factors: `"all-linear"` (every weight that the trace
         found in a linear operation, except embeddings and the output head), a glob or
         a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
@@ -338,8 +338,12 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
     wrong = []
     if rank is not None and (type(rank) is not int or rank < 1):
         wrong.append(f"rank must be a positive integer, got {rank!r}")
-    if alpha is not None and not _positive(alpha):
+    if alpha is not None and not isinstance(alpha, int | float):  # as JSON has it
         wrong.append(f"alpha must be a positive number, got {alpha!r}")
+    elif alpha is not None:  # a rule's rank may be that of another rule
+        own = rank if type(rank) is int and rank > 0 else 1
+        fault = scale_fault(alpha, own, rslora=getattr(fields, "rslora", False))
+        wrong += [fault] if fault else []
     if dropout is not None and not (
         isinstance(dropout, int | float) and 0 <= dropout < 1
     ):
@@ -358,15 +362,6 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
         )
     if wrong:
         raise ConfigError(f"{owner}: {'; '.join(wrong)}.")
-
-
-def _positive(x: Any) -> bool:
-    return (
-        isinstance(x, int | float)
-        and not isinstance(x, bool)
-        and math.isfinite(x)
-        and x > 0
-    )
 
 
 # PEFT's words: the field of jlora that answers each, and what to write.

@@ -27,7 +27,11 @@ class TreeError(JloraError):
 
 
 class MergeError(JloraError):
-    """A weight would be merged on the fly although `on_merge="error"`."""
+    """A weight that cannot be merged as asked.
+
+    It would be merged on the fly although `on_merge="error"`, or to numbers that its
+    dtype does not hold although `check=True`.
+    """
 
 
 class CheckpointError(JloraError):

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
@@ -14,7 +13,8 @@ from . import paths
 from ._core import extract, merge
 from ._core.tree import check, check_plan
 from ._io import tensors as tensors
-from ._io.disk import Path, Progress, replacing
+from ._io.clash import clash
+from ._io.disk import Path, Progress, check_name, replacing
 from ._io.models import Model, of_tree, open_model
 from ._io.torch_models import (
     Facts,
@@ -25,16 +25,21 @@ from ._io.torch_models import (
     sides,
     sides_by_bias,
 )
+from ._numerics import not_finite
 from ._plan.plan import Plan
 from ._plan.resolve import resolve
 from ._plan.row import Row
 from ._tables import listed
 from .config import LoraConfig
-from .errors import CheckpointError, ConfigError, TargetError, TreeError
+from .errors import CheckpointError, ConfigError, MergeError, TargetError, TreeError
 from .factors import Axes, Leaf, PyTree, Trainable
 from .transform.discover import FACTORED, MERGED, Use
 
 _KERNEL, _TURNED = Axes((), (0,), (1,)), Axes((), (1,), (0,))
+_UNCHANGED = (
+    "The fine-tuned model has the numbers of its base, so the adapter would be zero. "
+    "Give the model before and after training."
+)
 _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
 
@@ -63,7 +68,8 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     import orbax.checkpoint as ocp
 
     place = pathlib.Path(directory).absolute()
-    if place.exists() and not overwrite:
+    check_name(directory)
+    if os.path.lexists(place) and not overwrite:
         raise CheckpointError(
             f"{str(directory)!r} is already there. Give another name, or pass "
             "overwrite=True."
@@ -199,13 +205,16 @@ def merge_files(
         or a directory with one file or an index and its shards; or an Orbax checkpoint
         of parameters.
       trainable: the adapter.
-      out: the safetensors file to write, whole or not at all.
+      out: the safetensors file to write, whole or not at all. It must not be, or lie
+        in, the base.
       progress: wraps the iteration over the names, such as `tqdm.tqdm`.
 
     Raises:
       TreeError: if the adapter does not fit the base; lists every misfit.
-      CheckpointError: if a file cannot be read or written, or an adapted leaf is
-        quantised: its scale stands beside it.
+      MergeError: if a sum is too large for the dtype of the base's weight, or the
+        adapter holds NaN or infinity.
+      CheckpointError: if a file cannot be read or written, `out` is the base, or an
+        adapted leaf is quantised: its scale stands beside it.
 
     Examples:
       >>> import os, tempfile, numpy as np
@@ -220,15 +229,22 @@ def merge_files(
       array([[2., 2., 2.],
              [2., 2., 2.]], dtype=float32)
     """
+    check_name(out)
+    found = clash(out, [base])
+    if found:
+        raise CheckpointError(f"Not saved: {found}. Give another name.")
     model = open_model(base)
     _check_plain(base, model.shapes, [*trainable.lora, *trainable.full])
     check(dict(model.shapes), trainable)
+    bad = not_finite(trainable.full)
+    if bad:
+        raise MergeError(f"Not merged: {listed(bad, 5, ', ')} have NaN or infinity.")
 
     def merged(name: str) -> np.ndarray:
         w = model.read(name)
         own = Trainable({name: trainable.lora[name]})
         with jax.enable_x64(True) if w.dtype.itemsize > 4 else contextlib.nullcontext():
-            return np.asarray(merge.merge({name: w}, own)[name])
+            return np.asarray(merge.merge({name: w}, own, check=True)[name])
 
     def pieces(name: str) -> Iterable[tensors.Buffer]:
         if name in trainable.lora:
@@ -257,7 +273,8 @@ def extract_files(
       progress: wraps the iteration over the names.
 
     Raises:
-      TreeError: if the models differ from each other or from the plan.
+      TreeError: if the leaves of the models are not those of the plan, or no leaf
+        changed from one to the other.
       CheckpointError: if a file cannot be read.
 
     Warns:
@@ -276,6 +293,8 @@ def extract_files(
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     models = open_model(tuned), open_model(base)
+    if os.path.realpath(tuned) == os.path.realpath(base):
+        raise TreeError(_UNCHANGED)
     odd = sorted(models[0].shapes.keys() ^ models[1].shapes.keys())
     if odd:
         raise TreeError(
@@ -284,23 +303,17 @@ def extract_files(
     rows = {row.path: row for row in plan.leaves}
     for model in models:
         check_plan(dict(model.shapes), plan)
-    lora, full, left = {}, {}, []
+    lora, full, changed = {}, {}, []
     for name in progress(sorted(rows)):
         own = Plan(plan.config, (rows[name],))
         after, before = ({name: model.read(name)} for model in models)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found = extract.extract(after, before, own)
-        left += [name] * len(caught)
+        found, moved = extract.extract_leaves(after, before, own)
         lora |= found.lora
         full |= found.full
-    if left:
-        warnings.warn(
-            "These leaves changed, but the plan leaves them frozen, so the adapter "
-            f"lacks their change: {listed(left, separator=', ')}. Add them to "
-            "train= or targets=.",
-            stacklevel=2,
-        )
+        changed += moved
+    if not changed:
+        raise TreeError(_UNCHANGED)
+    extract.warn_of_frozen(changed, plan)
     order = [row.path for row in plan.leaves]
     return Trainable(
         {p: lora[p] for p in order if p in lora},

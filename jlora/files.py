@@ -1,12 +1,13 @@
 """Adapters of any format: detect the format, read and write."""
 
 import json
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import checkpoint
 from ._io import adapter_file, tensors
-from ._io.disk import Json, Path, read_json, reading
+from ._io.disk import Json, Path, read_json, reading, told
 from ._io.models import is_orbax_tree, open_model
 from ._io.torch_models import facts_of
 from .errors import CheckpointError
@@ -40,18 +41,18 @@ def detect(path: Path) -> Format:
       'model'
     """
     place = pathlib.Path(path)
-    if not place.is_dir():
+    if not os.path.isdir(path):
         with reading(path) as file:
             header = tensors.read_header(file)
         return "file" if adapter_file.is_adapter(header.metadata) else "model"
-    if (place / "adapter_config.json").exists():
-        return "peft"
-    if any(
-        (step / "about").is_dir() for step in place.iterdir() if step.name.isdigit()
-    ):
-        return "orbax"
-    if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
-        return "model"
+    with told(f"{str(path)!r} cannot be read"):
+        if (place / "adapter_config.json").exists():
+            return "peft"
+        steps = [step for step in place.iterdir() if step.name.isdecimal()]
+        if any((step / "about").is_dir() for step in steps):
+            return "orbax"
+        if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
+            return "model"
     raise CheckpointError(
         f"{str(path)!r} holds neither an adapter nor a model: there is no "
         "adapter_config.json (PEFT), and there are no steps of jlora.checkpoint, no "

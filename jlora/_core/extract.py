@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import find_init, method_of
 from ..methods.dora import column_norms
 from ..methods.init import matrices, shaped
+from ..transform.compat import is_staging
 from ..transform.stage import is_array
 from .tree import check_plan
 
@@ -63,6 +65,19 @@ def extract(params: PyTree, base_params: PyTree, plan: Plan) -> Trainable:
         )
     check_plan(base, plan)
     check_plan(tuned, plan)
+    found, changed = extract_leaves(tuned, base, plan)
+    warn_of_frozen(changed, plan)
+    return found
+
+
+def extract_leaves(
+    tuned: Mapping[str, Leaf], base: Mapping[str, Leaf], plan: Plan
+) -> tuple[Trainable, list[str]]:
+    """Returns `extract` of leaves by path, and the paths of those that changed.
+
+    Raises:
+      ConfigError: if `plan` has methods other than LoRA and DoRA.
+    """
     dtype = jnp.dtype(plan.config.dtype or "float32")
     unable = [
         row.path
@@ -79,23 +94,26 @@ def extract(params: PyTree, base_params: PyTree, plan: Plan) -> Trainable:
         for row in plan.rows()
         if row.spec is not None
     }
-    left = [
-        path
-        for path, leaf in tuned.items()
-        if path not in lora and path not in plan.full and _differ(leaf, base[path])
-    ]
+    changed = [path for path, leaf in tuned.items() if _differ(leaf, base[path])]
+    return Trainable(lora, {path: tuned[path] for path in plan.full}), changed
+
+
+def warn_of_frozen(changed: Sequence[str], plan: Plan) -> None:
+    """Warns of leaves that changed although `plan` leaves them frozen."""
+    left = [path for path in changed if path not in {*plan.adapted, *plan.full}]
     if left:
         names = listed(left, separator=", ")
         warnings.warn(
             "These leaves changed, but the plan leaves them frozen, so the adapter "
             f"lacks their change: {names}. Add them to train= or targets=.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Trainable(lora, {path: tuned[path] for path in plan.full})
 
 
 def _differ(a: Leaf, b: Leaf) -> bool:
     """Returns whether two leaves are floating-point arrays of different numbers."""
+    if is_staging(a) or is_staging(b):
+        return True  # it is not known
     if not is_array(a) or not jnp.issubdtype(a.dtype, jnp.inexact):
         return False
     return not bool(jnp.array_equal(a, b, equal_nan=True))

@@ -3,15 +3,16 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from .. import paths
-from .._numerics import add_rounded, at_least_float32
+from .._numerics import add_rounded, at_least_float32, not_finite, wider
 from .._tables import listed
-from ..errors import TreeError
-from ..factors import Factors, Leaf, Trainable
+from ..errors import MergeError, TreeError
+from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
 from ..methods.dora import dense_gain
-from ..transform.compat import placed_like
+from ..transform.compat import is_staging, placed_like
 from .algebra import delta
 from .tree import (
     MISSING,
@@ -24,7 +25,7 @@ from .tree import (
 )
 
 
-def merge(frozen: Tree, trainable: Trainable) -> Tree:
+def merge(frozen: Tree, trainable: Trainable, *, check: bool = False) -> Tree:
     """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
 
     With DoRA it is `magnitude * (w + scale * a @ b) / ‖w + scale * a @ b‖`. The sum is
@@ -35,9 +36,13 @@ def merge(frozen: Tree, trainable: Trainable) -> Tree:
     Args:
       frozen: from `split`.
       trainable: from `split`, trained.
+      check: raise an error where a sum is too large for the weight's dtype, or the
+        adapter holds NaN. It compares numbers, so it does not work under `jit`.
 
     Raises:
       TreeError: if the two do not fit together; lists every misfit.
+      MergeError: with `check`, if a number of a weight was finite and is no longer;
+        lists the leaves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -49,7 +54,37 @@ def merge(frozen: Tree, trainable: Trainable) -> Tree:
       >>> bool((jlora.merge(frozen, trainable)["w"] == params["w"]).all())
       True
     """
-    return _shift(combine(frozen, trainable), trainable, sign=1)
+    whole = combine(frozen, trainable)
+    merged = _shift(whole, trainable, sign=1)
+    if check:
+        _check_finite(whole, merged, trainable)
+    return merged
+
+
+def _check_finite(before: PyTree, after: PyTree, trainable: Trainable) -> None:
+    """Raises a MergeError that lists where the merge made NaN or infinity."""
+    olds, _ = paths.flatten(before)
+    news, _ = paths.flatten(after)
+    if any(is_staging(x) for x in news.values()):
+        raise MergeError("check=True compares numbers: call merge outside jit.")
+    wrong = [f"{p!r} has NaN or infinity" for p in not_finite(trainable.full)]
+    for path in not_finite({path: news[path] for path in trainable.lora}):
+        w, new = (jnp.asarray(x).astype(jnp.float32) for x in (olds[path], news[path]))
+        if not bool((jnp.isfinite(w) & ~jnp.isfinite(new)).any()):
+            continue  # the base has it already
+        w = olds[path].astype(at_least_float32(news[path].dtype))
+        total = _add_delta(w, trainable.lora[path], sign=1)
+        finite = bool(jnp.isfinite(total).all())
+        dtype = news[path].dtype
+        wrong.append(
+            f"{path!r} would hold {float(jnp.abs(total).max()):.6g}, but {dtype} holds "
+            f"at most {float(jnp.finfo(dtype).max):.6g}: convert the base to "
+            f"{wider(dtype)}"
+            if finite
+            else f"the factors of {path!r} give NaN or infinity"
+        )
+    if wrong:
+        raise MergeError(f"Not merged: {listed(wrong)}.")
 
 
 def unmerge(params: Tree, trainable: Trainable) -> Tree:
@@ -102,6 +137,7 @@ def _shift(tree: Tree, trainable: Trainable, *, sign: int) -> Tree:
 
 
 def _add_delta(w: Leaf, factors: Factors, sign: int) -> jax.Array:
+    """Returns `w + sign * delta`, rounded once."""
     wide = at_least_float32(w.dtype)
     gain = method_of(factors.spec).gain
 

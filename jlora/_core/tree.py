@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._checks import misshapen
+from .._checks import misshapen, not_floating
 from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
@@ -155,13 +155,5 @@ def _misfits(path: str, w: Leaf, factors: Factors) -> list[str]:
         return [f"{path!r} has {w.ndim} axes, its factors are for {n}"]
     if spec.shape and spec.shape != tuple(w.shape):
         return [f"{path!r} has shape {w.shape}, its factors are for {spec.shape}"]
-    odd = [
-        f"{name} of {path!r} is {getattr(x, 'dtype', type(x).__name__)}, it must be a "
-        "floating-point array"
-        for name in ("a", "b", "magnitude")
-        if (x := getattr(factors, name)) is not None
-        and not (is_array(x) and jnp.issubdtype(x.dtype, jnp.floating))
-    ]
-    if odd:
-        return odd
-    return misshapen(path, factors, tuple(w.shape))
+    odd = not_floating(path, factors)
+    return odd or misshapen(path, factors, tuple(w.shape))

@@ -12,7 +12,7 @@ from .._tables import listed
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
-from .describe import arrays, describe, rebuild
+from .describe import arrays, check_whole, check_width, describe, rebuild
 from .disk import Json, Path, reading
 
 FORMAT = "jlora"
@@ -33,7 +33,8 @@ def save(path: Path, trainable: Trainable) -> None:
       trainable: the adapter.
 
     Raises:
-      CheckpointError: if an array holds NaN or infinity, or the file cannot be written.
+      CheckpointError: if an array holds NaN or infinity, the adapter is one that `load`
+        would refuse, or the file cannot be written.
       TreeError: if `trainable` is not a `Trainable`.
 
     Examples:
@@ -53,6 +54,7 @@ def save(path: Path, trainable: Trainable) -> None:
             f"jlora.save writes a jlora.Trainable, got {type(trainable).__name__}. "
             "Take it from jlora.split; export.safetensors writes whole models."
         )
+    check_whole(trainable)
     names = {f"{path}.{leaf}": x for _, path, leaf, x in arrays(trainable)}
     named = dict(zip(names, jax.device_get(list(names.values())), strict=True))
     named = {name: np.asarray(x) for name, x in named.items()}
@@ -125,14 +127,7 @@ def _trainable(about: Json, named: dict[str, np.ndarray]) -> Trainable:
     bad = not_finite(named)
     if bad:
         raise CheckpointError(f"NaN or infinity in {listed(bad, 5, ', ')}.")
-    wide = [
-        k for k, x in named.items() if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
-    ]
-    if wide:
-        raise CheckpointError(
-            f"{wide[0]!r} is {named[wide[0]].dtype}, which needs "
-            'jax.config.update("jax_enable_x64", True).'
-        )
+    check_width({name: x.dtype for name, x in named.items()})
     placed = jax.device_put(list(named.values()))
     found = {}
     for name, x in zip(named, placed, strict=True):

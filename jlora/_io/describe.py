@@ -1,20 +1,22 @@
 """Adapters and random keys as JSON values beside numbered or named arrays."""
 
-import math
+import functools
 from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import misshapen
+from .._checks import misshapen, not_floating
+from .._core.tree import check_trainable
 from .._tables import listed
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..factors import Factors, Leaf, Spec, Trainable
 from ..methods import METHODS, low_rank_pair
-from .disk import Json
+from .disk import Fault, Json
 
 _LEAVES = ("a", "b", "magnitude")
+_UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError)
 
 
 def describe(trainable: Trainable) -> Json:
@@ -42,6 +44,67 @@ def arrays(trainable: Trainable) -> Iterator[tuple[int, str, str, Leaf]]:
                 yield i, path, leaf, getattr(factors, leaf)
     for i, (path, x) in enumerate(trainable.full.items()):
         yield i, path, "full", x
+
+
+def check_whole(
+    trainable: Trainable,
+    fault: Fault = CheckpointError,
+    what: str = "Not saved, it could not be loaded",
+) -> None:
+    """Raises a `fault` if an adapter is not one that `rebuild` would return.
+
+    Whatever writes an adapter asks first, so nothing is saved that cannot be loaded.
+
+    Raises:
+      fault: lists every misfit, after the words `what`.
+      TreeError: if `trainable` is not a `Trainable`.
+    """
+    check_trainable(trainable)
+    wrong = _faults(trainable)
+    if wrong:
+        raise fault(f"{what}: {listed(wrong)}.")
+
+
+def _faults(trainable: Trainable) -> list[str]:
+    """Returns in words what makes an adapter one that `rebuild` does not return."""
+    wrong: list[str] = []
+    for path, factors in trainable.lora.items():
+        if not _is_name(path):
+            wrong.append(f"the path {path!r} is not a text")
+        elif not isinstance(factors, Factors):
+            wrong.append(f"{path!r} holds {type(factors).__name__}, not Factors")
+        else:
+            wrong += _odd(path, factors.spec) or _misfits(path, factors)
+    for path, x in trainable.full.items():
+        if not _is_name(path):
+            wrong.append(f"the path {path!r} is not a text")
+        elif not (hasattr(x, "shape") and hasattr(x, "dtype")):
+            wrong.append(f"the full leaf {path!r} is {type(x).__name__}, not an array")
+    if not wrong:
+        return [
+            f"{leaf!r} of {path!r} is a shape, without numbers"
+            for _, path, leaf, x in arrays(trainable)
+            if isinstance(x, jax.ShapeDtypeStruct)
+        ]
+    return wrong
+
+
+def _is_name(path: object) -> bool:
+    """Returns whether `path` is a text that UTF-8 can hold."""
+    try:
+        return isinstance(path, str) and bool(path.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def check_width(dtypes: Mapping[str, np.dtype]) -> None:
+    """Raises a CheckpointError if JAX would cut an array of one of these dtypes."""
+    for name, dtype in dtypes.items():
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+            raise CheckpointError(
+                f"{name!r} is {dtype}, which needs "
+                'jax.config.update("jax_enable_x64", True).'
+            )
 
 
 def rebuild(about: object, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
@@ -94,35 +157,52 @@ def _spec(path: str, fields: Json, wrong: list[str]) -> Spec | None:
     """Returns the spec of `fields`, or None and a note in `wrong` of each bad field."""
     try:
         spec = Spec.from_dict(fields)
-        axes, parts = spec.axes, spec.parts
-        checks = {
-            "method": spec.method == "rows" if spec.rows else spec.method in METHODS,
-            "rank": type(spec.rank) is int and spec.rank > 0,
-            "alpha": type(spec.alpha) in (int, float) and math.isfinite(spec.alpha),
-            "rslora": type(spec.rslora) is bool,
-            "dropout": type(spec.dropout) in (int, float) and 0 <= spec.dropout < 1,
-            "op": spec.op in ("linear", "embedding", "conv"),
-            "init": isinstance(spec.init, str),
-            "axes": _are_counts(axes.order)
-            and sorted(axes.order) == list(range(len(axes.order))),
-            "shape": _are_counts(spec.shape),
-            "seed": type(spec.seed) is int,
-            "rows": _are_counts(spec.rows),
-            "parts": parts is None
-            or (
-                type(parts.axis) is int
-                and _are_counts(parts.sizes)
-                and _are_counts(parts.ranks)
-                and len(parts.sizes) == len(parts.ranks) > 0
-            ),
-        }
-        hash(spec)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+    except ConfigError as error:
+        wrong.append(f"{path!r}: {str(error).rstrip('.')}")
+        return None
+    except _UNREADABLE as error:
         wrong.append(f"the settings of {path!r} are not readable ({error!r:.200})")
         return None
-    off = [name for name, good in checks.items() if not good]
-    wrong += [f"{name} of {path!r} is {fields.get(name)!r:.60}" for name in off]
-    return None if off else spec
+    odd = _odd(path, spec)
+    wrong += odd
+    return None if odd else spec
+
+
+def _odd(path: str, spec: Spec) -> list[str]:
+    """Returns in words which fields of a spec no method can have."""
+    try:
+        off = _off(spec)
+        hash(spec)
+    except _UNREADABLE as error:
+        return [f"the settings of {path!r} are not readable ({error!r:.200})"]
+    return [f"{name} of {path!r} is {getattr(spec, name)!r:.60}" for name in off]
+
+
+def _off(spec: Spec) -> list[str]:
+    """Returns the fields of a spec that no method can have."""
+    axes, parts = spec.axes, spec.parts
+    checks = {
+        "method": spec.method == "rows" if spec.rows else spec.method in METHODS,
+        "rank": type(spec.rank) is int,
+        "alpha": type(spec.alpha) in (int, float),
+        "rslora": type(spec.rslora) is bool,
+        "dropout": type(spec.dropout) in (int, float) and 0 <= spec.dropout < 1,
+        "op": spec.op in ("linear", "embedding", "conv"),
+        "init": isinstance(spec.init, str),
+        "axes": _are_counts(axes.order)
+        and sorted(axes.order) == list(range(len(axes.order))),
+        "shape": _are_counts(spec.shape),
+        "seed": type(spec.seed) is int,
+        "rows": _are_counts(spec.rows),
+        "parts": parts is None
+        or (
+            type(parts.axis) is int
+            and _are_counts(parts.sizes)
+            and _are_counts(parts.ranks)
+            and len(parts.sizes) == len(parts.ranks) > 0
+        ),
+    }
+    return [name for name, good in checks.items() if not good]
 
 
 def _are_counts(values: object) -> bool:
@@ -135,7 +215,7 @@ def _misfits(path: str, factors: Factors) -> list[str]:
     """Returns in words where the arrays are not shaped as the spec says."""
     try:
         shape = factors.spec.shape or _weight_shape(factors)
-        return misshapen(path, factors, shape)
+        return not_floating(path, factors) or misshapen(path, factors, shape)
     except Exception as error:
         return [f"the arrays of {path!r} do not fit its settings ({error!r:.200})"]
 
@@ -144,11 +224,9 @@ def _weight_shape(factors: Factors) -> tuple[int, ...]:
     """Returns the shape of the weight that the factors are for."""
     axes = factors.spec.axes
     n, n_in, n_out = len(axes.batch), len(axes.fan_in), len(axes.fan_out)
-    a, b = (
-        jax.eval_shape(low_rank_pair, factors)
-        if factors.spec.parts
-        else low_rank_pair(factors)
-    )
+    as_is = factors.spec.method in ("lora", "dora") and factors.spec.parts is None
+    pair = low_rank_pair if as_is else functools.partial(jax.eval_shape, low_rank_pair)
+    a, b = pair(factors)
     if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
         raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
     return axes.weight_shape(a.shape, b.shape)

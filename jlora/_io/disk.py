@@ -52,6 +52,13 @@ def told(
         raise fault(f"{what}: {why.rstrip('.')}.{then}") from error
 
 
+def check_name(path: Path, fault: Fault = CheckpointError) -> None:
+    """Raises a `fault` if `path` is empty or holds a NUL: no file has such a name."""
+    name = os.fspath(path)
+    if not name or "\0" in name:
+        raise fault(f"Not saved: {name!r} is not the name of a file or a directory.")
+
+
 @contextlib.contextmanager
 def reading(path: Path, fault: Fault = CheckpointError) -> Iterator[BinaryIO]:
     """Yields the open file `path`, and names it in each error of the block.
@@ -120,10 +127,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         full), or `path` is something else than a regular file.
     """
     name = repr(os.fspath(path))
+    check_name(path)
     target = pathlib.Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise CheckpointError(f"Not saved: {name} is {_kind(target)}.")
-    new = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.part")
+    new = _beside(target, ".part")
     then = " What was there before is still there."
     with told(f"Not saved: {name} cannot be written", then=then):
         try:
@@ -137,6 +145,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 new.unlink(missing_ok=True)
             raise
         _sync(target.parent)
+
+
+def _beside(target: pathlib.Path, end: str = "") -> pathlib.Path:
+    """Returns a name beside `target` that nothing has, short enough for any disk."""
+    begin = target.name.encode(errors="ignore")[:100].decode(errors="ignore")
+    return target.with_name(f".{begin}.{secrets.token_hex(8)}{end}")
 
 
 def write_text(file: pathlib.Path, text: str) -> None:
@@ -162,10 +176,10 @@ def replacing_files(
     """
     then = " What was there before is still there."
     with told(f"Not saved: {str(directory)!r} cannot be written", fault, then=then):
-        if directory.exists() and not directory.is_dir():
+        if os.path.exists(directory) and not os.path.isdir(directory):
             raise OSError(errno.ENOTDIR, "it is a file, not a directory")
         directory.parent.mkdir(parents=True, exist_ok=True)
-        new = directory.parent / f".{directory.name}.{secrets.token_hex(8)}"
+        new = _beside(pathlib.Path(os.path.abspath(directory)))
         new.mkdir()
         try:
             yield new

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -97,7 +98,13 @@ def open_model(path: Path) -> Model:
       CheckpointError: if there is no model, or it is damaged.
     """
     folder = pathlib.Path(path)
-    if folder.is_dir() and find_tensors(folder) is None and is_orbax_tree(folder):
+    with told(f"{str(path)!r} cannot be read"):
+        is_tree = (
+            os.path.isdir(path)
+            and find_tensors(folder) is None
+            and is_orbax_tree(folder)
+        )
+    if is_tree:
         return _of_orbax(folder)
     slots, metadata = open_tensors(path)
     return Model(

@@ -13,7 +13,7 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
-from .describe import arrays, key_from_dict, rebuild
+from .describe import arrays, check_width, key_from_dict, rebuild
 from .disk import Json, told
 from .fingerprint import Fingerprint, as_fingerprint, differences
 from .write_step import FORMAT, numbered, shapes_of
@@ -168,6 +168,9 @@ def _adapter_template(
             f"them, got {type(shardings).__name__}."
         )
     keys = _keys(about)
+    check_width(
+        {".".join(keys[k]): jnp.dtype(t) for k, (_, t) in about["arrays"].items()}
+    )
     return {
         name: jax.ShapeDtypeStruct(
             tuple(shape), jnp.dtype(dtype), sharding=own.get(keys[name], one)

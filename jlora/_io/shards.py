@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -88,12 +89,12 @@ def open_tensors(
     """
     with told(f"{str(path)!r} cannot be read", fault):
         place = pathlib.Path(path)
-        file = find_tensors(place, stem) if place.is_dir() else place
+        file = find_tensors(place, stem) if os.path.isdir(path) else place
         if file is None:
             raise fault(_nothing(place, stem))
     if file.name.endswith(_INDEX):
         return _open_shards(file, fault)
-    return read_header(file, fault)
+    return read_header(file if os.path.isdir(path) else path, fault)
 
 
 def read_header(

@@ -1,8 +1,10 @@
 """Steps of checkpoints, checked and written by Orbax's manager."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -13,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .._core.tree import check_trainable
 from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
@@ -21,8 +22,8 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
-from .describe import arrays, describe, key_to_dict
-from .disk import Json, Path, told
+from .describe import arrays, check_whole, describe, key_to_dict
+from .disk import Json, Path, check_name, told
 from .fingerprint import Fingerprint, as_fingerprint
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ def open_manager(
     if write:
         sweep(directory)
     with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
-        if pathlib.Path(directory).is_file():
-            raise NotADirectoryError("it is a file")
+        check_name(directory)
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
         return ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -123,7 +125,7 @@ def contents(
     metrics: Mapping[str, ArrayLike] | None = None,
 ) -> tuple[Json, dict[str, dict[str, Leaf]]]:
     """Returns the JSON fields and the arrays of a checkpoint, both checked."""
-    check_trainable(trainable)
+    check_whole(trainable)
     if not isinstance(step, int | np.integer) or step < 0:
         raise CheckpointError(f"step must be a whole number from 0, got {step!r}.")
     adapter, labels = {}, {}

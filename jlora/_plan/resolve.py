@@ -10,7 +10,7 @@ from .. import paths
 from .._tables import listed
 from ..config import LoraConfig, Rule
 from ..errors import TargetError
-from ..factors import Axes, FusedParts, Spec
+from ..factors import Axes, FusedParts, Spec, scale_fault
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform.discover import FACTORED
 from .row import Row
@@ -221,7 +221,7 @@ def _spec(
     rank = parts.rank if parts else settings["rank"]
     alpha = settings["alpha"]
     if alpha is None:
-        alpha = max(parts.ranks) if parts else rank
+        alpha = max(parts.ranks, default=0) if parts else rank
     axes = settings["axes"] or axes_of(row)
     method, init = settings["method"], settings["init"]
     if sorted(axes.order) != list(range(len(row.shape))):
@@ -239,6 +239,11 @@ def _spec(
                 f"{row.path!r}: exclude it or give it Rule({row.path!r}, "
                 f"rank={min(n_in, n_out)})"
             )
+    highest = max(parts.ranks, default=0) if parts else rank
+    fault = scale_fault(alpha, highest, config.rslora)
+    if fault:  # a spec in its place, until all that is wrong is raised together
+        wrong.append(f"{row.path!r}: {fault}")
+        rank, alpha, parts = 1, 1.0, None
     return Spec(
         op="linear" if row.op == "merged" else row.op,
         axes=axes,

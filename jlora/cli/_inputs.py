@@ -66,12 +66,14 @@ def attribute_of(path: str) -> object:
     module, _, attribute = path.partition(":")
     if not module or not attribute:
         raise click.UsageError(f"{path!r} is not of the form package.module:attribute.")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         with _running(f"{path!r} cannot be imported"):
             return operator.attrgetter(attribute)(importlib.import_module(module))
-    finally:
-        sys.path.remove(os.getcwd())
+    finally:  # the module may have changed either
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 @contextlib.contextmanager

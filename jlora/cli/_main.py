@@ -1,8 +1,10 @@
 """The `jlora` command: its commands together, what it exits with, how it fails."""
 
+import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -14,9 +16,15 @@ from ._output import tell
 from ._show import diff, inspect, show_plan, validate
 from ._write import convert, extract, merge
 
+# Begins the message of an error that is a fault of jlora itself.
+UNEXPECTED = "an error that jlora did not expect, please report it: "
+
 
 def main() -> None:
     """Runs the `jlora` command and exits."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what they cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Files are looked at on the host; a GPU's memory would be taken for nothing.
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
@@ -37,7 +45,8 @@ def run(arguments: Sequence[str]) -> int:
       ...
       0
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs a traceback of what it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default", UserWarning)
@@ -57,8 +66,17 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # nobody reads it any more
         return 0
-    except (JloraError, OSError) as error:
+    except JloraError as error:
         tell(f"jlora: {error}")
+        return 1
+    except OSError as error:
+        place = "" if error.filename is None else f"{error.filename!r}: "
+        tell(f"jlora: {place}{error.strerror or error}.")
+        return 1
+    except Exception as error:  # a line for scripts, whatever happens
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
+        tell(f"jlora: {UNEXPECTED}{type(error).__name__}: {error} ({where}).")
         return 1
 
 

@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+import os
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -22,6 +23,23 @@ class How(TypedDict, total=False):
     tied: bool | None
 
 
+class _PathType(click.Path):
+    """A path that a file can have: not empty, and without NUL."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        name = os.fspath(value)
+        if not name or "\0" in name:
+            self.fail(f"{name!r} is not the name of a file or a directory.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _PathType()
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -32,7 +50,7 @@ _HOW = {
         type=click.IntRange(0),
         help="Of Orbax; the newest if absent.",
     ),
-    "base": click.option("--base", type=click.Path(), help="The MODEL it is for."),
+    "base": click.option("--base", type=PATH, help="The MODEL it is for."),
     "names": click.option(
         "--names",
         help="Names of PEFT tensors: a map of jlora.peft.maps (llama, gpt2, …) or "
@@ -46,7 +64,7 @@ _HOW = {
 }
 
 _CONFIG = [
-    click.option("--config", type=click.Path(), help="A LoraConfig in JSON."),
+    click.option("--config", type=PATH, help="A LoraConfig in JSON."),
     click.option("--rank", type=click.IntRange(1), help="Size of the rank axis."),
     click.option("--alpha", type=float, help="The scale is alpha / rank."),
     click.option("--targets", multiple=True, help="Glob over paths; repeatable."),

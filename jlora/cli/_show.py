@@ -20,7 +20,7 @@ from ._output import bar, print_json, tell
 
 
 @click.command(epilog="Example: jlora inspect adapter.safetensors")
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=options.PATH)
 @options.how("step", "base", "names", "tied")
 @options.as_json
 def inspect(
@@ -76,8 +76,8 @@ def _fields(row: Row) -> Json:
 
 
 @click.command(epilog="Example: jlora diff adapter.safetensors again.safetensors")
-@click.argument("a", type=click.Path())
-@click.argument("b", type=click.Path())
+@click.argument("a", type=options.PATH)
+@click.argument("b", type=options.PATH)
 @options.how("base", "names", "tied")
 @options.as_json
 def diff(
@@ -101,7 +101,7 @@ def diff(
 
 
 @click.command(epilog="Example: jlora validate run --base base.safetensors")
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=options.PATH)
 @options.how("step", "base", "names", "tied")
 @options.as_json
 def validate(

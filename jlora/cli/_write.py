@@ -6,6 +6,7 @@ from typing import Any, Unpack
 import click
 
 from .. import export, files
+from .._io.clash import clash
 from .._io.disk import Json
 from .._io.models import open_model
 from .._io.torch_models import facts_of, is_torch_named, tie_of
@@ -17,9 +18,9 @@ from ._output import bar, counts, done
 
 
 @click.command(epilog="Example: jlora merge base.safetensors run merged.safetensors")
-@click.argument("base", type=click.Path())
-@click.argument("adapter", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("base", type=options.PATH)
+@click.argument("adapter", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @options.how("step", "names", "tied")
 @options.overwrite
 @options.as_json
@@ -37,7 +38,7 @@ def merge(
     merges into a model of Hugging Face as it is, and by --names into one with Flax's
     names.
     """
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, base, adapter)
     trainable = read(adapter, base=base, **how)
     export.merge_files(base, trainable, out, progress=bar("merging"))
     size = os.path.getsize(out)
@@ -47,8 +48,8 @@ def merge(
 @click.command(
     epilog="Example: jlora convert run peft --to peft --base-model me/my-model"
 )
-@click.argument("source", metavar="ADAPTER", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("source", metavar="ADAPTER", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--to",
     type=click.Choice(["file", "orbax", "peft"]),
@@ -95,7 +96,7 @@ def convert(
         given = [name for name, value in idle.items() if value is not None]
         if given:
             raise click.UsageError(f"{', '.join(given)}: only for PEFT.")
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, source, base)
     if to == "orbax":
         _check_steps(out)
     more: Json = {"overwrite": overwrite} if to == "orbax" else {}
@@ -120,9 +121,9 @@ def convert(
 @click.command(
     epilog="Example: jlora extract tuned.safetensors base.safetensors new.safetensors"
 )
-@click.argument("tuned", type=click.Path())
-@click.argument("base", type=click.Path())
-@click.argument("out", type=click.Path())
+@click.argument("tuned", type=options.PATH)
+@click.argument("base", type=options.PATH)
+@click.argument("out", type=options.PATH)
 @click.option(
     "--plan", "model", metavar="PACKAGE.MODULE:ATTRIBUTE", help="See `jlora plan`."
 )
@@ -143,7 +144,7 @@ def extract(
     With --plan the model's function says what is adapted; without it, every matrix is,
     taken as [fan-in, fan-out].
     """
-    _check_free(out, overwrite)
+    _check_free(out, overwrite, tuned, base, config["config"])
     if model is not None:
         found = planned(model, config)
     else:
@@ -169,7 +170,11 @@ def with_prefix(trainable: Trainable, base: str) -> Trainable:
     return Trainable(lora, full)
 
 
-def _check_free(out: str, overwrite: bool) -> None:
+def _check_free(out: str, overwrite: bool, *inputs: str | None) -> None:
+    """Raises a UsageError if something would be replaced, above all an input."""
+    found = clash(out, [path for path in inputs if path is not None])
+    if found:
+        raise click.UsageError(f"{found}. Give another name.")
     if os.path.lexists(out) and not overwrite:
         raise click.UsageError(
             f"{out!r} is already there. Say --overwrite to replace it."
@@ -179,7 +184,7 @@ def _check_free(out: str, overwrite: bool) -> None:
 def _check_steps(out: str) -> None:
     """Raises a UsageError if steps would hide the one that is written, step 0."""
     names = os.listdir(out) if os.path.isdir(out) else []
-    others = [name for name in names if name.isdigit() and int(name)]
+    others = [name for name in names if name.isdecimal() and int(name)]
     if others:
         raise click.UsageError(
             f"{out!r} holds steps {', '.join(sorted(others, key=int))}, which would be "

@@ -1,6 +1,6 @@
 """The records of an adapter, which describe themselves: `Factors`, `Spec`, `Trainable`.
 
-May import `_tables`, and Flax once a program has done so.
+May import `_tables` and `errors`, and Flax once a program has done so.
 """
 
 from ._records import (
@@ -12,5 +12,6 @@ from ._records import (
     PyTree as PyTree,
     Spec as Spec,
     Trainable as Trainable,
+    scale_fault as scale_fault,
     tuples as tuples,
 )

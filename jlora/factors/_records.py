@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from .._tables import alike, count, folded, html, listed
+from ..errors import ConfigError
 from . import _state_dicts
 
 PyTree = Any  # the user's: parameters, arguments, results
@@ -110,6 +112,37 @@ class FusedParts:
         return sum(self.ranks)
 
 
+_FLOAT32 = np.finfo(np.float32)
+
+
+def scale_fault(alpha: Any, rank: Any, rslora: bool) -> str:
+    """Returns why `alpha` at `rank` gives no scale, or an empty text.
+
+    A scale is a positive number that float32 holds: products are summed in float32.
+
+    Examples:
+      >>> scale_fault(0, 8, False)
+      'alpha must be a positive number, got 0'
+      >>> scale_fault(1e308, 8, False)
+      'alpha must give a scale that float32 holds, got 1e+308 at rank 8'
+    """
+    if not _is(numbers.Integral, rank) or rank < 1:
+        return f"rank must be a positive integer, got {rank!r}"
+    if not _is(numbers.Real, alpha) or not 0 < alpha < math.inf:
+        return f"alpha must be a positive number, got {alpha!r}"
+    divisor = math.sqrt(rank) if rslora else rank
+    least, most = (float(x) * divisor for x in (_FLOAT32.tiny, _FLOAT32.max))
+    if not least <= alpha <= most:
+        return (
+            f"alpha must give a scale that float32 holds, got {alpha!r} at rank {rank}"
+        )
+    return ""
+
+
+def _is(kind: type, value: object) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """How one weight is adapted; static, hashable, the same words as `LoraConfig`.
@@ -127,6 +160,10 @@ class Spec:
       seed: of VeRA's shared matrices.
       rows: the ids of the trained rows, for token rows.
       parts: slices of a fused weight. `rank` is then the sum of their ranks.
+
+    Raises:
+      ConfigError: if rank and alpha give no scale: it must be a positive number that
+        float32 holds.
 
     Examples:
       >>> spec = Spec(rank=16, alpha=32.0)
@@ -149,14 +186,23 @@ class Spec:
     rows: tuple[int, ...] = ()
     parts: FusedParts | None = None
 
+    def __post_init__(self) -> None:
+        fault = scale_fault(self.alpha, self._highest_rank, self.rslora)
+        if fault:
+            raise ConfigError(f"Spec: {fault}.")
+
+    @property
+    def _highest_rank(self) -> int:
+        parts = self.parts
+        return self.rank if parts is None else max(parts.ranks, default=0)
+
     @property
     def scale(self) -> float:
         """The multiplier of `A B`: `alpha / rank`, rsLoRA `alpha / sqrt(rank)`.
 
         With `parts`, the multiplier of the part with the highest rank.
         """
-        rank = self.rank if self.parts is None else max(self.parts.ranks)
-        return self.part_scale(rank)
+        return self.part_scale(self._highest_rank)
 
     def part_scale(self, rank: int) -> float:
         """Returns the multiplier of a part of rank `rank`."""

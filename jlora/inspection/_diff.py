@@ -7,8 +7,10 @@ import jax
 import numpy as np
 
 from .._core.algebra import as_float64, lora_spec, norm, on_host
+from .._io.describe import check_whole
 from .._io.disk import Path, Progress
 from .._io.models import open_model
+from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
 
 
@@ -36,6 +38,9 @@ def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
       a: an adapter.
       b: another one.
 
+    Raises:
+      TreeError: if factors and settings of one do not fit together.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Spec
@@ -44,6 +49,8 @@ def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
       >>> [(d.path, d.relative) for d in diff(Trainable({"w": f}), Trainable({"w": g}))]
       [('w', 0.5)]
     """
+    for adapter in (a, b):
+        check_whole(adapter, TreeError, "This is not a whole adapter")
     told = []
     for path in dict.fromkeys([*a.lora, *b.lora, *a.full, *b.full]):
         if path in a.lora and path in b.lora:

@@ -6,9 +6,10 @@ import math
 import numpy as np
 
 from .._core import algebra
-from .._io.describe import arrays
+from .._io.describe import arrays, check_whole
 from .._numerics import is_finite
 from .._tables import count, listed, nbytes, table
+from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
 
 
@@ -96,6 +97,9 @@ def inspect(trainable: Trainable) -> Inspection:
     Args:
       trainable: the adapter.
 
+    Raises:
+      TreeError: if factors and settings do not fit together; lists every misfit.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Spec
@@ -109,6 +113,7 @@ def inspect(trainable: Trainable) -> Inspection:
     References:
       Roy and Vetterli, 2007, The effective rank, EUSIPCO
     """
+    check_whole(trainable, TreeError, "This is not a whole adapter")
     leaves = [_adapted(path, f) for path, f in trainable.lora.items()]
     leaves += [_full(path, x) for path, x in trainable.full.items()]
     every = [x for _, _, _, x in arrays(trainable)]

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._core.algebra import delta, norm, on_host
+from .._core.algebra import as_float64, delta, matrices, norm, on_host
 from .._core.tree import Missing, check, flatten_frozen
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
-from ..methods.dora import dense_gain
+from ..methods.dora import TINY, dense_gain
+from ..methods.init import like_weight
 from ..transform.stage import is_array
 
 _HEAD = ("leaf", "shape", "rank", "trained", "‖ΔW‖", "‖ΔW‖/‖W‖", "")
@@ -102,7 +103,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
 
     The norm of an update is computed from a QR decomposition of A, in float64 on the
     host, so it is accurate where updates cancel (see `rebase`). The dense update is
-    formed only for DoRA.
+    formed only for DoRA, also in float64.
 
     Args:
       frozen: from `split`.
@@ -143,7 +144,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
 
 
 def _adapted(path: str, w: Leaf, f: Factors) -> ReportedLeaf:
-    moved = _norm(f) if method_of(f.spec).gain is None else float(_moved(w, f))
+    moved = (_norm if method_of(f.spec).gain is None else _moved)(w, f)
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
     return ReportedLeaf(
         path=path,
@@ -168,16 +169,37 @@ def _full(path: str, x: Leaf) -> ReportedLeaf:
     )
 
 
-def _moved(w: Leaf, f: Factors) -> jax.Array:
-    """Returns how far a magnitude and an update together move `w`."""
-    w = w.astype(jnp.float32)
-    total = w + delta(f)
-    return jnp.linalg.norm((total * dense_gain(f, total) - w).ravel())
+def _moved(w: Leaf, f: Factors) -> float:
+    """Returns how far a magnitude and an update together move `w`.
+
+    In float64, as the weight and what it became are nearly the same. A column without
+    an update, whose magnitude is its length up to rounding, has not moved.
+    """
+    if not _is_here(w, f):
+        w = w.astype(jnp.float32)
+        total = w + delta(f)
+        return float(jnp.linalg.norm((total * dense_gain(f, total) - w).ravel()))
+    axes, base = f.spec.axes, as_float64(w)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity pass
+        product = np.matmul(*matrices(on_host(f)))
+        change = like_weight(product, axes, base.shape, np)
+        total = base + change
+        length = np.sqrt(np.sum(total**2, axis=axes.fan_in, keepdims=True))
+        own = (*axes.batch, *axes.fan_out)
+        m = np.transpose(as_float64(f.magnitude), [own.index(i) for i in sorted(own)])
+        m = np.expand_dims(m, axes.fan_in)
+        still = ~change.any(axis=axes.fan_in, keepdims=True)
+        still &= np.abs(m - length) <= 4 * jnp.finfo(f.magnitude.dtype).eps * length
+        gain = np.where(still, 1, m / np.maximum(length, np.sqrt(TINY)))
+        return float(np.linalg.norm(total * gain - base))
 
 
-def _norm(f: Factors) -> float:
+def _is_here(w: Leaf, f: Factors) -> bool:
+    """Returns whether this host holds all of a weight and its factors."""
+    leaves = [w, *jax.tree.leaves(f)]
+    return all(getattr(x, "is_fully_addressable", True) for x in leaves)
+
+
+def _norm(w: Leaf, f: Factors) -> float:
     """Returns the norm of the update, in float64 if this host holds all of it."""
-    leaves = jax.tree.leaves(f)
-    if all(getattr(x, "is_fully_addressable", True) for x in leaves):
-        return float(norm(on_host(f), np))
-    return float(norm(f))
+    return float(norm(on_host(f), np)) if _is_here(w, f) else float(norm(f))

@@ -24,7 +24,7 @@ def norm(factors: Factors, w: Array) -> jax.Array:
     From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed.
     """
     wide = at_least_float32(w.dtype)
-    axes, scale = factors.spec.axes, factors.scale
+    axes = factors.spec.axes
     letter = dict(zip(range(w.ndim), string.ascii_letters, strict=False))
     batch, fan_in, fan_out = (
         "".join(letter[i] for i in role)
@@ -33,16 +33,25 @@ def norm(factors: Factors, w: Array) -> jax.Array:
     own = "".join(letter.values())
     column = batch + fan_out
     exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": wide}
-    a, b = factors.a.astype(wide), factors.b.astype(wide)
+    a, b = factors.a.astype(wide), factors.scale * factors.b.astype(wide)
     squares = jnp.einsum(f"{own}->{column}", jnp.square(w.astype(wide)))
     down = jnp.einsum(
         f"{batch}{fan_in}Y,{own}->{batch}Y{fan_out}", a, w.astype(wide), **exact
     )
     gram = jnp.einsum(f"{batch}{fan_in}Y,{batch}{fan_in}Z->{batch}YZ", a, a, **exact)
     up = jnp.einsum(f"{batch}YZ,{batch}Z{fan_out}->{batch}Y{fan_out}", gram, b, **exact)
-    crossed = b * (2 * scale * down + scale**2 * up)
+    crossed = b * (2 * down + up)
     total = squares + jnp.sum(crossed, axis=len(axes.batch))
-    return jnp.sqrt(jnp.maximum(total, TINY))
+    return _length(total)
+
+
+def _length(squares: jax.Array) -> jax.Array:
+    """Returns the root of a sum of squares; NaN where the sum is too large.
+
+    Divided by infinity, a column would be zero, and nothing would tell.
+    """
+    root = jnp.sqrt(jnp.maximum(squares, TINY))
+    return jnp.where(jnp.isinf(root), jnp.nan, root)
 
 
 def gain(factors: Factors, w: Array) -> jax.Array:
@@ -59,7 +68,7 @@ def column_norms(w: Array, axes: Axes) -> jax.Array:
     squares = jnp.sum(jnp.square(w), axis=axes.fan_in)
     kept = [i for i in range(w.ndim) if i not in axes.fan_in]
     order = [kept.index(i) for i in (*axes.batch, *axes.fan_out)]
-    return jnp.sqrt(jnp.maximum(jnp.transpose(squares, order), TINY))
+    return _length(jnp.transpose(squares, order))
 
 
 def dense_gain(factors: Factors, total: Array) -> jax.Array:

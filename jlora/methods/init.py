@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -58,10 +59,15 @@ def matrices(w: Array, axes: Axes) -> jax.Array:
     return flat.astype(at_least_float32(w.dtype))
 
 
-def like_weight(x: jax.Array, axes: Axes, shape: tuple[int, ...]) -> jax.Array:
-    """Returns matrices `[n, fan_in, fan_out]` with the axes of a weight of `shape`."""
+def like_weight(
+    x: Any, axes: Axes, shape: tuple[int, ...], xp: ModuleType = jnp
+) -> Any:
+    """Returns matrices `[n, fan_in, fan_out]` with the axes of a weight of `shape`.
+
+    `xp` is `numpy` for an array on the host.
+    """
     x = x.reshape([shape[i] for i in axes.order])
-    return jnp.transpose(x, [axes.order.index(i) for i in range(len(shape))])
+    return xp.transpose(x, [axes.order.index(i) for i in range(len(shape))])
 
 
 def shaped(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._io.disk import Path, reading, replacing_files, write_text
+from .._io.disk import Path, check_name, reading, replacing_files, write_text
 from .._io.shards import Pending, Slot, open_tensors, write_tensors
 from .._io.tensors import NAMES
+from .._numerics import narrowed
 from ..errors import PeftError
 from ..factors import PyTree
 from ..paths import flatten
@@ -47,8 +48,8 @@ def load_base(
       dtype: type of all floating-point leaves; None means that of `params`.
 
     Raises:
-      PeftError: if a file is missing or damaged; lists all tensors that are missing,
-        extra or misshapen.
+      PeftError: if a file is missing or damaged, or a number is too large for the
+        dtype; lists all tensors that are missing, extra or misshapen.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -193,9 +194,11 @@ def _read_leaf(
     slots: Mapping[str, Slot],
     dtype: DTypeLike | None,
 ) -> jax.Array:
-    out = np.zeros(tuple(leaf.shape), _dtype(leaf, dtype))
+    own = jax.dtypes.canonicalize_dtype(_dtype(leaf, dtype))
+    out = np.zeros(tuple(leaf.shape), own)
     for place, key in keys.items():
-        layers.weight_in(place, slots[key].read().astype(out.dtype), out)
+        tensor = narrowed(key, slots[key].read(), out.dtype, PeftError)
+        layers.weight_in(place, tensor, out)
     sharding = getattr(leaf, "sharding", None)
     return jnp.asarray(out) if sharding is None else jax.device_put(out, sharding)
 
@@ -233,7 +236,8 @@ def save_base(
       max_shard_bytes: size from which the tensors are split into several files.
 
     Raises:
-      PeftError: lists every leaf without a name in torch.
+      PeftError: lists every leaf without a name in torch. Also if a number is too large
+        for `dtype`.
 
     Examples:
       >>> import os, tempfile, numpy as np, jlora
@@ -245,6 +249,7 @@ def save_base(
       >>> {name: x.shape for name, x in tensors.items()}
       {'mlp.up.weight': (3, 2)}
     """
+    check_name(directory, PeftError)
     names = names or GENERIC
     leaves, _ = flatten(params)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
@@ -258,7 +263,7 @@ def save_base(
             wrong.append(f"{path!r} is {own}, which torch files do not have")
             continue
         for place in places:
-            tensor = _pending(place, arrays[path], own)
+            tensor = _pending(path, place, arrays[path], own)
             for name in (place.name, place.tied) if tied else (place.name,):
                 if name in tensors:
                     wrong.append(f"two leaves are {name} in torch")
@@ -276,9 +281,10 @@ def save_base(
             write_text(new / _CONFIG, about)
 
 
-def _pending(place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
+def _pending(path: str, place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
     def make() -> np.ndarray:
-        return layers.weight_out(place, np.asarray(leaf).astype(dtype))
+        own = narrowed(path, np.asarray(leaf), dtype, PeftError)
+        return layers.weight_out(place, own)
 
     return Pending(dtype, place.shape(tuple(leaf.shape)), make)
 

@@ -1,5 +1,6 @@
 """`load`: the adapter in a Hugging Face PEFT directory."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -43,7 +44,8 @@ def load(
       dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
 
     Raises:
-      PeftError: if a file is missing, damaged or not a LoRA adapter; lists all that is
+      PeftError: if a file is missing, damaged or not a LoRA adapter, or a number is too
+        large for the dtype; lists all that is
         missing, extra, misshapen or of a wrong type, every field of the config that
         jlora lacks, and every contradiction between config and tensors.
 
@@ -127,7 +129,7 @@ def read_adapter(
     """
     folder = pathlib.Path(directory)
     with told(f"{str(directory)!r} cannot be read", PeftError):
-        if not folder.is_dir():
+        if not os.path.isdir(directory):
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields = read_json(folder / CONFIG, PeftError)
     config, odd = parse_config(fields)

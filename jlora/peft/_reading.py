@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from .._io.shards import Slot
 from .._io.torch_models import is_head, is_table
+from .._numerics import on_device
 from ..errors import PeftError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
@@ -297,7 +298,7 @@ class Reading:
             self.wrong.append(f"{key}: {reason}")
             return True
         base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
-        (b,) = self._placed(rows.astype(np.float32) - base.astype(np.float32))
+        (b,) = self._placed(leaf, rows.astype(np.float32) - base.astype(np.float32))
         spec = Spec(
             op="embedding",
             axes=leaf.axes or place.axes(),
@@ -311,9 +312,9 @@ class Reading:
         self.lora[leaf.path] = Factors(None, b, spec)
         return True
 
-    def _placed(self, *arrays: np.ndarray) -> list[jax.Array]:
+    def _placed(self, leaf: TargetLeaf, *arrays: np.ndarray) -> list[jax.Array]:
         dtype = self.dtype or arrays[0].dtype
-        return [jnp.asarray(x.astype(dtype)) for x in arrays]
+        return [on_device(leaf.path, x, dtype, PeftError) for x in arrays]
 
     def _rank_and_alpha(self, module: str) -> tuple[int, float]:
         rank, alpha = self.rank_of(module), self.alpha_of(module)
@@ -360,8 +361,10 @@ class Reading:
             dropout=self.file.dropout,
             method="dora" if m is not None else "lora",
         )
-        own_a, own_b = self._placed(a, b)
-        magnitude = None if m is None else jnp.asarray(m.astype(np.float32))
+        own_a, own_b = self._placed(leaf, a, b)
+        magnitude = None
+        if m is not None:
+            magnitude = on_device(leaf.path, m, np.float32, PeftError)
         spec = self._planned_spec(leaf, spec)
         self.lora[leaf.path] = Factors(own_a, own_b, spec, magnitude)
 
@@ -395,7 +398,7 @@ class Reading:
             for rank, _, layer in pairs
         ):
             return None
-        a, b = self._placed(*layers.compact(spec, leaf.shape, pairs))
+        a, b = self._placed(leaf, *layers.compact(spec, leaf.shape, pairs))
         return Factors(a, b, spec)
 
     def _whole(self, leaf: TargetLeaf, place: Place) -> Slot | None:
@@ -465,11 +468,12 @@ class Reading:
             return
         dtype = np.result_type(*(x.dtype for x in arrays.values()))
         if all(floats):
-            dtype = jnp.promote_types(dtype, leaf.dtype)
+            with jax.numpy_dtype_promotion("standard"):  # whatever the program has set
+                dtype = jnp.promote_types(dtype, leaf.dtype)
         out = np.zeros(leaf.shape, dtype)
         for place in places:
             layers.weight_in(place, arrays[place.name].astype(dtype), out)
-        self.full[leaf.path] = jnp.asarray(out)
+        self.full[leaf.path] = on_device(leaf.path, out, dtype, PeftError)
 
     def result(self) -> tuple[Trainable, LoadReport]:
         """Returns the adapter and the report."""

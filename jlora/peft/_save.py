@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._io.disk import replacing_files, write_text
+from .._io.describe import check_whole
+from .._io.disk import check_name, replacing_files, write_text
 from .._io.shards import pending, write_tensors
 from .._io.torch_models import facts_of, is_torch_named
 from ..errors import PeftError
@@ -72,7 +73,8 @@ def save(
       max_shard_bytes: split the tensors into files of at most so many bytes.
 
     Raises:
-      PeftError: lists every leaf without a name in torch, or that PEFT has no form for.
+      PeftError: lists every leaf without a name in torch, or that PEFT has no form for,
+        and leaves whose shapes do not fit together.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -96,6 +98,8 @@ def save(
         )
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
+    check_name(directory, PeftError)
+    check_whole(trainable, PeftError)
     if (
         portable
         and names is None

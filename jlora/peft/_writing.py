@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .._io.tensors import NAMES
+from .._numerics import is_finite, narrowed
 from .._tables import listed
 from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
@@ -129,16 +130,15 @@ class Writing:
             return np.zeros(array.shape, np.float32)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return array
-        finite = np.isfinite(array).all()
-        if not finite:
+        if not is_finite(array):
             self.wrong.append(f"{path!r} holds NaN or infinity")
-        with np.errstate(over="ignore"):
-            out = array if self.dtype is None else array.astype(self.dtype)
-        if finite and not np.isfinite(out).all():
-            self.wrong.append(
-                f"{path!r} holds numbers too large for {np.dtype(self.dtype)}"
-            )
-        return out
+        if self.dtype is None:
+            return array
+        try:
+            return narrowed(path, array, self.dtype, PeftError)
+        except PeftError as error:
+            self.wrong.append(str(error).rstrip("."))
+            return array
 
     def _factors(self, path: str, factors: Factors) -> None:
         spec = factors.spec

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ import numpy as np
 
 from .._io.disk import Json
 from ..errors import PeftError
+from ..factors import scale_fault
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)
@@ -196,8 +196,11 @@ def _rank(value: object) -> int:
 
 
 def _number(value: object) -> float:
-    if not _is_number(value) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value):
         raise ValueError("it must be a positive number")
+    fault = scale_fault(value, 1, rslora=False)
+    if fault:
+        raise ValueError(fault)
     return float(value)
 
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ..errors import PoolError
 from ..factors import Trainable
-from ._pool import Pool, create, evict, fit, insert
+from ._pool import Pool, check_number, create, evict, fit, insert
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -59,6 +59,10 @@ class Cache:
       capacity: the number of slots.
       workers: how many adapters load at the same time.
 
+    Raises:
+      PoolError: if `capacity` or `workers` is not a whole number from 1, or a pool
+        cannot hold `like`.
+
     Examples:
       >>> import jax.numpy as jnp, jlora
       >>> from jlora.factors import Factors, Spec, Trainable
@@ -98,6 +102,7 @@ class Cache:
     ):
         from concurrent.futures import ThreadPoolExecutor
 
+        check_number("workers", workers)
         self._load = load
         self._pool = create(like, capacity)
         # Only shapes: the arrays are donated at each insertion.

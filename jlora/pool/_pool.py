@@ -7,6 +7,7 @@ so that inserting or removing one never compiles anything.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ..adapters._several import changed_base, is_lora, rescales
 from ..adapters._stack import pick
 from ..errors import PoolError
 from ..factors import Factors, Leaf, Trainable
+from ..transform.compat import is_staging
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +64,8 @@ def create(like: Trainable, capacity: int) -> Pool:
 
     Raises:
       PoolError: if `like` has leaves trained in full or leaves of other methods than
-        plain LoRA, which a pool cannot hold; lists them.
+        plain LoRA, which a pool cannot hold; lists them. Also if `capacity` is not a
+        whole number from 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -73,6 +76,7 @@ def create(like: Trainable, capacity: int) -> Pool:
       >>> pool.adapters.lora["w"].a.shape, bytes_of(like)
       ((5, 3, 2), 56)
     """
+    check_number("capacity", capacity)
     wrong = [f"{p!r} is trained in full" for p in like.full]
     wrong += [
         f"{p!r} has method {f.spec.method!r}"
@@ -93,6 +97,13 @@ def create(like: Trainable, capacity: int) -> Pool:
         for path, f in like.lora.items()
     }
     return Pool(Trainable(lora), jnp.zeros(capacity, bool))
+
+
+def check_number(name: str, value: Any, least: int = 1) -> None:
+    """Raises a PoolError unless `value` is a whole number of at least `least`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise PoolError(f"{name} must be a whole number from {least}, got {value!r}.")
 
 
 def bytes_of(like: Trainable) -> int:
@@ -119,6 +130,9 @@ def capacity_for(like: Trainable, budget: int) -> int:
       like: see `create`.
       budget: bytes of device memory for the whole pool.
 
+    Raises:
+      PoolError: if `budget` is not a whole number, or too small for one adapter.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
@@ -127,7 +141,9 @@ def capacity_for(like: Trainable, budget: int) -> int:
       >>> capacity_for(like, 16 * 1024**2)
       578524
     """
-    return budget // (bytes_of(like) + 1)  # and one byte of `occupied`
+    slot = bytes_of(like) + 1  # and one byte of `occupied`
+    check_number("budget", budget, least=slot)
+    return budget // slot
 
 
 def fit(pool: Pool, trainable: Trainable) -> Trainable:
@@ -231,7 +247,9 @@ def insert(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
       trainable: from `fit`.
 
     Raises:
-      PoolError: if the shapes of the adapter are not those of a slot.
+      PoolError: if the shapes of the adapter are not those of a slot, or the pool has
+        no such slot. A traced slot that does not exist is not written, so `lookup`
+        gives NaN for it.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -244,24 +262,47 @@ def insert(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
       Array([0., 1.], dtype=float32)
     """
     _check_shapes(pool, trainable)
-    adapters = jax.tree.map(
-        lambda slots, x: slots.at[slot].set(x), pool.adapters, trainable
-    )
-    return Pool(adapters, pool.occupied.at[slot].set(True))
+    place = _place(pool, slot)
+
+    def put(slots: Leaf, x: Leaf) -> jax.Array:
+        return slots.at[place].set(x, mode="drop")
+
+    adapters = jax.tree.map(put, pool.adapters, trainable)
+    return Pool(adapters, put(pool.occupied, True))
+
+
+def _place(pool: Pool, slot: ArrayLike) -> ArrayLike:
+    """Returns the number of a slot; a traced one that does not exist is too large.
+
+    JAX counts a negative index from the end, which would be the slot of another
+    adapter.
+    """
+    n = pool.capacity
+    if is_staging(slot):
+        index = jnp.asarray(slot)
+        if index.shape or not jnp.issubdtype(index.dtype, jnp.integer):
+            raise PoolError(f"A slot is one integer, got {index.dtype}{index.shape}.")
+        return jnp.where((index >= 0) & (index < n), index, n)
+    number = np.asarray(slot)
+    if number.shape or not np.issubdtype(number.dtype, np.integer):
+        raise PoolError(f"A slot is one integer, got {slot!r}.")
+    if not 0 <= number < n:
+        raise PoolError(f"The pool has slots 0 to {n - 1}, but no slot {slot}.")
+    return slot
 
 
 def _check_shapes(pool: Pool, trainable: Trainable) -> None:
     whole, own = (jax.tree.structure(t) for t in (pool.adapters, trainable))
     same = whole == own and all(
-        x.shape[1:] == y.shape
+        (x.shape[1:], x.dtype) == (y.shape, y.dtype)
         for x, y in zip(
             jax.tree.leaves(pool.adapters), jax.tree.leaves(trainable), strict=True
         )
     )
     if not same:
         raise PoolError(
-            "The leaves, ranks or scales of the adapter are not those of the pool's "
-            "slots. Give insert what jlora.pool.fit(pool, adapter) returns."
+            "The leaves, ranks, scales or dtypes of the adapter are not those of the "
+            "pool's slots. Give insert what jlora.pool.fit(pool, adapter) returns."
         )
 
 
@@ -272,6 +313,9 @@ def evict(pool: Pool, slot: ArrayLike) -> Pool:
       pool: the pool.
       slot: number of the slot, an integer or a scalar array.
 
+    Raises:
+      PoolError: if the pool has no such slot; a traced one then changes nothing.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from jlora.factors import Factors, Spec, Trainable
@@ -281,7 +325,8 @@ def evict(pool: Pool, slot: ArrayLike) -> Pool:
       >>> evict(pool, 1).occupied
       Array([False, False], dtype=bool)
     """
-    return Pool(pool.adapters, pool.occupied.at[slot].set(False))
+    place = _place(pool, slot)
+    return Pool(pool.adapters, pool.occupied.at[place].set(False, mode="drop"))
 
 
 def lookup(pool: Pool, ids: ArrayLike) -> Trainable:

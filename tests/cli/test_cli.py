@@ -146,8 +146,10 @@ number = 3
 @pytest.fixture
 def module(folder):
     (folder / "my_model.py").write_text(MODEL)
+    (folder / "elsewhere.py").write_text("import os; os.chdir('orbax')")
     yield "my_model"
     sys.modules.pop("my_model", None)
+    sys.modules.pop("elsewhere", None)
 
 
 def test_plan_shows_a_table(module, call):
@@ -181,6 +183,7 @@ def test_plan_reads_a_config(module, call, folder):
         (["my_model:broken"], 2, "RuntimeError: no weights"),
         (["my_model:other"], 2, "cannot be traced"),
         (["my_model:number"], 2, "is int, neither"),
+        (["elsewhere:x"], 2, "AttributeError"),
         (["my_model:ready", "--rank", "3"], 2, "is a plan, with a config of its own"),
         (["my_model:model", "--rank", "9"], 1, "rank 9"),
         (["my_model:model", "--targets", "x"], 1, "matched none of 2 leaves"),
@@ -226,6 +229,21 @@ def test_merge_of_what_does_not_fit(folder, call):
     fails(result, 1, "a of 'a/kernel'", "b/kernel")
     assert not os.path.exists("out.safetensors")
     fails(call("merge", "base.safetensors", "base.safetensors", "x"), 1, "is a model")
+
+
+def test_merge_that_overflows_is_one_line(folder, call):
+    half = {
+        **PARAMS,
+        "head": jnp.zeros(3),
+        "a": {"kernel": jnp.ones((4, 6), "float16")},
+    }
+    jlora.export.safetensors("half.safetensors", half)
+    f = adapter().lora["a/kernel"]
+    far = dataclasses.replace(f, b=f.b * 1e6)
+    jlora.save("far.safetensors", jlora.Trainable({"a/kernel": far}))
+    result = call("merge", "half.safetensors", "far.safetensors", "out.safetensors")
+    fails(result, 1, "'a/kernel' would hold", "float16 holds at most 65504")
+    assert not os.path.exists("out.safetensors")
 
 
 # convert

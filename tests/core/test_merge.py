@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -53,6 +54,41 @@ def test_split_then_merge_is_identity_bit_for_bit(dtype, train, key):
     # Adding the zero update makes +0 of -0; all other bits are kept.
     expected = {**params, "w": params["w"].at[0, 0].set(0.0)}
     assert bits(merged) in (bits(params), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_sum_too_large_for_its_dtype_is_told_on_request(dtype, key):
+    params = weights("float32")
+    frozen, trainable = jlora.split(key, params, plan_of(params, train="v"))
+    frozen = {**frozen, "w": frozen["w"].astype(dtype)}
+    assert jlora.merge(frozen, trainable, check=True)["w"].dtype == dtype
+    f = trainable.lora["w"]
+    far = dataclasses.replace(f, a=jnp.ones_like(f.a), b=jnp.full_like(f.b, 1e5))
+    far = dataclasses.replace(trainable, lora={"w": far})
+    with pytest.raises(jlora.MergeError) as caught:
+        jlora.merge(frozen, far, check=True)
+    text = (
+        rf"'w' would hold 20000\d, but {dtype} holds at most \d+: convert the base to"
+    )
+    assert re.search(text, str(caught.value))
+    assert not np.isfinite(np.asarray(jlora.merge(frozen, far)["w"], "float32")).all()
+
+
+def test_a_checked_merge_tells_nan_of_the_adapter_from_that_of_the_base(key):
+    params = weights()
+    frozen, trainable = jlora.split(key, params, plan_of(params, train="v"))
+    f = trainable.lora["w"]
+    bad = dataclasses.replace(f, b=f.b.at[0, 0].set(jnp.nan))
+    bad = jlora.Trainable({"w": bad}, {"v": jnp.full((6, 3), jnp.inf)})
+    with pytest.raises(jlora.MergeError) as caught:
+        jlora.merge(frozen, bad, check=True)
+    assert "the factors of 'w' give NaN or infinity" in str(caught.value)
+    assert "'v' has NaN or infinity" in str(caught.value)
+    spoilt = {**frozen, "w": frozen["w"].at[0, 0].set(jnp.nan)}
+    merged = jlora.merge(spoilt, trainable, check=True)
+    assert np.isnan(merged["w"]).sum() == 1
+    with pytest.raises(jlora.MergeError, match="outside jit"):
+        jax.jit(lambda f, t: jlora.merge(f, t, check=True))(frozen, trainable)
 
 
 @pytest.mark.parametrize("config", [{}, {"alpha": 7}, {"alpha": 3, "rslora": True}])

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 import jlora
 from jlora._core.algebra import norm, on_host
 from jlora.factors import Axes, Factors, Spec
-from tests.helpers import normal
+from tests.helpers import normal, update
 
 
 def fn(p, x):
@@ -207,3 +207,30 @@ def test_the_norm_is_right_where_updates_cancel():
     assert found == pytest.approx(dense_norm(plain.lora["w"]), rel=1e-6)
     (leaf,) = jlora.inspection.inspect(plain).leaves
     assert leaf.norm == pytest.approx(found, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-7])
+@pytest.mark.parametrize("axes", [Axes(), Axes((1,), (3, 0), (2,))])
+def test_dora_is_measured_where_the_weight_hardly_moves(size, axes):
+    shape = (8, 3, 6, 4)[: len(axes.order)]
+    own = Spec(rank=2, alpha=3, axes=axes, method="dora")
+    w = normal(shape, 1)
+    a, b = normal(axes.a_shape(shape, 2), 2), normal(axes.b_shape(shape, 2), 3) * size
+    wide = np.asarray(w, np.float64)
+    length = np.sqrt(np.sum(wide**2, axis=axes.fan_in, keepdims=True))
+    m = np.squeeze(length, axes.fan_in).astype(np.float32)
+    kept = sorted((*axes.batch, *axes.fan_out))
+    order = [kept.index(i) for i in (*axes.batch, *axes.fan_out)]
+    factors = Factors(a, b, own, jnp.asarray(np.transpose(m, order)))
+    total = wide + update(factors)
+    new = np.sqrt(np.sum(total**2, axis=axes.fan_in, keepdims=True))
+    gain = np.expand_dims(m.astype(np.float64), axes.fan_in) / new
+    found = jlora.report({"w": w}, jlora.Trainable({"w": factors})).entries[0]
+    assert found.update == pytest.approx(np.linalg.norm(total * gain - wide), rel=1e-9)
+    fresh = dataclasses.replace(factors, b=jnp.zeros_like(b))
+    found = jlora.report({"w": w}, jlora.Trainable({"w": fresh})).entries[0]
+    assert found.update == found.relative == 0
+    spoilt = dataclasses.replace(factors, b=jnp.full_like(b, jnp.nan))
+    found = jlora.report({"w": w}, jlora.Trainable({"w": spoilt})).entries[0]
+    assert math.isnan(found.update)
+    assert not found.finite

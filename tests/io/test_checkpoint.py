@@ -836,3 +836,12 @@ def test_dtypes_by_name():
     """The test adapter holds what it says, so that identity means something."""
     dtypes = {x.dtype for x in jax.tree.leaves(adapter())}
     assert {np.dtype(ml_dtypes.bfloat16), np.dtype("float16")} <= dtypes
+
+
+def test_wide_numbers_need_wide_jax(folder):
+    with jax.enable_x64(True):
+        big = jlora.Trainable(full={"x": jnp.array([1e300])})
+        checkpoint.save(folder, big)
+        same(checkpoint.restore(folder).trainable, big)
+    with pytest.raises(jlora.CheckpointError, match=r"'x\.full' is float64, which"):
+        checkpoint.restore(folder)

@@ -1,5 +1,6 @@
 """Merged models for others: what they read is what `merge` gives."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -114,9 +115,62 @@ def test_merging_files_is_merging_trees(base, tmp_path):
     assert sorted(seen) == sorted(flat(PARAMS))
 
 
-def test_a_base_may_take_the_merged_place(base):
-    export.merge_files(base, ADAPTER, base)
-    same(read_flat(base), flat(jlora.merge(PARAMS, ADAPTER)))
+def test_a_merge_never_replaces_its_base(base, tmp_path):
+    before = base.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(base)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for out in (
+        base,
+        os.path.relpath(base),
+        tmp_path / "link.safetensors",
+        tmp_path / "folder" / base.name,
+    ):
+        with pytest.raises(
+            jlora.CheckpointError, match=r"is the input .* another name"
+        ):
+            export.merge_files(base, ADAPTER, out)
+    with pytest.raises(jlora.CheckpointError, match="is the input"):
+        export.merge_files(tmp_path / "link.safetensors", ADAPTER, base)
+    assert base.read_bytes() == before
+    lone = tmp_path / "model"
+    lone.mkdir()
+    base.rename(lone / "model.safetensors")
+    for out in (lone / "merged.safetensors", lone / "a" / "b", lone):
+        with pytest.raises(jlora.CheckpointError, match=r"(lies in|is) the input"):
+            export.merge_files(lone, ADAPTER, out)
+    with pytest.raises(jlora.CheckpointError, match="contains the input"):
+        export.merge_files(lone, ADAPTER, tmp_path)
+    export.merge_files(lone, ADAPTER, tmp_path / "modelled")  # begins alike, no more
+
+
+def test_a_merge_never_replaces_a_shard_or_what_a_link_leads_to(tmp_path):
+    shards = tmp_path / "shards"
+    named = {name: np.ones(2, np.float32) for name in "ab"}
+    jlora.peft.save_base(shards, named, max_shard_bytes=8)
+    index = shards / "model.safetensors.index.json"
+    shard = shards / "model-00001-of-00002.safetensors"
+    adapter = jlora.Trainable()
+    for base in (index, shards):
+        with pytest.raises(jlora.CheckpointError, match=r"(is|lies in) the input"):
+            export.merge_files(base, adapter, shard)
+    blob, snapshot = tmp_path / "blob", tmp_path / "snapshot"
+    export.safetensors(blob, named)
+    snapshot.mkdir()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    with pytest.raises(jlora.CheckpointError, match="is the input"):
+        export.merge_files(snapshot, adapter, blob)
+
+
+@pytest.mark.parametrize("part", ["factors", "full"])
+def test_a_merge_that_overflows_is_refused_and_leaves_nothing(base, tmp_path, part):
+    out, own = tmp_path / "merged.safetensors", ADAPTER.lora["experts"]
+    far = jlora.Trainable({"experts": dataclasses.replace(own, b=own.b * 1e6)})
+    text = r"'experts' would hold .*, but float16 holds at most 65504: convert the base"
+    if part == "full":
+        far, text = jlora.Trainable(full={"head": jnp.full((4, 2), jnp.nan)}), "head"
+    with pytest.raises(jlora.MergeError, match=text):
+        export.merge_files(base, far, out)
+    assert os.listdir(tmp_path) == [base.name]
 
 
 @pytest.mark.parametrize("bound", [0, 80])
@@ -188,11 +242,15 @@ def test_a_sharded_base(tmp_path):
     places = {"w": "one.safetensors", "v": "two.safetensors"}
     shard(tmp_path, places, one={"w": w}, two={"v": v})
     f = Factors(normal((3, 1)), normal((1, 4)), Spec(rank=1, alpha=1))
-    export.merge_files(tmp_path, jlora.Trainable({"w": f}), tmp_path / "out")
-    same(
-        read_flat(tmp_path / "out"),
-        jlora.merge({"v": v, "w": w}, jlora.Trainable({"w": f})),
-    )
+    out = tmp_path.with_name("merged")
+    export.merge_files(tmp_path, jlora.Trainable({"w": f}), out)
+    same(read_flat(out), jlora.merge({"v": v, "w": w}, jlora.Trainable({"w": f})))
+    index = tmp_path / "model.safetensors.index.json"
+    for part in ("one", "two"):
+        with pytest.raises(jlora.CheckpointError, match="is the input"):
+            export.merge_files(
+                index, jlora.Trainable(), tmp_path / f"{part}.safetensors"
+            )
 
 
 def test_a_file_beside_an_index_of_its_name_counts(tmp_path):
@@ -257,7 +315,7 @@ factors = Factors(jnp.ones((1024, 2)), jnp.ones((2, 1024)), spec)
 lora = {f"{i}": factors for i in range(4)}
 small = {"0": Factors(jnp.ones((8, 2)), jnp.ones((2, 8)), spec)}
 jlora.export.safetensors("small", {"0": np.ones((8, 8), np.float32)})
-jlora.export.merge_files("small", jlora.Trainable(small), "small")
+jlora.export.merge_files("small", jlora.Trainable(small), "small_out")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 jlora.export.merge_files("base", jlora.Trainable(lora), "out")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
@@ -357,6 +415,111 @@ def test_a_plan_without_a_function_keeps_every_setting(tmp_path):
     assert (own.op, own.method, own.init) == ("embedding", "dora", "gaussian")
     assert (own.alpha, own.dropout) == (3, 0.5)
     assert specs["stack"].axes == jlora.Axes((0,), (1,), (2,))
+
+
+WHOLE = {  # each setting, with what the plan then says of a leaf
+    "rank": ({"rank": 3}, "a/kernel", ("rank", 3)),
+    "alpha": ({"alpha": 7}, "a/kernel", ("alpha", 7)),
+    "rslora": ({"rslora": True}, "a/kernel", ("rslora", True)),
+    "dropout": ({"dropout": 0.5}, "a/kernel", ("dropout", 0.5)),
+    "method": ({"method": "vera"}, "a/kernel", ("method", "vera")),
+    "init": ({"init": "pissa"}, "a/kernel", ("init", "pissa")),
+    "the init of a rule": (
+        {"rules": jlora.Rule("a/*", init="olora")},
+        "a/kernel",
+        ("init", "olora"),
+    ),
+    "the method of a rule": (
+        {"rules": jlora.Rule("a/*", method="adalora")},
+        "a/kernel",
+        ("method", "adalora"),
+    ),
+    "the axes of a rule": (
+        {"rules": jlora.Rule("a/*", axes=jlora.Axes((), (1,), (0,)))},
+        "a/kernel",
+        ("axes", jlora.Axes((), (1,), (0,))),
+    ),
+    "the last of several axes": (
+        {
+            "rules": [
+                jlora.Rule("stack", axes=jlora.Axes((0,), (1,), (2,))),
+                jlora.Rule("st*", axes=jlora.Axes((0,), (2,), (1,))),
+            ],
+            "targets": "stack",
+        },
+        "stack",
+        ("axes", jlora.Axes((0,), (2,), (1,))),
+    ),
+    "rows of a table": (
+        {"train": jlora.TokenRows("embedding", (1, 8))},
+        "embedding",
+        ("rows", (1, 8)),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_plan_without_a_function_drops_no_setting(tmp_path, what):
+    tuned_pair(tmp_path)
+    config, path, (field, value) = WHOLE[what]
+    plan = export.flat_plan(
+        tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config})
+    )
+    specs = {row.path: row.spec for row in plan.rows() if row.spec}
+    assert getattr(specs[path], field) == value
+    assert plan.config == jlora.LoraConfig(**{"rank": 1, **config})
+
+
+IDLE = {
+    "exclude": ({"exclude": "c"}, "exclude: 'c' matched none of 4 leaves"),
+    "train": ({"train": "c"}, "train: 'c' matched none of 4 leaves"),
+    "rows": ({"train": jlora.TokenRows("c", (1,))}, "train: 'c' matched none"),
+    "rows of a kernel": (
+        {"train": jlora.TokenRows("a/*", (1,)), "targets": "embedding"},
+        "'a/kernel' is not an embedding table",
+    ),
+    "rows beyond the table": (
+        {"train": jlora.TokenRows("embedding", (9,))},
+        "has 9 rows, but no row 9",
+    ),
+    "a glob among others": (
+        {"targets": ("a/*", "d/*")},
+        r"targets: 'd/\*' matched none of 4 leaves",
+    ),
+    "an exclusion of all": (
+        {"targets": "a/*", "exclude": "a/kernel"},
+        r"exclude= removes every match of 'a/\*'",
+    ),
+    "axes that are not the leaf's": (
+        {"rules": jlora.Rule("a/*", axes=jlora.Axes((0,), (1,), (2,)))},
+        "must name each of its 2 axes",
+    ),
+    "parts that do not add up": (
+        {"rules": jlora.Rule("a/*", parts=jlora.FusedParts(1, (2, 2), (1, 1)))},
+        "must add up to 6",
+    ),
+    "an init that needs a trace": (
+        {"init": "pissa", "method": "vera"},
+        "init",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_a_plan_without_a_function_refuses_what_would_have_no_effect(tmp_path, what):
+    tuned_pair(tmp_path)
+    config, text = IDLE[what]
+    with pytest.raises((jlora.ConfigError, jlora.TargetError), match=text):
+        export.flat_plan(tmp_path / "base", jlora.LoraConfig(**{"rank": 1, **config}))
+
+
+@pytest.mark.parametrize("what", ["method", "the method of a rule", "rows of a table"])
+def test_what_cannot_be_extracted_is_refused_and_not_dropped(tmp_path, what):
+    tuned_pair(tmp_path)
+    config = jlora.LoraConfig(**{"rank": 1, **WHOLE[what][0]})
+    plan = export.flat_plan(tmp_path / "base", config)
+    with pytest.raises(jlora.ConfigError, match="for the methods lora and dora, not"):
+        export.extract_files(tmp_path / "tuned", tmp_path / "base", plan)
 
 
 def test_models_that_differ_are_refused(tmp_path):

@@ -22,7 +22,7 @@ import jlora
 from jlora._io import tensors as _tensors
 from jlora._io.disk import replacing
 from jlora._plan.serial import plan_from_dict, plan_to_dict
-from jlora.factors import Axes, Factors, Spec
+from jlora.factors import Axes, Factors, FusedParts, Spec
 from jlora.methods import METHODS
 from tests.helpers import normal, same
 from tests.io.helpers import adapter
@@ -313,6 +313,14 @@ def test_other_files_and_other_versions_are_named(saved, path):
 
 
 SPEC = Spec(rank=2, alpha=1)
+FACTORS = Factors(normal((3, 2)), normal((2, 4)), SPEC)
+
+
+def with_settings(monkeypatch, path, fields):
+    """Writes a file whose settings `jlora.save` would not write."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Spec, "to_dict", lambda self: fields)
+        jlora.save(path, jlora.Trainable({"w": FACTORS}))
 
 
 @pytest.mark.parametrize(
@@ -322,10 +330,17 @@ SPEC = Spec(rank=2, alpha=1)
             {"rank": 3},
             "a of 'w' has shape (3, 2), a weight of shape (3, 4) at rank 3 needs",
         ),
-        ({"rank": 0}, "rank of 'w' is 0"),
-        ({"rank": True}, "rank of 'w' is True"),
-        ({"rank": "2"}, "rank of 'w' is '2'"),
-        ({"alpha": float("nan")}, "alpha of 'w' is nan"),
+        ({"rank": 0}, "'w': Spec: rank must be a positive integer, got 0"),
+        ({"rank": True}, "rank must be a positive integer, got True"),
+        ({"rank": "2"}, "rank must be a positive integer, got '2'"),
+        ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
+        ({"alpha": float("inf")}, "alpha must be a positive number, got inf"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"alpha": -1.5}, "alpha must be a positive number, got -1.5"),
+        ({"alpha": "1"}, "alpha must be a positive number, got '1'"),
+        ({"alpha": 1e308}, "a scale that float32 holds, got 1e+308 at rank 2"),
+        ({"alpha": 10**400}, "a scale that float32 holds, got 1000"),
+        ({"alpha": 1e-38}, "a scale that float32 holds, got 1e-38 at rank 2"),
         ({"dropout": 1.0}, "dropout of 'w' is 1.0"),
         ({"rslora": 1}, "rslora of 'w' is 1"),
         ({"op": "x"}, "op of 'w' is 'x'"),
@@ -333,23 +348,113 @@ SPEC = Spec(rank=2, alpha=1)
         ({"axes": Axes((), (0,), (0,))}, "axes of 'w' is"),
         ({"axes": Axes((), (0,), (1, 2))}, "arrays of 'w' do not fit"),
         ({"axes": Axes((), (0, "1"), (2,))}, "axes of 'w' is"),
+        ({"parts": FusedParts(1, (2, 2), (0, 0))}, "rank must be a positive integer"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(path, change, text):
-    spec = dataclasses.replace(SPEC, **change)
-    wrong = jlora.Trainable({"w": Factors(normal((3, 2)), normal((2, 4)), spec)})
-    jlora.save(path, wrong)
+def test_settings_that_do_not_fit_are_refused(path, monkeypatch, change, text):
+    told = {
+        name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x
+        for name, x in change.items()
+    }
+    with_settings(monkeypatch, path, {**SPEC.to_dict(), **told})
     with pytest.raises(jlora.CheckpointError, match=re.escape(text)):
         jlora.load(path)
+    # What cannot be loaded cannot be made, or else it cannot be saved.
+    with pytest.raises(jlora.JloraError, match=re.escape(text.removeprefix("'w': "))):
+        jlora.save(path, jlora.Trainable({"w": with_spec(**change)}))
+
+
+def with_spec(**change):
+    return dataclasses.replace(FACTORS, spec=dataclasses.replace(SPEC, **change))
+
+
+UNSAVED = {
+    "a misshapen B": (
+        {"w": Factors(normal((3, 2)), normal((3, 4)), SPEC)},
+        "b of 'w' has shape (3, 4), a weight of shape (3, 4) at rank 2 needs (2, 4)",
+    ),
+    "too few axes": (
+        {"w": Factors(normal((3,)), normal((2, 4)), SPEC)},
+        "the arrays of 'w' do not fit its settings",
+    ),
+    "a stack of adapters": (
+        {"w": Factors(normal((5, 3, 2)), normal((5, 2, 4)), SPEC)},
+        "the arrays of 'w' do not fit its settings",
+    ),
+    "no B": ({"w": Factors(normal((3, 2)), None, SPEC)}, "the arrays of 'w' do not"),
+    "no magnitude": (
+        {
+            "w": Factors(
+                normal((3, 2)), normal((2, 4)), dataclasses.replace(SPEC, method="dora")
+            )
+        },
+        "magnitude of 'w' has shape None",
+    ),
+    "a magnitude too many": (
+        {"w": Factors(normal((3, 2)), normal((2, 4)), SPEC, normal((4,)))},
+        "magnitude of 'w' has shape (4,)",
+    ),
+    "whole numbers": (
+        {"w": Factors(jnp.ones((3, 2), "int32"), normal((2, 4)), SPEC)},
+        "a of 'w' is int32, it must be a floating-point array",
+    ),
+    "an alpha of NumPy": (
+        {"w": with_spec(alpha=np.int8(4))},
+        "alpha of 'w' is",
+    ),
+    "a list among the settings": (
+        {
+            "w": Factors(
+                normal((3, 2)), normal((2, 4)), dataclasses.replace(SPEC, rows=[1])
+            )
+        },
+        "the settings of 'w' are not readable",
+    ),
+    "only shapes": (
+        jax.eval_shape(lambda: {"w": FACTORS}),
+        "'a' of 'w' is a shape, without numbers",
+    ),
+    "no factors": ({"w": normal((3, 4))}, "'w' holds ArrayImpl, not Factors"),
+    "a number as path": ({3: FACTORS}, "the path 3 is not a text"),
+    "half a character": ({"\ud83d": FACTORS}, "the path '\\ud83d' is not a text"),
+}
+
+
+def in_a_loop(path, trainable):
+    with jlora.checkpoint.Checkpoints(path) as steps:
+        steps.save(trainable, step=0)
+
+
+SAVES = {
+    "file": (jlora.save, jlora.CheckpointError),
+    "orbax": (jlora.checkpoint.save, jlora.CheckpointError),
+    "loop": (in_a_loop, jlora.CheckpointError),
+    "peft": (jlora.peft.save, jlora.PeftError),
+}
+
+
+@pytest.mark.parametrize("what", UNSAVED)
+@pytest.mark.parametrize("form", SAVES)
+def test_an_adapter_that_could_not_be_loaded_is_not_saved(tmp_path, what, form):
+    lora, text = UNSAVED[what]
+    save, fault = SAVES[form]
+    with pytest.raises(fault, match=re.escape(text)):
+        save(tmp_path / "x", jlora.Trainable(lora))
+    assert form == "loop" or os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("full", "text"), [({"x": 3.0}, "'x' is float, not an"), ({1: FACTORS.a}, "path 1")]
+)
+def test_a_full_leaf_that_could_not_be_loaded_is_not_saved(path, full, text):
+    with pytest.raises(jlora.CheckpointError, match=text):
+        jlora.save(path, jlora.Trainable(full=full))
 
 
 def test_unknown_and_missing_settings_are_refused(path, monkeypatch):
-    f = Factors(normal((3, 2)), normal((2, 4)), SPEC)
     known = SPEC.to_dict()
     for fields in ({**known, "new": 1}, {"axes": known["axes"]}, {}, {"axes": 3}):
-        with monkeypatch.context() as patch:
-            patch.setattr(Spec, "to_dict", lambda self, fields=fields: fields)
-            jlora.save(path, jlora.Trainable({"w": f}))
+        with_settings(monkeypatch, path, fields)
         with pytest.raises(jlora.CheckpointError, match="settings of 'w' are not"):
             jlora.load(path)
 

@@ -139,6 +139,37 @@ def test_dora_is_the_formula_of_the_paper():
     )
 
 
+@pytest.mark.parametrize("alpha", [1e-30, 1e20, 1e35])
+def test_dora_at_a_scale_whose_square_is_out_of_reach(alpha):
+    """B that makes up for the scale gives what it gives at a scale of 1."""
+    _, _, frozen, trainable = adapt(method="dora")
+
+    def at(scale):
+        return jlora.Trainable({
+            path: dataclasses.replace(
+                f,
+                spec=dataclasses.replace(f.spec, alpha=float(f.rank * scale)),
+                b=f.b / scale,
+            )
+            for path, f in trainable.lora.items()
+        })  # fmt: skip
+
+    plain, far = at(1.0), at(2.0 ** round(np.log2(alpha)))
+    apply = jlora.apply_lora(model, on_merge="allow")
+    expected, actual = (apply(frozen, t, IDS) for t in (plain, far))
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1e22, 1e38])
+def test_dora_of_a_length_out_of_reach_is_nan_and_not_zero(alpha):
+    _, _, frozen, trainable = adapt(method="dora", targets="heads")
+    f = trainable.lora["heads"]
+    spec = dataclasses.replace(f.spec, alpha=alpha)
+    far = jlora.Trainable({"heads": dataclasses.replace(f, spec=spec)})
+    assert np.isnan(jlora.merge(frozen, far)["heads"]).all()
+    assert np.isnan(jlora.apply_lora(model)(frozen, far, IDS)).all()
+
+
 def test_dora_starts_with_the_lengths_of_the_columns():
     params, plan, _, _ = adapt(method="dora")
     _, trainable = jlora.split(jax.random.key(0), params, plan)
@@ -313,6 +344,7 @@ def test_parts_of_a_fused_weight_have_ranks_of_their_own():
         (jlora.FusedParts(1, (8, 4), (1, 1)), "add up to 16"),
         (jlora.FusedParts(1, (8, 8), (1,)), "a rank for each"),
         (jlora.FusedParts(1, (8, 8), (0, 0)), "must be in 0 to"),
+        (jlora.FusedParts(1, (), ()), "add up to 16"),
         (jlora.FusedParts(1, (12, 4), (1, 5)), "must be in 0 to"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 import jlora
-from jlora import Axes, Factors, PeftError, Trainable
+from jlora import Axes, Factors, PeftError, Trainable, peft
 from jlora._io.shards import pending, read_header, write_tensors
 from jlora.factors import Spec
 from jlora.peft import Entry, NameMap, maps
@@ -435,7 +435,7 @@ def wrong_adapters():
             {},
         ),
         "holds NaN": (Trainable({"a/kernel": nan}), {}),
-        "too large for float16": (
+        "'a/kernel' holds 1e.06, but float16 holds at most 65504": (
             Trainable({}, {"a/kernel": jnp.full((2, 2), 1e6)}),
             {"dtype": "float16"},
         ),
@@ -1025,3 +1025,59 @@ def test_untied_head_of_gpt2_that_peft_left_out_is_refused():
     folder = GOLDEN / "gpt2" / "untied"
     _, report = jlora.peft.load_partial(folder, like, names=maps.GPT2, tied=True)
     assert any("jlora has one leaf for both" in text for text in report.config)
+
+
+# Casts.
+
+
+def one_leaf(value, dtype="float32"):
+    return {"up": {"kernel": np.full((4, 6), value, dtype)}}
+
+
+def wide_adapter(value, dtype="float32"):
+    a = np.ones((4, 2), dtype)
+    own = Factors(a, np.full((2, 6), value, dtype), Spec(rank=2, alpha=2))
+    return Trainable({"up/kernel": own}, {"head/kernel": np.full((2, 3), 1, dtype)})
+
+
+CASTS = {
+    "save_base": lambda d: peft.save_base(d / "x", one_leaf(1e5), dtype="float16"),
+    "save_base in shards": lambda d: peft.save_base(
+        d / "x", one_leaf(1e5), dtype="float16", max_shard_bytes=1
+    ),
+    "load_base": lambda d: peft.load_base(d / "base", one_leaf(0), dtype="float16"),
+    "load_base as params are": lambda d: peft.load_base(
+        d / "base", one_leaf(0, "float16")
+    ),
+    "load_base_partial": lambda d: peft.load_base_partial(
+        d / "base", one_leaf(0), dtype="float16"
+    ),
+    "save": lambda d: peft.save(d / "x", wide_adapter(1e5), dtype="float16"),
+    "load": lambda d: peft.load(d / "own", LIKE, dtype="float16"),
+    "load in float32": lambda d: peft.load(d / "wide", LIKE),
+    "load_base in float32": lambda d: peft.load_base(
+        d / "wide_base", one_leaf(0, "float64")
+    ),
+}
+LIKE = {**one_leaf(0), "head": {"kernel": np.zeros((2, 3), "float32")}}
+
+
+@pytest.mark.parametrize("way", CASTS)
+def test_a_cast_that_overflows_is_an_error(tmp_path, way):
+    peft.save_base(tmp_path / "base", one_leaf(1e5))
+    peft.save_base(tmp_path / "wide_base", one_leaf(1e300, "float64"))
+    peft.save(tmp_path / "own", wide_adapter(1e5))
+    peft.save(tmp_path / "wide", wide_adapter(1e300, "float64"))
+    wide = "float32" in way
+    largest, most = ("1e.300", "3.40282e.38") if wide else ("100000", "65504")
+    text = rf"up.* holds {largest}, but float\d\d holds at most {most}. Choose"
+    with pytest.raises(PeftError, match=text):
+        CASTS[way](tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["base", "own", "wide", "wide_base"]
+
+
+def test_a_cast_that_fits_is_what_it_was(tmp_path):
+    peft.save_base(tmp_path, one_leaf(1e4), dtype="float16")
+    read = peft.load_base(tmp_path, one_leaf(0), dtype="bfloat16")
+    assert read["up"]["kernel"].dtype == jnp.bfloat16
+    assert (read["up"]["kernel"] == jnp.bfloat16(1e4)).all()

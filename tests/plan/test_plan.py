@@ -700,3 +700,14 @@ def test_all_linear_leaves_out_what_could_only_be_merged():
     assert (
         row(made, "w").note == "only merged on the fly: name it in targets to adapt it"
     )
+
+
+def test_a_scale_of_several_rules_is_told_with_its_leaf():
+    rules = jlora.Rule("w", alpha=2e-38), jlora.Rule("*", rank=4)
+    config = jlora.LoraConfig(rank=1, targets=("w", "v"), rules=rules)
+    params = {"w": shape(4, 4), "v": shape(4, 3)}
+    with pytest.raises(jlora.TargetError) as caught:
+        jlora.plan(lambda p, x: x @ p["w"] @ p["v"], params, shape(2, 4), config=config)
+    text = "'w': alpha must give a scale that float32 holds, got 2e-38 at rank 4"
+    assert text in str(caught.value)
+    assert "rank 4 is above min(in, out) = min(4, 3) of 'v'" in str(caught.value)

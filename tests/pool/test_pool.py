@@ -12,6 +12,7 @@ import jlora
 from jlora import adapters, pool
 from jlora.factors import Axes, Factors, Spec, Trainable
 from jlora.pool._cache import insert_in_place
+from tests.helpers import same
 
 LAYERS = Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
 PARAMS = {"w": jnp.zeros((4, 3)), "layers": jnp.zeros((2, 3, 3))}
@@ -229,3 +230,58 @@ def test_directories_of_peft_are_served(tmp_path):
     out = row_fn(params, batch.adapters, batch.ids, jnp.ones((4, 4)))
     np.testing.assert_allclose(out[:, 0], [8, np.nan, 0, 4], rtol=1e-5)
     assert set(batch.errors) == {1}
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.0, 1.5, True, "3", None])
+def test_a_pool_has_a_whole_number_of_slots(capacity):
+    text = "capacity must be a whole number from 1, got"
+    with pytest.raises(jlora.PoolError, match=text):
+        pool.create(LIKE, capacity)
+    with pytest.raises(jlora.PoolError, match=text):
+        pool.Cache(load, LIKE, capacity)
+    with pytest.raises(jlora.PoolError, match="workers must be a whole number"):
+        pool.Cache(load, LIKE, 2, workers=capacity)
+    for budget in (capacity, pool.bytes_of(LIKE), float("inf")):
+        with pytest.raises(jlora.PoolError, match="budget must be a whole number from"):
+            pool.capacity_for(LIKE, budget)
+    assert pool.create(LIKE, np.int64(2)).capacity == 2
+
+
+@pytest.mark.parametrize("slot", [3, -1, -3, 2**40, np.int32(3), jnp.int32(-1)])
+def test_a_slot_that_does_not_exist_is_no_other_slot(slot):
+    made = pool.create(LIKE, 3)
+    for i in range(3):
+        made = pool.insert(made, i, pool.fit(made, adapter(i + 1)))
+    own = pool.fit(made, adapter(9))
+    for change in (
+        lambda: pool.insert(made, slot, own),
+        lambda: pool.evict(made, slot),
+    ):
+        with pytest.raises(jlora.PoolError, match="has slots 0 to 2, but no slot"):
+            change()
+    if isinstance(slot, int) and slot >= 2**31:
+        return
+    same(jax.jit(pool.insert)(made, slot, own), made)
+    same(jax.jit(pool.evict)(made, slot), made)
+
+
+@pytest.mark.parametrize("slot", [1.0, True, None, "0", np.arange(2), [0]])
+def test_a_slot_is_one_integer(slot):
+    made = pool.create(LIKE, 3)
+    own = pool.fit(made, adapter(9))
+    for change in (
+        lambda: pool.insert(made, slot, own),
+        lambda: pool.evict(made, slot),
+    ):
+        with pytest.raises(jlora.PoolError, match="A slot is one integer, got"):
+            change()
+    if isinstance(slot, float | np.ndarray):
+        with pytest.raises(jlora.PoolError, match="A slot is one integer, got"):
+            jax.jit(pool.insert)(made, slot, own)
+
+
+def test_an_adapter_of_other_dtypes_is_not_cast_in_silence():
+    made = pool.create(jax.tree.map(lambda x: x.astype(jnp.float16), LIKE), 1)
+    wide = pool.fit(pool.create(LIKE, 1), adapter(1e6))
+    with pytest.raises(jlora.PoolError, match=r"dtypes of the adapter are not those"):
+        pool.insert(made, 0, wide)

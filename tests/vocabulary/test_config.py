@@ -16,7 +16,7 @@ GLOBS = st.lists(
     st.sampled_from(["**", "**/q/kernel", "a/{b,c}/[de]?", 'say "é"\\n', ""]),
     max_size=3,
 ).map(tuple)
-POSITIVE = st.integers(1, 10**6) | st.floats(1e-300, 1e300)
+POSITIVE = st.integers(1, 10**6) | st.floats(1e-30, 1e30)
 RATES = st.floats(0, 1, exclude_max=True)
 AXES = st.permutations(range(4)).flatmap(
     lambda order: st.tuples(st.integers(0, 4), st.integers(0, 4)).map(
@@ -154,6 +154,10 @@ BAD = [
     ("alpha", float("inf"), "alpha must be a positive number, got inf"),
     ("alpha", True, "alpha must be a positive number, got True"),
     ("alpha", "16", "alpha must be a positive number, got '16'"),
+    ("alpha", np.float32(1), "alpha must be a positive number, got"),
+    ("alpha", 1e308, "a scale that float32 holds, got 1e+308 at rank 8"),
+    ("alpha", 10**400, "alpha must give a scale that float32 holds, got 1000"),
+    ("alpha", 1e-40, "a scale that float32 holds, got 1e-40 at rank 8"),
     ("dropout", 1, "dropout must be in [0, 1), got 1"),
     ("dropout", -0.1, "dropout must be in [0, 1), got -0.1"),
     ("dropout", float("nan"), "dropout must be in [0, 1), got nan"),
@@ -192,6 +196,7 @@ def test_a_value_that_cannot_work_is_refused(field, value, message):
     [
         ("rank", 0, "Rule('**/q'): rank must be a positive integer, got 0."),
         ("alpha", -1, "Rule('**/q'): alpha must be a positive number, got -1."),
+        ("alpha", 1e308, "Rule('**/q'): alpha must give a scale that float32 holds"),
         ("dropout", 2, "Rule('**/q'): dropout must be in [0, 1), got 2."),
         ("method", "x", "Rule('**/q'): method must be one of"),
         ("init", "x", "Rule('**/q'): init must be one of"),

@@ -1,6 +1,7 @@
 """How `Factors` and `Trainable` show themselves, and as state dicts of Flax."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from flax import serialization
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
-from jlora import Factors, Spec, Trainable
+from jlora import ConfigError, Factors, FusedParts, Spec, Trainable
 
 SPEC = Spec(rank=2, alpha=4.0)
 ADAPTER = Trainable(
@@ -169,3 +170,28 @@ def test_a_state_dict_of_another_adapter_is_refused(change, message):
     change(state)
     with pytest.raises(ValueError, match=message):
         serialization.from_state_dict(adapter, state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"rank": 0}, "rank must be a positive integer, got 0"),
+        ({"rank": 2.0}, "rank must be a positive integer, got 2.0"),
+        ({"alpha": 0}, "alpha must be a positive number, got 0"),
+        ({"alpha": -2}, "alpha must be a positive number, got -2"),
+        ({"alpha": float("nan")}, "alpha must be a positive number, got nan"),
+        ({"alpha": float("inf")}, "alpha must be a positive number, got inf"),
+        ({"alpha": None}, "alpha must be a positive number, got None"),
+        ({"alpha": 1e39}, "a scale that float32 holds, got 1e+39 at rank 2"),
+        ({"alpha": 1e-38}, "a scale that float32 holds, got 1e-38 at rank 2"),
+        ({"parts": FusedParts(1, (2, 2), (0, 0))}, "rank must be a positive integer"),
+        ({"parts": FusedParts(1, (), ())}, "rank must be a positive integer"),
+    ],
+)
+def test_a_spec_has_a_scale_that_float32_holds(fields, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        Spec(**{"rank": 2, "alpha": 4, **fields})
+    good = Spec(rank=2, alpha=4)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        dataclasses.replace(good, **fields)
+    assert Spec(rank=4, alpha=6e38, rslora=True).scale == 3e38
