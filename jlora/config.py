@@ -9,7 +9,8 @@ import jax.typing
 import numpy as np
 
 from .errors import ConfigError
-from .factors import Axes, FusedParts, scale_fault, tuples
+from .factors import Axes, FusedParts, tuples
+from .factors._scale import scale_fault
 from .methods import INITS, METHODS, find_init, init_name
 
 Init = str | Callable[..., Any]

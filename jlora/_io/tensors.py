@@ -151,7 +151,8 @@ def write(
       metadata: strings for the header.
 
     Raises:
-      CheckpointError: if the format lacks a dtype, or the file cannot be written.
+      CheckpointError: if the format lacks a dtype or cannot hold a name, or the file
+        cannot be written.
     """
     unknown = [
         f"{name!r} is {x.dtype}"
@@ -162,6 +163,11 @@ def write(
         raise CheckpointError(
             f"Not saved: safetensors has no such dtype: {listed(unknown, 5)}. "
             f"It has {', '.join(str(d) for d in NAMES)}."
+        )
+    wrong = [repr(name) for name in tensors if not _is_name(name)]
+    if wrong:
+        raise CheckpointError(
+            f"Not saved: a tensor of safetensors cannot be called {listed(wrong, 5)}."
         )
     order = in_order(tensors)
     fields: Json = {"__metadata__": dict(metadata)} if metadata else {}
@@ -182,6 +188,14 @@ def write(
             place = fields[name]["data_offsets"]
             written = sum(file.write(piece) for piece in pieces(name))
             assert written == place[1] - place[0], (name, written, place)
+
+
+def _is_name(name: str) -> bool:
+    """Returns whether a header can hold `name`: text of UTF-8, not its own key."""
+    try:
+        return name.encode() != b"__metadata__"
+    except UnicodeEncodeError:
+        return False
 
 
 def in_order(tensors: Mapping[str, Form]) -> list[str]:

@@ -10,7 +10,8 @@ from .. import paths
 from .._tables import listed
 from ..config import LoraConfig, Rule
 from ..errors import TargetError
-from ..factors import Axes, FusedParts, Spec, scale_fault
+from ..factors import Axes, FusedParts, Spec
+from ..factors._scale import scale_fault
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform.discover import FACTORED
 from .row import Row

@@ -12,6 +12,5 @@ from ._records import (
     PyTree as PyTree,
     Spec as Spec,
     Trainable as Trainable,
-    scale_fault as scale_fault,
     tuples as tuples,
 )

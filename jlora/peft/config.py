@@ -12,7 +12,7 @@ import numpy as np
 
 from .._io.disk import Json
 from ..errors import PeftError
-from ..factors import scale_fault
+from ..factors._scale import scale_fault
 
 T = TypeVar("T")
 H = TypeVar("H", bound=Hashable)

@@ -86,6 +86,13 @@ def test_what_is_no_array_is_named(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "half\ud83d"])
+def test_a_name_that_safetensors_cannot_hold_is_refused(tmp_path, name):
+    with pytest.raises(jlora.CheckpointError, match="cannot be called"):
+        export.safetensors(tmp_path / "x", {name: jnp.ones(2), "w": jnp.ones(2)})
+    assert os.listdir(tmp_path) == []
+
+
 def test_orbax_reads_what_was_written(tmp_path):
     place = tmp_path / "model"
     export.orbax(place, PARAMS)
