@@ -1,6 +1,7 @@
 """Adds factors to weights for good, and takes them off again."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,10 @@ def merge(frozen: Tree, trainable: Trainable, *, check: bool = False) -> Tree:
       MergeError: with `check`, if a number of a weight was finite and is no longer;
         lists the leaves.
 
+    Warns:
+      UserWarning: names weights of eight bits or fewer, with the share of the update
+        that their rounding loses.
+
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
       >>> params = {"w": jnp.ones((4, 4)), "v": jnp.ones((4, 2))}
@@ -58,7 +63,38 @@ def merge(frozen: Tree, trainable: Trainable, *, check: bool = False) -> Tree:
     merged = _shift(whole, trainable, sign=1)
     if check:
         _check_finite(whole, merged, trainable)
+    coarse = _coarse(whole, merged, trainable)
+    if coarse:
+        warnings.warn(
+            "These weights hold too few digits for the sum, so the merge loses part of "
+            f"the update: {listed(coarse, 5, ', ')}. Merge into bfloat16 or float32.",
+            stacklevel=2,
+        )
     return merged
+
+
+def _coarse(before: PyTree, after: PyTree, trainable: Trainable) -> list[str]:
+    """Returns the merged leaves of at most eight bits, with what they lost of it."""
+    olds, _ = paths.flatten(before)
+    news, _ = paths.flatten(after)
+    found = []
+    for path, factors in trainable.lora.items():
+        w, new = olds[path], news[path]
+        if jnp.finfo(new.dtype).bits > 8:
+            continue
+        if is_staging(new):
+            found.append(f"{path!r} ({new.dtype})")
+            continue
+        w = jnp.asarray(w).astype(jnp.float32)
+        change = _add_delta(w, factors, sign=1) - w
+        lost = jnp.linalg.norm(change - (new.astype(jnp.float32) - w))
+        size = jnp.linalg.norm(change)
+        if lost == 0 or size == 0:
+            continue
+        share = float(lost / size)
+        told = f"{share:.0%}" if share < 0.995 else "all"
+        found.append(f"{path!r} ({new.dtype}, {told} of it)")
+    return found
 
 
 def _check_finite(before: PyTree, after: PyTree, trainable: Trainable) -> None:

@@ -9,7 +9,14 @@ from .._io.torch_models import is_head
 from ._leaves import TargetLeaf
 from ._places import Place
 from .config import PeftConfig, endings, names_module
+from .layers import ENDS, LENGTHS
 
+ADAPTER_LEAVES = (
+    *ENDS["linear"],
+    *ENDS["embedding"],
+    *LENGTHS,
+    "lora_B.bias",
+)  # what the names of an adapter's tensors end with
 _HEADS = frozenset({"classifier", "score"})
 
 

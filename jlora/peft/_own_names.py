@@ -13,8 +13,8 @@ from .._io.torch_models import Facts, Side, head_of, sides, sides_by_bias
 from .._tables import listed
 from ..factors import Axes
 from ._leaves import TargetLeaf
-from ._places import Place, own_place
-from .config import PREFIX, PeftConfig, names_module
+from ._places import Place, is_order, own_place
+from .config import PREFIX, PeftConfig, beginnings, names_module
 from .layers import ENDS, LENGTHS, TOKENS
 from .names import NameMap
 
@@ -121,7 +121,7 @@ def leaves_in(slots: _Slots, file: PeftConfig) -> tuple[list[TargetLeaf], list[s
         for module in _modules(slots)
         if not any(names_module(b, module.replace(_INNER, "")) for b in bare)
     ]
-    heads = {head_of(module) for module in modules} if file.tying else set()
+    heads = {head_of(n) for m in slots for n in beginnings(m)} if file.tying else set()
     packed = {m for m in modules if f"{m}.out_proj.{_A}" in slots}
     flat = [
         module
@@ -334,7 +334,10 @@ def _fits(
     """Yields each parameter's depth of wrapper and kind, in every way that fits."""
     if len(paths) > 6:
         return
+    last = [path.rpartition(".")[2] for path in paths]
     for depths in itertools.permutations(range(len(paths))):
+        if not is_order([last[depths.index(d)] for d in range(len(paths))][::-1]):
+            continue
         stems = [module + _INNER * depth for depth in depths]
         kinds = [
             _raw_kinds(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .._io.torch_models import head_of
 from ..factors import Axes
@@ -88,6 +88,17 @@ class Place:
             for role in "eio"
         )
         return Axes(batch, fan_in, fan_out)
+
+
+def is_order(names: Sequence[str]) -> bool:
+    """Returns whether a module may register its parameters in this order.
+
+    Examples:
+      >>> is_order(["down_proj", "gate_up_proj"]), is_order(["up", "down"])
+      (False, True)
+    """
+    known = [_REGISTERED.index(name) for name in names if name in _REGISTERED]
+    return known == sorted(known)
 
 
 def own_place(name: str, ndim: int, kind: str) -> Place:

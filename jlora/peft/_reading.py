@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,26 @@ from ..errors import PeftError
 from ..factors import Factors, Spec, Trainable
 from ..methods import find_init
 from . import layers
-from ._contradictions import biases_missing, contradictions, is_whole_by, rows_misfit
+from ._contradictions import (
+    ADAPTER_LEAVES,
+    biases_missing,
+    contradictions,
+    is_whole_by,
+    rows_misfit,
+)
 from ._leaves import TargetLeaf
 from ._places import Place, untied
-from .config import FLOATS, PREFIX, PeftConfig, names_module, pattern_lookup
+from .config import (
+    FLOATS,
+    PREFIX,
+    PeftConfig,
+    beginnings,
+    names_module,
+    pattern_lookup,
+)  # fmt: skip
 from .layers import RAW, Layer, nested
 from .names import Names, unnamed
 from .report import LoadReport
-
-_ADAPTER_LEAVES = (
-    *layers.ENDS["linear"],
-    *layers.ENDS["embedding"],
-    *layers.LENGTHS,
-    "lora_B.bias",
-)
 
 
 @dataclasses.dataclass
@@ -137,7 +143,7 @@ class Reading:
         def other(place: Place) -> Place:
             return dataclasses.replace(place, name=self.names.other_prefix(place.name))
 
-        modules = {end for name in self.left for end in _beginnings(name)}
+        modules = {end for name in self.left for end in beginnings(name)}
         places = [place for _, found in placed for place in found]
         as_is = sum(place.module in modules for place in places)
         if sum(other(place).module in modules for place in places) <= as_is:
@@ -271,6 +277,7 @@ class Reading:
             return False
         found = {key: self._take(key) for key in own}
         self.shared.append(place.tied)
+        self.saved.append(place.tied)
         if not all(
             x is not None and y is not None and np.array_equal(x, y)
             for x, y in zip(own.values(), found.values(), strict=True)
@@ -479,7 +486,7 @@ class Reading:
         """Returns the adapter and the report."""
         extra = [
             f"{PREFIX}{name!s:.200}"
-            + ("" if name.endswith(_ADAPTER_LEAVES) else " (not an adapter's)")
+            + ("" if name.endswith(ADAPTER_LEAVES) else " (not an adapter's)")
             for name in self.left
         ]
         if extra:  # they may belong to a leaf that could not be named
@@ -491,10 +498,3 @@ class Reading:
             tuple(dict.fromkeys(self.config)),
         )
         return Trainable(self.lora, self.full), report
-
-
-def _beginnings(name: str) -> Iterable[str]:
-    """Yields the part of the name before each of its dots."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name

@@ -136,6 +136,18 @@ def endings(module: str) -> Iterator[str]:
         yield module
 
 
+def beginnings(name: str) -> Iterator[str]:
+    """Yields the part of the name before each of its dots.
+
+    Examples:
+      >>> list(beginnings("a.b.c"))
+      ['a.b', 'a']
+    """
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def names_module(entry: str, module: str) -> bool:
     """Returns whether an entry of a list of targets names `module`."""
     return module == entry or module.endswith("." + entry)

@@ -1,5 +1,6 @@
 """Factors added to weights, taken off again, and found from a fine-tune."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -71,7 +72,12 @@ def test_a_sum_too_large_for_its_dtype_is_told_on_request(dtype, key):
         rf"'w' would hold 20000\d, but {dtype} holds at most \d+: convert the base to"
     )
     assert re.search(text, str(caught.value))
-    assert not np.isfinite(np.asarray(jlora.merge(frozen, far)["w"], "float32")).all()
+    told = contextlib.nullcontext()
+    if "float8" in dtype:
+        told = pytest.warns(UserWarning, match=rf"'w' \({dtype}, all of it\)")
+    with told:
+        merged = jlora.merge(frozen, far)
+    assert not np.isfinite(np.asarray(merged["w"], "float32")).all()
 
 
 def test_a_checked_merge_tells_nan_of_the_adapter_from_that_of_the_base(key):
@@ -463,3 +469,30 @@ def test_extract_of_trees_that_differ_is_refused():
     other = {**base, "u": base["v"]}
     with pytest.raises(jlora.TreeError, match="not in the plan"):
         jlora.extract(other, other, plan)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"])
+def test_a_merge_into_eight_bits_says_what_it_loses(dtype):
+    w = jnp.full((4, 4), 2.0).astype(dtype)
+    small = jlora.Factors(
+        jnp.full((4, 1), 0.01), jnp.ones((1, 4)), jlora.Spec(rank=1, alpha=1)
+    )
+    adapter = jlora.Trainable({"w": small})
+    with pytest.warns(UserWarning, match=rf"'w' \({dtype}, all of it\)"):
+        jlora.merge({"w": w}, adapter)
+    with pytest.warns(UserWarning, match=rf"'w' \({dtype}\)"):
+        jax.jit(jlora.merge)({"w": w}, adapter)
+    exact = dataclasses.replace(small, a=jnp.ones((4, 1)))
+    jlora.merge({"w": w}, jlora.Trainable({"w": exact}))  # 3 is a number of each
+
+
+def test_a_merge_of_files_into_eight_bits_says_what_it_loses(tmp_path):
+    w = jnp.full((4, 4), 2.0).astype("float8_e4m3fn")
+    jlora.export.safetensors(tmp_path / "base", {"w": w})
+    small = jlora.Factors(
+        jnp.full((4, 1), 0.01), jnp.ones((1, 4)), jlora.Spec(rank=1, alpha=1)
+    )
+    with pytest.warns(UserWarning, match=r"'w' \(float8_e4m3fn, all of it\)"):
+        jlora.export.merge_files(
+            tmp_path / "base", jlora.Trainable({"w": small}), tmp_path / "out"
+        )
