@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from .compat import Equation, bind, kind
 from .interpret import Context
 from .values import (
@@ -32,9 +33,14 @@ from .values import (
 
 
 def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`."""
+    """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`.
+
+    A weight cast to complex keeps its factors. The way back is a real part, which is
+    not the product of the factors' real parts.
+    """
     (w,) = bind(eqn, weight.w)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    loses_imaginary = jnp.iscomplexobj(weight.w) and not jnp.iscomplexobj(w)
+    if loses_imaginary or not jnp.issubdtype(w.dtype, jnp.inexact):
         return NotImplemented
     return [weight.replace(w=w)]
 
@@ -433,7 +439,9 @@ def _scale(
         order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
         shape = [s.size if s in atoms else 1 for s in labels]
         along = lax.reshape(lax.transpose(flat, order), shape)
-        return op(factor, jnp.broadcast_to(along.astype(factor.dtype), factor.shape))
+        wide = at_least_float32(factor.dtype, scale.dtype)
+        along = jnp.broadcast_to(along.astype(wide), factor.shape)
+        return op(factor.astype(wide), along)
 
     terms = []
     for term in weight.terms:

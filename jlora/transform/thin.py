@@ -16,6 +16,7 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
+from .._numerics import cast, dtype_of_sums
 from .compat import Primitive, has_typed_placement, shaped
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -35,7 +36,7 @@ def thin_dot(
     """Returns the product of `x` and `b`, in the dtype of `x`, summed in `dtype`.
 
     The derivative with respect to `b` is summed in the dtype of `b`, and not rounded
-    before.
+    before. That of a real `b` is the real part, if `x` is complex.
 
     Args:
       x: an activation, or its product with the other factor.
@@ -110,7 +111,8 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
     b = b.aval
     batch, free_x, _ = _layout(x, b, numbers, x_first)
     dy = dy.astype(x.dtype)
-    params = {"precision": precision, "preferred_element_type": b.dtype}
+    dtype = dtype_of_sums(x.dtype, b.dtype)
+    params = {"precision": precision, "preferred_element_type": dtype}
     rows = _free(x.ndim, cx, bx)
     contracted = [c for _, c in sorted(zip(cx, cb, strict=True))]
     free = _free(b.ndim, cb, bb)
@@ -121,6 +123,7 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
         db = lax.dot_general(dy, x, ((free_x, rows), (batch, bx)), **params)
         db = _unfolded(db, len(batch), len(free_x))
         axes = [*bb, *free, *contracted]
+    db = cast(db, b.dtype)
     return lax.transpose(db, [axes.index(i) for i in range(b.ndim)])
 
 
