@@ -28,6 +28,7 @@ STRUCTURE = {
     "pvary": structure.keep,
     "reshape": structure.reshape,
     "rev": structure.rev,
+    "select_n": several.select_n,
     "sharding_constraint": structure.keep,
     "slice": structure.slice_,
     "split": structure.split,

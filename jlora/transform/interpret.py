@@ -43,6 +43,7 @@ class Context:
       key: PRNG key of dropout, or None.
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
+      made: the equation that made each variable of the code being interpreted.
     """
 
     rules: Mapping[str, Rule]
@@ -58,6 +59,7 @@ class Context:
     key: jax.Array | None = None
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
+    made: Mapping[Var, Equation] = dataclasses.field(default_factory=dict)
 
     def next_key(self) -> jax.Array | None:
         """Returns a new key for a place that draws random numbers; None without one."""
@@ -79,6 +81,17 @@ class Context:
             return x
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+
+    def varied_axes(self, atom: Var | Literal) -> tuple[int, ...] | None:
+        """Returns the axes along which a broadcast array can vary; None if unknown."""
+        if compat.kind(atom).ndim == 0:
+            return ()
+        eqn = None if isinstance(atom, Literal) else self.made.get(atom)
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+            return None
+        shape = compat.kind(eqn.invars[0]).shape
+        axes = eqn.params["broadcast_dimensions"]
+        return tuple(i for i, n in zip(axes, shape, strict=True) if n != 1)
 
     def within(self, key: jax.Array | None) -> "Context":
         """Returns the context for code that is traced separately, with its own key."""
@@ -104,6 +117,7 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
     def read(atom: Var | Literal) -> Value:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
+    ctx = dataclasses.replace(ctx, made={v: e for e in jaxpr.eqns for v in e.outvars})
     eqns, uses = jaxpr.eqns, {}
     if ctx.share:
         weights = [v for v, value in env.items() if isinstance(value, Weight)]
