@@ -64,7 +64,9 @@ def apply_lora(
     `scale * (x a) b` to the activations at every place where an adapted weight is used,
     so it makes no array of the weight's size, forward or backward. It is pure and
     composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in
-    `jax.jit`. With an empty `trainable` it calls `fn` as it is.
+    `jax.jit`. With an empty `trainable` it calls `fn` as it is. A policy of
+    `jax.checkpoint`, in `fn` or around `lora_fn`, saves an adapted product where it
+    saves the frozen one.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a

@@ -22,7 +22,7 @@ STRUCTURE = {
     "dynamic_slice": structure.dynamic_slice,
     "gather": structure.gather,
     "mul": structure.mul,
-    "name": structure.keep,
+    "name": structure.name,
     "neg": structure.neg,
     "optimization_barrier": structure.optimization_barrier,
     "pvary": structure.keep,

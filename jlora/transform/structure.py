@@ -45,6 +45,14 @@ def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     return [weight.replace(w=w)]
 
 
+def name(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
+    """As `keep`, except for looked-up rows: a policy that keeps them keeps the sum."""
+    matrices = [g for g in weight.dims if any(atom.root >= 0 for atom in g)]
+    if weight.is_lookup and len(matrices) <= 1:
+        return NotImplemented
+    return keep(ctx, eqn, weight)
+
+
 def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Derivatives stop before the factors too."""
     (w,) = bind(eqn, weight.w)

@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from .._numerics import cast, dtype_of_sums
-from .compat import Primitive, has_typed_placement, shaped
+from .compat import Primitive, has_typed_placement, policies_see, shaped
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Dims = tuple[Pair, Pair]
@@ -161,7 +161,24 @@ def _batch(operands, axes, *, numbers, x_first, **params):
     return thin_dot(x, b, ((cx, cb), (bx, bb)), x_first=x_first, **params), at
 
 
+def _thin_product(eqn):
+    """Returns what a policy sees: a product, if the result is the thin array.
+
+    A wide result is a summand of the base product's, which a policy saves or not.
+    Saving both would take twice the memory.
+    """
+    if math.prod(eqn.outvars[0].aval.shape) > math.prod(eqn.invars[0].aval.shape):
+        return thin_dot_p, eqn.params
+    return lax.dot_general_p, {
+        "dimension_numbers": eqn.params["numbers"],
+        "precision": eqn.params["precision"],
+        "preferred_element_type": eqn.params["dtype"],
+        "out_sharding": None,
+    }
+
+
 thin_dot_p = Primitive("thin_dot")
+policies_see(thin_dot_p, _thin_product)
 thin_dot_p.def_impl(_dot)
 thin_dot_p.def_abstract_eval(_abstract)
 mlir.register_lowering(thin_dot_p, mlir.lower_fun(_dot, multiple_results=False))
