@@ -82,7 +82,10 @@ def apply_lora(
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
-      a weight and each loop step draws its own mask.
+      a weight and each loop step draws its own mask. So does each shard of an
+      activation in a `shard_map`; devices that hold the same one draw the same. Where
+      `lora_fn` runs in a `shard_map` with `check_vma=False`, nothing tells what is
+      sharded: fold `jax.lax.axis_index` into the key yourself.
 
     Raises:
       ConfigError: if `fn` is a module or not a function, or `on_merge` or `form` is

@@ -141,14 +141,35 @@ def is_staging(*trees: Any) -> bool:
     return any(isinstance(leaf, core.Tracer) for leaf in leaves)
 
 
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Returns the mesh axes along which the type of `x` differs; none if unchecked."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def mesh_axes(eqn: Equation) -> frozenset[str]:
+    """Returns the mesh axes that a collective, or `axis_index`, goes along."""
+    names = [eqn.params[k] for k in ("axes", "axis_name") if k in eqn.params]
+    listed = [n for own in names for n in (own if isinstance(own, tuple) else (own,))]
+    return frozenset(n for n in listed if isinstance(n, str))
+
+
+def in_axes(eqn: Equation) -> list[frozenset[str]]:
+    """Returns the mesh axes over which a `shard_map` cuts each of its operands."""
+    cuts = []
+    for spec in eqn.params["in_specs"]:
+        entries = [n if isinstance(n, tuple) else (n,) for n in spec if n is not None]
+        cuts.append(frozenset(n for entry in entries for n in entry))
+    return cuts
+
+
 def has_typed_placement(x: jax.Array) -> bool:
     """Returns whether the type of `x` says over which mesh axes it is laid out.
 
     It does inside `shard_map` and under meshes with explicit axes.
     """
-    aval = jax.typeof(x)
-    mesh = aval.sharding.mesh
-    return bool(getattr(aval, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
+    mesh = jax.typeof(x).sharding.mesh
+    return not (mesh.empty or mesh.are_all_axes_auto)
 
 
 def policies_see(

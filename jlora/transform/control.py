@@ -17,6 +17,7 @@ from . import compat
 from .compat import Equation
 from .interpret import Context, Rule, interpret, is_special
 from .primitives import CALLS
+from .shards import varied_axes
 from .values import Labels, Value, Weight
 
 
@@ -216,7 +217,8 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
 
     A shard of the fan-in gives a part of the sum, in the base product as in the
-    low-rank one, so the collectives of the body are right for both.
+    low-rank one, so the collectives of the body are right for both. All devices get the
+    key of dropout.
     """
     in_specs, out_specs = eqn.params["in_specs"], eqn.params["out_specs"]
     mesh = eqn.params["mesh"]
@@ -228,12 +230,18 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
         for v in values
     ]
 
-    def inner(values: Sequence[Value]) -> list[Value]:
+    key = ctx.next_key()
+    if key is not None:
+        cuts = zip(eqn.invars, compat.in_axes(eqn), strict=True)
+        axes = [ctx.axes_of(v) | cut for v, cut in cuts]
+        ctx = dataclasses.replace(ctx, varies={**ctx.varies, **varied_axes(code, axes)})
+
+    def inner(key: jax.Array | None, values: Sequence[Value]) -> list[Value]:
         local = [
             _local(v, compat.kind(var).shape) if isinstance(v, Weight) else v
             for v, var in zip(values, code.invars, strict=True)
         ]
-        results = interpret(ctx.within(None), code, local)
+        results = interpret(ctx.within(key), code, local)
         return [ctx.materialise(v, eqn) for v in results]
 
     specs = [
@@ -243,11 +251,11 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     return jax.shard_map(
         inner,
         mesh=mesh,
-        in_specs=(specs,),
+        in_specs=(jax.P(), specs),
         out_specs=list(out_specs),
         axis_names=eqn.params["newly_manual_axes"],
         check_vma=eqn.params["check_vma"],
-    )(operands)
+    )(key, operands)
 
 
 def _specs(weight: Weight, spec: Any) -> Weight:

@@ -41,6 +41,7 @@ class Context:
       form: how to compute a product, see `cost`.
       share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
+      varies: the mesh axes along which each variable differs inside a `shard_map`.
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
       made: the equation that made each variable of the code being interpreted.
@@ -57,6 +58,7 @@ class Context:
     form: Form = "auto"
     share: bool = False
     key: jax.Array | None = None
+    varies: Mapping[Var, frozenset[str]] = dataclasses.field(default_factory=dict)
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
     made: Mapping[Var, Equation] = dataclasses.field(default_factory=dict)
@@ -71,14 +73,22 @@ class Context:
         """Returns whether `drop` at `rate` changes anything."""
         return self.key is not None and rate != 0
 
-    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+    def axes_of(self, atom: Var | Literal) -> frozenset[str]:
+        """Returns the mesh axes along which `atom` differs inside a `shard_map`."""
+        own = None if isinstance(atom, Literal) else self.varies.get(atom)
+        return frozenset() if own is None else own
+
+    def drop(self, x: jax.Array, rate: float, source: Var | Literal) -> jax.Array:
         """Returns `x` with entries dropped at `rate`, and the others scaled up.
 
-        Without a key nothing is dropped.
+        Without a key nothing is dropped. Devices draw the same mask, except along mesh
+        axes over which `source`, the variable of `x`, is sharded.
         """
         key = self.next_key() if self.drops(rate) else None
         if key is None:
             return x
+        for axis in sorted(self.axes_of(source)):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 

@@ -128,7 +128,8 @@ def _adapted_product(
     x = x.astype(site.compute)
     for term in weight.terms:
         own = gained(term, weight)
-        y = y + placed_like(y, product, ctx.drop(x, term.dropout), own)
+        kept = ctx.drop(x, term.dropout, eqn.invars[0 if site.x_first else 1])
+        y = y + placed_like(y, product, kept, own)
     return y
 
 
@@ -177,7 +178,7 @@ def conv_general_dilated(
         product = functools.partial(
             _conv_product, scale=term.scale, dtype=base.dtype, params=params
         )
-        kept = ctx.drop(x.astype(compute), term.dropout)
+        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
         base = base + placed_like(base, product, kept, a, b)
     channels = params["dimension_numbers"].out_spec[1]
     shown = [
@@ -245,7 +246,7 @@ def ragged_dot_general(
     compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     wide, sums = at_least_float32(compute), dtype_of_sums(compute, base.dtype)
     for term, (a, b) in zip(joined.terms, factors, strict=True):
-        kept = ctx.drop(x.astype(compute), term.dropout)
+        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
         t = ragged_dot(kept, a.astype(compute), preferred_element_type=wide)
         t = (t * term.scale).astype(compute)
         y = ragged_dot(t, b.astype(compute), preferred_element_type=sums)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from .compat import Equation, bind, kind
+from .compat import Equation, Literal, Var, bind, kind
 from .interpret import Context
 from .values import (
     BROADCAST,
@@ -321,7 +321,8 @@ def gather(
         dims[j] = () if i in columns else weight.dims[i]
     out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
     pairs = zip(weight.terms, out.terms, strict=True)
-    return [out.replace(terms=tuple(_drop_rows(ctx, *p, len(atoms)) for p in pairs))]
+    drop = functools.partial(_drop_rows, ctx, n=len(atoms), source=eqn.invars[1])
+    return [out.replace(terms=tuple(drop(*pair) for pair in pairs))]
 
 
 def _picked_axes(
@@ -384,17 +385,19 @@ def _pick(
     return picked, (*atoms, *(labels[i] for i in rest))
 
 
-def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:
+def _drop_rows(
+    ctx: Context, before: Term, after: Term, *, n: int, source: Var | Literal
+) -> Term:
     """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
 
     An index stands for a one-hot vector. Its one entry is dropped or kept, and with it
     a whole row of A, whose first `n` axes count the positions. Where B was picked, or
-    both factors were (experts), the input comes later.
+    both factors were (experts), the input comes later. `source` holds the indices.
     """
     if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
         return after
     a = after.a
-    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout)
+    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout, source)
     kept = jnp.expand_dims(kept, range(n, a.ndim))
     return dataclasses.replace(
         after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0
