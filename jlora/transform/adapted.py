@@ -215,15 +215,21 @@ def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
     return adapted_dot_p.bind(x, w, a, b, t, *gain, static=static), at
 
 
-def _base_product(eqn: Any) -> tuple[Primitive, dict[str, Any]]:
+def _base_product(eqn: Any) -> tuple[Primitive, Sequence[Any], dict[str, Any]]:
     """Returns what a policy sees: the product of the frozen model."""
     static = eqn.params["static"]
-    return lax.dot_general_p, {
-        "dimension_numbers": static.numbers,
-        "precision": static.site.precision,
-        "preferred_element_type": static.site.dtype,
-        "out_sharding": None,
-    }
+    x, w = (v.aval for v in eqn.invars[:2])
+    types = (x, w) if static.site.x_first else (w, x)
+    return (
+        lax.dot_general_p,
+        types,
+        {
+            "dimension_numbers": static.numbers,
+            "precision": static.site.precision,
+            "preferred_element_type": static.site.dtype,
+            "out_sharding": None,
+        },
+    )
 
 
 adapted_dot_p = Primitive("adapted_dot")

@@ -173,13 +173,14 @@ def has_typed_placement(x: jax.Array) -> bool:
 
 
 def policies_see(
-    primitive: Primitive, as_: Callable[[Equation], tuple[Primitive, dict[str, Any]]]
+    primitive: Primitive,
+    as_: Callable[[Equation], tuple[Primitive, Sequence[Any], dict[str, Any]]],
 ) -> None:
     """Makes policies of `jax.checkpoint` see an equation of `primitive` as another one.
 
-    `as_` returns that one's primitive and parameters. A policy gets the types of its
-    first two operands too. So a policy that saves products saves ours, wherever the
-    user calls `jax.checkpoint`.
+    `as_` returns that one's primitive, the types of its operands, and its parameters.
+    So a policy that saves products saves ours, wherever the user calls
+    `jax.checkpoint`.
     """
 
     def rule(policy: Any, unknown: Sequence[bool], ready: Sequence[bool], eqn: Any):
@@ -187,8 +188,8 @@ def policies_see(
         missing = [v for v, there in inputs if isinstance(v, Var) and not there]
         if any(unknown):
             return None, eqn, [True], [True], missing
-        seen, params = as_(eqn)
-        case = policy(seen, *(v.aval for v in eqn.invars[:2]), **params)
+        seen, types, params = as_(eqn)
+        case = policy(seen, *types, **params)
         if isinstance(case, ad_checkpoint.Offloadable):
             known, reload, kept = _offloaded(eqn, case)
             return known, reload, [False], [True], [kept]

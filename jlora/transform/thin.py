@@ -167,14 +167,19 @@ def _thin_product(eqn):
     A wide result is a summand of the base product's, which a policy saves or not.
     Saving both would take twice the memory.
     """
-    if math.prod(eqn.outvars[0].aval.shape) > math.prod(eqn.invars[0].aval.shape):
-        return thin_dot_p, eqn.params
-    return lax.dot_general_p, {
-        "dimension_numbers": eqn.params["numbers"],
-        "precision": eqn.params["precision"],
-        "preferred_element_type": eqn.params["dtype"],
-        "out_sharding": None,
-    }
+    types = [v.aval for v in eqn.invars]
+    if math.prod(eqn.outvars[0].aval.shape) > math.prod(types[0].shape):
+        return thin_dot_p, types, eqn.params
+    return (
+        lax.dot_general_p,
+        types,
+        {
+            "dimension_numbers": eqn.params["numbers"],
+            "precision": eqn.params["precision"],
+            "preferred_element_type": eqn.params["dtype"],
+            "out_sharding": None,
+        },
+    )
 
 
 thin_dot_p = Primitive("thin_dot")

@@ -34,10 +34,19 @@ def sees(fn, x=ONES, shape=(N, N)):
     return jlora.apply_lora(fn, on_merge="error"), frozen, trainable
 
 
-def local(body, in_specs, out_specs=ALL, check=False, mesh=MESH):
+CHECK = [True]  # whether types say along which mesh axes values differ
+
+
+def local(body, in_specs, out_specs=ALL):
     return jax.shard_map(
-        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check
+        body, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=CHECK[0]
     )
+
+
+@pytest.fixture(params=[True, False], ids=["checked", "unchecked"])
+def check(request, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.CHECK", [request.param])
+    return request.param
 
 
 def by_device(seen):
@@ -96,10 +105,14 @@ def in_scan(p, x):
     """Devices differ from the second step on."""
 
     def body(w, x):
+        start = jnp.ones_like(x)
+        if CHECK[0]:
+            start = lax.pcast(start, "data", to="varying")
+
         def step(h, _):
             return h + lax.axis_index("data").astype(h.dtype) * 0, h @ w
 
-        return lax.scan(step, jnp.ones_like(x), None, 2)[1][1]
+        return lax.scan(step, start, None, 2)[1][1]
 
     return local(body, (P(), P()))(p["w"], x)
 
@@ -163,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("fn", CASES, ids=lambda f: f.__name__)
-def test_devices_draw_masks_of_their_own_where_the_activation_differs(fn):
+def test_devices_draw_masks_of_their_own_where_the_activation_differs(fn, check):
     run, frozen, trainable = sees(fn)
     run = jax.jit(run)
     seen = run(frozen, trainable, ONES, lora_key=jax.random.key(3))
@@ -185,7 +198,6 @@ def test_devices_draw_masks_of_their_own_where_the_activation_differs(fn):
     assert (other != seen).any()
 
 
-@pytest.mark.parametrize("check", [True, False])
 def test_checked_types_pass_and_gradients_use_the_same_mask(check):
     """The gradient of a linear function is the mask that its value shows."""
 
@@ -194,7 +206,7 @@ def test_checked_types_pass_and_gradients_use_the_same_mask(check):
             return lax.psum(x @ w, "model")
 
         specs = (P("model"), P("data", "model"))
-        return local(body, specs, P("data"), check)(p["w"], x)
+        return local(body, specs, P("data"))(p["w"], x)
 
     run, frozen, trainable = sees(fn)
 
@@ -239,7 +251,7 @@ def test_inside_the_users_shard_map_too(spec, axes, closed_over):
             seen = run(frozen, trainable, x, lora_key=key)
         return lax.pcast(seen, tuple({"data", "model"} - axes), to="varying")
 
-    step = local(body, (P(), spec, P()), ALL, check=True)
+    step = local(body, (P(), spec, P()))
     assert differing(step(trainable, ONES, jax.random.key(3))) == axes
 
 
@@ -262,7 +274,9 @@ def test_a_data_parallel_step_trains_with_dropout():
     close((value, grads), jax.value_and_grad(loss)(trainable, plain, rows * mask), 1e-4)
 
 
-def test_axes_of_values_by_their_collectives():
+def test_axes_of_values_by_their_collectives(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.CHECK", [False])  # checked code has no groups
+
     def body(x):
         (
             i,
