@@ -12,11 +12,52 @@ from .factors import Array
 
 Fault = type[Exception]  # the class of the errors that the caller's user sees
 HIGHEST = jax.lax.Precision.HIGHEST
+COMPLEX = {jnp.dtype("complex64"), jnp.dtype("complex128")}
+DOUBLE = {jnp.dtype("float64"), jnp.dtype("complex128")}
 
 
 def at_least_float32(*dtypes: Any) -> Any:
-    """Returns the dtype in which products and sums of `dtypes` are taken."""
-    return jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32
+    """Returns the dtype in which products and sums of `dtypes` are taken.
+
+    It is complex if one of them is.
+    """
+    kinds = set(map(jnp.dtype, dtypes))
+    if kinds.isdisjoint(COMPLEX):
+        return jnp.float64 if jnp.dtype("float64") in kinds else jnp.float32
+    return jnp.complex64 if kinds.isdisjoint(DOUBLE) else jnp.complex128
+
+
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Returns `x` in `dtype`; of a complex `x` the real part, if `dtype` is real."""
+    return (x if jnp.dtype(dtype) in COMPLEX else jnp.real(x)).astype(dtype)
+
+
+def dtype_of_sums(operands: Any, out: Any) -> Any:
+    """Returns the dtype in which a product with the result dtype `out` sums.
+
+    It is `out`, except where only one of `out` and the dtype of the operands is
+    complex. Then `cast` the result to `out`.
+    """
+    same_kind = (jnp.dtype(operands) in COMPLEX) == (jnp.dtype(out) in COMPLEX)
+    return out if same_kind else at_least_float32(operands)
+
+
+def dtype_of_activation(x: Any, w: Any, out: Any) -> Any:
+    """Returns the dtype in which an activation meets factors.
+
+    It is the wider one of the activation's and the weight's, so the low-rank term is as
+    exact as the base product. For integers the result's counts too. Below 16 bits no
+    factor keeps enough digits.
+
+    Args:
+      x: dtype of the activation.
+      w: dtype of the weight.
+      out: dtype of their product.
+    """
+    among = [x, w] if jnp.issubdtype(x, jnp.inexact) else [w, out]
+    inexact = {jnp.dtype(d) for d in among if jnp.issubdtype(d, jnp.inexact)}
+    usable = {d for d in inexact if d.itemsize >= 2}
+    return usable.pop() if len(usable) == 1 else at_least_float32(*usable)
 
 
 def key_of_path(key: jax.Array, path: str) -> jax.Array:

@@ -64,7 +64,9 @@ def apply_lora(
     `scale * (x a) b` to the activations at every place where an adapted weight is used,
     so it makes no array of the weight's size, forward or backward. It is pure and
     composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in
-    `jax.jit`. With an empty `trainable` it calls `fn` as it is.
+    `jax.jit`. With an empty `trainable` it calls `fn` as it is. A policy of
+    `jax.checkpoint`, in `fn` or around `lora_fn`, saves an adapted product where it
+    saves the frozen one.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
@@ -80,7 +82,10 @@ def apply_lora(
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
-      a weight and each loop step draws its own mask.
+      a weight and each loop step draws its own mask. So does each shard of an
+      activation in a `shard_map`; devices that hold the same one draw the same. Where
+      `lora_fn` runs in a `shard_map` with `check_vma=False`, nothing tells what is
+      sharded: fold `jax.lax.axis_index` into the key yourself.
 
     Raises:
       ConfigError: if `fn` is a module or not a function, or `on_merge` or `form` is

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from ..factors import Leaf
 from . import cost
-from .compat import Primitive, has_typed_placement, shaped
+from .compat import Primitive, has_typed_placement, policies_see, shaped
 from .low_rank import Site, first_product, gained, oriented, second_product
 from .thin import Dims
 from .values import (
@@ -215,7 +215,25 @@ def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
     return adapted_dot_p.bind(x, w, a, b, t, *gain, static=static), at
 
 
+def _base_product(eqn: Any) -> tuple[Primitive, Sequence[Any], dict[str, Any]]:
+    """Returns what a policy sees: the product of the frozen model."""
+    static = eqn.params["static"]
+    x, w = (v.aval for v in eqn.invars[:2])
+    types = (x, w) if static.site.x_first else (w, x)
+    return (
+        lax.dot_general_p,
+        types,
+        {
+            "dimension_numbers": static.numbers,
+            "precision": static.site.precision,
+            "preferred_element_type": static.site.dtype,
+            "out_sharding": None,
+        },
+    )
+
+
 adapted_dot_p = Primitive("adapted_dot")
+policies_see(adapted_dot_p, _base_product)
 adapted_dot_p.def_impl(_factored)
 adapted_dot_p.def_abstract_eval(
     lambda *_, static: shaped(static.site.shape, static.site.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax import core
+from jax import ad_checkpoint, core
 from jax.extend import core as jex_core, source_info_util
 from jax.interpreters import partial_eval
 from jax.typing import DTypeLike
@@ -141,14 +141,89 @@ def is_staging(*trees: Any) -> bool:
     return any(isinstance(leaf, core.Tracer) for leaf in leaves)
 
 
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Returns the mesh axes along which the type of `x` differs; none if unchecked."""
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    return frozenset() if manual is None else frozenset(manual.varying)
+
+
+def mesh_axes(eqn: Equation) -> frozenset[str]:
+    """Returns the mesh axes that a collective, or `axis_index`, goes along."""
+    names = [eqn.params[k] for k in ("axes", "axis_name") if k in eqn.params]
+    listed = [n for own in names for n in (own if isinstance(own, tuple) else (own,))]
+    return frozenset(n for n in listed if isinstance(n, str))
+
+
+def in_axes(eqn: Equation) -> list[frozenset[str]]:
+    """Returns the mesh axes over which a `shard_map` cuts each of its operands."""
+    cuts = []
+    for spec in eqn.params["in_specs"]:
+        entries = [n if isinstance(n, tuple) else (n,) for n in spec if n is not None]
+        cuts.append(frozenset(n for entry in entries for n in entry))
+    return cuts
+
+
 def has_typed_placement(x: jax.Array) -> bool:
     """Returns whether the type of `x` says over which mesh axes it is laid out.
 
     It does inside `shard_map` and under meshes with explicit axes.
     """
-    aval = jax.typeof(x)
-    mesh = aval.sharding.mesh
-    return bool(getattr(aval, "vma", ())) or not (mesh.empty or mesh.are_all_axes_auto)
+    mesh = jax.typeof(x).sharding.mesh
+    return not (mesh.empty or mesh.are_all_axes_auto)
+
+
+def policies_see(
+    primitive: Primitive,
+    as_: Callable[[Equation], tuple[Primitive, Sequence[Any], dict[str, Any]]],
+) -> None:
+    """Makes policies of `jax.checkpoint` see an equation of `primitive` as another one.
+
+    `as_` returns that one's primitive, the types of its operands, and its parameters.
+    So a policy that saves products saves ours, wherever the user calls
+    `jax.checkpoint`.
+    """
+
+    def rule(policy: Any, unknown: Sequence[bool], ready: Sequence[bool], eqn: Any):
+        inputs = zip(eqn.invars, ready, strict=True)
+        missing = [v for v, there in inputs if isinstance(v, Var) and not there]
+        if any(unknown):
+            return None, eqn, [True], [True], missing
+        seen, types, params = as_(eqn)
+        case = policy(seen, *types, **params)
+        if isinstance(case, ad_checkpoint.Offloadable):
+            known, reload, kept = _offloaded(eqn, case)
+            return known, reload, [False], [True], [kept]
+        if case is True or case is ad_checkpoint.Saveable:
+            return eqn, None, [False], [False], []
+        return eqn, eqn, [False], [True], missing
+
+    partial_eval.partial_eval_jaxpr_custom_rules[primitive] = rule
+
+
+def _offloaded(eqn: Any, case: Any) -> tuple[Equation, Equation, Var]:
+    """Returns `eqn` with a copy of its result elsewhere, the way back, and the copy."""
+    away, here = (_SPACES.get(kind, kind) for kind in (case.dst, case.src))
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = eqn.primitive.bind(*operands, **eqn.params)
+        return out, jax.device_put(out, away)
+
+    def back(copy: jax.Array) -> jax.Array:
+        return jax.device_put(copy, here)
+
+    def traced(fun: Callable[..., Any], *operands: Any) -> Any:
+        (call,) = jax.make_jaxpr(jax.jit(fun))(*operands).jaxpr.eqns
+        return call.replace(source_info=eqn.source_info)
+
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    known = traced(forward, *shapes)
+    kept = known.outvars[1]
+    reload = traced(back, jax.ShapeDtypeStruct(kept.aval.shape, kept.aval.dtype))
+    known = known.replace(invars=eqn.invars, outvars=[*eqn.outvars, kept])
+    return known, reload.replace(invars=[kept], outvars=eqn.outvars), kept
+
+
+_SPACES = {"device": jax.memory.Space.Device, "pinned_host": jax.memory.Space.Host}
 
 
 def stage(fun: Callable[..., Any], *args: Any) -> Code:

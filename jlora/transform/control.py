@@ -5,6 +5,7 @@ pytrees. Weights that a loop or a branch returns are materialised first.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from . import compat
 from .compat import Equation
 from .interpret import Context, Rule, interpret, is_special
 from .primitives import CALLS
+from .shards import varied_axes
 from .values import Labels, Value, Weight
 
 
@@ -117,7 +119,11 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
 
 
 def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
-    """`lax.while_loop`: constant weights, and unchanged carries, stay factored."""
+    """`lax.while_loop`: constant weights, and unchanged carries, stay factored.
+
+    `vmap` gives the loop a predicate for each example. It goes on while one holds, and
+    an example whose own does not hold keeps its state.
+    """
     cond = compat.inner_code(eqn, "cond_jaxpr")
     body = compat.inner_code(eqn, "body_jaxpr")
     materialised = _merge_before(ctx, eqn, while_loop, values, len(values))
@@ -126,6 +132,7 @@ def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     )
     fixed = _hoist(ctx, eqn, body, carry, len(body_consts))
     init = [None if i in fixed else v for i, v in enumerate(carry)]
+    is_mapped = compat.kind(cond.outvars[0]).ndim > 0
 
     def fill(state: Sequence[Any]) -> list[Any]:
         return [fixed.get(i, v) for i, v in enumerate(state)]
@@ -135,16 +142,30 @@ def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
         key, now = (None, None) if key is None else jax.random.split(key)
         inner = ctx.within(now)
         out = interpret(inner, body, [*body_consts, *fill(state)])
-        return key, [
+        new = [
             None if i in fixed else inner.materialise(v, eqn) for i, v in enumerate(out)
         ]
+        if is_mapped:
+            new = jax.tree.map(functools.partial(_where, goes_on(state)), new, state)
+        return key, new
 
-    def go_on(loop: tuple[Any, list[Any]]) -> Any:
-        (out,) = interpret(ctx.within(None), cond, [*cond_consts, *fill(loop[1])])
-        return out
+    def goes_on(state: Sequence[Any]) -> jax.Array:
+        inner = ctx.within(None)
+        (out,) = interpret(inner, cond, [*cond_consts, *fill(state)])
+        return inner.materialise(out, eqn)
 
-    _, final = lax.while_loop(go_on, step, (ctx.next_key(), init))
+    _, final = lax.while_loop(
+        lambda loop: jnp.any(goes_on(loop[1])) if is_mapped else goes_on(loop[1]),
+        step,
+        (ctx.next_key(), init),
+    )
     return [fixed.get(i, v) for i, v in enumerate(final)]
+
+
+def _where(holds: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns `new` where `holds`, which has the first axes of both, else `old`."""
+    spread = lax.broadcast_in_dim(holds, new.shape, range(holds.ndim))
+    return lax.select(spread, new, old)
 
 
 def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Value]:
@@ -196,7 +217,8 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """`jax.shard_map`: factors are laid out as the axes of the weight that they share.
 
     A shard of the fan-in gives a part of the sum, in the base product as in the
-    low-rank one, so the collectives of the body are right for both.
+    low-rank one, so the collectives of the body are right for both. All devices get the
+    key of dropout.
     """
     in_specs, out_specs = eqn.params["in_specs"], eqn.params["out_specs"]
     mesh = eqn.params["mesh"]
@@ -208,12 +230,18 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
         for v in values
     ]
 
-    def inner(values: Sequence[Value]) -> list[Value]:
+    key = ctx.next_key()
+    if key is not None:
+        cuts = zip(eqn.invars, compat.in_axes(eqn), strict=True)
+        axes = [ctx.axes_of(v) | cut for v, cut in cuts]
+        ctx = dataclasses.replace(ctx, varies={**ctx.varies, **varied_axes(code, axes)})
+
+    def inner(key: jax.Array | None, values: Sequence[Value]) -> list[Value]:
         local = [
             _local(v, compat.kind(var).shape) if isinstance(v, Weight) else v
             for v, var in zip(values, code.invars, strict=True)
         ]
-        results = interpret(ctx.within(None), code, local)
+        results = interpret(ctx.within(key), code, local)
         return [ctx.materialise(v, eqn) for v in results]
 
     specs = [
@@ -223,11 +251,11 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     return jax.shard_map(
         inner,
         mesh=mesh,
-        in_specs=(specs,),
+        in_specs=(jax.P(), specs),
         out_specs=list(out_specs),
         axis_names=eqn.params["newly_manual_axes"],
         check_vma=eqn.params["check_vma"],
-    )(operands)
+    )(key, operands)
 
 
 def _specs(weight: Weight, spec: Any) -> Weight:

@@ -162,6 +162,7 @@ def _rules(trace: Trace, calls: CallPath) -> dict[str, Rule]:
         "dot_general": _watched(LINEAR["dot_general"], trace, calls),
         **STRUCTURE,
         "stop_gradient": structure.keep,
+        "select_n": _unseen,  # the branches of a `vmap` of `cond` run on every example
         **{name: nested(rule) for name, rule in (CONTROL | calls_inlined).items()},
         "shard_map": _unseen,
     }
@@ -227,7 +228,8 @@ def _labelled(
         for i, n in enumerate(x.shape)
     ]
     labels = tuple(atom for group in groups for atom in group)
-    x = lax.reshape(x, [atom.size for atom in labels]).astype(jnp.float32)
+    wide = jnp.complex64 if jnp.iscomplexobj(x) else jnp.float32
+    x = lax.reshape(x, [atom.size for atom in labels]).astype(wide)
     summed = tuple(atom for i in contracted[side] for atom in weight.dims[i])
     return x, labels, summed
 
@@ -238,8 +240,8 @@ def _rows(
     """Returns the inputs `[x, 1]` of a leaf as `[*batch, rows, n + 1]`.
 
     A row that does not meet the leaf, since another leaf is stacked there, is zero,
-    also in the last entry. The result is None unless the product sums over exactly the
-    leaf's fan-in.
+    also in the last entry. A complex row counts as two: its real and its imaginary
+    part. The result is None unless the product sums over exactly the leaf's fan-in.
     """
     probe_labels, labels = term.a_labels, term.b_labels
     batch = [s for s in probe_labels if s not in (RANK, SECOND)]
@@ -262,7 +264,10 @@ def _rows(
         [*batch, *tokens],
         (*rows.shape[:-1], 1),
     )
-    return jnp.concatenate([rows, meets.astype(rows.dtype)], axis=-1)
+    parts = (rows.real, rows.imag) if jnp.iscomplexobj(rows) else (rows,)
+    ones = meets.astype(jnp.float32)
+    real = [jnp.concatenate([part, ones], axis=-1) for part in parts]
+    return jnp.concatenate(real, axis=-2)
 
 
 def _tied(

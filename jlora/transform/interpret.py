@@ -41,8 +41,10 @@ class Context:
       form: how to compute a product, see `cost`.
       share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
+      varies: the mesh axes along which each variable differs inside a `shard_map`.
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
+      made: the equation that made each variable of the code being interpreted.
     """
 
     rules: Mapping[str, Rule]
@@ -56,8 +58,10 @@ class Context:
     form: Form = "auto"
     share: bool = False
     key: jax.Array | None = None
+    varies: Mapping[Var, frozenset[str]] = dataclasses.field(default_factory=dict)
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
+    made: Mapping[Var, Equation] = dataclasses.field(default_factory=dict)
 
     def next_key(self) -> jax.Array | None:
         """Returns a new key for a place that draws random numbers; None without one."""
@@ -69,16 +73,35 @@ class Context:
         """Returns whether `drop` at `rate` changes anything."""
         return self.key is not None and rate != 0
 
-    def drop(self, x: jax.Array, rate: float) -> jax.Array:
+    def axes_of(self, atom: Var | Literal) -> frozenset[str]:
+        """Returns the mesh axes along which `atom` differs inside a `shard_map`."""
+        own = None if isinstance(atom, Literal) else self.varies.get(atom)
+        return frozenset() if own is None else own
+
+    def drop(self, x: jax.Array, rate: float, source: Var | Literal) -> jax.Array:
         """Returns `x` with entries dropped at `rate`, and the others scaled up.
 
-        Without a key nothing is dropped.
+        Without a key nothing is dropped. Devices draw the same mask, except along mesh
+        axes over which `source`, the variable of `x`, is sharded.
         """
         key = self.next_key() if self.drops(rate) else None
         if key is None:
             return x
+        for axis in sorted(self.axes_of(source)):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+
+    def varied_axes(self, atom: Var | Literal) -> tuple[int, ...] | None:
+        """Returns the axes along which a broadcast array can vary; None if unknown."""
+        if compat.kind(atom).ndim == 0:
+            return ()
+        eqn = None if isinstance(atom, Literal) else self.made.get(atom)
+        if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+            return None
+        shape = compat.kind(eqn.invars[0]).shape
+        axes = eqn.params["broadcast_dimensions"]
+        return tuple(i for i, n in zip(axes, shape, strict=True) if n != 1)
 
     def within(self, key: jax.Array | None) -> "Context":
         """Returns the context for code that is traced separately, with its own key."""
@@ -104,6 +127,7 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
     def read(atom: Var | Literal) -> Value:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
+    ctx = dataclasses.replace(ctx, made={v: e for e in jaxpr.eqns for v in e.outvars})
     eqns, uses = jaxpr.eqns, {}
     if ctx.share:
         weights = [v for v, value in env.items() if isinstance(value, Weight)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from .._numerics import at_least_float32
+from .._numerics import at_least_float32, cast, dtype_of_activation, dtype_of_sums
 from . import cost
 from .adapted import adapted_dot, form_of
 from .compat import Equation, bind, kind, placed_like
@@ -62,6 +62,8 @@ def dot_general(
             return NotImplemented
         operands[repeated[0]] = ctx.materialise(operands[repeated[0]], eqn)
         sides.remove(repeated[0])
+    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+        return NotImplemented  # each of several products would be rounded to integers
     (side,) = sides
     whole, x = operands[side], operands[1 - side]
     weight = join_groups(whole)
@@ -80,7 +82,7 @@ def dot_general(
     if not set(weight.gain_labels) <= set(site.want):
         if not set(weight.gain_labels) <= set(site.x_labels):
             return NotImplemented
-        x = rescaled(x, weight, site.x_labels)
+        x = rescaled(x.astype(site.compute), weight, site.x_labels)
         weight = weight.replace(gain=None, gain_labels=())
     if not all(gain_fits(term, weight) for term in weight.terms):
         return NotImplemented
@@ -107,6 +109,7 @@ def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
         x_first=side == 1,
         shape=out.shape,
         dtype=out.dtype,
+        compute=dtype_of_activation(x.dtype, weight.w.dtype, out.dtype),
         precision=eqn.params["precision"],
     )
 
@@ -122,9 +125,11 @@ def _adapted_product(
     (y,) = bind(eqn, *((x, weight.w) if site.x_first else (weight.w, x)))
     y = rescaled(y, weight, site.want)
     product = functools.partial(low_rank_product, site=site)
+    x = x.astype(site.compute)
     for term in weight.terms:
         own = gained(term, weight)
-        y = y + placed_like(y, product, ctx.drop(x, term.dropout), own)
+        kept = ctx.drop(x, term.dropout, eqn.invars[0 if site.x_first else 1])
+        y = y + placed_like(y, product, kept, own)
     return y
 
 
@@ -147,6 +152,8 @@ def conv_general_dilated(
         return NotImplemented
     if weight.looked_up or params["batch_group_count"] != 1:
         return NotImplemented
+    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+        return NotImplemented
     outs = weight.dims[out_dim]
     ins = tuple(weight.dims[i] for i in in_dims)
     groups = params["feature_group_count"]
@@ -166,11 +173,13 @@ def conv_general_dilated(
         eqn=eqn,
     )
     (base,) = bind(eqn, x, weight.w)
+    compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     for term, a, b in factors:
         product = functools.partial(
             _conv_product, scale=term.scale, dtype=base.dtype, params=params
         )
-        base = base + placed_like(base, product, ctx.drop(x, term.dropout), a, b)
+        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
+        base = base + placed_like(base, product, kept, a, b)
     channels = params["dimension_numbers"].out_spec[1]
     shown = [
         atom
@@ -204,6 +213,8 @@ def ragged_dot_general(
         return NotImplemented
     if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
         return NotImplemented
+    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+        return NotImplemented
     joined = join_groups(weight)
     if any(len(group) != 1 for group in joined.dims):
         return NotImplemented
@@ -232,16 +243,18 @@ def ragged_dot_general(
         precision=eqn.params["precision"],
         group_offset=offset[0] if offset else eqn.params["group_offset"],
     )
-    wide = at_least_float32(x.dtype)
+    compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
+    wide, sums = at_least_float32(compute), dtype_of_sums(compute, base.dtype)
     for term, (a, b) in zip(joined.terms, factors, strict=True):
-        kept = ctx.drop(x, term.dropout)
-        t = ragged_dot(kept, a.astype(x.dtype), preferred_element_type=wide)
-        t = (t * term.scale).astype(x.dtype)
-        y = ragged_dot(t, b.astype(x.dtype), preferred_element_type=base.dtype)
-        base = base + y
+        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
+        t = ragged_dot(kept, a.astype(compute), preferred_element_type=wide)
+        t = (t * term.scale).astype(compute)
+        y = ragged_dot(t, b.astype(compute), preferred_element_type=sums)
+        base = base + cast(y, base.dtype)
     if gain is not None:
         rows = jnp.repeat(gain, sizes, axis=0, total_repeat_length=base.shape[0])
-        base = (base.astype(rows.dtype) * rows).astype(base.dtype)
+        wide = at_least_float32(base.dtype, rows.dtype)
+        base = (base.astype(wide) * rows.astype(wide)).astype(base.dtype)
     return [base]
 
 
@@ -313,6 +326,7 @@ def _conv_product(
     groups = params["feature_group_count"]  # of the inputs: stack, groups of a kernel
     repeats = max(groups // stack, 1)
     compute, wide = x.dtype, at_least_float32(x.dtype)
+    sums = dtype_of_sums(compute, dtype)
     place = [numbers.rhs_spec.index(i) for i in range(len(window) + 1)]
     kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
     t = lax.conv_general_dilated(
@@ -328,16 +342,17 @@ def _conv_product(
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
     if stack * repeats == 1 and channels == t.ndim - 1:
-        return thin_dot(
+        out = thin_dot(
             t,
             b[0],
             (([channels], [0]), ([], [])),
-            dtype=dtype,
+            dtype=sums,
             precision=params["precision"],
         )
+        return cast(out, dtype)
     ones = (1,) * (t.ndim - 2)
     mixing = lax.reshape(b.swapaxes(1, 2), (b.shape[0] * b.shape[2], rank, *ones))
-    return lax.conv_general_dilated(
+    out = lax.conv_general_dilated(
         t,
         lax.transpose(mixing, place).astype(compute),
         window_strides=ones,
@@ -345,10 +360,11 @@ def _conv_product(
         dimension_numbers=lax.ConvDimensionNumbers(
             numbers.out_spec, numbers.rhs_spec, numbers.out_spec
         ),
-        preferred_element_type=dtype,
+        preferred_element_type=sums,
         precision=params["precision"],
         feature_group_count=stack * repeats,
     )
+    return cast(out, dtype)
 
 
 def _indexes_batch(weight: Weight, batch: Sequence[int]) -> bool:

@@ -5,11 +5,10 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from .._numerics import at_least_float32
+from .._numerics import at_least_float32, cast, dtype_of_sums
 from .thin import PrecisionLike, thin_dot
 from .values import (
     RANK,
@@ -37,6 +36,7 @@ class Site:
       x_first: whether the activation's free axes stand before the weight's.
       shape: shape of the result.
       dtype: dtype of the result.
+      compute: dtype in which the activation meets factors.
       precision: as in `dot_general`.
     """
 
@@ -45,6 +45,7 @@ class Site:
     x_first: bool
     shape: tuple[int, ...]
     dtype: DTypeLike
+    compute: DTypeLike
     precision: PrecisionLike
 
     @property
@@ -66,7 +67,7 @@ class Site:
 def low_rank_product(x: jax.Array, term: Term, site: Site) -> jax.Array:
     """Returns `scale * (x . a) . b` in the layout of `site`.
 
-    The products are in the dtype of `x` and sum in float32.
+    The products are in the dtype that the site computes in, and sum in float32.
     """
     term = oriented(term, site)
     t, t_labels = first_product(x, term, site)
@@ -99,8 +100,8 @@ def gained(term: Term, weight: Weight) -> Term:
 
 
 def first_product(x: jax.Array, term: Term, site: Site) -> tuple[jax.Array, Labels]:
-    """Returns `scale * x . a` in the activation's dtype, and the labels of its axes."""
-    compute = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else site.dtype
+    """Returns `scale * x . a` in the site's dtype, and the labels of its axes."""
+    compute = site.compute
     if term.product is not None:
         t = term.product
         t_labels = (*(s for s in site.x_labels if s in site.want), RANK)
@@ -135,10 +136,11 @@ def second_product(t: jax.Array, t_labels: Labels, term: Term, site: Site) -> ja
             ([t_labels.index(s) for s in summed], [shared.index(s) for s in summed]),
             ([t_labels.index(s) for s in batch], [shared.index(s) for s in batch]),
         ),
-        dtype=site.dtype,
+        dtype=dtype_of_sums(t.dtype, site.dtype),
         precision=site.precision,
         x_first=site.x_first,
     )
+    out = cast(out, site.dtype)
     rest = [s for s in t_labels if s not in shared]
     labels = (*batch, *((rest + free) if site.x_first else (free + rest)))
     return lay_out(out, labels, site.want, site.shape)

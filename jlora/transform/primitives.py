@@ -26,6 +26,13 @@ BIASES = frozenset(["add", "add_any", "sub"])
 PREPARES = frozenset(["broadcast_in_dim", "convert_element_type", "copy", "reshape"])
 PREPARES |= {"squeeze", "transpose"}
 
+# Inside a `shard_map`, all devices along the mesh axes of one of these get one result.
+AGREEING = frozenset(["all_gather", "all_gather_invariant", "pmax", "pmin", "psum"])
+AGREEING |= {"psum_invariant"}
+
+# These name mesh axes in a type, and leave the value as it is.
+RETYPING = frozenset(["pvary"])
+
 # These run inner code once, on their own operands in their own order.
 CALLS = frozenset(["closed_call", "jit", "remat2"])
 

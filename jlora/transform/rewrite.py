@@ -9,7 +9,8 @@ from . import RULES, compat
 from .compat import Equation
 from .cost import Form
 from .interpret import Context, interpret
-from .values import Value, Weight, dense
+from .shards import varied_axes
+from .values import Value, Weight, array_of, dense
 
 
 def rewrite(
@@ -38,10 +39,15 @@ def rewrite(
                 merged(part.path, _why(eqn))
         return dense(value)
 
+    arrays = [array_of(v) for v in values]
+    varies = {}
+    if key is not None and any(map(compat.varying_axes, [*arrays, *code.consts])):
+        varies = varied_axes(code, list(map(compat.varying_axes, arrays)))
     ctx = Context(
         rules=RULES,
         materialise=materialise,
         key=key,
+        varies=varies,
         hoist=True,
         form=form,
         share=key is None,  # with dropout each weight meets an activation of its own

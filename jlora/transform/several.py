@@ -1,4 +1,4 @@
-"""Steps that make one weight of several leaves: concatenations, stacks and sums."""
+"""Steps that make one weight of several: concatenations, stacks, sums and choices."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -160,6 +160,68 @@ def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
         terms += tuple(dataclasses.replace(t, b=sign * t.b) for t in right.terms)
     parts = tuple(p for weight in (left, right) if weight for p in weight.parts)
     return [first.replace(w=w, terms=terms, parts=parts)]
+
+
+def select_n(
+    ctx: Context, eqn: Equation, which: Operand, *cases: Operand
+) -> list[Weight]:
+    """A choice among versions of one weight is a choice among their factors.
+
+    `vmap` of `cond` makes such choices, of a weight and itself without its derivative.
+    The choice may differ along axes that count matrices, and not inside a matrix. Both
+    factors get these axes.
+    """
+    (first, *_) = cases
+    if isinstance(which, Weight) or not isinstance(first, Weight):
+        return NotImplemented
+    if any(jax.tree.structure(v) != jax.tree.structure(first) for v in cases[1:]):
+        return NotImplemented
+    varied = ctx.varied_axes(eqn.invars[0])
+    if varied is None or first.looked_up or not _leaves_matrices(first, varied):
+        return NotImplemented
+    atoms = [first.dims[i][0] for i in varied]
+    for term in first.terms:
+        if any((s in term.a_labels) != (s in term.b_labels) for s in atoms):
+            return NotImplemented
+    (w,) = bind(eqn, which, *map(array_of, cases))
+    some = which[tuple(slice(None) if i in varied else 0 for i in range(which.ndim))]
+
+    def choose(labels: Labels, *factors: jax.Array) -> tuple[jax.Array, Labels]:
+        new = tuple(s for s in atoms if s not in labels)
+        sizes = tuple(s.size for s in new)
+        spread = [jnp.broadcast_to(x, (*sizes, *x.shape)) for x in factors]
+        labels = (*new, *labels)
+        held = [s for s in labels if s in atoms]
+        ordered = lax.transpose(some, [atoms.index(s) for s in held])
+        along = [labels.index(s) for s in held]
+        mask = lax.broadcast_in_dim(ordered, spread[0].shape, along)
+        return lax.select_n(mask, *spread), labels
+
+    versions = [_factors(v) for v in cases]
+    chosen = iter(
+        [choose(own[0][1], *(x for x, _ in own)) for own in zip(*versions, strict=True)]
+    )
+    return [first.map(lambda *_: next(chosen), w=w)]
+
+
+def _factors(weight: Operand) -> list[tuple[jax.Array, Labels]]:
+    """Returns each factor, and the gain, with its labels, in the order of `map`."""
+    assert isinstance(weight, Weight)
+    found: list[tuple[jax.Array, Labels]] = []
+
+    def note(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+        found.append((x, labels))
+        return x, labels
+
+    weight.map(note)
+    return found
+
+
+def _leaves_matrices(weight: Weight, varied: Sequence[int]) -> bool:
+    """Returns whether matrices are left at each entry of the axes `varied`."""
+    own = [i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)]
+    single = all(len(weight.dims[i]) == 1 for i in varied)
+    return single and len(set(own) - set(varied)) > 1
 
 
 def _align(

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .._numerics import at_least_float32
-from .compat import Equation, Literal, Var, has_typed_placement
+from .._numerics import at_least_float32, dtype_of_activation
+from .compat import Equation, Literal, Var, has_typed_placement, kind
 from .primitives import PREPARES
 from .thin import PrecisionLike, thin_dot
 from .values import RANK, Group, Term, Weight, regroup
@@ -83,17 +83,22 @@ def products(
                 ready[j] = prepared
     if len(ready) < 2 or len({a.dtype for _, _, a in ready.values()}) > 1:
         return {}
-    if not jnp.issubdtype(x.dtype, jnp.floating) or has_typed_placement(x):
+    meets = {
+        dtype_of_activation(x.dtype, weight.w.dtype, kind(eqns[j].outvars[0]).dtype)
+        for j, (weight, _, _) in ready.items()
+    }
+    if len(meets) > 1 or has_typed_placement(x):
         return {}
+    (compute,) = meets
     summed = site[1]
     factors = [a for _, _, a in ready.values()]
     if not _pays(x, summed, factors):
         return {}
     together = thin_dot(
-        x,
+        x.astype(compute),
         jnp.concatenate(factors, axis=-1),
         ((summed, range(len(summed))), ((), ())),
-        dtype=at_least_float32(x.dtype),
+        dtype=at_least_float32(compute),
         precision=site[2],
     )
     filled, start = {}, 0

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import Equation, bind, kind
+from .._numerics import at_least_float32
+from .compat import Equation, Literal, Var, bind, kind
 from .interpret import Context
 from .values import (
     BROADCAST,
@@ -32,11 +33,24 @@ from .values import (
 
 
 def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
-    """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`."""
+    """Casts, copies, names and placements: `f(w + s a b) = f(w) + s a b`.
+
+    A weight cast to complex keeps its factors. The way back is a real part, which is
+    not the product of the factors' real parts.
+    """
     (w,) = bind(eqn, weight.w)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    loses_imaginary = jnp.iscomplexobj(weight.w) and not jnp.iscomplexobj(w)
+    if loses_imaginary or not jnp.issubdtype(w.dtype, jnp.inexact):
         return NotImplemented
     return [weight.replace(w=w)]
+
+
+def name(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
+    """As `keep`, except for looked-up rows: a policy that keeps them keeps the sum."""
+    matrices = [g for g in weight.dims if any(atom.root >= 0 for atom in g)]
+    if weight.is_lookup and len(matrices) <= 1:
+        return NotImplemented
+    return keep(ctx, eqn, weight)
 
 
 def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
@@ -307,7 +321,8 @@ def gather(
         dims[j] = () if i in columns else weight.dims[i]
     out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
     pairs = zip(weight.terms, out.terms, strict=True)
-    return [out.replace(terms=tuple(_drop_rows(ctx, *p, len(atoms)) for p in pairs))]
+    drop = functools.partial(_drop_rows, ctx, n=len(atoms), source=eqn.invars[1])
+    return [out.replace(terms=tuple(drop(*pair) for pair in pairs))]
 
 
 def _picked_axes(
@@ -370,17 +385,19 @@ def _pick(
     return picked, (*atoms, *(labels[i] for i in rest))
 
 
-def _drop_rows(ctx: Context, before: Term, after: Term, n: int) -> Term:
+def _drop_rows(
+    ctx: Context, before: Term, after: Term, *, n: int, source: Var | Literal
+) -> Term:
     """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
 
     An index stands for a one-hot vector. Its one entry is dropped or kept, and with it
     a whole row of A, whose first `n` axes count the positions. Where B was picked, or
-    both factors were (experts), the input comes later.
+    both factors were (experts), the input comes later. `source` holds the indices.
     """
     if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
         return after
     a = after.a
-    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout)
+    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout, source)
     kept = jnp.expand_dims(kept, range(n, a.ndim))
     return dataclasses.replace(
         after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0
@@ -433,7 +450,9 @@ def _scale(
         order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
         shape = [s.size if s in atoms else 1 for s in labels]
         along = lax.reshape(lax.transpose(flat, order), shape)
-        return op(factor, jnp.broadcast_to(along.astype(factor.dtype), factor.shape))
+        wide = at_least_float32(factor.dtype, scale.dtype)
+        along = jnp.broadcast_to(along.astype(wide), factor.shape)
+        return op(factor.astype(wide), along)
 
     terms = []
     for term in weight.terms:

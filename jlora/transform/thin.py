@@ -16,7 +16,8 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from .compat import Primitive, has_typed_placement, shaped
+from .._numerics import cast, dtype_of_sums
+from .compat import Primitive, has_typed_placement, policies_see, shaped
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Dims = tuple[Pair, Pair]
@@ -35,7 +36,7 @@ def thin_dot(
     """Returns the product of `x` and `b`, in the dtype of `x`, summed in `dtype`.
 
     The derivative with respect to `b` is summed in the dtype of `b`, and not rounded
-    before.
+    before. That of a real `b` is the real part, if `x` is complex.
 
     Args:
       x: an activation, or its product with the other factor.
@@ -110,7 +111,8 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
     b = b.aval
     batch, free_x, _ = _layout(x, b, numbers, x_first)
     dy = dy.astype(x.dtype)
-    params = {"precision": precision, "preferred_element_type": b.dtype}
+    dtype = dtype_of_sums(x.dtype, b.dtype)
+    params = {"precision": precision, "preferred_element_type": dtype}
     rows = _free(x.ndim, cx, bx)
     contracted = [c for _, c in sorted(zip(cx, cb, strict=True))]
     free = _free(b.ndim, cb, bb)
@@ -121,6 +123,7 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
         db = lax.dot_general(dy, x, ((free_x, rows), (batch, bx)), **params)
         db = _unfolded(db, len(batch), len(free_x))
         axes = [*bb, *free, *contracted]
+    db = cast(db, b.dtype)
     return lax.transpose(db, [axes.index(i) for i in range(b.ndim)])
 
 
@@ -158,7 +161,29 @@ def _batch(operands, axes, *, numbers, x_first, **params):
     return thin_dot(x, b, ((cx, cb), (bx, bb)), x_first=x_first, **params), at
 
 
+def _thin_product(eqn):
+    """Returns what a policy sees: a product, if the result is the thin array.
+
+    A wide result is a summand of the base product's, which a policy saves or not.
+    Saving both would take twice the memory.
+    """
+    types = [v.aval for v in eqn.invars]
+    if math.prod(eqn.outvars[0].aval.shape) > math.prod(types[0].shape):
+        return thin_dot_p, types, eqn.params
+    return (
+        lax.dot_general_p,
+        types,
+        {
+            "dimension_numbers": eqn.params["numbers"],
+            "precision": eqn.params["precision"],
+            "preferred_element_type": eqn.params["dtype"],
+            "out_sharding": None,
+        },
+    )
+
+
 thin_dot_p = Primitive("thin_dot")
+policies_see(thin_dot_p, _thin_product)
 thin_dot_p.def_impl(_dot)
 thin_dot_p.def_abstract_eval(_abstract)
 mlir.register_lowering(thin_dot_p, mlir.lower_fun(_dot, multiple_results=False))

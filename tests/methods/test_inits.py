@@ -475,6 +475,17 @@ def test_moments_of_low_precision_inputs_are_float32():
     assert_moments(found, x.astype(jnp.float32))
 
 
+def test_a_complex_input_counts_as_its_real_and_its_imaginary_part():
+    x = jax.lax.complex(X, jnp.cos(X))
+
+    def fn(p, x):
+        numbers = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, p["w"], numbers)
+
+    found = looked_at(fn, {"w": jnp.eye(4)}, x)["w"]
+    assert_moments(found, np.concatenate([X, np.cos(X)]))
+
+
 def test_moments_of_parts_stacked_by_the_function():
     params = {"u": jnp.eye(4), "v": jnp.eye(4)}
 

@@ -668,9 +668,7 @@ COMPUTED = {
     "masked in a jit": lambda p, x: x @ jax.jit(lambda w: w * TRIANGLE)(p["w"]),
     "masked by a leaf": lambda p, x: x @ jnp.where(p["mask"], p["w"], 0.0),
     "standardised": lambda p, x: x @ jax.nn.standardize(p["w"], axis=0),
-    "chosen by row": lambda p, x: jax.vmap(
-        lambda x: jax.lax.cond(x[0] > 0, lambda x: x @ p["w"], lambda x: x, x)
-    )(x),
+    "chosen or turned": lambda p, x: x @ jnp.where(x[0, 0] > 0, p["w"], p["w"].T),
 }
 
 

@@ -33,6 +33,7 @@ class Case:
         return self.name
 
 
+MASK = jnp.arange(4)[:, None] < jnp.arange(6)[None]
 IDS = jnp.array([[0, 3, 1], [2, 2, 4]])
 IN_OUT = ((), (0,), (1,))
 OUT_IN = ((), (1,), (0,))
@@ -112,6 +113,45 @@ def cond_const(p, x):
 def switch_stack(p, x):
     branches = [lambda h, i=i: jnp.tanh(h @ p["w"][i]) for i in range(3)]
     return lax.switch(jnp.int32(1), branches, x)
+
+
+def grows(w, x):
+    """Steps until the sum is large: each example takes its own number of them."""
+    return lax.while_loop(lambda h: h.sum() < 9, lambda h: jnp.abs(h @ w) + h, x)
+
+
+def while_for_each(p, x):
+    return jax.vmap(lambda x: grows(p["w"], jnp.abs(x)))(x)
+
+
+def while_carry_for_each(p, x):
+    def steps(x):
+        return lax.while_loop(
+            lambda state: state[1].sum() < 9,
+            lambda state: (state[0], jnp.abs(state[1] @ state[0]) + state[1]),
+            (p["w"], jnp.abs(x)),
+        )[1]
+
+    return jax.vmap(steps)(x)
+
+
+def cond_for_each(p, x):
+    """The second branch has an infinite derivative where the first is taken."""
+
+    def choose(x):
+        return lax.cond(
+            x[0] > 0,
+            lambda x: jnp.tanh(x @ p["w"]),
+            lambda x: jnp.sqrt(jnp.abs(jnp.minimum(x, 0) @ p["w"])),
+            x,
+        )
+
+    return jax.vmap(choose)(jnp.where(x[:, :1] > 0, jnp.abs(x), x))
+
+
+def switch_for_each(p, x):
+    branches = [lambda x, i=i: jnp.tanh(x @ p["w"][i]) for i in range(3)]
+    return jax.vmap(lambda i, x: lax.switch(i, branches, x))(jnp.arange(4) % 3, x)
 
 
 def fused_qkv(p, x):
@@ -353,6 +393,32 @@ CASES = [
     Case("fori_loop, constant", (4, 4), (2, 4), while_const),
     Case("cond", (4, 6), (2, 4), cond_const),
     Case("switch over layers", (3, 4, 6), (2, 4), switch_stack, STACK),
+    Case("while for each", (4, 4), (3, 4), while_for_each, has_gradient=False),
+    Case(
+        "while for each, handed on",
+        (4, 4),
+        (3, 4),
+        while_carry_for_each,
+        has_gradient=False,
+    ),
+    Case("cond for each", (4, 6), (5, 4), cond_for_each),
+    Case("switch for each", (3, 4, 6), (4, 4), switch_for_each, STACK),
+    Case(
+        "cond for each expert",
+        (3, 4, 6),
+        (3, 5, 4),
+        lambda p, x: jax.vmap(
+            lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: 2 * x @ w)
+        )(p["w"], x),
+        STACK,
+    ),
+    Case(
+        "a choice inside the matrix",
+        (4, 6),
+        (2, 4),
+        lambda p, x: x @ jnp.where(MASK, p["w"], lax.stop_gradient(p["w"])),
+        route=MERGED,
+    ),
     Case("jit", (4, 6), (2, 4), lambda p, x: jax.jit(lambda w, x: x @ w)(p["w"], x)),
     Case(
         "jit that returns the weight",
