@@ -131,7 +131,8 @@ class LoraConfig:
       rank: size of the rank axis, a positive integer.
       alpha: the scale is `alpha / rank`; None means `alpha = rank`, a scale of 1.
       targets: which weights get factors: `"all-linear"` (every weight that the trace
-        found in a linear operation, except embeddings and the output head), a glob or
+        found in a linear operation, except embeddings, the output head, weights that
+        are also merged on the fly, and those narrower than their rank), a glob or
         a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
         `*` stays inside one component, `**` is any number of components, `{a,b}` is
         either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.

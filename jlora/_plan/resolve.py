@@ -1,7 +1,7 @@
 """What a config means for the leaves of a model: status, spec and note of each."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from ..config import LoraConfig, Rule
 from ..errors import TargetError
 from ..factors import Axes, FusedParts, Spec
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
+from ..transform import LINEAR
 from ..transform.discover import FACTORED
 from .row import Row
 
@@ -23,8 +24,13 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     trained = _match("train", config.train_whole, rows, wrong)
     tables = _tables(rows, config, trained, wrong)
     targets = _targets(rows, config, excluded, trained, wrong)
+    notes = {
+        row.path: _why_left(row, config, excluded)
+        for row in rows
+        if row.path not in targets
+    }
     for rule in config.rules:
-        _match("rules", (rule.pattern,), rows, wrong, among=targets)
+        _match("rules", (rule.pattern,), rows, wrong, left=notes)
     out = []
     for row in rows:
         if row.path in targets:
@@ -41,9 +47,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
             row = dataclasses.replace(row, status="full")
         else:
             status = "frozen" if row.uses else "unused"
-            row = dataclasses.replace(
-                row, status=status, note=_why_left(row, config, excluded)
-            )
+            row = dataclasses.replace(row, status=status, note=notes[row.path])
         out.append(row)
     if wrong:
         lines = listed(wrong, separator="\n  ")
@@ -57,23 +61,27 @@ def _match(
     patterns: Iterable[str],
     rows: Sequence[Row],
     wrong: list[str],
-    among: Set[str] | None = None,
+    left: Mapping[str, str] | None = None,
 ) -> set[str]:
-    """Returns the leaves that `patterns` match; adds the other patterns to `wrong`."""
+    """Returns the leaves that `patterns` match; adds the other patterns to `wrong`.
+
+    `left` says of the leaves that do not count why they do not.
+    """
     every = [row.path for row in rows]
     matched: set[str] = set()
     for pattern in patterns:
         hits = paths.select(pattern, every)
-        kept = [path for path in hits if among is None or path in among]
+        kept = [path for path in hits if left is None or path not in left]
         if not hits:
             wrong.append(
                 f"{field}: {pattern!r} matched none of {len(every)} leaves, "
                 + _instead(field, pattern, rows)
             )
-        elif not kept:
+        elif left is not None and not kept:
+            why = f" ({left[hits[0]]})" if left[hits[0]] else ""
             wrong.append(
                 f"{field}: {pattern!r} matched {hits[0]!r}, but no adapted leaf, so it "
-                "has no effect"
+                f"has no effect{why}"
             )
         matched.update(kept)
     return matched
@@ -109,10 +117,11 @@ def _targets(
             row
             for row in rows
             if row.path not in excluded | trained
-            and row.op in ("linear", "conv")
             and _can_adapt(row)
+            and not _unsuited(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
+        chosen = [row for row in chosen if not _too_narrow(row, config)] or chosen
         if not chosen:
             wrong.append(
                 "targets: 'all-linear' found no weight of a linear operation"
@@ -163,6 +172,8 @@ def _what(row: Row) -> str:
         return "is not a floating-point array"
     if not row.uses:
         return "is not used by the function"
+    if len(row.shape) < 2 and any(use.op in LINEAR for use in row.uses):
+        return "is a vector"
     if not row.op:
         use = row.uses[0]
         place = f" (`{use.op}` at {use.where})" if use.where else ""
@@ -178,11 +189,36 @@ def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
         return "excluded"
     if config.targets != "all-linear":
         return ""
+    head = "output head: name it in targets, or in train" if row.head else ""
+    return _unsuited(row) or head or _too_narrow(row, config)
+
+
+def _unsuited(row: Row) -> str:
+    """Returns why "all-linear" does not mean a weight, or an empty text."""
     if row.op == "embedding":
         return "embedding: name it in targets to adapt it"
     if row.op == "merged":
         return "only merged on the fly: name it in targets to adapt it"
-    return "output head: name it in targets, or in train"
+    if row.route != FACTORED:
+        return "also merged on the fly: name it in targets to adapt it"
+    return ""
+
+
+def _too_narrow(row: Row, config: LoraConfig) -> str:
+    """Returns why a leaf is too narrow for its rank, or an empty text."""
+    settings = _settings(config, row.path)
+    axes, rank = settings["axes"] or axes_of(row), settings["rank"]
+    known = sorted(axes.order) == list(range(len(row.shape)))
+    if settings["parts"] or settings["method"] == "vera" or not known:
+        return ""
+    own = METHODS[settings["method"]].init
+    init = find_init(settings["init"]) if own is None else None
+    times = init.rank_factor if init else 1
+    _, *sides = axes.sizes(row.shape)
+    if rank * times <= min(sides):
+        return ""
+    needed = f"rank {rank}" if times == 1 else f"{times} times rank {rank}"
+    return f"{needed} is above min(in, out) = {min(sides)}: a Rule can lower it"
 
 
 def _hint(able: Sequence[Row]) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from . import CONTROL, LINEAR, STRUCTURE, compat
 from .compat import Equation
 from .interpret import Context, Rule, interpret
+from .linear import is_elementwise
 from .primitives import JOINS, POINTWISE, SCALES
 from .values import Atom, Derived, Part, Value, Weight, array_of, leaf
 
@@ -153,7 +154,8 @@ class _Discovery:
         results = compat.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
-            route = ELEMENTWISE if name in POINTWISE else MERGED
+            pointwise = name in POINTWISE or is_elementwise(eqn, operands)
+            route = ELEMENTWISE if pointwise else MERGED
             for path in sources:
                 self.record(path, name, route, eqn)
             return results

@@ -26,9 +26,11 @@ from .values import (
     OTHER,
     RANK,
     Atom,
+    Derived,
     Group,
     Operand,
     Term,
+    Value,
     Weight,
     regroup,
     rescaled,
@@ -45,6 +47,7 @@ def dot_general(
     axes (learned queries for each entry of a batch) is the activation. Where the
     contracted axes are those of B (a tied weight that is used transposed) the factors
     change places. Where both hold contracted axes, the first product leaves those of B.
+    A weight without a fan-in or a fan-out is merged: it is as small as its factors.
     """
     (contracted, batch) = eqn.params["dimension_numbers"]
     operands: list[Any] = [
@@ -63,6 +66,8 @@ def dot_general(
         operands[repeated[0]] = ctx.materialise(operands[repeated[0]], eqn)
         sides.remove(repeated[0])
     (side,) = sides
+    if is_elementwise(eqn, operands):
+        return NotImplemented
     whole, x = operands[side], operands[1 - side]
     weight = join_groups(whole)
     site = _site(eqn, weight, x, side)
@@ -85,6 +90,26 @@ def dot_general(
     if not all(gain_fits(term, weight) for term in weight.terms):
         return NotImplemented
     return [_adapted_product(ctx, eqn, x, weight, site)]
+
+
+def is_elementwise(eqn: Equation, operands: Sequence[Value]) -> bool:
+    """Returns whether a parameter in a product has no fan-in, or no fan-out.
+
+    It then scales or weighs activations: a norm's scale in `einsum("bd,d->bd")`, the
+    vector of a pooling. It is not the weight of a linear operation.
+    """
+    if eqn.primitive.name != "dot_general":
+        return False
+    (contracted, batch) = eqn.params["dimension_numbers"]
+    for v, summed, shared in zip(operands, contracted, batch, strict=True):
+        if not isinstance(v, Weight | Derived):
+            continue
+        axes = [i for i in range(v.w.ndim) if i not in shared]
+        if isinstance(v, Weight):
+            axes = [i for i in axes if any(atom.root >= 0 for atom in v.dims[i])]
+        if {i in summed for i in axes} != {True, False}:
+            return True
+    return False
 
 
 def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:

@@ -426,7 +426,7 @@ CASES = [
         (3, 24),
         lambda p, x: x @ p["w"].reshape(24),
         ((), (0, 1), ()),
-        rank=1,
+        route="elementwise",
     ),
     Case("axis added", (4, 6), (2, 3, 4), lambda p, x: x @ p["w"][None]),
     Case(
@@ -578,6 +578,50 @@ CASES = [
         (2, 4),
         lambda p, x: x @ jnp.exp(p["w"]),
         route=MERGED,
+    ),
+    Case(
+        "scale of a norm by einsum",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bhd", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "scale of a norm by einsum, in scan",
+        (3, 4),
+        (2, 4),
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.einsum("bd,d->bd", h, w), None), x, p["w"]
+        )[0],
+        route="elementwise",
+    ),
+    Case(
+        "computed scale of a norm by einsum",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bhd", x, jnp.exp(p["w"])),
+        route="elementwise",
+    ),
+    Case(
+        "scores by a vector a head",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bh", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "outer product",
+        (2, 4),
+        (3,),
+        lambda p, x: jnp.einsum("b,hd->bhd", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "rows in turn by einsum",
+        (4, 6),
+        (3,),
+        lambda p, x: lax.map(lambda w: jnp.einsum("b,o->bo", x, w), p["w"]),
+        route="elementwise",
     ),
     Case("one row at a time", (4, 6), (3, 4), scan_rows, route="elementwise"),
     Case(
