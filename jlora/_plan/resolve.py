@@ -276,7 +276,7 @@ def _spec(
                 f"rank={min(n_in, n_out)})"
             )
     return Spec(
-        op="linear" if row.op == "merged" else row.op,
+        op=row.kind,
         axes=axes,
         rank=rank,
         alpha=float(alpha),
@@ -356,14 +356,16 @@ def _tables(
 def axes_of(row: Row) -> Axes:
     """Returns the roles of the leaf's axes, from all its factored uses.
 
-    A lookup sets the direction. An axis is a batch axis only if it is one in every use.
-    The last axis of a weight that is only merged is its fan-out.
+    A lookup sets the direction, unless it picks single numbers. An axis is a batch axis
+    only if it is one in every use. Of a weight that is only merged, a convolution says
+    the fan-out; else it is the last axis.
     """
     uses = [use for use in row.uses if use.route == FACTORED]
+    uses = uses or [use for use in row.uses if use.fan_out][:1]
     if not uses:
         ndim = len(row.shape)
         return Axes((), tuple(range(ndim - 1)), (ndim - 1,))
-    uses.sort(key=lambda use: use.op != "gather")
+    uses.sort(key=lambda use: (not use.fan_out, use.op != "gather"))
     batch, fan_in, fan_out = [], [], []
     for i in range(len(row.shape)):
         use = next((use for use in uses if i not in use.batch), None)

@@ -157,12 +157,30 @@ class _Discovery:
             pointwise = name in POINTWISE or is_elementwise(eqn, operands)
             route = ELEMENTWISE if pointwise else MERGED
             for path in sources:
-                self.record(path, name, route, eqn)
+                roles = self.kernel_roles(path, eqn, operands)
+                self.record(path, name, route, eqn, roles)
             return results
         for v in operands:
             for path in _sources(v) if isinstance(v, Weight) else ():
                 self.record(path, name, DERIVED, eqn)
         return [Derived(x, tuple(sources)) for x in results]
+
+    def kernel_roles(
+        self, path: str, eqn: Equation, operands: Sequence[Value]
+    ) -> Roles:
+        """Returns the axes' roles of a leaf whose kernel a convolution merges.
+
+        They are not known, and empty, for other operations, and where the kernel has
+        another shape than the leaf.
+        """
+        shape = self.shapes[path]
+        if eqn.primitive.name != "conv_general_dilated":
+            return _NONE
+        kernel = operands[1]
+        if path not in _sources(kernel) or array_of(kernel).shape != shape:
+            return _NONE
+        out, *ins = eqn.params["dimension_numbers"].rhs_spec
+        return (), tuple(sorted(ins)), (out,)
 
     def unless_derived(self, rule: Rule) -> Rule:
         """Returns `rule` except where a weight meets an array computed from weights."""
