@@ -66,6 +66,11 @@ def apply_lora(
     composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in
     `jax.jit`. With an empty `trainable` it calls `fn` as it is.
 
+    `fn` is staged at each call, so it sees tracers: also without `jit`, and also under
+    `jax.disable_jit()`. To look at values inside, use `jax.debug.print` or
+    `jax.debug.breakpoint`, or call `fn(jlora.merge(frozen, trainable), ...)`, which is
+    plain JAX.
+
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
         function around `nnx.merge`, plain JAX.

@@ -176,7 +176,7 @@ def _what(row: Row) -> str:
         return "is a vector"
     if not row.op:
         use = row.uses[0]
-        place = f" (`{use.op}` at {use.where})" if use.where else ""
+        place = f" ({use.place})" if use.op else ""
         return f"is not a weight of a linear operation{place}"
     return "is a vector"
 

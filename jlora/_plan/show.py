@@ -46,7 +46,7 @@ def _summary(leaves: Sequence[Row]) -> str:
         + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
     )
     merges = [
-        f"  {row.path}: `{use.op}` at {use.where}"
+        f"  {row.path}: {use.place}"
         for row in leaves
         if row.status == "adapted"
         for use in row.uses

@@ -33,7 +33,7 @@ class Use:
       batch: the leaf's axes along which each entry is a matrix.
       fan_in: the leaf's axes that are summed over or looked up.
       fan_out: the leaf's axes that remain.
-      where: the user's source line.
+      where: the user's source line, or an empty text.
       scope: the name stack, as profilers show it.
       forms: how a product's value gets the low-rank term on a CPU and on an
         accelerator, see `cost`; empty for other operations.
@@ -48,6 +48,13 @@ class Use:
     where: str
     scope: str
     forms: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """The operation and where it stands, in words."""
+        if self.op == "return":
+            return "returned by the function"
+        return f"`{self.op}`" + compat.place_text(self.where, self.scope)
 
 
 def discover(

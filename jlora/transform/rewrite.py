@@ -52,4 +52,4 @@ def rewrite(
 def _why(eqn: Equation | None) -> str:
     if eqn is None:
         return "it is returned by the function"
-    return f"`{eqn.primitive.name}` at {compat.where(eqn)} has no factored rule for it"
+    return f"`{eqn.primitive.name}`{compat.place(eqn)} has no factored rule for it"

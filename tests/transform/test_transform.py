@@ -83,7 +83,7 @@ def test_merging_on_the_fly_is_visible(case):
     assert "merged on the fly" in str(plan)
     with pytest.warns(jlora.MergeWarning, match="w: "):
         jlora.apply_lora(fn)(frozen, trainable, x)
-    with pytest.raises(jlora.MergeError, match=r"w: .*(cases\.py|unknown line)"):
+    with pytest.raises(jlora.MergeError, match=r"w: .*cases\.py"):
         jlora.apply_lora(fn, on_merge="error")(frozen, trainable, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
