@@ -135,7 +135,8 @@ class LoraConfig:
         are also merged on the fly, and those narrower than their rank), a glob or
         a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
         `*` stays inside one component, `**` is any number of components, `{a,b}` is
-        either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.
+        either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`. The exact path
+        of a leaf names this leaf only, whatever characters it has.
       exclude: globs of leaves that never get factors.
       rules: per-leaf settings; the last match wins.
       train: globs of leaves trained in full (heads, biases, norms); `TokenRows` for

@@ -324,11 +324,16 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     if callable(config.targets):
         raise ConfigError("Without a traced function, targets= takes only globs.")
     unknown = "more than two axes, whose roles are not known without a trace"
+    shapes = open_model(base).shapes
+    ruled: dict[str, Axes] = {}
+    for rule in config.rules:
+        if rule.axes:
+            ruled |= dict.fromkeys(paths.select(rule.pattern, shapes), rule.axes)
     rows = []
-    for name, x in open_model(base).shapes.items():
+    for name, x in shapes.items():
         shape = tuple(x.shape)
-        row = Row(name, shape, str(x.dtype), (_assumed_use(name, shape, config),))
-        rows.append(row)
+        use = _assumed_use(name, shape, ruled.get(name))
+        rows.append(Row(name, shape, str(x.dtype), (use,)))
     found = resolve(tuple(rows), config)
     guessed = [row.path for row in found if row.spec and row.op == "merged"]
     if guessed:
@@ -345,14 +350,13 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     )
 
 
-def _assumed_use(name: str, shape: tuple[int, ...], config: LoraConfig) -> Use:
-    """Returns the use that a leaf is assumed to have."""
-    ruled = [r.axes for r in config.rules if r.axes and paths.matches(r.pattern, name)]
+def _assumed_use(name: str, shape: tuple[int, ...], ruled: Axes | None) -> Use:
+    """Returns the use that a leaf is assumed to have; a rule may say its axes."""
     if len(shape) < 2:
         return Use(name, "", "elementwise", (), (), (), where="", scope="")
     if len(shape) > 2 and not ruled:
         return Use(name, "", MERGED, (), (), (), where="", scope="")
-    axes = ruled[-1] if ruled else Axes()
+    axes = ruled or Axes()
     op = "gather" if name.split("/")[-1] == "embedding" else "dot_general"
     roles = axes.batch, axes.fan_in, axes.fan_out
     return Use(name, op, FACTORED, *roles, where="", scope="")

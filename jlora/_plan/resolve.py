@@ -16,6 +16,8 @@ from ..transform import LINEAR
 from ..transform.discover import FACTORED
 from .row import Row
 
+Settings = dict[str, Any]  # what the config and its rules set for one leaf
+
 
 def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     """Returns `rows` with status, spec and note; raises one error for all misfits."""
@@ -23,9 +25,10 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     excluded = _match("exclude", config.exclude, rows, wrong)
     trained = _match("train", config.train_whole, rows, wrong)
     tables = _tables(rows, config, trained, wrong)
-    targets = _targets(rows, config, excluded, trained, wrong)
+    settings = _settings(config, [row.path for row in rows])
+    targets = _targets(rows, config, settings, excluded, trained, wrong)
     notes = {
-        row.path: _why_left(row, config, excluded)
+        row.path: _why_left(row, config, settings[row.path], excluded)
         for row in rows
         if row.path not in targets
     }
@@ -34,7 +37,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     out = []
     for row in rows:
         if row.path in targets:
-            row = _adapted(row, config, wrong)
+            row = _adapted(row, config, settings[row.path], wrong)
             if row.path in tables:
                 wrong.append(f"train: {row.path!r} takes no TokenRows: it has factors")
         elif row.path in tables:
@@ -107,6 +110,7 @@ def _instead(field: str, pattern: str, rows: Sequence[Row]) -> str:
 def _targets(
     rows: tuple[Row, ...],
     config: LoraConfig,
+    settings: Mapping[str, Settings],
     excluded: set[str],
     trained: set[str],
     wrong: list[str],
@@ -121,7 +125,8 @@ def _targets(
             and not _unsuited(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
-        chosen = [row for row in chosen if not _too_narrow(row, config)] or chosen
+        wide = [row for row in chosen if not _too_narrow(row, settings[row.path])]
+        chosen = wide or chosen
         if not chosen:
             wrong.append(
                 "targets: 'all-linear' found no weight of a linear operation"
@@ -181,7 +186,9 @@ def _what(row: Row) -> str:
     return "is a vector"
 
 
-def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
+def _why_left(
+    row: Row, config: LoraConfig, settings: Settings, excluded: set[str]
+) -> str:
     """Returns why a leaf that could be adapted is not, or an empty text."""
     if not _can_adapt(row):
         return ""
@@ -190,7 +197,7 @@ def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
     if config.targets != "all-linear":
         return ""
     head = "output head: name it in targets, or in train" if row.head else ""
-    return _unsuited(row) or head or _too_narrow(row, config)
+    return _unsuited(row) or head or _too_narrow(row, settings)
 
 
 def _unsuited(row: Row) -> str:
@@ -204,9 +211,8 @@ def _unsuited(row: Row) -> str:
     return ""
 
 
-def _too_narrow(row: Row, config: LoraConfig) -> str:
+def _too_narrow(row: Row, settings: Settings) -> str:
     """Returns why a leaf is too narrow for its rank, or an empty text."""
-    settings = _settings(config, row.path)
     axes, rank = settings["axes"] or axes_of(row), settings["rank"]
     known = sorted(axes.order) == list(range(len(row.shape)))
     if settings["parts"] or settings["method"] == "vera" or not known:
@@ -226,9 +232,8 @@ def _hint(able: Sequence[Row]) -> str:
     return f"; to adapt {names}, name it in targets" if able else ""
 
 
-def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
+def _adapted(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) -> Row:
     """Returns `row` with its spec and init; adds what does not fit to `wrong`."""
-    settings = _settings(config, row.path)
     spec = _spec(row, config, settings, wrong)
     init = settings["init"]
     wrong += init_clashes(
@@ -238,20 +243,20 @@ def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
     return dataclasses.replace(row, status="adapted", spec=spec, init=found)
 
 
-def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
-    """Returns what the config and the rules that match it set for a leaf."""
+def _settings(config: LoraConfig, every: Sequence[str]) -> dict[str, Settings]:
+    """Returns what the config and the rules that match it set for each leaf."""
     names = [f.name for f in dataclasses.fields(Rule) if f.name != "pattern"]
-    settings = {name: getattr(config, name, None) for name in names}
+    common = {name: getattr(config, name, None) for name in names}
+    settings = {path: dict(common) for path in every}
     for rule in config.rules:
-        if paths.matches(rule.pattern, path):
-            own = {name: getattr(rule, name) for name in names}
-            settings |= {k: value for k, value in own.items() if value is not None}
+        own = {name: getattr(rule, name) for name in names}
+        own = {name: value for name, value in own.items() if value is not None}
+        for path in paths.select(rule.pattern, every):
+            settings[path] |= own
     return settings
 
 
-def _spec(
-    row: Row, config: LoraConfig, settings: dict[str, Any], wrong: list[str]
-) -> Spec:
+def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) -> Spec:
     """Returns the spec of `row` from its settings and what the trace found."""
     parts: FusedParts | None = settings["parts"]
     rank = parts.rank if parts else settings["rank"]

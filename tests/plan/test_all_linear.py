@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import example, given, strategies as st
 from jax import lax
 
 import jlora
@@ -289,3 +290,36 @@ def test_ranks_are_not_moved_to_leaves_that_were_left_out():
     moved = jlora.redistribute_ranks(made, statistics)
     assert [row.path for row in moved.rows() if row.spec] == ["w"]
     assert notes(moved) == notes(made)
+
+
+# Any keys.
+
+
+@given(
+    keys=st.lists(
+        st.text("[]{}*?!,/.\\ab0", min_size=1, max_size=4),
+        min_size=2,
+        max_size=4,
+        unique=True,
+    )
+)
+@example(keys=["w[0]", "w0", "last"])
+@example(keys=["*", "**", "{", "all-linear"])
+@example(keys=["a/b", "a*b", "last"])
+def test_names_that_a_plan_shows_can_be_written_into_a_config(keys):
+    def fn(p, x):
+        return jax.tree.reduce(lambda x, w: jnp.tanh(x @ w), p["layers"], x) @ p["last"]
+
+    params = {"layers": {key: jnp.eye(2) for key in keys}, "last": jnp.eye(2)}
+    x = jnp.ones((1, 2))
+    every = plan(fn, params, x, rank=1).adapted
+    assert len(every) == len(keys)
+    for names in (every, tuple(map(jlora.paths.escape, every))):
+        assert plan(fn, params, x, rank=1, targets=names).adapted == every
+        made = plan(fn, params, x, rank=1, exclude=names[0])
+        assert made.adapted == every[1:]
+        made = plan(fn, params, x, rank=1, targets=names[1:], train=names[0])
+        assert (made.adapted, made.full) == (every[1:], every[:1])
+        made = plan(fn, params, x, rank=1, rules=jlora.Rule(names[-1], rank=2))
+        ranks = [row.spec.rank for row in made.rows() if row.spec]
+        assert ranks == [1] * (len(keys) - 1) + [2]
