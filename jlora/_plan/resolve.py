@@ -13,7 +13,7 @@ from ..errors import TargetError
 from ..factors import Axes, FusedParts, Spec
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform import LINEAR
-from ..transform.discover import FACTORED
+from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED
 from .row import Row
 
 Settings = dict[str, Any]  # what the config and its rules set for one leaf
@@ -47,7 +47,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
                 wrong.append(
                     f"train: {row.path!r} is {row.dtype}, which has no gradient"
                 )
-            row = dataclasses.replace(row, status="full")
+            row = dataclasses.replace(row, status="full", note=_no_weight(row))
         else:
             status = "frozen" if row.uses else "unused"
             row = dataclasses.replace(row, status=status, note=notes[row.path])
@@ -57,6 +57,28 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
         begin = "\n  " if "\n" in lines else " "
         raise TargetError(f"This config does not fit the model:{begin}{lines}.")
     return tuple(out)
+
+
+def leave_merged(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
+    """Returns `rows`; "all-linear" leaves out what turned out to be merged."""
+    if config.targets != "all-linear":
+        return rows
+    left = {row.path for row in rows if row.spec and _unsuited(row)} - {
+        row.path for row in rows if row.spec and row.op == "embedding"
+    }
+    if left and not any(row.spec for row in rows if row.path not in left):
+        raise TargetError(
+            "This config does not fit the model: targets: 'all-linear' found no weight "
+            f"of a linear operation{_hint([r for r in rows if r.path in left])}."
+        )
+    return tuple(
+        dataclasses.replace(
+            row, status="frozen", spec=None, init=None, note=_unsuited(row)
+        )
+        if row.path in left
+        else row
+        for row in rows
+    )
 
 
 def _match(
@@ -189,9 +211,9 @@ def _what(row: Row) -> str:
 def _why_left(
     row: Row, config: LoraConfig, settings: Settings, excluded: set[str]
 ) -> str:
-    """Returns why a leaf that could be adapted is not, or an empty text."""
+    """Returns why a leaf is not adapted; empty if the config just does not name it."""
     if not _can_adapt(row):
-        return ""
+        return _no_weight(row)
     if row.path in excluded:
         return "excluded"
     if config.targets != "all-linear":
@@ -200,12 +222,27 @@ def _why_left(
     return _unsuited(row) or head or _too_narrow(row, settings)
 
 
+def _no_weight(row: Row) -> str:
+    """Returns why a leaf is not the weight of a linear operation; empty if it is."""
+    if row.route:
+        return "" if is_float(row) else "not a floating-point array"
+    if not row.uses:
+        return "not used by the function"
+    met = {use.route: use.op for use in reversed(row.uses)}
+    if ELEMENTWISE in met:
+        return f"elementwise: `{met[ELEMENTWISE]}`" if met[ELEMENTWISE] else ELEMENTWISE
+    return f"meets no data before `{met[DERIVED]}`"
+
+
 def _unsuited(row: Row) -> str:
     """Returns why "all-linear" does not mean a weight, or an empty text."""
     if row.op == "embedding":
         return "embedding: name it in targets to adapt it"
     if row.op == "merged":
         return "only merged on the fly: name it in targets to adapt it"
+    factored = [use for use in row.uses if use.route == FACTORED]
+    if all(use.mixed for use in factored):
+        return "added to data before its product: name it in targets to adapt it"
     if row.route != FACTORED:
         return "also merged on the fly: name it in targets to adapt it"
     return ""

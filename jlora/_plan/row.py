@@ -25,7 +25,8 @@ class Row:
       status: `"adapted"`, `"full"` (trained whole), `"frozen"` or `"unused"`.
       spec: how it is adapted; None if it is not.
       head: whether it is an output head: only a bias may act after it.
-      note: why a linear weight was left out.
+      note: why it is not adapted: what it is instead of a weight, or why a weight was
+        left out. It is empty where the config does not choose the weight.
       init: how A and B are initialised; None where the method decides that.
 
     Examples:

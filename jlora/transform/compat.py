@@ -140,6 +140,11 @@ def place(eqn: Equation) -> str:
     return place_text(where(eqn), scope(eqn))
 
 
+def marked(eqn: Equation) -> tuple[str, str, str]:
+    """Returns the name of the operation, its source line and its scope."""
+    return eqn.primitive.name, where(eqn), scope(eqn)
+
+
 def place_text(where: str, scope: str) -> str:
     """Returns ` at <line>`, or ` in <scope>` without a line, or an empty text."""
     if where:
