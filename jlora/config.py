@@ -132,10 +132,12 @@ class LoraConfig:
       alpha: the scale is `alpha / rank`, a positive number that float32 holds; None
         means `alpha = rank`, a scale of 1.
       targets: which weights get factors: `"all-linear"` (every weight that the trace
-        found in a linear operation, except embeddings and the output head), a glob or
+        found in a linear operation, except embeddings, the output head, weights that
+        are also merged on the fly, and those narrower than their rank), a glob or
         a tuple of globs over whole paths, or a predicate on a plan's `Row`. In a glob
         `*` stays inside one component, `**` is any number of components, `{a,b}` is
-        either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`.
+        either, `{0..5}` a range: `"**/layer_{0..5}/attn/{q,v}/kernel"`. The exact path
+        of a leaf names this leaf only, whatever characters it has.
       exclude: globs of leaves that never get factors.
       rules: per-leaf settings; the last match wins.
       train: globs of leaves trained in full (heads, biases, norms); `TokenRows` for

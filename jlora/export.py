@@ -352,21 +352,19 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
     if callable(config.targets):
         raise ConfigError("Without a traced function, targets= takes only globs.")
     unknown = "its axes' roles are not known without a trace"
-    shapes = {name: tuple(x.shape) for name, x in open_model(base).shapes.items()}
-    dtypes = {name: str(x.dtype) for name, x in open_model(base).shapes.items()}
-    assumed = _assumed(shapes, facts_of(base))
+    shapes = open_model(base).shapes
+    assumed = _assumed({n: tuple(x.shape) for n, x in shapes.items()}, facts_of(base))
     for rule in config.rules:
         if rule.axes is not None:
-            for name in paths.select(rule.pattern, list(shapes)):
-                assumed[name] = (
-                    assumed.get(name, ("dot_general", _KERNEL))[0],
-                    rule.axes,
-                )
-    rows = tuple(
-        Row(name, shape, dtypes[name], (_assumed_use(name, shape, assumed.get(name)),))
-        for name, shape in shapes.items()
-    )
-    found = resolve(rows, config)
+            for name in paths.select(rule.pattern, shapes):
+                op, _ = assumed.get(name, ("dot_general", _KERNEL))
+                assumed[name] = op, rule.axes
+    rows = []
+    for name, x in shapes.items():
+        shape = tuple(x.shape)
+        use = _assumed_use(name, shape, assumed.get(name))
+        rows.append(Row(name, shape, str(x.dtype), (use,)))
+    found = resolve(tuple(rows), config)
     guessed = [row.path for row in found if row.spec and row.op == "merged"]
     if guessed:
         raise TargetError(

@@ -81,7 +81,8 @@ def matches(pattern: str, path: str) -> bool:
 
     `*` stands for anything inside one component, `?` for one character, `[ab]` for
     one of a set, `**` for any number of components (also none), `{a,b}` for either,
-    `{0..5}` for any of the numbers.
+    `{0..5}` for any of the numbers. In a set every character stands for itself, so
+    `[*]` is a star; `escape` writes that.
 
     Args:
       pattern: the glob.
@@ -108,13 +109,16 @@ def _compile(pattern: str) -> tuple[re.Pattern, ...]:
 
 def _expand(pattern: str) -> Iterator[str]:
     """Yields the alternatives of `{a,b}`, which may be nested."""
-    start = pattern.find("{")
-    if start < 0:
+    in_sets = {i for m in _SET.finditer(pattern) for i in range(*m.span())}
+    start = next(
+        (i for i, c in enumerate(pattern) if c == "{" and i not in in_sets), None
+    )
+    if start is None:
         yield pattern
         return
     depth, parts, begin = 0, [], start + 1
     for i in range(start, len(pattern)):
-        char = pattern[i]
+        char = "" if i in in_sets else pattern[i]
         depth += (char == "{") - (char == "}")
         if (char == "," and depth == 1) or depth == 0:
             parts.append(pattern[begin:i])
@@ -141,7 +145,8 @@ def _translate(glob: str) -> str:
     return regex.removesuffix("/") + ("(?:/.*)?" if regex.endswith("/") else ".*")
 
 
-_TOKEN = re.compile(r"\*+|\?|\[!?\]?[^\]]*\]|.", flags=re.DOTALL)
+_SET = re.compile(r"\[!?\]?[^\]/]*\]", flags=re.DOTALL)
+_TOKEN = re.compile(rf"\*+|\?|{_SET.pattern}|.", flags=re.DOTALL)
 
 
 def _component_regex(part: str) -> str:
@@ -172,11 +177,32 @@ def _set_regex(chars: str) -> str:
     return f"[{members}]" if members else "(?!)"
 
 
+def escape(path: str) -> str:
+    """Returns the glob that matches `path` only.
+
+    It is needed only for keys that hold `[`, `{`, `*` or `?`, and within a larger
+    pattern: `select` takes the exact path of a leaf as it is.
+
+    Args:
+      path: components joined by `/`.
+
+    Examples:
+      >>> escape("blocks[0]/w*")
+      'blocks[[]0]/w[*]'
+      >>> matches("**/" + escape("w*"), "blocks/w*"), matches("w*", "w_2")
+      (True, True)
+    """
+    return re.sub(r"[\[{*?]", r"[\g<0>]", path)
+
+
 def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
     """Returns those of `paths` that `pattern` matches, in their order.
 
+    A pattern that is one of `paths`, character by character, means this path only. So
+    the names that a plan shows are patterns, whatever characters the keys hold.
+
     Args:
-      pattern: a glob, see `matches`.
+      pattern: a glob, see `matches`, or one of `paths`.
       paths: the paths to look through.
 
     Raises:
@@ -185,7 +211,12 @@ def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
     Examples:
       >>> select("**/bias", ["dense/bias", "dense/kernel", "bias"])
       ('dense/bias', 'bias')
+      >>> select("w[0]", ["w0", "w[0]"])
+      ('w[0]',)
     """
+    paths = tuple(paths)
+    if pattern in paths:
+        return (pattern,)
     return tuple(p for p in paths if matches(pattern, p))
 
 

@@ -8,14 +8,14 @@ from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, over
 import jax
 
 from .._checks import check_function, check_key
+from .._plan.weight import weight_of
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
-from ..factors import Factors, Leaf, PyTree, Trainable
-from ..methods import low_rank_pair, method_of
+from ..factors import PyTree, Trainable
+from ..transform.compat import Equation
 from ..transform.cost import Form
-from ..transform.rewrite import rewrite
+from ..transform.rewrite import rewrite, why_merged
 from ..transform.stage import stage
-from ..transform.values import RANK, Term, Weight, leaf, leaf_dims
 from .tree import combine, flatten_frozen
 
 OnMerge = Literal["allow", "warn", "error"]
@@ -67,6 +67,11 @@ def apply_lora(
     `jax.jit`. With an empty `trainable` it calls `fn` as it is. A policy of
     `jax.checkpoint`, in `fn` or around `lora_fn`, saves an adapted product where it
     saves the frozen one.
+
+    `fn` is staged at each call, so it sees tracers: also without `jit`, and also under
+    `jax.disable_jit()`. To look at values inside, use `jax.debug.print` or
+    `jax.debug.breakpoint`, or call `fn(jlora.merge(frozen, trainable), ...)`, which is
+    plain JAX.
 
     Args:
       fn: `fn(params, *args, **kwargs)`, any pytrees in and out: a Linen `apply`, a
@@ -135,38 +140,19 @@ def apply_lora(
         paths = list(flatten_frozen(frozen)[0])
         for path, slot in zip(paths, staged.param_slots, strict=True):
             if slot is not None and path in trainable.lora:
-                values[slot] = _weight(path, values[slot], trainable.lora[path])
+                values[slot] = weight_of(path, values[slot], trainable.lora[path])
         merges: dict[str, str] = {}
-        outs = rewrite(
-            staged.code, values, key=lora_key, form=form, merged=merges.setdefault
-        )
+
+        def merged(path: str, eqn: Equation | None) -> None:
+            merges.setdefault(path, why_merged(eqn))
+
+        outs = rewrite(staged.code, values, key=lora_key, form=form, merged=merged)
         _tell(merges, on_merge)
         return staged.rebuild(outs)
 
     # `functools.wraps` copies the signature of `fn`, which differs from this one.
     del lora_fn.__wrapped__
     return lora_fn
-
-
-def _weight(path: str, w: Leaf, factors: Factors) -> Weight:
-    """Returns `w` with its factors, for the interpreter."""
-    axes, dims = factors.spec.axes, leaf_dims(w.shape)
-    batch, fan_in, fan_out = (
-        tuple(dims[i][0] for i in role)
-        for role in (axes.batch, axes.fan_in, axes.fan_out)
-    )
-    term = Term(
-        *low_rank_pair(factors),
-        (*batch, *fan_in, RANK),
-        (*batch, RANK, *fan_out),
-        factors.scale,
-        factors.spec.dropout,
-    )
-    weight = leaf(path, w, (term,))
-    gain = method_of(factors.spec).gain
-    if gain is None:
-        return weight
-    return weight.replace(gain=gain(factors, w), gain_labels=(*batch, *fan_out))
 
 
 def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:

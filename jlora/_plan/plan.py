@@ -11,7 +11,8 @@ from ..factors import PyTree
 from ..transform.discover import Use, discover
 from ..transform.heads import output_heads
 from ..transform.stage import is_array, stage
-from .resolve import resolve
+from .check import check_routes
+from .resolve import leave_merged, resolve
 from .row import Row
 from .show import as_html, as_text
 
@@ -144,4 +145,7 @@ def plan(
         )
         for path, leaf in leaves.items()
     )
-    return Plan(config, resolve(rows, config))
+    slots = {name: i for i, name in enumerate(names) if name is not None}
+    rows = resolve(rows, config)
+    rows = check_routes(rows, staged, slots, config.dtype or "float32")
+    return Plan(config, leave_merged(rows, config))

@@ -1,7 +1,7 @@
 """What a config means for the leaves of a model: status, spec and note of each."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +13,11 @@ from ..errors import TargetError
 from ..factors import Axes, FusedParts, Spec
 from ..factors._scale import scale_fault
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
-from ..transform.discover import FACTORED
+from ..transform import LINEAR
+from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED
 from .row import Row
+
+Settings = dict[str, Any]  # what the config and its rules set for one leaf
 
 
 def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
@@ -23,13 +26,19 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     excluded = _match("exclude", config.exclude, rows, wrong)
     trained = _match("train", config.train_whole, rows, wrong)
     tables = _tables(rows, config, trained, wrong)
-    targets = _targets(rows, config, excluded, trained, wrong)
+    settings = _settings(config, [row.path for row in rows])
+    targets = _targets(rows, config, settings, excluded, trained, wrong)
+    notes = {
+        row.path: _why_left(row, config, settings[row.path], excluded)
+        for row in rows
+        if row.path not in targets
+    }
     for rule in config.rules:
-        _match("rules", (rule.pattern,), rows, wrong, among=targets)
+        _match("rules", (rule.pattern,), rows, wrong, left=notes)
     out = []
     for row in rows:
         if row.path in targets:
-            row = _adapted(row, config, wrong)
+            row = _adapted(row, config, settings[row.path], wrong)
             if row.path in tables:
                 wrong.append(f"train: {row.path!r} takes no TokenRows: it has factors")
         elif row.path in tables:
@@ -39,12 +48,10 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
                 wrong.append(
                     f"train: {row.path!r} is {row.dtype}, which has no gradient"
                 )
-            row = dataclasses.replace(row, status="full")
+            row = dataclasses.replace(row, status="full", note=_no_weight(row))
         else:
             status = "frozen" if row.uses else "unused"
-            row = dataclasses.replace(
-                row, status=status, note=_why_left(row, config, excluded)
-            )
+            row = dataclasses.replace(row, status=status, note=notes[row.path])
         out.append(row)
     if wrong:
         lines = listed(wrong, separator="\n  ")
@@ -53,28 +60,54 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
     return tuple(out)
 
 
+def leave_merged(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
+    """Returns `rows`; "all-linear" leaves out what turned out to be merged."""
+    if config.targets != "all-linear":
+        return rows
+    left = {row.path for row in rows if row.spec and _unsuited(row)} - {
+        row.path for row in rows if row.spec and row.op == "embedding"
+    }
+    if left and not any(row.spec for row in rows if row.path not in left):
+        raise TargetError(
+            "This config does not fit the model: targets: 'all-linear' found no weight "
+            f"of a linear operation{_hint([r for r in rows if r.path in left])}."
+        )
+    return tuple(
+        dataclasses.replace(
+            row, status="frozen", spec=None, init=None, note=_unsuited(row)
+        )
+        if row.path in left
+        else row
+        for row in rows
+    )
+
+
 def _match(
     field: str,
     patterns: Iterable[str],
     rows: Sequence[Row],
     wrong: list[str],
-    among: Set[str] | None = None,
+    left: Mapping[str, str] | None = None,
 ) -> set[str]:
-    """Returns the leaves that `patterns` match; adds the other patterns to `wrong`."""
+    """Returns the leaves that `patterns` match; adds the other patterns to `wrong`.
+
+    `left` says of the leaves that do not count why they do not.
+    """
     every = [row.path for row in rows]
     matched: set[str] = set()
     for pattern in patterns:
         hits = paths.select(pattern, every)
-        kept = [path for path in hits if among is None or path in among]
+        kept = [path for path in hits if left is None or path not in left]
         if not hits:
             wrong.append(
                 f"{field}: {pattern!r} matched none of {len(every)} leaves, "
                 + _instead(field, pattern, rows)
             )
-        elif not kept:
+        elif left is not None and not kept:
+            why = f" ({left[hits[0]]})" if left[hits[0]] else ""
             wrong.append(
                 f"{field}: {pattern!r} matched {hits[0]!r}, but no adapted leaf, so it "
-                "has no effect"
+                f"has no effect{why}"
             )
         matched.update(kept)
     return matched
@@ -100,6 +133,7 @@ def _instead(field: str, pattern: str, rows: Sequence[Row]) -> str:
 def _targets(
     rows: tuple[Row, ...],
     config: LoraConfig,
+    settings: Mapping[str, Settings],
     excluded: set[str],
     trained: set[str],
     wrong: list[str],
@@ -110,10 +144,12 @@ def _targets(
             row
             for row in rows
             if row.path not in excluded | trained
-            and row.op in ("linear", "conv")
             and _can_adapt(row)
+            and not _unsuited(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
+        wide = [row for row in chosen if not _too_narrow(row, settings[row.path])]
+        chosen = wide or chosen
         if not chosen:
             wrong.append(
                 "targets: 'all-linear' found no weight of a linear operation"
@@ -164,26 +200,69 @@ def _what(row: Row) -> str:
         return "is not a floating-point array"
     if not row.uses:
         return "is not used by the function"
+    if len(row.shape) < 2 and any(use.op in LINEAR for use in row.uses):
+        return "is a vector"
     if not row.op:
         use = row.uses[0]
-        place = f" (`{use.op}` at {use.where})" if use.where else ""
+        place = f" ({use.place})" if use.op else ""
         return f"is not a weight of a linear operation{place}"
     return "is a vector"
 
 
-def _why_left(row: Row, config: LoraConfig, excluded: set[str]) -> str:
-    """Returns why a leaf that could be adapted is not, or an empty text."""
+def _why_left(
+    row: Row, config: LoraConfig, settings: Settings, excluded: set[str]
+) -> str:
+    """Returns why a leaf is not adapted; empty if the config just does not name it."""
     if not _can_adapt(row):
-        return ""
+        return _no_weight(row)
     if row.path in excluded:
         return "excluded"
     if config.targets != "all-linear":
         return ""
+    head = "output head: name it in targets, or in train" if row.head else ""
+    return _unsuited(row) or head or _too_narrow(row, settings)
+
+
+def _no_weight(row: Row) -> str:
+    """Returns why a leaf is not the weight of a linear operation; empty if it is."""
+    if row.route:
+        return "" if is_float(row) else "not a floating-point array"
+    if not row.uses:
+        return "not used by the function"
+    met = {use.route: use.op for use in reversed(row.uses)}
+    if ELEMENTWISE in met:
+        return f"elementwise: `{met[ELEMENTWISE]}`" if met[ELEMENTWISE] else ELEMENTWISE
+    return f"meets no data before `{met[DERIVED]}`"
+
+
+def _unsuited(row: Row) -> str:
+    """Returns why "all-linear" does not mean a weight, or an empty text."""
     if row.op == "embedding":
         return "embedding: name it in targets to adapt it"
     if row.op == "merged":
         return "only merged on the fly: name it in targets to adapt it"
-    return "output head: name it in targets, or in train"
+    factored = [use for use in row.uses if use.route == FACTORED]
+    if all(use.mixed for use in factored):
+        return "added to data before its product: name it in targets to adapt it"
+    if row.route != FACTORED:
+        return "also merged on the fly: name it in targets to adapt it"
+    return ""
+
+
+def _too_narrow(row: Row, settings: Settings) -> str:
+    """Returns why a leaf is too narrow for its rank, or an empty text."""
+    axes, rank = settings["axes"] or axes_of(row), settings["rank"]
+    known = sorted(axes.order) == list(range(len(row.shape)))
+    if settings["parts"] or settings["method"] == "vera" or not known:
+        return ""
+    own = METHODS[settings["method"]].init
+    init = find_init(settings["init"]) if own is None else None
+    times = init.rank_factor if init else 1
+    _, *sides = axes.sizes(row.shape)
+    if rank * times <= min(sides):
+        return ""
+    needed = f"rank {rank}" if times == 1 else f"{times} times rank {rank}"
+    return f"{needed} is above min(in, out) = {min(sides)}: a Rule can lower it"
 
 
 def _hint(able: Sequence[Row]) -> str:
@@ -191,9 +270,8 @@ def _hint(able: Sequence[Row]) -> str:
     return f"; to adapt {names}, name it in targets" if able else ""
 
 
-def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
+def _adapted(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) -> Row:
     """Returns `row` with its spec and init; adds what does not fit to `wrong`."""
-    settings = _settings(config, row.path)
     spec = _spec(row, config, settings, wrong)
     init = settings["init"]
     wrong += init_clashes(
@@ -203,20 +281,20 @@ def _adapted(row: Row, config: LoraConfig, wrong: list[str]) -> Row:
     return dataclasses.replace(row, status="adapted", spec=spec, init=found)
 
 
-def _settings(config: LoraConfig, path: str) -> dict[str, Any]:
-    """Returns what the config and the rules that match it set for a leaf."""
+def _settings(config: LoraConfig, every: Sequence[str]) -> dict[str, Settings]:
+    """Returns what the config and the rules that match it set for each leaf."""
     names = [f.name for f in dataclasses.fields(Rule) if f.name != "pattern"]
-    settings = {name: getattr(config, name, None) for name in names}
+    common = {name: getattr(config, name, None) for name in names}
+    settings = {path: dict(common) for path in every}
     for rule in config.rules:
-        if paths.matches(rule.pattern, path):
-            own = {name: getattr(rule, name) for name in names}
-            settings |= {k: value for k, value in own.items() if value is not None}
+        own = {name: getattr(rule, name) for name in names}
+        own = {name: value for name, value in own.items() if value is not None}
+        for path in paths.select(rule.pattern, every):
+            settings[path] |= own
     return settings
 
 
-def _spec(
-    row: Row, config: LoraConfig, settings: dict[str, Any], wrong: list[str]
-) -> Spec:
+def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) -> Spec:
     """Returns the spec of `row` from its settings and what the trace found."""
     parts: FusedParts | None = settings["parts"]
     rank = parts.rank if parts else settings["rank"]
@@ -246,7 +324,7 @@ def _spec(
         wrong.append(f"{row.path!r}: {fault}")
         rank, alpha, parts = 1, 1.0, None
     return Spec(
-        op="linear" if row.op == "merged" else row.op,
+        op=row.kind,
         axes=axes,
         rank=rank,
         alpha=float(alpha),
@@ -326,14 +404,16 @@ def _tables(
 def axes_of(row: Row) -> Axes:
     """Returns the roles of the leaf's axes, from all its factored uses.
 
-    A lookup sets the direction. An axis is a batch axis only if it is one in every use.
-    The last axis of a weight that is only merged is its fan-out.
+    A lookup sets the direction, unless it picks single numbers. An axis is a batch axis
+    only if it is one in every use. Of a weight that is only merged, a convolution says
+    the fan-out; else it is the last axis.
     """
     uses = [use for use in row.uses if use.route == FACTORED]
+    uses = uses or [use for use in row.uses if use.fan_out][:1]
     if not uses:
         ndim = len(row.shape)
         return Axes((), tuple(range(ndim - 1)), (ndim - 1,))
-    uses.sort(key=lambda use: use.op != "gather")
+    uses.sort(key=lambda use: (not use.fan_out, use.op != "gather"))
     batch, fan_in, fan_out = [], [], []
     for i in range(len(row.shape)):
         use = next((use for use in uses if i not in use.batch), None)

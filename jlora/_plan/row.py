@@ -25,7 +25,8 @@ class Row:
       status: `"adapted"`, `"full"` (trained whole), `"frozen"` or `"unused"`.
       spec: how it is adapted; None if it is not.
       head: whether it is an output head: only a bias may act after it.
-      note: why a linear weight was left out.
+      note: why it is not adapted: what it is instead of a weight, or why a weight was
+        left out. It is empty where the config does not choose the weight.
       init: how A and B are initialised; None where the method decides that.
 
     Examples:
@@ -64,6 +65,14 @@ class Row:
         if ops:
             return ops[0]
         return "merged" if any(use.route == MERGED for use in self.uses) else ""
+
+    @property
+    def kind(self) -> str:
+        """As `op`; for a weight that is only merged, the operation that meets it."""
+        if self.op != "merged":
+            return self.op
+        known = [OPERATIONS[use.op] for use in self.uses if use.op in OPERATIONS]
+        return known[0] if known else "linear"
 
     @property
     def route(self) -> str:

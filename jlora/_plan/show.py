@@ -46,7 +46,7 @@ def _summary(leaves: Sequence[Row]) -> str:
         + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
     )
     merges = [
-        f"  {row.path}: `{use.op}` at {use.where}"
+        f"  {row.path}: {use.place}"
         for row in leaves
         if row.status == "adapted"
         for use in row.uses
@@ -77,9 +77,10 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     row = rows[0]
     name = folded([r.path for r in rows])
     shape = f"{row.dtype}[{','.join(map(str, row.shape))}]"
+    note = row.note if len(row.shape) > 1 else ""  # nobody expects factors of a vector
     if row.spec is None:
         trained = count(sum(r.trained for r in rows)) if row.trained else ""
-        return (name, shape, row.status, row.op, "", "", trained, "", row.note)
+        return (name, shape, row.status, row.op, "", "", trained, "", note)
     n_batch, n_in, n_out = row.spec.axes.sizes(row.shape)
     ends = f"{n_in} → {n_out}" + (f" ×{n_batch}" if row.spec.axes.batch else "")
     cost = row.spec.rank * (n_in + n_out) / (n_in * n_out)
@@ -92,7 +93,7 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
         _rank(row.spec),
         count(sum(r.trained for r in rows)),
         f"+{100 * cost:.1f} %",
-        row.note,
+        note,
     )
 
 

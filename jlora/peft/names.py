@@ -389,7 +389,10 @@ def _generic(
     if op == "embedding" and ndim == 2:
         kind = "embedding"
     if op == "conv" and axes is not None:
-        *window, features = axes.fan_in
+        if axes.fan_out < axes.fan_in:  # [out, in, *window], as in torch
+            features, *window = axes.fan_in
+        else:
+            *window, features = axes.fan_in
         groups = (axes.fan_out, (features,), *((i,) for i in window))
         return (Place(name, "conv", (None,) * ndim, groups),)
     if kind == "linear":

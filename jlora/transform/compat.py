@@ -5,6 +5,8 @@ supported, 0.10 to 0.12. The rest of the transform sees only what this file retu
 """
 
 import contextlib
+import contextvars
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,14 @@ Primitive = jex_core.Primitive
 Equation = jex_core.JaxprEqn
 Var = jex_core.Var
 Jaxpr = jex_core.Jaxpr
+
+# The lines in a traceback that are the user's are not those of this package.
+source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]) + "/")
+
+# The equations whose code is being interpreted, outermost first.
+_around: contextvars.ContextVar[tuple[Equation, ...]] = contextvars.ContextVar(
+    "around", default=()
+)
 
 
 class Code(NamedTuple):
@@ -90,22 +100,56 @@ def at(eqn: Equation) -> Iterator[None]:
     """Makes equations bound inside have the source line, names and context of `eqn`."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    with (
-        source_info_util.user_context(info.traceback, name_stack=stack),
-        eqn.ctx.manager,
-    ):
-        yield
+    token = _around.set((*_around.get(), eqn))
+    try:
+        with (
+            source_info_util.user_context(info.traceback, name_stack=stack),
+            eqn.ctx.manager,
+        ):
+            yield
+    finally:
+        _around.reset(token)
 
 
 def where(eqn: Equation) -> str:
-    """Returns the user's source line of `eqn`, as `model.py:31 (__call__)`."""
-    text = source_info_util.summarize(eqn.source_info) or "an unknown line"
-    return text.rsplit("/", 1)[-1]
+    """Returns the user's source line of `eqn`, as `model.py:31 (__call__)`.
+
+    JAX's own functions have no line of the user inside. Then it is the line of the call
+    around it. The text is empty if there is none, as in code that was read from a file.
+    """
+    return source_info_util.summarize(located(eqn).source_info).rsplit("/", 1)[-1]
+
+
+def located(eqn: Equation) -> Equation:
+    """Returns `eqn` with the source line that `where` finds, to be named later."""
+    for one in (eqn, *reversed(_around.get())):
+        if source_info_util.summarize(one.source_info):
+            return eqn if one is eqn else eqn.replace(source_info=one.source_info)
+    return eqn
 
 
 def scope(eqn: Equation) -> str:
-    """Returns the name stack of `eqn`: the modules and scopes around it."""
-    return str(eqn.source_info.name_stack)
+    """Returns the name stacks of `eqn` and of the calls around it: modules, scopes."""
+    around = [one for one in _around.get() if one is not eqn]
+    stacks = [str(one.source_info.name_stack) for one in (*around, eqn)]
+    return "/".join(filter(None, stacks))
+
+
+def place(eqn: Equation) -> str:
+    """Returns where `eqn` stands, as text to put behind its name."""
+    return place_text(where(eqn), scope(eqn))
+
+
+def marked(eqn: Equation) -> tuple[str, str, str]:
+    """Returns the name of the operation, its source line and its scope."""
+    return eqn.primitive.name, where(eqn), scope(eqn)
+
+
+def place_text(where: str, scope: str) -> str:
+    """Returns ` at <line>`, or ` in <scope>` without a line, or an empty text."""
+    if where:
+        return f" at {where}"
+    return f" in {scope!r}" if scope else ""
 
 
 def placed_like(

@@ -200,7 +200,8 @@ def _merge_before(
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
-            reasons.update((part.path, eqn) for part in value.parts)
+            place = None if eqn is None else compat.located(eqn)
+            reasons.update((part.path, place) for part in value.parts)
         return value.w
 
     dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, materialise=materialise)

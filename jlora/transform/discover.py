@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from . import CONTROL, LINEAR, STRUCTURE, compat
 from .compat import Equation
 from .interpret import Context, Rule, interpret
+from .linear import is_elementwise
 from .primitives import JOINS, POINTWISE, SCALES
 from .values import Atom, Derived, Part, Value, Weight, array_of, leaf
 
@@ -32,10 +33,12 @@ class Use:
       batch: the leaf's axes along which each entry is a matrix.
       fan_in: the leaf's axes that are summed over or looked up.
       fan_out: the leaf's axes that remain.
-      where: the user's source line.
+      where: the user's source line, or an empty text.
       scope: the name stack, as profilers show it.
       forms: how a product's value gets the low-rank term on a CPU and on an
         accelerator, see `cost`; empty for other operations.
+      mixed: whether an array was added to the leaf before, so it may be an activation.
+      doubtful: whether the leaf's axes decide if a factor serves this use.
     """
 
     path: str
@@ -47,6 +50,15 @@ class Use:
     where: str
     scope: str
     forms: tuple[str, ...] = ()
+    mixed: bool = False
+    doubtful: bool = False
+
+    @property
+    def place(self) -> str:
+        """The operation and where it stands, in words."""
+        if self.op == "return":
+            return "returned by the function"
+        return f"`{self.op}`" + compat.place_text(self.where, self.scope)
 
 
 def discover(
@@ -106,12 +118,15 @@ class _Discovery:
         eqn: Equation | None,
         roles: Roles = _NONE,
         forms: Sequence[str] = (),
+        mixed: bool = False,
+        doubtful: bool = False,
     ) -> None:
         """Notes one use of the leaf `path`; `eqn` is None where it is returned."""
         where, scope = "", ""
         if eqn is not None:
             where, scope = compat.where(eqn), compat.scope(eqn)
-        self.uses[Use(path, op, route, *roles, where, scope, tuple(forms))] = None
+        use = Use(path, op, route, *roles, where, scope, tuple(forms), mixed, doubtful)
+        self.uses[use] = None
 
     def used(
         self,
@@ -124,88 +139,136 @@ class _Discovery:
         forms: Sequence[str] = (),
     ) -> None:
         """Notes a linear use of each leaf that `weight` comes from."""
+        flags = bool(weight.mixed), weight.doubtful
         for part in weight.parts:
             roles = _roles(
                 weight, part, self.shapes[part.path], fan_in, batch, op == "gather"
             )
-            self.record(part.path, op, FACTORED, eqn, roles, forms)
+            self.record(part.path, op, FACTORED, eqn, roles, forms, *flags)
+        for path in weight.joined:
+            self.record(path, op, MERGED, eqn)
 
     def materialise(self, value: Value, eqn: Equation | None) -> jax.Array:
         """Returns `value` as an array, and notes the use if it is a weight."""
         if isinstance(value, Weight):
             if value.is_lookup:
                 self.used(value, "gather", fan_in=(), batch=(), eqn=eqn)
+            elif value.with_data:
+                self.met_data(value)
             else:
                 op = "return" if eqn is None else eqn.primitive.name
+                route = MERGED if value.is_matrix else DERIVED
                 for path in _sources(value):
-                    self.record(path, op, MERGED, eqn)
+                    self.record(path, op, route, eqn)
         return array_of(value)
+
+    def met_data(self, weight: Weight) -> None:
+        """Notes that `weight` is an activation since data became part of it."""
+        op, where, scope = weight.mixed
+        for path in _sources(weight):
+            self.uses[Use(path, op, ELEMENTWISE, *_NONE, where, scope)] = None
 
     def fallback(
         self, ctx: Context, eqn: Equation, operands: Sequence[Value]
     ) -> Sequence[Value]:
         """Returns the results of an equation without a rule, and notes its route."""
         operands = [
-            self.materialise(v, eqn) if isinstance(v, Weight) and v.is_lookup else v
+            self.materialise(v, eqn)
+            if isinstance(v, Weight) and (v.is_lookup or v.with_data)
+            else v
             for v in operands
         ]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
         results = compat.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
-            route = ELEMENTWISE if name in POINTWISE else MERGED
+            pointwise = name in POINTWISE or is_elementwise(eqn, operands)
+            route = ELEMENTWISE if pointwise else MERGED
             for path in sources:
-                self.record(path, name, route, eqn)
+                roles = self.kernel_roles(path, eqn, operands)
+                self.record(path, name, route, eqn, roles)
             return results
         for v in operands:
             for path in _sources(v) if isinstance(v, Weight) else ():
                 self.record(path, name, DERIVED, eqn)
         return [Derived(x, tuple(sources)) for x in results]
 
+    def kernel_roles(
+        self, path: str, eqn: Equation, operands: Sequence[Value]
+    ) -> Roles:
+        """Returns the axes' roles of a leaf whose kernel a convolution merges.
+
+        They are not known, and empty, for other operations, and where the kernel has
+        another shape than the leaf.
+        """
+        shape = self.shapes[path]
+        if eqn.primitive.name != "conv_general_dilated":
+            return _NONE
+        kernel = operands[1]
+        if path not in _sources(kernel) or array_of(kernel).shape != shape:
+            return _NONE
+        out, *ins = eqn.params["dimension_numbers"].rhs_spec
+        return (), tuple(sorted(ins)), (out,)
+
     def unless_derived(self, rule: Rule) -> Rule:
-        """Returns `rule` except where a weight meets an array computed from weights."""
+        """Returns `rule` for operands that may be computed from weights or constants.
+
+        Such an array scales a weight, or is added to it, as data does. In a product it
+        is an activation (learned or normalised queries), so the result is computed too.
+        Anywhere else the rule does not hold.
+        """
 
         def guarded(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
             name = eqn.primitive.name
-            scales = name in SCALES
-            values = [
-                v.w if isinstance(v, Derived) and (scales or not v.paths) else v
-                for v in operands
-            ]
-            if name in JOINS and not all(isinstance(v, Weight) for v in values):
-                return NotImplemented  # a bias, a position table or a token meets data
-            derived = [v for v in values if isinstance(v, Derived)]
-            if derived and name not in LINEAR:
+            combines = name in SCALES or name in JOINS
+            derived = [v for v in operands if isinstance(v, Derived) and v.paths]
+            if derived and not combines and name not in LINEAR:
                 return NotImplemented
-            # Learned or normalised queries are activations.
-            values = [v.w if isinstance(v, Derived) else v for v in values]
+            values = [v.w if isinstance(v, Derived) else v for v in operands]
             if not any(isinstance(v, Weight) for v in values):
                 return NotImplemented
             results = rule(ctx, eqn, *values)
             if results is NotImplemented:
                 return results
+            if combines:
+                return self.combined(eqn, operands, results)
             if derived:
                 made_of = dict.fromkeys(path for v in derived for path in v.paths)
                 return [Derived(x, tuple(made_of)) for x in results]
-            if scales:
-                self.record_scales(eqn, operands, _sources(results[0]))
             return results
 
         return guarded
 
-    def record_scales(
-        self, eqn: Equation, operands: Sequence[Value], scaled: Sequence[str]
-    ) -> None:
-        """Notes the leaves among `operands` that scale a weight made of `scaled`."""
-        for path in (path for v in operands for path in _sources(v)):
-            if path not in scaled:
+    def combined(
+        self, eqn: Equation, operands: Sequence[Value], results: Sequence[Value]
+    ) -> Sequence[Value]:
+        """Returns the weight that `operands` make, with what became part of it noted.
+
+        Where parameters scale every entry of a weight, any of them may be the weight.
+        """
+        (weight,) = results
+        assert isinstance(weight, Weight)
+        scaled = _sources(weight)
+        others = [p for v in operands for p in _sources(v) if p not in scaled]
+        has_data = not all(isinstance(v, Weight | Derived) for v in operands)
+        if eqn.primitive.name in SCALES:
+            if weight.mixed and not weight.with_data and others:
+                return NotImplemented
+            for path in others:
                 self.record(path, eqn.primitive.name, ELEMENTWISE, eqn)
+            others = []
+        return [
+            weight.replace(
+                with_data=bool(weight.mixed) and (weight.with_data or has_data),
+                joined=(*weight.joined, *dict.fromkeys(others)),
+            )
+        ]
 
 
 def _sources(value: Value) -> tuple[str, ...]:
     """Returns the leaves that `value` is made of."""
     if isinstance(value, Weight):
-        return tuple(part.path for part in value.parts)
+        return (*(part.path for part in value.parts), *value.joined)
     return value.paths if isinstance(value, Derived) else ()
 
 
@@ -217,15 +280,18 @@ def _has_data(eqn: Equation, operands: Sequence[Value]) -> bool:
     weights is a weight.
     """
     chosen = operands[1:] if eqn.primitive.name == "select_n" else operands
-    vectors = any(
-        isinstance(v, Weight) and sum(map(bool, v.dims)) < 2 for v in operands
-    )
+    vectors = any(isinstance(v, Weight) and _is_vector(v) for v in operands)
     return any(
         vectors and not v.paths and jnp.ndim(v.w) > 0
         if isinstance(v, Derived)
         else not isinstance(v, Weight)
         for v in chosen
     )
+
+
+def _is_vector(weight: Weight) -> bool:
+    """Returns whether `weight` has fewer than two axes of a leaf, also if joined."""
+    return len({a.root for group in weight.dims for a in group if a.root >= 0}) < 2
 
 
 def _roles(

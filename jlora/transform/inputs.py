@@ -51,7 +51,7 @@ class Trace:
     """What one trace has met, for errors.
 
     Attributes:
-      products: the leaves and the source line of each product.
+      products: the leaves of each product, and where it stands.
       reached: the products that a derivative came back through.
       missed: for each leaf with a use that gives no input, the reason.
       kept: keeps the code alive, so that no other object gets its ids.
@@ -67,7 +67,7 @@ class Trace:
     def problems(self) -> dict[str, str]:
         """Returns why the moments of a leaf would be wrong, by leaf."""
         lost = {
-            path: f"its product at {where} reaches no result through derivatives "
+            path: f"its product{where} reaches no result through derivatives "
             "(stop_gradient, argmax, integers): return it from the function"
             for product, (paths, where) in self.products.items()
             if product not in self.reached
@@ -137,7 +137,7 @@ def _context(trace: Trace) -> Context:
         if not isinstance(value, Weight):
             return value
         if value.terms and eqn is not None:
-            where = f"`{eqn.primitive.name}` at {compat.where(eqn)}"
+            where = f"`{eqn.primitive.name}`{compat.place(eqn)}"
             for part in value.parts:
                 trace.missed.setdefault(part.path, f"{where} is not a matrix product")
         return value.w
@@ -200,13 +200,13 @@ def _watched(rule: Rule, trace: Trace, calls: CallPath) -> Rule:
             for term in weight.terms:
                 rows = _rows(x, x_labels, summed, term)
                 if rows is None:
-                    where = compat.where(eqn)
+                    where = compat.place(eqn)
                     trace.missed.update(
-                        (path, f"the product at {where} sums over other axes of it")
+                        (path, f"the product{where} sums over other axes of it")
                         for path in paths
                     )
                     continue
-                trace.products[product] = (paths, compat.where(eqn))
+                trace.products[product] = (paths, compat.place(eqn))
                 reach = functools.partial(trace.reached.add, product)
                 y = _tied(y, rows, term.a, reach)
         return [y]

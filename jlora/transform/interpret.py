@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from . import compat, share
 from .compat import Equation, Literal, Var
 from .cost import Form
+from .primitives import SEPARATE
 from .values import Derived, Value, Weight
 
 # Takes `(ctx, eqn, *operands)` and returns the results of the equation, or
@@ -155,6 +156,26 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
     return [read(v) for v in jaxpr.outvars]
 
 
+def _looked_up_first(
+    ctx: Context, eqn: Equation, operands: Sequence[Value]
+) -> Sequence[Value]:
+    """Returns `operands`; rows that were looked up are activations where weights meet.
+
+    Alone they stay weights, since steps that only move axes serve their factors too.
+    """
+    met = [v for v in operands if isinstance(v, Weight) or _is_computed(v)]
+    if len(met) < 2:
+        return operands
+    return [
+        ctx.materialise(v, eqn) if isinstance(v, Weight) and v.is_lookup else v
+        for v in operands
+    ]
+
+
+def _is_computed(value: Value) -> bool:
+    return isinstance(value, Derived) and bool(value.paths)
+
+
 def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence[Value]:
     """Returns the results of one equation.
 
@@ -169,8 +190,13 @@ def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence
         ctx.constant(atom.val) if isinstance(atom, Literal) else v
         for v, atom in zip(operands, eqn.invars, strict=True)
     ]
+    if eqn.primitive.name not in SEPARATE:
+        operands = _looked_up_first(ctx, eqn, operands)
     rule = ctx.rules.get(eqn.primitive.name)
-    results = NotImplemented if rule is None else rule(ctx, eqn, *operands)
+    if rule is None or not any(map(is_special, operands)):
+        results = NotImplemented
+    else:
+        results = rule(ctx, eqn, *operands)
     if results is NotImplemented:
         results = ctx.fallback(ctx, eqn, operands)
     return results

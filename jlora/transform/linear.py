@@ -26,9 +26,11 @@ from .values import (
     OTHER,
     RANK,
     Atom,
+    Derived,
     Group,
     Operand,
     Term,
+    Value,
     Weight,
     regroup,
     rescaled,
@@ -41,33 +43,39 @@ def dot_general(
 ) -> list[jax.Array]:
     """`x . (w + s a b) = x . w + s (x . a) . b` for any dimension numbers.
 
-    The weight may be on either side. Of two weights, one that is repeated along new
-    axes (learned queries for each entry of a batch) is the activation. Where the
-    contracted axes are those of B (a tied weight that is used transposed) the factors
-    change places. Where both hold contracted axes, the first product leaves those of B.
+    The weight may be on either side. Where the contracted axes are those of B (a tied
+    weight that is used transposed) the factors change places. Where both hold
+    contracted axes, the first product leaves those of B.
+    A weight without a fan-in or a fan-out is merged: it is as small as its factors.
     """
     (contracted, batch) = eqn.params["dimension_numbers"]
-    operands: list[Any] = [
+    operands: list[Any] | None = [
         ctx.materialise(v, eqn)
         if isinstance(v, Weight) and v.looked_up and not _indexes_batch(v, axes)
         else v
         for v, axes in zip((lhs, rhs), batch, strict=True)
     ]
+    operands = _one_weight(ctx, eqn, operands)
+    if operands is None:
+        return NotImplemented
     sides = [i for i, v in enumerate(operands) if isinstance(v, Weight)]
     if not sides:
         return bind(eqn, *operands)
-    if len(sides) == 2:
-        repeated = [i for i in sides if _is_repeated(operands[i])]
-        if len(repeated) != 1:
-            return NotImplemented
-        operands[repeated[0]] = ctx.materialise(operands[repeated[0]], eqn)
-        sides.remove(repeated[0])
     if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
         return NotImplemented  # each of several products would be rounded to integers
     (side,) = sides
+    if is_elementwise(eqn, operands):
+        return NotImplemented
     whole, x = operands[side], operands[1 - side]
     weight = join_groups(whole)
     site = _site(eqn, weight, x, side)
+    if not set(weight.gain_labels) <= set(site.want):
+        if not set(weight.gain_labels) <= set(site.x_labels):
+            return NotImplemented
+        x = rescaled(x.astype(site.compute), weight, site.x_labels)
+        weight = weight.replace(gain=None, gain_labels=())
+    if not all(gain_fits(term, weight) for term in weight.terms):
+        return NotImplemented
     ctx.used(
         whole,
         "dot_general",
@@ -79,14 +87,59 @@ def dot_general(
     if not weight.terms:
         operands[side] = weight.w
         return bind(eqn, *operands)
-    if not set(weight.gain_labels) <= set(site.want):
-        if not set(weight.gain_labels) <= set(site.x_labels):
-            return NotImplemented
-        x = rescaled(x.astype(site.compute), weight, site.x_labels)
-        weight = weight.replace(gain=None, gain_labels=())
-    if not all(gain_fits(term, weight) for term in weight.terms):
-        return NotImplemented
     return [_adapted_product(ctx, eqn, x, weight, site)]
+
+
+def _one_weight(
+    ctx: Context, eqn: Equation, operands: Sequence[Any]
+) -> list[Any] | None:
+    """Returns `operands` with one weight; None where two may be the weight.
+
+    Of two weights the activation is the vector, or what an array was added to, or what
+    is repeated along new axes (learned queries for each entry of a batch).
+    """
+    operands = list(operands)
+    sides = [i for i, v in enumerate(operands) if isinstance(v, Weight)]
+    if len(sides) < 2:
+        return operands
+    for is_activation in (_is_vector, _is_mixed, _is_repeated):
+        found = [i for i in sides if is_activation(operands[i])]
+        if len(found) == 1:
+            operands[found[0]] = ctx.materialise(operands[found[0]], eqn)
+            return operands
+    return None
+
+
+def _is_vector(weight: Weight) -> bool:
+    return not weight.is_matrix
+
+
+def _is_mixed(weight: Weight) -> bool:
+    return bool(weight.mixed)
+
+
+def _is_repeated(weight: Weight) -> bool:
+    return any(atom.root == BROADCAST for group in weight.dims for atom in group)
+
+
+def is_elementwise(eqn: Equation, operands: Sequence[Value]) -> bool:
+    """Returns whether a parameter in a product has no fan-in, or no fan-out.
+
+    It then scales or weighs activations: a norm's scale in `einsum("bd,d->bd")`, the
+    vector of a pooling. It is not the weight of a linear operation.
+    """
+    if eqn.primitive.name != "dot_general":
+        return False
+    (contracted, batch) = eqn.params["dimension_numbers"]
+    for v, summed, shared in zip(operands, contracted, batch, strict=True):
+        if not isinstance(v, Weight | Derived):
+            continue
+        axes = [i for i in range(v.w.ndim) if i not in shared]
+        if isinstance(v, Weight):
+            axes = [i for i in axes if any(atom.root >= 0 for atom in v.dims[i])]
+        if {i in summed for i in axes} != {True, False}:
+            return True
+    return False
 
 
 def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
@@ -133,10 +186,6 @@ def _adapted_product(
     return y
 
 
-def _is_repeated(weight: Weight) -> bool:
-    return any(atom.root == BROADCAST for group in weight.dims for atom in group)
-
-
 def conv_general_dilated(
     ctx: Context, eqn: Equation, x: Operand, weight: Operand
 ) -> list[jax.Array]:
@@ -148,6 +197,7 @@ def conv_general_dilated(
     """
     params = eqn.params
     out_dim, *in_dims = params["dimension_numbers"].rhs_spec
+    x, weight = _one_weight(ctx, eqn, (x, weight)) or (x, weight)
     if not isinstance(weight, Weight) or isinstance(x, Weight):
         return NotImplemented
     if weight.looked_up or params["batch_group_count"] != 1:
@@ -209,6 +259,7 @@ def ragged_dot_general(
 
     Each row of `x` is multiplied by the matrix of its group, which has its A and B.
     """
+    x, weight = _one_weight(ctx, eqn, (x, weight)) or (x, weight)
     if isinstance(x, Weight) or any(isinstance(v, Weight) for v in (sizes, *offset)):
         return NotImplemented
     if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
@@ -290,22 +341,23 @@ def _tuples(nested: Any) -> Any:
 def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...], groups: int):
     """Returns the factors as `[stack, rank, *ins]` and `[stack, rank, outs]`, or None.
 
-    Output channels run over the stack first. `stack` is 1 where A is one kernel.
+    Output channels run over the stack first. `stack` is 1 where A is one kernel. A
+    stack that only A has (kernels modulated for each example) repeats B.
     """
     flat = [atom for group in ins for atom in group]
-    for a, a_labels, b, b_labels in (
-        (term.a, term.a_labels, term.b, term.b_labels),
-        (term.b, term.b_labels, term.a, term.a_labels),
-    ):
-        n = sum(atom in a_labels for atom in outs)
+    for own in (term, term.swapped()):
+        n = sum(atom in own.a_labels for atom in outs)
         stack = outs[:n]
+        lacking = [atom for atom in stack if atom not in own.b_labels]
+        b_labels = (*lacking, *own.b_labels)
         if (
-            set(a_labels) == {RANK, *stack, *flat}
+            set(own.a_labels) == {RANK, *stack, *flat}
             and set(b_labels) == {RANK, *outs}
             and (groups == 1 or groups % size(stack) == 0)
         ):
+            b = jnp.broadcast_to(own.b, (*(s.size for s in lacking), *own.b.shape))
             return (
-                regroup(a, a_labels, [stack, (RANK,), *ins]),
+                regroup(own.a, own.a_labels, [stack, (RANK,), *ins]),
                 regroup(b, b_labels, [stack, (RANK,), outs[n:]]),
             )
     return None

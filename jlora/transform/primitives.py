@@ -39,5 +39,8 @@ CALLS = frozenset(["closed_call", "jit", "remat2"])
 # As CALLS, but the inner code sees other shapes than the operands have.
 MAPPED_CALLS = frozenset(["custom_vmap_call", "shard_map"])
 
+# These act on each operand on its own, or run inner code that says how operands meet.
+SEPARATE = CALLS | MAPPED_CALLS | {"cond", "optimization_barrier", "scan", "while"}
+
 # The plan's word for the operation of a use; for all other primitives it is "linear".
 OPERATIONS = {"gather": "embedding", "conv_general_dilated": "conv"}

@@ -19,7 +19,8 @@ def rewrite(
     *,
     key: jax.Array | None,
     form: Form,
-    merged: Callable[[str, str], object],
+    merged: Callable[[str, Equation | None], object],
+    used: Callable[..., None] = lambda *_, **__: None,
 ) -> list[jax.Array]:
     """Evaluates `code` with weights among `values`, and returns plain arrays.
 
@@ -28,7 +29,9 @@ def rewrite(
       values: its arguments; adapted ones are `Weight`s.
       key: PRNG key of dropout, or None.
       form: how to compute a product, see `cost`.
-      merged: called with `(path, why)` for each weight merged on the fly.
+      merged: called with `(path, eqn)` for each weight merged on the fly; `eqn` is None
+        where it is returned.
+      used: called for each use that is factored, see `Context`.
     """
 
     def materialise(value: Any, eqn: Equation | None) -> jax.Array:
@@ -36,7 +39,7 @@ def rewrite(
             return value
         if not value.is_lookup:
             for part in value.parts:
-                merged(part.path, _why(eqn))
+                merged(part.path, eqn)
         return dense(value)
 
     arrays = [array_of(v) for v in values]
@@ -46,6 +49,7 @@ def rewrite(
     ctx = Context(
         rules=RULES,
         materialise=materialise,
+        used=used,
         key=key,
         varies=varies,
         hoist=True,
@@ -55,7 +59,8 @@ def rewrite(
     return [materialise(v, None) for v in interpret(ctx, code, values)]
 
 
-def _why(eqn: Equation | None) -> str:
+def why_merged(eqn: Equation | None) -> str:
+    """Returns in words why the weight that `eqn` needs is merged."""
     if eqn is None:
         return "it is returned by the function"
-    return f"`{eqn.primitive.name}` at {compat.where(eqn)} has no factored rule for it"
+    return f"`{eqn.primitive.name}`{compat.place(eqn)} has no factored rule for it"

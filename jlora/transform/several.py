@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .compat import Equation, bind
+from .compat import Equation, bind, marked
 from .interpret import Context
 from .values import (
-    BROADCAST,
+    STACKED,
     Atom,
     Group,
     Labels,
@@ -58,7 +58,7 @@ def _side_by_side(
     shapes = [array_of(v).shape for v in parts]
     total = sum(shape[axis] for shape in shapes)
     old = first.dims[axis]
-    atom = old[0]._replace(size=total) if old else new_atom(first, BROADCAST, total)
+    atom = old[0]._replace(size=total) if old else new_atom(first, STACKED, total)
     joint_gain = _joint_gain(weights, shapes, axis, atom)
     if joint_gain is NotImplemented:
         return joint_gain
@@ -74,6 +74,7 @@ def _side_by_side(
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
     parts_of = tuple(p for weight in weights if weight for p in weight.parts)
     joint = first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)
+    joint = _of_all(joint, eqn, weights)
     if joint_gain is not None:
         gain, gain_labels = joint_gain
         joint = joint.replace(gain=gain, gain_labels=gain_labels)
@@ -159,7 +160,21 @@ def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
     if right:
         terms += tuple(dataclasses.replace(t, b=sign * t.b) for t in right.terms)
     parts = tuple(p for weight in (left, right) if weight for p in weight.parts)
-    return [first.replace(w=w, terms=terms, parts=parts)]
+    summed = first.replace(w=w, terms=terms, parts=parts)
+    return [_of_all(summed, eqn, (left, right))]
+
+
+def _of_all(joint: Weight, eqn: Equation, weights: Sequence[Weight | None]) -> Weight:
+    """Returns `joint` with the marks of `weights`; None stands for an array."""
+    marks = [w.mixed for w in weights if w is not None and w.mixed]
+    marks += [marked(eqn)] if None in weights else []
+    joined = [path for w in weights if w is not None for path in w.joined]
+    return joint.replace(
+        mixed=marks[0] if marks else (),
+        with_data=any(w is not None and w.with_data for w in weights),
+        joined=tuple(dict.fromkeys(joined)),
+        doubtful=True,
+    )
 
 
 def select_n(
@@ -238,7 +253,7 @@ def _align(
     shapes = {
         tuple(n for i, n in enumerate(array_of(v).shape) if i != but) for v in values
     }
-    if len(shapes) != 1 or any(v.looked_up or not _is_matrix(v) for v in weights):
+    if len(shapes) != 1 or any(v.looked_up or not v.is_matrix for v in weights):
         return None
     out: list[Weight | None] = []
     for value in values:
@@ -268,7 +283,3 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
     )
     dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
     return weight.map(rename, dims=dims, parts=parts)
-
-
-def _is_matrix(weight: Weight) -> bool:
-    return sum(any(a.root >= 0 for a in group) for group in weight.dims) > 1

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from .compat import Equation, Literal, Var, bind, kind
+from .compat import Equation, Literal, Var, bind, kind, marked
 from .interpret import Context
 from .values import (
     BROADCAST,
@@ -405,8 +405,9 @@ def _drop_rows(
 
 
 def mul(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
-    """`(w + s a b) * c` for a scalar `c`, or a vector along axes of one factor."""
-    return _scale(eqn, x, y, lax.mul)
+    """`(w + s a b) * c` where `c` varies along axes of one factor, or is a scalar."""
+    first = _scaled_side(x, y, kind(eqn.outvars[0]).shape) == 0
+    return _scale(eqn, *((x, y) if first else (y, x)), lax.mul)
 
 
 def div(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
@@ -424,55 +425,74 @@ def neg(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 
 
 def _scale(
-    eqn: Equation, x: Operand, y: Operand, op: Callable[..., jax.Array]
+    eqn: Equation, weight: Operand, other: Operand, op: Callable[..., jax.Array]
 ) -> list[Weight]:
-    """Returns `op(x, y)` of a weight and what is constant along its other axes."""
-    if isinstance(x, Weight) and isinstance(y, Weight):
-        first = sum(map(bool, x.dims)) >= sum(map(bool, y.dims))
-    else:
-        first = isinstance(x, Weight)
-    weight, other = (x, y) if first else (y, x)
-    assert isinstance(weight, Weight)
-    if isinstance(other, Weight):
-        if other.terms:
-            return NotImplemented
-        other = other.w
-    scale = jnp.asarray(other)
-    if weight.w.shape != kind(eqn.outvars[0]).shape:
-        return NotImplemented
-    varied = [i for i, n in enumerate(scale.shape) if n != 1]
-    if varied and not _leaves_a_matrix(weight, varied):
-        return NotImplemented
-    atoms = [weight.dims[i][0] for i in varied]
+    """Returns `op(weight, other)`, where `other` varies along axes of one factor.
 
-    def apply(factor: jax.Array, labels: Labels) -> jax.Array:
-        flat = lax.reshape(scale, [atom.size for atom in atoms])
-        order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
-        shape = [s.size if s in atoms else 1 for s in labels]
-        along = lax.reshape(lax.transpose(flat, order), shape)
-        wide = at_least_float32(factor.dtype, scale.dtype)
-        along = jnp.broadcast_to(along.astype(wide), factor.shape)
-        return op(factor.astype(wide), along)
-
-    terms = []
-    for term in weight.terms:
-        if set(atoms) <= set(term.b_labels):
-            term = dataclasses.replace(term, b=apply(term.b, term.b_labels))
-        elif set(atoms) <= set(term.a_labels):
-            term = dataclasses.replace(term, a=apply(term.a, term.a_labels))
-        else:
-            return NotImplemented
-        terms.append(term)
-    operands = (weight.w, other) if first else (other, weight.w)
-    return [weight.replace(w=bind(eqn, *operands)[0], terms=tuple(terms))]
-
-
-def _leaves_a_matrix(weight: Weight, varied: Sequence[int]) -> bool:
-    """Returns whether a vector along axes `varied` scales rows or columns of a matrix.
-
-    A vector that meets a leaf of one axis (the scale of a norm), or looked-up rows, is
-    an activation: it does not scale a weight.
+    The scale may have axes that the leaf does not have (a modulation for each example).
+    They become axes of the factor that it scales.
     """
-    own = [i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)]
-    single = all(len(weight.dims[i]) == 1 for i in varied)
-    return not weight.looked_up and single and set(varied) < set(own) and len(own) > 1
+    shape = kind(eqn.outvars[0]).shape
+    assert isinstance(weight, Weight)
+    if isinstance(other, Weight) and other.terms:
+        return NotImplemented
+    scale = jnp.asarray(array_of(other))
+    (w,) = bind(eqn, weight.w, scale)
+    if weight.w.ndim != len(shape):
+        return NotImplemented
+    grown = [i for i, n in enumerate(shape) if weight.w.shape[i] != n]
+    weight = _squeeze_atoms(weight, [a for i in grown for a in weight.dims[i]])
+    for i in grown:
+        new = (new_atom(weight, BROADCAST, shape[i]),)
+        weight = weight.replace(dims=(*weight.dims[:i], new, *weight.dims[i + 1 :]))
+    varied = [i for i, n in enumerate(scale.shape) if n != 1]
+    if varied and (weight.is_lookup or not weight.is_matrix):
+        # It meets the scale of a norm, or looked-up rows: an activation.
+        return NotImplemented
+    atoms = tuple(atom for i in varied for atom in weight.dims[i])
+    terms = [_scaled(term, scale, atoms, op) for term in weight.terms]
+    kept = [term for term in terms if term is not None]
+    if len(kept) < len(terms):
+        return NotImplemented
+    own = {i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)}
+    if own <= set(varied):
+        weight = weight.replace(mixed=weight.mixed or marked(eqn))
+    doubtful = weight.doubtful or len(atoms) > 1
+    return [weight.replace(w=w, terms=tuple(kept), doubtful=doubtful)]
+
+
+def _scaled_side(x: Operand, y: Operand, shape: Sequence[int]) -> int:
+    """Returns which operand is the weight that the other one scales."""
+    if not (isinstance(x, Weight) and isinstance(y, Weight)):
+        return 0 if isinstance(x, Weight) else 1
+    fits = [v.w.shape == tuple(shape) for v in (x, y)]
+    if fits[0] != fits[1]:
+        return fits.index(True)
+    return 0 if sum(map(bool, x.dims)) >= sum(map(bool, y.dims)) else 1
+
+
+def _scaled(
+    term: Term, scale: jax.Array, atoms: Labels, op: Callable[..., jax.Array]
+) -> Term | None:
+    """Returns `term` with one factor scaled along `atoms`; None if neither can be.
+
+    It needs all those `atoms` that are axes of the leaf. It is given the others.
+    """
+    for own in (term.swapped(), term):
+        extra = [s for s in atoms if s not in own.a_labels]
+        if any(s.root >= 0 for s in extra):
+            continue
+        labels = (*extra, *own.a_labels)
+        shape = [s.size if s in atoms else 1 for s in labels]
+        order = sorted(range(len(atoms)), key=lambda k: labels.index(atoms[k]))
+        flat = lax.reshape(scale, [atom.size for atom in atoms])
+        along = lax.reshape(lax.transpose(flat, order), shape)
+        full = (*(s.size for s in extra), *own.a.shape)
+        wide = at_least_float32(own.a.dtype, scale.dtype)
+        a = op(
+            jnp.broadcast_to(own.a.astype(wide), full),
+            jnp.broadcast_to(along.astype(wide), full),
+        )
+        done = dataclasses.replace(own, a=a, a_labels=labels)
+        return done if own is term else done.swapped()
+    return None

@@ -42,7 +42,8 @@ class Atom(NamedTuple):
 
 
 RANK = Atom((-1,), 0)  # labels the rank axis of a factor; its size is never read
-INDEX, BROADCAST, OTHER = -2, -3, -4  # roots of axes that the leaf does not have
+# Roots of axes that the leaf does not have.
+INDEX, BROADCAST, OTHER, STACKED = -2, -3, -4, -6
 
 Group = tuple[Atom, ...]
 Labels = tuple[Atom, ...]
@@ -102,6 +103,11 @@ class Weight:
       dims: the group of atoms of each axis of `w`.
       parts: the leaves it comes from; more than one after a concatenation or a sum.
       looked_up: whether computed indices picked entries, as in an embedding.
+      mixed: where an array that is not a weight became part of it, as `(operation,
+        source line, scope)`; empty if there is none. It may be an activation then.
+      with_data: while planning, whether that array comes from the function's inputs.
+      joined: while planning, the leaves that such an array was computed from.
+      doubtful: while planning, whether the leaf's axes decide if a factor serves it.
       gain: multiplies the sum along the axes that it has; None stands for 1.
       gain_labels: labels of its axes.
     """
@@ -113,6 +119,10 @@ class Weight:
     looked_up: bool = dataclasses.field(default=False, metadata={"static": True})
     gain: Leaf = None
     gain_labels: Labels = dataclasses.field(default=(), metadata={"static": True})
+    mixed: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    with_data: bool = dataclasses.field(default=False, metadata={"static": True})
+    joined: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
+    doubtful: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def replace(self, **changes: Any) -> "Weight":
         """Returns a copy with some fields changed."""
@@ -135,6 +145,11 @@ class Weight:
         return self.looked_up and (
             bool(self.index_atoms) or sum(map(bool, self.dims)) <= 1
         )
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has at least two axes of a leaf."""
+        return sum(any(a.root >= 0 for a in group) for group in self.dims) > 1
 
     @property
     def index_atoms(self) -> frozenset[Atom]:

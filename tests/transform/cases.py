@@ -237,7 +237,224 @@ def conv_1d(x, w, *, groups=1):
     )
 
 
+def one_step(p, x):
+    """A step of gradient descent before the product, as MAML takes it."""
+    gradient = jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(p["w"])
+    return x @ (p["w"] - 0.1 * gradient)
+
+
+def modulated(w, x, *, norm=False, out=False):
+    """Kernels of StyleGAN2, one for each example; `x` is `[batch, positions, 4]`."""
+    w = w[None] * (2 + jnp.tanh(x.mean(1)))[:, None, :, None]
+    if norm:
+        w = w * lax.rsqrt(jnp.sum(w * w, axis=(1, 2), keepdims=True) + 1e-6)
+    if out:
+        w = w * (2 + jnp.tanh(x.mean(1) @ jnp.ones((4, 6))))[:, None, None]
+    return w
+
+
+def vmapped_kernels(x, w):
+    return jax.vmap(lambda x, w: conv_1d(x[None], w)[0])(x, w)
+
+
+def kernels_as_groups(x, w):
+    n, length, _ = x.shape
+    x = x.transpose(1, 0, 2).reshape(1, length, n * 4)
+    return conv_1d(x, w.transpose(1, 2, 0, 3).reshape(3, 4, n * 6), groups=n)
+
+
+CONV = {"axes": ((), (0, 1), (2,)), "op": "conv"}
+
+MODULATED = [
+    Case(
+        "inputs modulated for each example",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jnp.einsum(
+            "bi,bio->bo", x, p["w"][None] * jnp.tanh(x)[:, :, None]
+        ),
+    ),
+    Case(
+        "inputs modulated, then transposed",
+        (6, 4),
+        (3, 4),
+        lambda p, x: jnp.einsum("bi,bio->bo", x, (p["w"][None] * x[:, None]).mT),
+        OUT_IN,
+    ),
+    Case(
+        "outputs modulated under vmap",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jax.vmap(lambda x: x @ (p["w"] / (2 + x[:3].sum())))(x),
+    ),
+    Case(
+        "inputs modulated under vmap",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jax.vmap(lambda x: x @ (p["w"] * x[:, None]))(x),
+    ),
+    Case(
+        "inputs and outputs modulated",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jnp.einsum(
+            "bi,bio->bo",
+            x,
+            p["w"][None] * x[:, :, None] * (x @ jnp.ones((4, 6)))[:, None],
+        ),
+    ),
+    Case(
+        "modulated stack in scan",
+        (3, 4, 4),
+        (2, 4),
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.einsum("bi,bio->bo", h, w[None] * h[:, :, None]), None),
+            jnp.tanh(x),
+            p["w"],
+        )[0],
+        STACK,
+    ),
+    Case(
+        "experts modulated",
+        (3, 4, 6),
+        (3, 5, 4),
+        lambda p, x: jnp.einsum("eti,eio->teo", x, p["w"] * x[:, 0, 0, None, None]),
+        STACK,
+    ),
+    Case(
+        "experts modulated by row",
+        (3, 4, 6),
+        (5, 4),
+        lambda p, x: jnp.einsum("ti,teio->teo", x, p["w"][None] * x[:, :3, None, None]),
+        ((), (1,), (0, 2)),
+    ),
+    Case(
+        "two inputs modulated together",
+        (2, 4, 6),
+        (3, 2, 4),
+        lambda p, x: jnp.tensordot(x, p["w"] * x[0, :, :, None], 2),
+        ((), (0, 1), (2,)),
+    ),
+    Case(
+        "looked-up modulation",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jnp.einsum(
+            "bi,bio->bo", x, p["w"][None] * p["styles"][IDS[0]][:, :, None]
+        ),
+        others={"styles": (5, 4)},
+    ),
+    Case(
+        "kernels modulated",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: vmapped_kernels(x, modulated(p["w"], x)),
+        **CONV,
+    ),
+    Case(
+        "kernels modulated, as groups",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: kernels_as_groups(x, modulated(p["w"], x)),
+        **CONV,
+    ),
+    Case(
+        "kernels modulated on both sides",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: kernels_as_groups(x, modulated(p["w"], x, out=True)),
+        **CONV,
+    ),
+    Case(
+        "kernels modulated and demodulated",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: vmapped_kernels(x, modulated(p["w"], x, norm=True)),
+        **CONV,
+        route=BOTH,
+    ),
+    Case(
+        "kernels modulated, then not linear",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: vmapped_kernels(x, jnp.tanh(modulated(p["w"], x))),
+        route=MERGED,
+    ),
+    Case(
+        "masked along the fan-in of a kernel",
+        (3, 4, 6),
+        (2, 5, 4),
+        lambda p, x: conv_1d(x, p["w"] * jnp.tri(3, 4)[:, :, None]),
+        **CONV,
+    ),
+    Case(
+        "every entry scaled by data",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ (p["w"] * (x.T @ jnp.ones((3, 6)))),
+        route=MERGED,
+    ),
+    Case(
+        "every entry scaled for each example",
+        (4, 6),
+        (3, 4),
+        lambda p, x: jnp.einsum(
+            "bi,bio->bo", x, p["w"][None] * jnp.sin(x[:, :, None] + jnp.ones((1, 1, 6)))
+        ),
+        route=MERGED,
+    ),
+    Case(
+        "less its median",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ (p["w"] - jnp.median(p["w"])),
+        route=MERGED,
+    ),
+    Case("after a step", (4, 6), (3, 4), one_step),
+    Case(
+        "data added",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ (p["w"] + x.T @ jnp.ones((3, 6))),
+    ),
+    Case(
+        "data beside",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ jnp.concatenate([p["w"], x.T], axis=1),
+    ),
+    Case(
+        "computed weight added",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ (p["w"] + jnp.exp(p["k"])),
+        others={"k": (4, 6)},
+    ),
+    Case(
+        "a vector leaf meets it",
+        (4, 6),
+        (3, 6),
+        lambda p, x: x * (p["v"] @ p["w"])[None],
+        others={"v": (4,)},
+    ),
+    Case(
+        "another leaf meets it",
+        (4, 6),
+        (3, 5),
+        lambda p, x: x @ (p["u"] @ p["w"]),
+        others={"u": (5, 4)},
+    ),
+    Case(
+        "scaled by a leaf of one column",
+        (4, 6),
+        (3, 4),
+        lambda p, x: x @ (p["g"] * p["w"]),
+        others={"g": (4, 1)},
+    ),
+]
+
 CASES = [
+    *MODULATED,
     Case("matmul", (4, 6), (3, 4), lambda p, x: x @ p["w"]),
     Case("matmul, 3-D activation", (4, 6), (2, 3, 4), lambda p, x: x @ p["w"]),
     Case("matmul, vector", (4, 6), (4,), lambda p, x: x @ p["w"]),
@@ -492,7 +709,7 @@ CASES = [
         (3, 24),
         lambda p, x: x @ p["w"].reshape(24),
         ((), (0, 1), ()),
-        rank=1,
+        route="elementwise",
     ),
     Case("axis added", (4, 6), (2, 3, 4), lambda p, x: x @ p["w"][None]),
     Case(
@@ -644,6 +861,50 @@ CASES = [
         (2, 4),
         lambda p, x: x @ jnp.exp(p["w"]),
         route=MERGED,
+    ),
+    Case(
+        "scale of a norm by einsum",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bhd", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "scale of a norm by einsum, in scan",
+        (3, 4),
+        (2, 4),
+        lambda p, x: lax.scan(
+            lambda h, w: (jnp.einsum("bd,d->bd", h, w), None), x, p["w"]
+        )[0],
+        route="elementwise",
+    ),
+    Case(
+        "computed scale of a norm by einsum",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bhd", x, jnp.exp(p["w"])),
+        route="elementwise",
+    ),
+    Case(
+        "scores by a vector a head",
+        (2, 4),
+        (3, 2, 4),
+        lambda p, x: jnp.einsum("bhd,hd->bh", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "outer product",
+        (2, 4),
+        (3,),
+        lambda p, x: jnp.einsum("b,hd->bhd", x, p["w"]),
+        route="elementwise",
+    ),
+    Case(
+        "rows in turn by einsum",
+        (4, 6),
+        (3,),
+        lambda p, x: lax.map(lambda w: jnp.einsum("b,o->bo", x, w), p["w"]),
+        route="elementwise",
     ),
     Case("one row at a time", (4, 6), (3, 4), scan_rows, route="elementwise"),
     Case(

@@ -81,7 +81,7 @@ def dot_generals(draw):
 
     w, cw, bw = operand(free_w)
     x, cx, bx = operand(free_x)
-    assume(len(w) >= 2)
+    assume(len(w) >= 2 and summed and free_w)  # else it is elementwise
     first = draw(st.booleans())
     numbers = ((cw, cx), (bw, bx)) if first else ((cx, cw), (bx, bw))
     return w, x, first, numbers

@@ -100,6 +100,40 @@ def test_a_path_as_pattern_matches_itself_alone(path, other):
     assert paths.matches(path, other) == (path == other)
 
 
+# Characters that mean something in a glob, and some that do not.
+KEYS = st.text("[]{}*?!,.-\\ab0", min_size=1, max_size=4)
+KEY_PATHS = st.lists(KEYS, min_size=1, max_size=3).map("/".join)
+
+
+@given(path=KEY_PATHS, other=KEY_PATHS)
+@example(path="[a]", other="a")
+@example(path="a{b,c}", other="ab")
+@example(path="{0..2}", other="1")
+@example(path="a{", other="a")
+@example(path="*/?", other="a/b")
+@example(path="**", other="a/b")
+def test_an_escaped_path_matches_itself_alone(path, other):
+    assert paths.matches(paths.escape(path), path)
+    assert paths.matches(paths.escape(path), other) == (path == other)
+    assert paths.matches("**/" + paths.escape(path), "a/" + path)
+
+
+@given(every=st.lists(KEY_PATHS, min_size=1, max_size=4, unique=True))
+@example(every=["w[0]", "w0"])
+@example(every=["*", "a"])
+@example(every=["**", "a/b"])
+def test_the_exact_path_of_a_leaf_selects_it_alone(every):
+    for path in every:
+        assert paths.select(path, every) == (path,)
+        assert paths.select(paths.escape(path), every) == (path,)
+
+
+def test_braces_in_a_set_stand_for_themselves():
+    assert paths.matches("w[{]a}", "w{a}")
+    assert paths.matches("{a,b[{]}", "b{")
+    assert not paths.matches("w[{a,b}]", "wa]")
+
+
 def test_star_stays_inside_its_component():
     assert paths.matches("blocks_*/kernel", "blocks_12/kernel")
     assert not paths.matches("*", "a/b")

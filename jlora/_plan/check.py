@@ -1,0 +1,101 @@
+"""Makes a plan say what `apply_lora` does, where the trace alone cannot tell."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..factors import Factors, Spec
+from ..methods import leaf_shapes, method_of
+from ..transform import compat
+from ..transform.discover import FACTORED, MERGED, Use
+from ..transform.rewrite import rewrite
+from ..transform.stage import Staged
+from ..transform.values import Weight
+from .row import Row
+from .weight import weight_of
+
+
+def check_routes(
+    rows: Sequence[Row], staged: Staged, slots: Mapping[str, int], dtype: str
+) -> tuple[Row, ...]:
+    """Returns `rows`; what is adapted has the routes that `apply_lora` takes.
+
+    The trace finds uses before anybody knows which leaves get factors, over which axes.
+    Where that decides, the function is rewritten once more, on shapes, with the factors
+    that the plan is for.
+
+    Args:
+      rows: of a resolved plan.
+      staged: the function.
+      slots: for each leaf that is an array its position in the function's inputs.
+      dtype: dtype of the factors.
+    """
+    adapted = {row.path: row.spec for row in rows if row.spec}
+    if not any(map(_is_doubtful, rows)):
+        return tuple(rows)
+    merges, factored = _taken(adapted, staged, slots, dtype)
+    return tuple(
+        _with_uses(row, merges.get(row.path, {}), row.path in factored)
+        if row.path in adapted
+        else row
+        for row in rows
+    )
+
+
+def _is_doubtful(row: Row) -> bool:
+    if row.spec is None:
+        return False
+    has_gain = method_of(row.spec).gain is not None
+    return has_gain or any(use.route != FACTORED or use.doubtful for use in row.uses)
+
+
+def _taken(
+    adapted: Mapping[str, Spec], staged: Staged, slots: Mapping[str, int], dtype: str
+) -> tuple[dict[str, dict[Use, None]], set[str]]:
+    """Returns where `apply_lora` merges each leaf, and the leaves that it factors."""
+    found: dict[str, dict[Use, None]] = {}
+    factored: set[str] = set()
+
+    def used(weight: Weight, *_: Any, **__: Any) -> None:
+        factored.update(part.path for part in weight.parts)
+
+    def merged(path: str, eqn: compat.Equation | None) -> None:
+        op, where, scope = ("return", "", "") if eqn is None else compat.marked(eqn)
+        use = Use(path, op, MERGED, (), (), (), where, scope)
+        found.setdefault(path, {})[use] = None
+
+    def run(inputs: Sequence[Any], factors: Mapping[str, Factors]) -> list[jax.Array]:
+        values = list(inputs)
+        for path, own in factors.items():
+            values[slots[path]] = weight_of(path, values[slots[path]], own)
+        hooks = {"merged": merged, "used": used}
+        return rewrite(staged.code, values, key=None, form="factored", **hooks)
+
+    factors = {}
+    for path, spec in adapted.items():
+        shapes = leaf_shapes(spec, staged.inputs[slots[path]].shape)
+        leaves = {
+            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+            for name, shape in shapes.items()
+        }
+        factors[path] = Factors(**{"a": None, "b": None, **leaves}, spec=spec)
+    jax.eval_shape(run, list(staged.inputs), factors)
+    return found, factored
+
+
+def _with_uses(row: Row, merges: Mapping[Use, None], factored: bool) -> Row:
+    """Returns `row` with its factored uses, if it has some, and `merges`."""
+    assert row.spec is not None
+    kept = [
+        use
+        for use in row.uses
+        if use.route == FACTORED and (factored or use.op == "gather")
+    ]
+    if factored and not kept:  # a product that the trace took for another leaf's
+        axes = row.spec.axes
+        roles = {"batch": axes.batch, "fan_in": axes.fan_in, "fan_out": axes.fan_out}
+        kept = [dataclasses.replace(row.uses[0], route=FACTORED, **roles)]
+    return dataclasses.replace(row, uses=(*kept, *merges))
