@@ -18,8 +18,9 @@ from ..errors import PeftError
 from ..factors import PyTree
 from ..paths import flatten
 from . import layers
+from ._fused import gaps
 from ._leaves import Shaped, is_shaped
-from ._places import Place, untied
+from ._places import Cut, Place, untied
 from .config import FLOATS
 from .names import GENERIC, NameMap, unnamed
 from .report import LoadReport, check
@@ -257,6 +258,7 @@ def save_base(
     wrong += [f"{path!r} is not an array" for path in leaves if path not in arrays]
     wrong += nameless
     tensors: dict[str, Pending] = {}
+    shares: dict[str, dict[Cut, Pending]] = {}
     for path, places in zip(placed, untied(placed.values()), strict=True):
         own = _dtype(arrays[path], dtype)
         if own not in NAMES:
@@ -264,11 +266,18 @@ def save_base(
             continue
         for place in places:
             tensor = _pending(path, place, arrays[path], own)
+            if place.cut is not None:
+                shares.setdefault(place.name, {})[place.cut] = tensor
+                continue
             for name in (place.name, place.tied) if tied else (place.name,):
                 if name in tensors:
                     wrong.append(f"two leaves are {name} in torch")
                 if name is not None:
                     tensors[name] = tensor
+    for name, found in shares.items():
+        absent = gaps(list(found))
+        wrong += [f"no leaf has {absent} of {name}"] if absent else []
+        tensors[name] = _beside(found)
     if wrong:
         raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
     about = _config_text(config)
@@ -287,6 +296,17 @@ def _pending(path: str, place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
         return layers.weight_out(place, own)
 
     return Pending(dtype, place.shape(tuple(leaf.shape)), make)
+
+
+def _beside(shares: Mapping[Cut, Pending]) -> Pending:
+    """Returns the tensor that holds several leaves side by side."""
+    axis = next(iter(shares)).axis
+    parts = [shares[cut] for cut in sorted(shares)]
+    return Pending(
+        np.result_type(*(part.dtype for part in parts)),
+        parts[0].shape,
+        lambda: np.concatenate([part.make() for part in parts], axis),
+    )
 
 
 def _config_text(config: Mapping[str, Any] | Path | None) -> str | None:

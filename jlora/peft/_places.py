@@ -3,6 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from .._io.torch_models import head_of
 from ..factors import Axes
@@ -23,6 +26,22 @@ KINDS = {
 }
 
 
+class Cut(NamedTuple):
+    """The share of a tensor that a leaf is.
+
+    Attributes:
+      start: where it begins on its axis.
+      stop: where it ends.
+      total: the size of the tensor's axis.
+      axis: which axis of the tensor.
+    """
+
+    start: int
+    stop: int
+    total: int
+    axis: int
+
+
 UNKNOWN = -1  # the order of a parameter of which no rule tells
 _REGISTERED = ("gate_up_proj", "down_proj")  # by the experts of transformers
 
@@ -40,6 +59,7 @@ class Place:
       tied: a second name of the tensor in models that tie it.
       feature_groups: feature groups of a convolution.
       parts: the leaf's axes that select a part of a fused weight.
+      cut: the share of the tensor that the leaf is; None if it is all of it.
       order: number of the rule, in the order in which torch's module registers its
         parameters.
     """
@@ -52,6 +72,7 @@ class Place:
     feature_groups: int = 1
     parts: tuple[int, ...] = ()
     order: int = 0
+    cut: Cut | None = None
 
     @property
     def module(self) -> str:
@@ -75,7 +96,17 @@ class Place:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of this tensor, for a leaf of `shape`."""
         sizes = self.sizes(shape)
-        return tuple(math.prod(sizes[i] for i in group) for group in self.groups)
+        own = [math.prod(sizes[i] for i in group) for group in self.groups]
+        if self.cut is not None:
+            own[self.cut.axis] = self.cut.total
+        return tuple(own)
+
+    def own_part(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns what of the tensor is the leaf's."""
+        if self.cut is None:
+            return tensor
+        before = (slice(None),) * self.cut.axis
+        return tensor[(*before, slice(self.cut.start, self.cut.stop))]
 
     def axes(self) -> Axes:
         """Returns the roles that the leaf's axes have in the layer."""

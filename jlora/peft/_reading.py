@@ -23,18 +23,18 @@ from ._contradictions import (
     is_whole_by,
     rows_misfit,
 )
+from ._fused import share_of, whole_of
 from ._leaves import TargetLeaf
 from ._places import Place, untied
 from .config import (
     FLOATS,
     PREFIX,
     PeftConfig,
-    beginnings,
     names_module,
     pattern_lookup,
 )  # fmt: skip
 from .layers import RAW, Layer, nested
-from .names import Names, unnamed
+from .names import Names, unnamed, with_prefix
 from .report import LoadReport
 
 
@@ -64,6 +64,8 @@ class Reading:
     full: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     modules: list[str] = dataclasses.field(default_factory=list)
     tables: list[str] = dataclasses.field(default_factory=list)
+    fused: dict[str, Layer | None] = dataclasses.field(default_factory=dict)
+    fused_slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
     unplaced: list[str] = dataclasses.field(default_factory=list)
     heads: set[str] = dataclasses.field(default_factory=set)
     shared: list[str] = dataclasses.field(default_factory=list)
@@ -94,7 +96,8 @@ class Reading:
             self.heads = {name.removesuffix(".weight") for name in tied}
         own = untied(found for _, found in named)
         leaves = [leaf for leaf, _ in named]
-        placed = self._with_prefix(list(zip(leaves, own, strict=True)))
+        own = with_prefix(own, self.names, self.left)
+        placed = list(zip(leaves, own, strict=True))
         self.stems = nested(
             place
             for _, found in placed
@@ -132,23 +135,6 @@ class Reading:
         if wanted and not found:
             self.missing.append(unnamed(leaf.path, self.names))
         return found
-
-    def _with_prefix(
-        self, placed: list[tuple[TargetLeaf, tuple[Place, ...]]]
-    ) -> list[tuple[TargetLeaf, tuple[Place, ...]]]:
-        """Returns the places with or without prefix, as more are in the file."""
-        if not self.names.prefix:
-            return placed
-
-        def other(place: Place) -> Place:
-            return dataclasses.replace(place, name=self.names.other_prefix(place.name))
-
-        modules = {end for name in self.left for end in beginnings(name)}
-        places = [place for _, found in placed for place in found]
-        as_is = sum(place.module in modules for place in places)
-        if sum(other(place).module in modules for place in places) <= as_is:
-            return placed
-        return [(leaf, tuple(map(other, found))) for leaf, found in placed]
 
     def _read_leaf(self, leaf: TargetLeaf, places: tuple[Place, ...]) -> None:
         if self._rows(leaf, places):
@@ -191,6 +177,17 @@ class Reading:
         return array
 
     def _layer(self, leaf: TargetLeaf, place: Place) -> Layer | None:
+        """Returns the adapter of one module, or the leaf's share of it."""
+        if place.cut is None:
+            return self._read_layer(leaf, place)
+        if place.name not in self.fused:
+            whole, shape = whole_of(place, leaf.shape)
+            all_of = dataclasses.replace(leaf, shape=shape, value=None)
+            self.fused[place.name] = self._read_layer(all_of, whole)
+        layer = self.fused[place.name]
+        return None if layer is None else share_of(layer, place.cut)
+
+    def _read_layer(self, leaf: TargetLeaf, place: Place) -> Layer | None:
         """Returns the adapter of one module, None if the file lacks a part of it."""
         stem = place.module
         if place.kind == "other" or (place.kind in RAW and place not in self.stems):
@@ -410,6 +407,8 @@ class Reading:
 
     def _whole(self, leaf: TargetLeaf, place: Place) -> Slot | None:
         """Returns where the file has the tensor itself, if it is trained."""
+        if place.name in self.fused_slots:
+            return self.fused_slots[place.name]
         module, _, last = place.name.rpartition(".")
         inner = f"{module}.base_layer.{last}"
         for key in (place.name, inner) if last == "bias" else (place.name,):
@@ -429,6 +428,7 @@ class Reading:
                 )
             self.saved.append(place.name)
             self.shared += [module] if table else []
+            self.fused_slots |= {place.name: slot} if place.cut else {}
             return slot
         return None
 

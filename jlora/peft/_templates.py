@@ -50,8 +50,12 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def parse_axes(text: str) -> tuple[Groups, Groups]:
-    """Returns both sides of `"d h k -> (h k) d"` as groups of names."""
+def parse_axes(text: str, inside: tuple[str, ...] = ()) -> tuple[Groups, Groups]:
+    """Returns both sides of `"d h k -> (h k) d"` as groups of names.
+
+    Names in `inside` may stand on the right only, first in their group: they choose a
+    share of the tensor.
+    """
     sides = text.split("->")
     if len(sides) != 2:
         raise PeftError(f"axes {text!r} needs one arrow, as in 'd h k -> (h k) d'.")
@@ -64,10 +68,11 @@ def parse_axes(text: str) -> tuple[Groups, Groups]:
     )
     names = [name for group in left for name in group]
     used = [name for group in right for name in group]
-    wrong = [n for n in used if n not in names]
+    wrong = [n for n in used if n not in names and n not in inside]
+    wrong += [n for group in right for n in group[1:] if n in inside]
     if wrong or len(set(names)) != len(names) or len(set(used)) != len(used):
         raise PeftError(
             f"axes {text!r}: each axis needs one name, and a name on the right must "
-            "also be on the left."
+            "also be on the left, or begin a group and be a placeholder of the path."
         )
     return left, right

@@ -15,7 +15,8 @@ from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair
 from . import layers
-from ._places import UNKNOWN, Place
+from ._fused import joined, whole_of
+from ._places import UNKNOWN, Cut, Place
 from .config import PeftConfig, most_common, patterns
 from .layers import RAW, Layer, nested
 from .names import NameMap, unnamed
@@ -49,6 +50,9 @@ class Writing:
     bias: str = "none"
     tying: bool = False
     conv1d: bool = False
+    fused: list[tuple[Place, float, Cut, Layer]] = dataclasses.field(
+        default_factory=list
+    )
     heads: set[str] = dataclasses.field(default_factory=set)
     packed: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
@@ -66,6 +70,7 @@ class Writing:
         self.rslora = bool(specs) and all(as_is)
         for path, factors in trainable.lora.items():
             self._factors(path, factors)
+        self._join_fused()
         self._check_order()
         for place, stem in nested(self.raw).items():
             self.tensors[f"{stem}.lora_A.weight"] = self.raw[place].a
@@ -180,6 +185,11 @@ class Writing:
         if not found:
             self.wrong.append(f"{path!r} is zero in A and in B, so it adapts nothing")
         for place, layer in layers.in_use(found).items():
+            if place.cut is not None:
+                whole, _ = whole_of(place, shape)
+                alpha = self._alpha(spec, spec.rank, apart)
+                self.fused.append((whole, alpha, place.cut, layer))
+                continue
             experts = layers.dims(place, place.sizes(shape), "e")
             rank = layer.a.shape[0] // (math.prod(experts) if place.kind in RAW else 1)
             self.ranks[place.module] = rank
@@ -188,6 +198,24 @@ class Writing:
                 self._raw(path, place, layer, spec.dropout)
             else:
                 self._layer(path, place, layer)
+
+    def _join_fused(self) -> None:
+        """Adds the modules whose weight is several leaves side by side."""
+        modules: dict[Place, dict[Cut, tuple[Layer, float]]] = {}
+        for place, alpha, cut, layer in self.fused:
+            modules.setdefault(place, {})[cut] = layer, alpha
+        for place, shares in modules.items():
+            first, alpha = next(iter(shares.values()))
+            try:
+                layer = joined({cut: own for cut, (own, _) in shares.items()})
+            except PeftError as error:
+                self.wrong.append(f"{place.module}: {error}")
+                continue
+            rank = layer.a.shape[0]
+            if rank != first.a.shape[0]:
+                alpha = layer.scale * (math.sqrt(rank) if self.rslora else rank)
+            self.ranks[place.module], self.alphas[place.module] = rank, alpha
+            self._layer(place.name, place, layer)
 
     def _alpha(self, spec: Spec, rank: int, apart: bool) -> float:
         """Returns the alpha of a module with `rank` of the leaf's ranks.

@@ -42,11 +42,12 @@ class Layer:
 
 
 def weight_out(place: Place, leaf: np.ndarray) -> np.ndarray:
-    """Returns the tensor that `place` is, from the leaf."""
+    """Returns the tensor that `place` is, or the leaf's share of it, from the leaf."""
     part = leaf[_cut(place.index)]
     order = [i for group in place.groups for i in group]
     rest = [i for i in range(leaf.ndim) if i not in order]
-    return part.transpose(*rest, *order).reshape(place.shape(leaf.shape))
+    whole = dataclasses.replace(place, cut=None)
+    return part.transpose(*rest, *order).reshape(whole.shape(leaf.shape))
 
 
 def weight_in(place: Place, tensor: np.ndarray, out: np.ndarray) -> None:
@@ -54,7 +55,7 @@ def weight_in(place: Place, tensor: np.ndarray, out: np.ndarray) -> None:
     sizes = place.sizes(out.shape)
     order = [i for group in place.groups for i in group]
     rest = [i for i in range(out.ndim) if i not in order]
-    split = tensor.reshape([sizes[i] for i in (*rest, *order)])
+    split = place.own_part(tensor).reshape([sizes[i] for i in (*rest, *order)])
     out[_cut(place.index)] = split.transpose(np.argsort([*rest, *order]))
 
 

@@ -99,7 +99,31 @@ LLAMA = NameMap(
 )
 MISTRAL = QWEN2 = GEMMA = LLAMA
 
-#: The same with one leaf for all layers (`nn.scan`), whose first axis is the layer.
+_FUSED = (
+    ("self_attn", "{part:q_proj,k_proj,v_proj}", "qkv_proj"),
+    ("mlp", "{part:gate_proj,up_proj}", "gate_up_proj"),
+)
+
+#: Phi-3, which fuses q, k and v, and gate and up. For a model with fewer heads of k and
+#: v than of q, put an Entry with `sizes` in front, `(4, 1, 1)` for 40 and 10 heads.
+PHI3 = NameMap(
+    (
+        *(
+            Entry(
+                f"[model/]layers/{{i}}/{block}/{parts}/kernel",
+                f"[model.]layers.{{i}}.{block}.{fused}.weight",
+                "i o -> (part o) i",
+                "linear",
+            )
+            for block, parts, fused in _FUSED
+        ),
+        *LLAMA.entries,
+    ),
+    prefix="model.",
+    ignore=_ROTARY,
+)
+
+#: Llama with one leaf for all layers (`nn.scan`), whose first axis is the layer.
 LLAMA_STACKED = NameMap(
     _decoder("[model/]layers", "i in out -> out in", "i d -> d"),
     prefix="model.",

@@ -1,14 +1,16 @@
 """Names: which torch tensors hold a Flax leaf, as data read in both directions."""
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .. import paths
 from ..errors import PeftError
 from ..factors import Axes
-from ._places import KINDS, At, Place, own_place, tied_head
+from ._places import KINDS, At, Cut, Place, own_place, tied_head
 from ._templates import Groups, fill, parse_axes, regex, variants, words_of
+from .config import beginnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Entry:
     An axis with the name of a placeholder selects the tensor: `"i d o -> o d"` for
     stacked layers, and `"d part h k -> (h k) d"` for parts with an axis of their own.
     `"d (part o) -> o d"` is for parts side by side, with lengths in the proportions of
-    `sizes`.
+    `sizes`. The other way round, where torch fuses what are several leaves, the words
+    stand in the path, and `"i o -> (part o) i"` says where the parts lie in the tensor.
 
     Attributes:
       flax: the leaf's path; `params/` before it is optional.
@@ -67,7 +70,14 @@ class Entry:
         for template in (self.flax, self.torch, self.tied or ""):
             variants(template)
         if self.axes is not None:
-            parse_axes(self.axes)
+            parse_axes(self.axes, self.inside)
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        """Placeholders of words that only the path has."""
+        there = words_of(self.torch)
+        words = words_of(self.flax).items()
+        return tuple(name for name, own in words if own and name not in there)
 
 
 class Described(NamedTuple):
@@ -250,7 +260,8 @@ def _places(
             f"Name an axis of the leaf {absent[0]!r} in axes=, or use it in flax=."
         )
     at = {name: i for i, group in enumerate(left) for name in group if name not in own}
-    groups = tuple(tuple(at[name] for name in group) for group in right)
+    groups = tuple(tuple(at[n] for n in group if n in at) for group in right)
+    cut = _cut(entry, path, values, right, groups, shape)
     kind = entry.kind or _kind(path, len(right))
     out = []
     for chosen in _choices(own, words, picks, left, shape, entry, path):
@@ -271,9 +282,37 @@ def _places(
                     for name, axis in picks.items()
                     if words[name] and len(left[axis]) == 1
                 ),
+                cut=cut,
             )
         )
     return tuple(out)
+
+
+def _cut(
+    entry: Entry,
+    path: str,
+    values: Mapping[str, str],
+    right: Groups,
+    groups: tuple[tuple[int, ...], ...],
+    shape: tuple[int, ...],
+) -> Cut | None:
+    """Returns the share of the tensor that the leaf is, if the rule says parts."""
+    for axis, group in enumerate(right):
+        if group[0] not in entry.inside:
+            continue
+        words = words_of(entry.flax)[group[0]]
+        ratio = entry.sizes or (1,) * len(words)
+        number = words.index(values[group[0]])
+        size = math.prod(shape[i] for i in groups[axis])
+        unit, odd = divmod(size, ratio[number]) if len(ratio) == len(words) else (0, 1)
+        if odd or not groups[axis]:
+            raise PeftError(
+                f"{path!r}: its axis of size {size} is not a multiple of its share in "
+                f"{ratio} of {words}. Give their proportions in sizes=."
+            )
+        start = unit * sum(ratio[:number])
+        return Cut(start, start + size, unit * sum(ratio), axis)
+    return None
 
 
 def _choices(
@@ -320,7 +359,7 @@ def _axes_of(
 ) -> tuple[Groups, Groups]:
     """Returns the axes of the rule; if it has none, those for the kind of the leaf."""
     if entry.axes is not None:
-        return parse_axes(entry.axes)
+        return parse_axes(entry.axes, entry.inside)
     inner = [f"_{i}" for i in range(len(shape) - len(own))]
     kind = entry.kind or _kind(path, len(inner))
     right = inner
@@ -417,3 +456,21 @@ def unnamed(path: str, names: Names) -> str:
     return f"{path!r} has no name in torch" + (
         f" (nearest rule: {near[0]!r})" if near else ""
     )
+
+
+def with_prefix(
+    placed: Sequence[tuple[Place, ...]], names: Names, tensors: Iterable[str]
+) -> Sequence[tuple[Place, ...]]:
+    """Returns the places with or without their prefix, as more are among `tensors`."""
+    if not names.prefix:
+        return placed
+
+    def other(place: Place) -> Place:
+        return dataclasses.replace(place, name=names.other_prefix(place.name))
+
+    modules = {end for name in tensors for end in beginnings(name)}
+    places = [place for found in placed for place in found]
+    as_is = sum(place.module in modules for place in places)
+    if sum(other(place).module in modules for place in places) <= as_is:
+        return placed
+    return [tuple(map(other, found)) for found in placed]
