@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 from .._io.disk import Path, check_name, reading, replacing_files, write_text
 from .._io.shards import Pending, Slot, open_tensors, write_tensors
 from .._io.tensors import NAMES
+from .._io.torch_models import scale_beside
 from .._numerics import narrowed
 from ..errors import PeftError
 from ..factors import PyTree
@@ -182,7 +183,13 @@ def _misfits(
     found = []
     for place, key in keys.items():
         slot, wanted = slots[key], place.shape(tuple(leaf.shape))
-        if slot.shape != wanted:
+        scale = scale_beside(key, slots)
+        if scale is not None:
+            found.append(
+                f"{key} is quantised, its scale is {scale}: load the model in full "
+                "precision"
+            )
+        elif slot.shape != wanted:
             found.append(f"{key} is {list(slot.shape)}, {name!r} needs {list(wanted)}")
         elif floating != (slot.dtype in FLOATS):
             found.append(f"{key} is {slot.dtype}, {name!r} is {leaf.dtype}")

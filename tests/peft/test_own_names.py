@@ -299,3 +299,17 @@ def test_files_read_and_written_again_are_the_same_adapter(tmp_path):
         again = jlora.files.read(folder / "again", base=folder / "base")
         params = {n: jnp.asarray(x) for n, x in CASES[name].base.items()}
         same(jlora.merge(params, again), file_cases.merged(CASES[name]))
+
+
+def test_a_quantised_model_is_not_loaded_as_a_plain_one(tmp_path):
+    base = {"up.weight": np.ones((4, 2), "float32")}
+    for name in (
+        "up.weight_scale_inv",
+        "up.weight_scale",
+        "up.SCB",
+        "up.weight.absmax",
+    ):
+        held = base | {name: np.ones((1,), "float32")}
+        file_cases.write_arrays(tmp_path / "model.safetensors", held)
+        with pytest.raises(jlora.PeftError, match=f"quantised, its scale is {name}"):
+            jlora.peft.load_base(tmp_path, {"up": {"kernel": np.ones((2, 4))}})
