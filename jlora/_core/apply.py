@@ -89,8 +89,9 @@ def apply_lora(
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
       a weight and each loop step draws its own mask. So does each shard of an
       activation in a `shard_map`; devices that hold the same one draw the same. Where
-      `lora_fn` runs in a `shard_map` with `check_vma=False`, nothing tells what is
-      sharded: fold `jax.lax.axis_index` into the key yourself.
+      `lora_fn` runs in a `pmap`, or a `shard_map` with `check_vma=False`, nothing tells
+      what is sharded: fold `jax.lax.axis_index` into the key yourself. A weight that is
+      merged on the fly has no input to drop.
 
     Raises:
       ConfigError: if `fn` is a module or not a function, or `on_merge` or `form` is

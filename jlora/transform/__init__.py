@@ -14,6 +14,7 @@ STRUCTURE = {
     "add": several.add,
     "add_any": several.add,
     "broadcast_in_dim": structure.broadcast_in_dim,
+    "complex": several.complex_,
     "concatenate": several.concatenate,
     "convert_element_type": structure.keep,
     "copy": structure.keep,

@@ -6,7 +6,7 @@ pytrees. Weights that a loop or a branch returns are materialised first.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -132,34 +132,54 @@ def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     )
     fixed = _hoist(ctx, eqn, body, carry, len(body_consts))
     init = [None if i in fixed else v for i, v in enumerate(carry)]
-    is_mapped = compat.kind(cond.outvars[0]).ndim > 0
 
     def fill(state: Sequence[Any]) -> list[Any]:
         return [fixed.get(i, v) for i, v in enumerate(state)]
 
     def step(loop: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
         key, state = loop
-        key, now = (None, None) if key is None else jax.random.split(key)
+        following, now, _ = _split(key)
         inner = ctx.within(now)
         out = interpret(inner, body, [*body_consts, *fill(state)])
-        new = [
+        return following, [
             None if i in fixed else inner.materialise(v, eqn) for i, v in enumerate(out)
         ]
-        if is_mapped:
-            new = jax.tree.map(functools.partial(_where, goes_on(state)), new, state)
-        return key, new
 
-    def goes_on(state: Sequence[Any]) -> jax.Array:
-        inner = ctx.within(None)
+    def goes_on(loop: tuple[Any, list[Any]]) -> jax.Array:
+        key, state = loop
+        inner = ctx.within(_split(key)[2])
         (out,) = interpret(inner, cond, [*cond_consts, *fill(state)])
         return inner.materialise(out, eqn)
 
-    _, final = lax.while_loop(
-        lambda loop: jnp.any(goes_on(loop[1])) if is_mapped else goes_on(loop[1]),
-        step,
-        (ctx.next_key(), init),
-    )
+    start = (ctx.next_key(), init)
+    if compat.kind(cond.outvars[0]).ndim == 0:
+        _, final = lax.while_loop(goes_on, step, start)
+    else:
+        _, final = _loop_of_each(goes_on, step, start)
     return [fixed.get(i, v) for i, v in enumerate(final)]
+
+
+def _loop_of_each(
+    goes_on: Callable[[Any], jax.Array], step: Callable[[Any], Any], start: Any
+) -> Any:
+    """A loop whose `(key, state)` has a predicate for each example.
+
+    An example that has stopped stays so. With dropout its next predicate might hold.
+    """
+
+    def step_of_each(loop: Any) -> Any:
+        (key, state), runs = loop
+        key, new = step((key, state))
+        kept = jax.tree.map(functools.partial(_where, runs), new, state)
+        return (key, kept), runs & goes_on((key, kept))
+
+    init = (start, goes_on(start))
+    return lax.while_loop(lambda loop: jnp.any(loop[1]), step_of_each, init)[0]
+
+
+def _split(key: jax.Array | None) -> Sequence[jax.Array | None]:
+    """Returns the keys of the next step, of this step and of its predicate."""
+    return (None, None, None) if key is None else tuple(jax.random.split(key, 3))
 
 
 def _where(holds: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ POINTWISE = (
 
 # These make one weight of several. A parameter that meets data in one is a bias, a
 # position table or a token.
-JOINS = frozenset(["add", "add_any", "concatenate", "stack", "sub"])
+JOINS = frozenset(["add", "add_any", "complex", "concatenate", "stack", "sub"])
 
 # These scale a weight by their other operand.
 SCALES = frozenset(["div", "mul"])

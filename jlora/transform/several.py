@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import at_least_float32
 from .compat import Equation, bind, marked
 from .interpret import Context
 from .values import (
@@ -146,7 +147,12 @@ def sub(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     return _sum(eqn, x, y, -1)
 
 
-def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
+def complex_(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
+    """`(w1 + s a1 b1) + i (w2 + s a2 b2)`: the terms of both, the second's times i."""
+    return _sum(eqn, x, y, 1j)
+
+
+def _sum(eqn: Equation, x: Operand, y: Operand, factor: complex) -> list[Weight]:
     aligned = _align((x, y))
     if aligned is None:
         return NotImplemented
@@ -157,8 +163,11 @@ def _sum(eqn: Equation, x: Operand, y: Operand, sign: int) -> list[Weight]:
     if w.shape != first.w.shape:
         return NotImplemented
     terms = left.terms if left else ()
-    if right:
-        terms += tuple(dataclasses.replace(t, b=sign * t.b) for t in right.terms)
+    for term in right.terms if right else ():
+        b = term.b
+        if isinstance(factor, complex):
+            b = b.astype(at_least_float32(b.dtype, w.dtype))
+        terms += (dataclasses.replace(term, b=factor * b),)
     parts = tuple(p for weight in (left, right) if weight for p in weight.parts)
     summed = first.replace(w=w, terms=terms, parts=parts)
     return [_of_all(summed, eqn, (left, right))]

@@ -141,10 +141,12 @@ class Weight:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether this is the result of an embedding: looked-up rows, not a matrix."""
-        return self.looked_up and (
-            bool(self.index_atoms) or sum(map(bool, self.dims)) <= 1
-        )
+        """Whether this is the result of an embedding: looked-up rows, not a matrix.
+
+        A row that is repeated, or one for each entry of a batch, is one too.
+        """
+        own = [g for g in self.dims if any(atom.root != BROADCAST for atom in g)]
+        return self.looked_up and (bool(self.index_atoms) or len(own) <= 1)
 
     @property
     def is_matrix(self) -> bool:

@@ -621,6 +621,31 @@ CASES = [
     Case("cond for each", (4, 6), (5, 4), cond_for_each),
     Case("switch for each", (3, 4, 6), (4, 4), switch_for_each, STACK),
     Case(
+        "embedding, cond for each",
+        (5, 4),
+        (6, 4),
+        lambda p, x: jax.vmap(
+            lambda i, x: lax.cond(
+                i > 2, lambda: p["w"][i] * x, lambda: jnp.sin(p["w"][i + 1])
+            )
+        )(jnp.argmax(x, axis=1), x),
+        op="embedding",
+    ),
+    Case(
+        "conv, cond for each",
+        (3, 4, 6),
+        (5, 7, 4),
+        lambda p, x: jax.vmap(
+            lambda x: lax.cond(
+                x[0, 0] > 0,
+                lambda: conv_1d(x[None], p["w"]),
+                lambda: jnp.cos(conv_1d(x[None], p["w"])),
+            )
+        )(x),
+        ((), (0, 1), (2,)),
+        op="conv",
+    ),
+    Case(
         "cond for each expert",
         (3, 4, 6),
         (3, 5, 4),

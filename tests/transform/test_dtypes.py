@@ -227,6 +227,32 @@ def test_weights_that_meet_one_complex_activation():
     close(out, fn(jlora.merge(frozen, trainable), x), 1e-4, largest=1e-5)
 
 
+@pytest.mark.parametrize("x", [ROWS, normal((3, 4))], ids=["complex", "real"])
+@pytest.mark.parametrize("adapted_leaves", ["*", "real", "imag"])
+def test_a_weight_of_a_real_and_an_imaginary_leaf(adapted_leaves, x):
+    params = normal({"real": (4, 6), "imag": (4, 6)})
+
+    def fn(p, x):
+        return dot(x, lax.complex(p["real"], p["imag"]))
+
+    config = jlora.LoraConfig(rank=2, alpha=3, targets=adapted_leaves)
+    plan = jlora.plan(fn, params, x, config=config)
+    assert "merged on the fly" not in str(plan)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    trainable = jax.tree.map(lambda a: normal(a.shape, a.size) / 2, trainable)
+    run = jlora.apply_lora(fn, on_merge="error")
+
+    def everything(fn):
+        y, pull = jax.vjp(fn, trainable, x)
+        return y, pull(complexes(y.shape, 9))
+
+    close(
+        everything(lambda t, x: run(frozen, t, x)),
+        everything(lambda t, x: fn(jlora.merge(frozen, t), x)),
+        1e-5,
+    )
+
+
 def test_a_real_part_of_a_weight_is_merged():
     x = normal((3, 4))
     params = {"w": normal((4, 6))}

@@ -208,6 +208,31 @@ def test_dropout_in_a_loop_for_each_draws_a_mask_for_each_step():
     assert len({step.tobytes() for step in steps[2:]}) == 4
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_dropout_acts_in_the_predicate_too(mapped):
+    """The loop counts steps until a mask of two entries keeps both."""
+
+    def count(p, x):
+        def goes_on(n):
+            return (x @ p["w"]).sum() < 3
+
+        return lax.while_loop(goes_on, lambda n: n + 1, 0)
+
+    def fn(p, x):
+        return jax.vmap(lambda x: count(p, x))(x) if mapped else count(p, x[0])
+
+    xs, params = jnp.ones((3, 2)), {"w": jnp.zeros((2, 2))}
+    config = jlora.LoraConfig(rank=2, alpha=2, dropout=0.5)
+    plan = jlora.plan(fn, params, xs, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    trainable = jax.tree.map(lambda a: jnp.eye(2), trainable)
+    run = jax.jit(jlora.apply_lora(fn))
+    keys = jax.random.split(jax.random.key(1), 400)
+    steps = jax.vmap(lambda key: run(frozen, trainable, xs, lora_key=key))(keys)
+    # Both are kept once in four times, so three steps fail before that, on average.
+    assert abs(float(steps.mean()) - 3) < 0.6
+
+
 def test_moments_of_a_branch_for_each_are_refused():
     """The branch runs on every example, so its inputs are not those that took it."""
     xs = normal((8, N), 6)
