@@ -432,7 +432,7 @@ def _scale(
     if varied and (weight.is_lookup or not weight.is_matrix):
         # It meets the scale of a norm, or looked-up rows: an activation.
         return NotImplemented
-    atoms = [atom for i in varied for atom in weight.dims[i]]
+    atoms = tuple(atom for i in varied for atom in weight.dims[i])
     terms = [_scaled(term, scale, atoms, op) for term in weight.terms]
     kept = [term for term in terms if term is not None]
     if len(kept) < len(terms):
