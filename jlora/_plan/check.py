@@ -89,8 +89,9 @@ def _parts(spec: Spec, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any, An
     if method_of(spec).gain is not None:
         of_columns = tuple(shape[i] for i in (*axes.batch, *axes.fan_out))
         gain = jax.ShapeDtypeStruct(of_columns, jnp.dtype(dtype))
-    shapes = axes.a_shape(shape, spec.rank), axes.b_shape(shape, spec.rank)
-    return *(jax.ShapeDtypeStruct(s, jnp.dtype(dtype)) for s in shapes), gain
+    a = jax.ShapeDtypeStruct(axes.a_shape(shape, spec.rank), jnp.dtype(dtype))
+    b = jax.ShapeDtypeStruct(axes.b_shape(shape, spec.rank), jnp.dtype(dtype))
+    return a, b, gain
 
 
 def _with_uses(row: Row, merges: Mapping[Use, None], factored: bool) -> Row:

@@ -58,7 +58,7 @@ def _planned(row: Row) -> TargetLeaf:
         row.shape,
         jnp.dtype(row.dtype),
         None,
-        row.kind if spec else row.op,
+        spec.op if spec else row.op,
         axes,
         both if row.op == "embedding" else None,
         row.status if row.status in ("adapted", "full") else "frozen",
