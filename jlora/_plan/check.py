@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..factors import Factors, Spec
-from ..methods import leaf_shapes, method_of
+from ..factors import Spec
+from ..methods import method_of
 from ..transform import compat
 from ..transform.discover import FACTORED, MERGED, Use
 from ..transform.rewrite import rewrite
 from ..transform.stage import Staged
 from ..transform.values import Weight
 from .row import Row
-from .weight import weight_of
+from .weight import adapted_leaf
 
 
 def check_routes(
@@ -67,23 +67,31 @@ def _taken(
         use = Use(path, op, MERGED, (), (), (), where, scope)
         found.setdefault(path, {})[use] = None
 
-    def run(inputs: Sequence[Any], factors: Mapping[str, Factors]) -> list[jax.Array]:
+    def run(inputs: Sequence[Any], parts: Mapping[str, Any]) -> list[jax.Array]:
         values = list(inputs)
-        for path, own in factors.items():
-            values[slots[path]] = weight_of(path, values[slots[path]], own)
+        for path, own in parts.items():
+            slot = slots[path]
+            values[slot] = adapted_leaf(path, values[slot], adapted[path], *own)
         hooks = {"merged": merged, "used": used}
         return rewrite(staged.code, values, key=None, form="factored", **hooks)
 
-    factors = {}
-    for path, spec in adapted.items():
-        shapes = leaf_shapes(spec, staged.inputs[slots[path]].shape)
-        leaves = {
-            name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-            for name, shape in shapes.items()
-        }
-        factors[path] = Factors(**{"a": None, "b": None, **leaves}, spec=spec)
-    jax.eval_shape(run, list(staged.inputs), factors)
+    parts = {
+        path: _parts(spec, staged.inputs[slots[path]].shape, dtype)
+        for path, spec in adapted.items()
+    }
+    jax.eval_shape(run, list(staged.inputs), parts)
     return found, factored
+
+
+def _parts(spec: Spec, shape: tuple[int, ...], dtype: str) -> tuple[Any, Any, Any]:
+    """Returns the shapes of A, B and the gain, None if the method has none."""
+    axes, gain = spec.axes, None
+    if method_of(spec).gain is not None:
+        of_columns = tuple(shape[i] for i in (*axes.batch, *axes.fan_out))
+        gain = jax.ShapeDtypeStruct(of_columns, jnp.dtype(dtype))
+    a = jax.ShapeDtypeStruct(axes.a_shape(shape, spec.rank), jnp.dtype(dtype))
+    b = jax.ShapeDtypeStruct(axes.b_shape(shape, spec.rank), jnp.dtype(dtype))
+    return a, b, gain
 
 
 def _with_uses(row: Row, merges: Mapping[Use, None], factored: bool) -> Row:

@@ -98,9 +98,9 @@ def plan(
     Raises:
       ConfigError: if `config` is not a `LoraConfig`, or `fn` is not a function.
       TargetError: lists every pattern that matches nothing (with the nearest path),
-        every target that is not a weight of a linear operation, every rank above
-        `min(fan-in, fan-out)`, every leaf that does not suit its init, and patterns
-        that contradict each other.
+        every target that is not a weight of a linear operation, every named leaf whose
+        rank is above `min(fan-in, fan-out)`, every leaf that does not suit its init,
+        and patterns that contradict each other.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora

@@ -15,6 +15,7 @@ from ..factors._scale import scale_fault
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform import LINEAR
 from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED
+from ..transform.primitives import OPERATIONS
 from .row import Row
 
 Settings = dict[str, Any]  # what the config and its rules set for one leaf
@@ -324,7 +325,7 @@ def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) ->
         wrong.append(f"{row.path!r}: {fault}")
         rank, alpha, parts = 1, 1.0, None
     return Spec(
-        op=row.kind,
+        op=_operation(row),
         axes=axes,
         rank=rank,
         alpha=float(alpha),
@@ -335,6 +336,14 @@ def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) ->
         shape=row.shape if method == "vera" else (),
         parts=parts,
     )
+
+
+def _operation(row: Row) -> str:
+    """Returns the operation of a spec; of a merged weight, what meets it."""
+    if row.op != "merged":
+        return row.op
+    known = [OPERATIONS[use.op] for use in row.uses if use.op in OPERATIONS]
+    return known[0] if known else "linear"
 
 
 def _checked_parts(

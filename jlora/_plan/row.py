@@ -67,14 +67,6 @@ class Row:
         return "merged" if any(use.route == MERGED for use in self.uses) else ""
 
     @property
-    def kind(self) -> str:
-        """As `op`; for a weight that is only merged, the operation that meets it."""
-        if self.op != "merged":
-            return self.op
-        known = [OPERATIONS[use.op] for use in self.uses if use.op in OPERATIONS]
-        return known[0] if known else "linear"
-
-    @property
     def route(self) -> str:
         """`"factored"`, `"merged"`, `"factored+merged"`, or `""` if not a weight."""
         routes = {use.route for use in self.uses}

@@ -804,7 +804,7 @@ def test_a_returned_weight_is_merged_and_said_to_be():
         return x @ p["w"], p["w"]
 
     x = small((3, 4))
-    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x)
+    frozen, trainable = adapt(fn, {"w": small((4, 6))}, x, config={"targets": "w"})
     with pytest.warns(jlora.MergeWarning, match="w: it is returned by the function"):
         out = jlora.apply_lora(fn)(frozen, trainable, x)
     close(out[1], jlora.merge(frozen, trainable)["w"])

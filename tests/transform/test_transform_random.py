@@ -134,6 +134,7 @@ def steps(draw, shape):
     kinds = ["reshape", "expand", "broadcast", "scale", "scale by data"]
     kinds += ["transpose", "slice", "rev", "index", "take", "barrier"] if ndim else []
     kinds += ["remat", "scale rows", "split", "dynamic slice"] if ndim else []
+    kinds += ["modulate", "modulate for each example", "add data"]
     kind = draw(st.sampled_from(kinds))
     axis = draw(st.integers(0, max(ndim - 1, 0)))
     n = shape[axis] if ndim else 1
@@ -155,6 +156,20 @@ def steps(draw, shape):
     if kind == "scale rows":
         along = [n if i == axis else 1 for i in range(ndim)]
         return kind, lambda w, x: w / jnp.arange(1.0, n + 1).reshape(along)
+    if kind in ("modulate", "add data", "modulate for each example"):
+        lead = (2,) if kind.endswith("example") else ()
+        varies = draw(st.lists(st.booleans(), min_size=ndim, max_size=ndim))
+        along = (*lead, *(n if v else 1 for n, v in zip(shape, varies, strict=True)))
+        waves = jnp.cos(jnp.arange(math.prod(along))).reshape(along)
+        if kind == "add data":
+            return kind, lambda w, x: w + jnp.sin(x.ravel()[0]) * waves
+        return (
+            kind,
+            lambda w, x: (
+                jnp.expand_dims(w, range(len(lead)))
+                * (2 + jnp.sin(x.ravel()[0]) * waves)
+            ),
+        )
     if kind == "slice":
         stride = draw(st.integers(1, 2))
         return kind, lambda w, x: lax.slice_in_dim(w, at, n, stride, axis)
