@@ -21,6 +21,7 @@ import optax
 import pytest
 
 import jlora
+from benchmarks.faults import resume
 from jlora.factors import Axes, Factors, Spec
 from tests.helpers import bits, normal, same
 from tests.io.helpers import adapter, orbax_fails
@@ -738,98 +739,14 @@ def test_a_full_disk_leaves_the_steps_that_were_there(folder):
     same(read.trainable, small())
 
 
-# Trains in processes that are killed at random moments, until one comes to the end.
-TRAIN = """
-import os, random, signal, sys, time, warnings
-import jax
-jax.config.update("jax_platforms", "cpu")
-import jax.numpy as jnp, optax, orbax.checkpoint
-import jlora
-warnings.simplefilter("ignore")
-directory, kills, seed, steps = sys.argv[1], *map(int, sys.argv[2:5])
-draw = random.Random(seed)
-
-def train():
-    params = {"w": jnp.ones((16, 16)) / 16, "head": jnp.ones((16, 4)) / 4}
-    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]
-    config = jlora.LoraConfig(rank=2, dropout=0.2, train="head")
-    plan = jlora.plan(fn, params, jnp.ones((8, 16)), config=config)
-    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
-    tx = optax.adamw(optax.linear_schedule(0.1, 0.0, steps))
-    lora_fn = jlora.apply_lora(fn)
-
-    @jax.jit
-    def step(trainable, opt_state, key, at):
-        key, drop, data = jax.random.split(key, 3)
-        x = jax.random.normal(jax.random.fold_in(data, at), (8, 16))
-        def loss(trainable):
-            y = lora_fn(frozen, trainable, x, lora_key=drop)
-            return jnp.mean((y - x[:, :4]) ** 2)
-        grads = jax.grad(loss)(trainable)
-        updates, opt_state = tx.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, key
-
-    state = trainable, tx.init(trainable), jax.random.key(1)
-    done = 0
-    with jlora.checkpoint.Checkpoints(
-        directory, keep=2, best="m", plan=plan, params=frozen
-    ) as ckpts:
-        if ckpts.newest is not None:
-            read = ckpts.restore(opt_state=jax.eval_shape(tx.init, trainable))
-            assert read.position == {"at": read.step}
-            state, done = (read.trainable, read.opt_state, read.key), read.step
-        while done < steps:
-            state = step(*state, done)
-            done += 1
-            ckpts.save(
-                state[0], step=done, opt_state=state[1], key=state[2],
-                position={"at": done}, metrics={"m": -abs(done - 7)},
-            )
-
-killed = 0
-while True:
-    child = os.fork()
-    if not child:
-        train()
-        os._exit(0)
-    if killed < kills:
-        time.sleep(draw.uniform(0.2, 3.0))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if status != signal.SIGKILL:
-        print(killed, status, flush=True)
-        sys.exit()
-    killed += 1
-"""
-
-
-def train_and_kill(folder, kills, seed, steps):
-    """Returns how many processes were killed before one came to the end."""
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *map(str, (folder, kills, seed, steps))],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    killed, status = map(int, done.stdout.split())
-    assert status == 0, done.stderr
-    return killed
-
-
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert train_and_kill(straight, 0, seed=0, steps=60) == 0
-    assert train_and_kill(broken, 3, seed=0, steps=60) >= 1
-    whole = checkpoint.restore(straight)
-    template = jax.eval_shape(optax.adamw(lambda step: step).init, whole.trainable)
-    whole = checkpoint.restore(straight, opt_state=template)
-    resumed = checkpoint.restore(broken, opt_state=template)
-    same((resumed.trainable, resumed.opt_state), (whole.trainable, whole.opt_state))
-    assert bool((resumed.key == whole.key).all())
-    assert (resumed.step, resumed.position) == (60, {"at": 60})
+    assert resume.run(straight, 0, seed=0, steps=60) == 0
+    assert resume.run(broken, 3, seed=0, steps=60) >= 1
+    found = resume.bits(broken)
+    assert found == resume.bits(straight)
+    assert found[:2] == [60, {"at": 60}]
 
 
 def test_dtypes_by_name():
