@@ -77,7 +77,7 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     row = rows[0]
     name = folded([r.path for r in rows])
     shape = f"{row.dtype}[{','.join(map(str, row.shape))}]"
-    note = row.note if len(row.shape) > 1 else ""  # nobody expects factors of a vector
+    note = row.note if row.route else ""  # biases and norms need no explanation
     if row.spec is None:
         trained = count(sum(r.trained for r in rows)) if row.trained else ""
         return (name, shape, row.status, row.op, "", "", trained, "", note)
