@@ -6,7 +6,8 @@ and loads in the background.
 May import the vocabulary, `methods`, `_core` and `adapters`.
 """
 
-from ._cache import Batch as Batch, Cache as Cache
+from ._batch import Batch as Batch
+from ._cache import Cache as Cache
 from ._pool import (
     Pool as Pool,
     bytes_of as bytes_of,
