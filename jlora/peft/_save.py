@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._io import paired
 from .._io.describe import check_whole
-from .._io.disk import check_name, replacing_files, write_text
+from .._io.disk import check_name, write_text
+from .._io.folders import replacing_files
 from .._io.shards import pending, write_tensors
 from .._io.torch_models import facts_of, is_torch_named
 from ..errors import PeftError
@@ -116,9 +118,10 @@ def save(
     if portable:
         _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
-    metadata = {"format": "pt", SIGNED: signature(fields)}
+    text = json.dumps(fields, indent=2) + "\n"
+    metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
     folder = pathlib.Path(directory)
-    with replacing_files(folder, f"{STEM}*.safetensors*", PeftError) as new:
+    with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
         write_tensors(
             new,
             STEM,
@@ -126,7 +129,7 @@ def save(
             metadata=metadata,
             max_bytes=max_shard_bytes,
         )
-        write_text(new / CONFIG, json.dumps(fields, indent=2) + "\n")
+        write_text(new / CONFIG, text)
 
 
 def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str | None:
