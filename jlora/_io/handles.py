@@ -81,15 +81,15 @@ def _mark(status: os.stat_result) -> Hashable:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def marks(paths: Iterable[Path]) -> dict[str, Hashable]:
-    """Returns which files have these names now; links are followed."""
-    found = {}
-    for path in paths:
-        try:
-            found[os.fspath(path)] = _mark(os.stat(path))
-        except (OSError, ValueError):
-            found[os.fspath(path)] = None
-    return found
+def mark_of(path: Path) -> Hashable:
+    """Returns what tells what has this name now from what has it later; None is none.
+
+    Links are followed.
+    """
+    try:
+        return _mark(os.stat(path))
+    except (OSError, ValueError):
+        return None
 
 
 def settled(
@@ -109,15 +109,19 @@ def settled(
     Raises:
       fault: if a writer is faster each time, or `read` fails.
     """
+
+    def marks() -> dict[str, Hashable]:
+        return {os.fspath(path): mark_of(path) for path in paths()}
+
     for i in range(_TRIES):
-        before = marks(paths())
+        before = marks()
         try:
             value = read()
         except JloraError:
-            if marks(paths()) == before:
+            if marks() == before:
                 raise
         else:
-            if marks(paths()) == before:
+            if marks() == before:
                 return value
         time.sleep(0.0001 * i)
     raise fault(

@@ -126,4 +126,4 @@ def _alone(file: pathlib.Path) -> Lock | None:
             # Its last owner may have deleted the file that was locked here.
             if lock is None or lock.is_on(file):
                 return lock
-        lock.release()
+            lock.release()

@@ -348,9 +348,10 @@ def indexed(directory: pathlib.Path, stem: str) -> set[str]:
     """Returns the names of the shards that the index in a directory names, if any."""
     try:
         weight_map = read_json(directory / (stem + _INDEX)).get("weight_map")
-        return {name for name in weight_map.values() if "/" not in name}
-    except (CheckpointError, AttributeError, TypeError):
+    except CheckpointError:
         return set()
+    names = map(str, weight_map.values() if isinstance(weight_map, dict) else ())
+    return {name for name in names if "/" not in name}
 
 
 def delete_others(
