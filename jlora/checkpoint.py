@@ -3,7 +3,8 @@
 A checkpoint holds A, B and the leaves trained in full, how each weight is adapted (as
 JSON), and what was given of optimizer state, step, random key, data position, config,
 plan and metadata. Of the base model it holds a fingerprint or nothing. Steps are
-written whole or not at all, so a killed save loses nothing.
+written whole or not at all, so a killed save loses nothing. A directory has one writer
+at a time.
 """
 
 import contextlib
@@ -78,9 +79,9 @@ def save(
 
     Raises:
       TreeError: if `trainable` is not a `Trainable`.
-      CheckpointError: if the step is already there, it cannot be written, the adapter
-        is one that `restore` would refuse, or a factor or a full leaf holds NaN or
-        infinity, which nobody wants to resume from.
+      CheckpointError: if the step is already there, it cannot be written, another
+        writer has the directory, the adapter is one that `restore` would refuse, or a
+        factor or a full leaf holds NaN or infinity, which nobody wants to resume from.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -175,7 +176,8 @@ class Checkpoints:
       params: see `save`; also compared by `restore`. They are hashed once.
 
     Raises:
-      CheckpointError: for a value that cannot work, or a directory that cannot be made.
+      CheckpointError: for a value that cannot work, or a directory that cannot be made
+        or that another writer has.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora

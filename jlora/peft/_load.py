@@ -33,8 +33,9 @@ def load(
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
     Works on whatever PEFT's LoRA writes for layers that the model has, see
-    `docs/peft.md`. Nothing is unpickled, and no file outside `directory` is opened. For
-    an adapter that need not fit as a whole, see `load_partial`.
+    `docs/peft.md`. Nothing is unpickled. Only files in `directory` are opened, and what
+    links in it lead to. All of them are of one save, also while others overwrite them.
+    For an adapter that need not fit as a whole, see `load_partial`.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards.

@@ -54,8 +54,9 @@ def save(
 
     The files are those that Hugging Face PEFT writes for the torch model that `names`
     leads to. They appear whole or not at all: a save that is killed leaves the former
-    ones as they were. Methods that PEFT has in another form (AdaLoRA, VeRA) are written
-    as the plain LoRA that computes the same.
+    adapter or the new one, and other files in `directory` stay. Methods that PEFT has
+    in another form (AdaLoRA, VeRA) are written as the plain LoRA that computes the
+    same.
 
     Args:
       directory: made if it does not exist.

@@ -301,6 +301,20 @@ def test_hundreds_of_shards_need_few_descriptors(tmp_path):
     assert len(os.listdir("/dev/fd")) <= here, "all are closed"
 
 
+def test_links_are_read_and_their_targets_stay(tmp_path):
+    """The cache of the hub: a snapshot is a folder of links to blobs."""
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    save_lora(snapshot, 1, max_shard_bytes=SHARDS)
+    shutil.copytree(snapshot, blobs)
+    for file in snapshot.iterdir():
+        file.unlink()
+        file.symlink_to(os.path.join("..", "blobs", file.name))
+    assert read_lora(snapshot) == 1
+    save_lora(snapshot, 2)
+    assert read_lora(snapshot) == 2
+    assert read_lora(blobs) == 1
+
+
 def test_shards_of_two_saves_are_refused(tmp_path):
     for n in (1, 2):
         save_base(tmp_path / str(n), n, max_shard_bytes=SHARDS)
@@ -455,7 +469,7 @@ def test_a_checkpoint_without_a_checksum_is_refused(tmp_path):
     ):
         about(tmp_path).write_text(json.dumps(text))
         with pytest.raises(
-            jlora.CheckpointError, match="of format 2|checksum does not"
+            jlora.CheckpointError, match=r"of format 2|checksum does not"
         ):
             jlora.checkpoint.restore(tmp_path)
 
