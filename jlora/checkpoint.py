@@ -3,7 +3,8 @@
 A checkpoint holds A, B and the leaves trained in full, how each weight is adapted (as
 JSON), and what was given of optimizer state, step, random key, data position, config,
 plan and metadata. Of the base model it holds a fingerprint or nothing. Steps are
-written whole or not at all, so a killed save loses nothing.
+written whole or not at all, so a killed save loses nothing. A directory has one writer
+at a time.
 """
 
 import contextlib
@@ -25,7 +26,10 @@ from ._io.read_step import Checkpoint as Checkpoint, read_step
 from ._io.write_step import (
     check_keep,
     contents,
+    delete_old,
+    only_writer,
     open_manager,
+    overwrite_step,
     run_of,
     saving,
     sweep,
@@ -70,14 +74,14 @@ def save(
         fingerprint is saved; `restore` compares it.
       metadata: any other JSON value.
       keep: how many of the newest steps to keep; None keeps all.
-      overwrite: replace a step that is already there; it is gone while the new one is
-        written.
+      overwrite: replace a step that is already there, which is whole until the new one
+        is.
 
     Raises:
       TreeError: if `trainable` is not a `Trainable`.
-      CheckpointError: if the step is already there, it cannot be written, the adapter
-        is one that `restore` would refuse, or a factor or a full leaf holds NaN or
-        infinity, which nobody wants to resume from.
+      CheckpointError: if the step is already there, it cannot be written, another
+        writer has the directory, the adapter is one that `restore` would refuse, or a
+        factor or a full leaf holds NaN or infinity, which nobody wants to resume from.
 
     Examples:
       >>> import tempfile, jax.numpy as jnp, jlora
@@ -98,13 +102,16 @@ def save(
         metadata=metadata,
         run=run_of(config, plan, params),
     )
-    with open_manager(directory, write=True, keep=keep) as manager:
-        if step in manager.all_steps() and overwrite:
-            manager.delete(step)
-        write_step(manager, step, about, items)
-        with saving(f"Step {step} is not saved in {str(directory)!r}"):
-            manager.wait_until_finished()
-    sweep(directory)
+    with only_writer(directory):
+        with open_manager(directory, write=True, keep=keep) as manager:
+            if step in manager.all_steps() and overwrite:
+                overwrite_step(manager, step, about, items)
+            else:
+                write_step(manager, step, about, items)
+            with saving(f"Step {step} is not saved in {str(directory)!r}"):
+                manager.wait_until_finished()
+                delete_old(manager, keep)
+        sweep(directory)
 
 
 def restore(
@@ -169,7 +176,8 @@ class Checkpoints:
       params: see `save`; also compared by `restore`. They are hashed once.
 
     Raises:
-      CheckpointError: for a value that cannot work, or a directory that cannot be made.
+      CheckpointError: for a value that cannot work, or a directory that cannot be made
+        or that another writer has.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -205,9 +213,12 @@ class Checkpoints:
         self._params = None if params is None else as_fingerprint(params)
         self._run = run_of(config, plan, self._params)
         self._directory, self._every, self._metric = directory, every, best
-        self._manager = open_manager(
-            directory, write=True, keep=keep, best=best, mode=mode, wait=False
-        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(only_writer(directory))
+            self._manager = open_manager(
+                directory, write=True, keep=keep, best=best, mode=mode, wait=False
+            )
+            self._end = stack.pop_all()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -227,6 +238,7 @@ class Checkpoints:
         finally:
             self._manager.close()
             sweep(self._directory)
+            self._end.close()
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import jax
@@ -15,6 +14,7 @@ from ._core.tree import check, check_plan
 from ._io import tensors as tensors
 from ._io.clash import clash
 from ._io.disk import Path, Progress, check_name, replacing
+from ._io.folders import replacing_folder
 from ._io.models import Model, of_tree, open_model
 from ._io.torch_models import (
     Facts,
@@ -51,7 +51,8 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     Args:
       directory: where to write; it appears once everything is written.
       params: any pytree of arrays, such as `merge`'s result.
-      overwrite: whether to replace an existing `directory`.
+      overwrite: whether to replace an existing `directory`, which is whole until the
+        new one is.
 
     Raises:
       CheckpointError: if `directory` exists already, or cannot be written.
@@ -67,16 +68,18 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     """
     import orbax.checkpoint as ocp
 
-    place = pathlib.Path(directory).absolute()
     check_name(directory)
-    if os.path.lexists(place) and not overwrite:
+    if os.path.lexists(directory) and not overwrite:
         raise CheckpointError(
             f"{str(directory)!r} is already there. Give another name, or pass "
             "overwrite=True."
         )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(place, params, force=overwrite)
+        with (
+            replacing_folder(directory, "new", overwrite=overwrite) as folder,
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
+            checkpointer.save(folder / "new", params)
             checkpointer.wait_until_finished()
     except Exception as error:
         raise CheckpointError(

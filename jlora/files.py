@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import checkpoint
 from ._io import adapter_file, tensors
-from ._io.disk import Json, Path, read_json, reading, told
+from ._io.disk import Json, Path, reading, told
 from ._io.models import is_orbax_tree, open_model
+from ._io.paired import places
 from ._io.torch_models import facts_of
 from .errors import CheckpointError
 from .factors import Trainable
@@ -46,12 +47,12 @@ def detect(path: Path) -> Format:
             header = tensors.read_header(file)
         return "file" if adapter_file.is_adapter(header.metadata) else "model"
     with told(f"{str(path)!r} cannot be read"):
-        if (place / "adapter_config.json").exists():
+        if any(file.exists() for file in places(place, "adapter_config.json")):
             return "peft"
         steps = [step for step in place.iterdir() if step.name.isdecimal()]
         if any((step / "about").is_dir() for step in steps):
             return "orbax"
-        if is_orbax_tree(place) or any(place.glob("*.safetensors*")):
+        if is_orbax_tree(place) or any(place.glob("[!.]*.safetensors*")):
             return "model"
     raise CheckpointError(
         f"{str(path)!r} holds neither an adapter nor a model: there is no "
@@ -162,7 +163,9 @@ def describe(path: Path, *, step: int | None = None) -> Json:
     """
     match detect(path):
         case "peft":
-            return read_json(pathlib.Path(path) / "adapter_config.json")
+            from .peft._load import open_adapter
+
+            return open_adapter(pathlib.Path(path), CheckpointError)[0]
         case "orbax":
             read = checkpoint.restore(path, step=step)
             config = read.config and json.loads(read.config.to_json())

@@ -1,1 +1,1 @@
-"""One kind of fault a script: seeded, bounded in time, and anyone can run it again."""
+"""Faults made on purpose: seeded scripts, each of which answers one question."""

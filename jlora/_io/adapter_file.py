@@ -13,7 +13,7 @@ from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
 from .describe import arrays, check_whole, check_width, describe, rebuild
-from .disk import Json, Path, reading
+from .disk import Json, Path, fields_once, reading
 
 FORMAT = "jlora"
 _VERSION = "1"
@@ -118,7 +118,7 @@ def _about(metadata: Mapping[str, str]) -> Json:
             f"jlora reads version {_VERSION!r}."
         )
     try:
-        return json.loads(metadata["adapter"])
+        return json.loads(metadata["adapter"], object_pairs_hook=fields_once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"Its settings are not JSON: {error}.") from error
 

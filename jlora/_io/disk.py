@@ -2,18 +2,16 @@
 
 import collections
 import contextlib
-import errno
 import json
 import os
 import pathlib
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from .._tables import listed
 from ..errors import CheckpointError, JloraError
+from .beside import unfinished
 
 Json = dict[str, Any]  # fields of a JSON object
 Path = str | os.PathLike[str]
@@ -131,26 +129,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     target = pathlib.Path(os.path.realpath(path))
     if os.path.exists(target) and not os.path.isfile(target):
         raise CheckpointError(f"Not saved: {name} is {_kind(target)}.")
-    new = _beside(target, ".part")
     then = " What was there before is still there."
-    with told(f"Not saved: {name} cannot be written", then=then):
-        try:
-            with open(new, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
-            raise
-        _sync(target.parent)
-
-
-def _beside(target: pathlib.Path, end: str = "") -> pathlib.Path:
-    """Returns a name beside `target` that nothing has, short enough for any disk."""
-    begin = target.name.encode(errors="ignore")[:100].decode(errors="ignore")
-    return target.with_name(f".{begin}.{secrets.token_hex(8)}{end}")
+    with (
+        told(f"Not saved: {name} cannot be written", then=then),
+        unfinished(target, folder=False) as new,
+    ):
+        with open(new, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, target)
+        sync(target.parent)
 
 
 def write_text(file: pathlib.Path, text: str) -> None:
@@ -161,54 +150,7 @@ def write_text(file: pathlib.Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-@contextlib.contextmanager
-def replacing_files(
-    directory: pathlib.Path, stale: str, fault: Fault = CheckpointError
-) -> Iterator[pathlib.Path]:
-    """Yields a new folder whose files move into `directory` when the block ends well.
-
-    A directory that is not there yet appears whole. In one that is there each file is
-    replaced by a rename, tensors before JSON files. Former files that match the glob
-    `stale` are deleted if nothing replaces them. After an error all is as it was.
-
-    Raises:
-      fault: if it cannot be written, or `directory` is a file.
-    """
-    then = " What was there before is still there."
-    with told(f"Not saved: {str(directory)!r} cannot be written", fault, then=then):
-        if os.path.exists(directory) and not os.path.isdir(directory):
-            raise OSError(errno.ENOTDIR, "it is a file, not a directory")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        new = _beside(pathlib.Path(os.path.abspath(directory)))
-        new.mkdir()
-        try:
-            yield new
-            _move_into(new, directory, stale)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def _move_into(new: pathlib.Path, directory: pathlib.Path, stale: str) -> None:
-    if not directory.exists():
-        os.rename(new, directory)
-    else:
-        files = sorted(new.iterdir(), key=lambda file: (file.suffix == ".json", file))
-        names = {file.name for file in files}
-        old = [p for p in directory.glob(stale) if p.name not in names]
-        for file in files:
-            if not _same(file, directory / file.name):
-                os.replace(file, directory / file.name)
-        for file in old:
-            file.unlink()
-    _sync(directory)
-
-
-def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
-    """Returns whether both are the same small file, which need not be replaced."""
-    return a.suffix == ".json" and b.is_file() and a.read_bytes() == b.read_bytes()
-
-
-def _sync(directory: pathlib.Path) -> None:
+def sync(directory: pathlib.Path) -> None:
     """Waits until the new names in a directory are on the disk, where that works."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)

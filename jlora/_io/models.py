@@ -6,7 +6,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,7 +18,9 @@ from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree
 from . import tensors as tensors
+from .beside import put_back
 from .disk import Path, told
+from .handles import mark_of
 from .shards import find_tensors, open_tensors
 
 if TYPE_CHECKING:
@@ -92,13 +94,16 @@ def _nested(named: Mapping[str, "_Unread"]) -> PyTree:
 def open_model(path: Path) -> Model:
     """Returns the model at `path`: safetensors, one file or sharded, or Orbax.
 
-    Only headers and metadata are read; an array is read when it is asked for.
+    Only headers and metadata are read; an array is read when it is asked for. If the
+    model is replaced meanwhile, safetensors stay those that were opened here, and Orbax
+    is an error.
 
     Raises:
       CheckpointError: if there is no model, or it is damaged.
     """
     folder = pathlib.Path(path)
     with told(f"{str(path)!r} cannot be read"):
+        put_back(folder)
         is_tree = (
             os.path.isdir(path)
             and find_tensors(folder) is None
@@ -125,6 +130,7 @@ class _OrbaxTree:
     """An Orbax checkpoint of one pytree of arrays."""
 
     folder: pathlib.Path
+    mark: Hashable
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     unflatten: Callable[[Iterable[Leaf]], PyTree]
 
@@ -134,13 +140,15 @@ class _OrbaxTree:
 
         like = [0 if name in names else ocp.PLACEHOLDER for name in self.shapes]
         to_host = [ocp.RestoreArgs(restore_type=np.ndarray) for _ in self.shapes]
-        with _opened(self.folder) as checkpointer:
-            tree = checkpointer.restore(
-                self.folder.absolute(),
-                args=ocp.args.PyTreeRestore(
-                    self.unflatten(like), self.unflatten(to_host)
-                ),
-            )
+        args = ocp.args.PyTreeRestore(self.unflatten(like), self.unflatten(to_host))
+        try:
+            with _opened(self.folder) as checkpointer:
+                tree = checkpointer.restore(self.folder.absolute(), args=args)
+        finally:
+            if mark_of(self.folder) != self.mark:
+                raise CheckpointError(
+                    f"{str(self.folder)!r} was replaced while it was read."
+                )
         leaves, _ = paths.flatten(tree)
         found = {name: leaves[name] for name in names}
         odd = [n for n, x in found.items() if np.shape(x) != self.shapes[n].shape]
@@ -166,6 +174,7 @@ def _opened(folder: pathlib.Path) -> Iterator["PyTreeCheckpointer"]:
 
 def _of_orbax(folder: pathlib.Path) -> Model:
     """Returns an Orbax checkpoint as a model; small arrays are read some at a time."""
+    mark = mark_of(folder)
     with _opened(folder) as checkpointer:
         meta = checkpointer.metadata(folder.absolute()).item_metadata
         if meta is None:  # Orbax has logged why
@@ -174,7 +183,7 @@ def _of_orbax(folder: pathlib.Path) -> Model:
             )
         leaves, treedef = paths.flatten(meta.tree)
         shapes = _shapes(leaves, f"{str(folder)!r} cannot be read")
-    tree, groups = _OrbaxTree(folder, shapes, treedef.unflatten), _groups(shapes)
+    tree, groups = _OrbaxTree(folder, mark, shapes, treedef.unflatten), _groups(shapes)
     several = functools.lru_cache(maxsize=2)(tree.read)  # two widths alternate
 
     def read(name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """A step of checkpoints, read and checked."""
 
+import contextlib
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,10 @@ from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
 from .describe import arrays, check_width, key_from_dict, rebuild
-from .disk import Json, told
+from .disk import Json, read_json, told
 from .fingerprint import Fingerprint, as_fingerprint, differences
-from .write_step import FORMAT, numbered, shapes_of
+from .handles import settled
+from .write_step import FORMAT, checksum, numbered, shapes_of
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
@@ -60,36 +63,74 @@ def read_step(
     shardings: Place | Trainable | None,
     params: PyTree | Fingerprint,
 ) -> Checkpoint:
-    """Returns the newest step of a manager, or `step`; see `checkpoint.restore`."""
-    import orbax.checkpoint as ocp
+    """Returns the newest step of a manager, or `step`; see `checkpoint.restore`.
 
+    All of it is of one save, also if the step is overwritten meanwhile.
+    """
+
+    def place() -> list[pathlib.Path]:
+        with contextlib.suppress(CheckpointError):
+            return [_folder(manager, _chosen(manager, step))]
+        return []
+
+    return settled(
+        lambda: _read(manager, _chosen(manager, step), opt_state, shardings, params),
+        place,
+        repr(str(manager.directory)),
+        CheckpointError,
+    )
+
+
+def _chosen(manager: "CheckpointManager", step: int | None) -> int:
+    manager.reload()  # others may have written
     steps = sorted(manager.all_steps())
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"step {step}"
         raise CheckpointError(
             f"No {wanted} in {str(manager.directory)!r}; it has steps {steps}."
         )
-    step = int(steps[-1] if step is None else step)
+    return int(steps[-1] if step is None else step)
+
+
+def _folder(manager: "CheckpointManager", step: int) -> pathlib.Path:
+    return pathlib.Path(manager.directory) / str(step)
+
+
+def _read(
+    manager: "CheckpointManager",
+    step: int,
+    opt_state: PyTree,
+    shardings: Place | Trainable | None,
+    params: PyTree | Fingerprint,
+) -> Checkpoint:
+    import orbax.checkpoint as ocp
+
     where = f"Step {step} in {str(manager.directory)!r}"
     then = (
         " It is damaged, not a jlora checkpoint, or its optimizer state does not fit "
         "the template."
     )
     with told(f"{where} cannot be read", catch=Exception, then=then):
-        items: Json = {"about": ocp.args.JsonRestore()}
-        about = manager.restore(step, args=ocp.args.Composite(**items))["about"]
+        about = _about(manager, step, f"{where} cannot be read", then)
         template = numbered(opt_state)
         _check(where, about, template, params)
         wanted = {
             "adapter": _adapter_template(about, shardings),
             "opt_state": {k: _with_place(x) for k, x in template.items()},
         }
-        items = {k: ocp.args.StandardRestore(v) for k, v in wanted.items() if v}
+        items: Json = {k: ocp.args.StandardRestore(v) for k, v in wanted.items() if v}
         read = manager.restore(step, args=ocp.args.Composite(**items))
         if template:
             leaves = [read["opt_state"][k] for k in template]
             opt_state = jax.tree.structure(opt_state).unflatten(leaves)
         return _checkpoint(step, about, read.get("adapter") or {}, opt_state)
+
+
+def _about(manager: "CheckpointManager", step: int, what: str, then: str) -> Json:
+    try:
+        return read_json(_folder(manager, step) / "about" / "metadata")
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}{then}") from error
 
 
 def _checkpoint(
@@ -119,6 +160,11 @@ def _check(
         raise CheckpointError(
             f"{where} is not a jlora checkpoint of format {FORMAT}: it says "
             f"{about!r:.200}."
+        )
+    if about.get("sha256") != checksum(about):
+        raise CheckpointError(
+            f"{where} is damaged, or its settings were edited: their checksum does not "
+            "match. Take another step."
         )
     misfits = _misfits(template, about["opt_state"])
     if misfits:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, Protocol
 
 import jax.numpy as jnp
@@ -47,7 +47,6 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _HEADER_LIMIT = 100_000_000  # as in the reference implementation
 _SIZE_LIMIT = 2**48
-_CHUNK = 16 * 2**20
 
 
 class Form(Protocol):
@@ -116,24 +115,16 @@ def read_header(file: BinaryIO) -> Header:
 def read(file: BinaryIO, info: TensorInfo) -> np.ndarray:
     """Returns one tensor, as a read-only array."""
     file.seek(info.start)
-    data = file.read(info.stop - info.start)
+    return array(file.read(info.stop - info.start), info)
+
+
+def array(data: Buffer, info: TensorInfo) -> np.ndarray:
+    """Returns the tensor whose bytes are `data`."""
     if len(data) != info.stop - info.start:
         raise _damaged("it became shorter while it was read")
     if info.dtype == np.bool_ and data and max(data) > 1:
         raise _damaged("a truth value is neither 0 nor 1")
     return np.frombuffer(data, info.dtype).reshape(info.shape)
-
-
-def chunks(file: BinaryIO, info: TensorInfo) -> Iterator[bytes]:
-    """Yields the bytes of one tensor in pieces of bounded size."""
-    file.seek(info.start)
-    left = info.stop - info.start
-    while left:
-        piece = file.read(min(left, _CHUNK))
-        if not piece:
-            raise _damaged("it became shorter while it was read")
-        left -= len(piece)
-        yield piece
 
 
 def write(
@@ -196,6 +187,22 @@ def _is_name(name: str) -> bool:
         return name.encode() != b"__metadata__"
     except UnicodeEncodeError:
         return False
+
+
+def set_metadata(path: Path, key: str, old: str, new: str) -> None:
+    """Replaces a value in a file's metadata by one that is as long."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        before, after = (
+            f"{json.dumps(key)}:{json.dumps(x)}".encode() for x in (old, new)
+        )
+        text = file.read(length)
+        assert text.count(before) == 1, (path, key)
+        assert len(before) == len(after), (path, key)
+        file.seek(8)
+        file.write(text.replace(before, after))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def in_order(tensors: Mapping[str, Form]) -> list[str]:

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,15 +23,20 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
+from . import beside
+from .beside import put_back, targets
 from .describe import arrays, check_whole, describe, key_to_dict
 from .disk import Json, Path, check_name, told
 from .fingerprint import Fingerprint, as_fingerprint
+from .folders import replacing_folder
+from .locks import alone
 
 if TYPE_CHECKING:
     from orbax.checkpoint import CheckpointManager
 
-FORMAT = 1
+FORMAT = 2
 _DELETED = ".deleted"
+_WRITER = ".writer"  # a file that says who writes here
 
 
 def open_manager(
@@ -66,12 +72,11 @@ def open_manager(
                 keep_checkpoints_without_metrics=False,
             )
         )
+    for name in filter(str.isdecimal, targets(pathlib.Path(directory))):
+        put_back(pathlib.Path(directory) / name)
     if write:
         sweep(directory)
     with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
-        check_name(directory)
-        if os.path.exists(directory) and not os.path.isdir(directory):
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
         return ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -89,9 +94,39 @@ def open_manager(
 
 
 def sweep(directory: Path) -> None:
-    """Deletes for good the steps that were deleted."""
+    """Deletes for good the steps that were deleted, and what killed writers left."""
+    folder = pathlib.Path(directory)
     if jax.process_index() == 0:
-        shutil.rmtree(pathlib.Path(directory) / _DELETED, ignore_errors=True)
+        shutil.rmtree(folder / _DELETED, ignore_errors=True)
+        for name in filter(str.isdecimal, targets(folder)):
+            beside.sweep(folder / name)
+
+
+@contextlib.contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Makes a directory, and is the only writer of checkpoints in it in the block.
+
+    Raises:
+      CheckpointError: if there is another one, or the directory cannot be made.
+    """
+    folder = pathlib.Path(directory)
+    with contextlib.ExitStack() as stack:
+        with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
+            check_name(directory)
+            if os.path.exists(directory) and not os.path.isdir(directory):
+                raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
+            folder.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                try:
+                    stack.enter_context(alone(folder / _WRITER))
+                except BlockingIOError as error:
+                    raise CheckpointError(
+                        f"{str(directory)!r} has a writer already: {error}. Two would "
+                        "delete each other's unfinished steps. Give each run a "
+                        "directory of its own, or end the other one, which may be a "
+                        "Checkpoints whose `with` block is not left."
+                    ) from error
+        yield
 
 
 def check_keep(keep: int | None) -> None:
@@ -155,7 +190,43 @@ def contents(
             json.dumps(about[name])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{name} is not a JSON value: {error}.") from error
+    about = json.loads(json.dumps(about))  # as it will be read
+    about["sha256"] = checksum(about)
     return about, {"adapter": adapter, "opt_state": state}
+
+
+def checksum(about: Json) -> str:
+    """Returns SHA-256 over the JSON fields of a checkpoint, its own field left out."""
+    signed = {name: value for name, value in about.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(signed, sort_keys=True).encode()).hexdigest()
+
+
+def overwrite_step(
+    manager: "CheckpointManager",
+    step: int,
+    about: Json,
+    trees: dict[str, dict[str, Leaf]],
+) -> None:
+    """Writes what `contents` returned in place of a step that is there.
+
+    The new step is written beside the former one, they are swapped, and the former one
+    is deleted.
+    """
+    place = pathlib.Path(manager.directory) / str(step)
+    with (
+        saving(f"Step {step} is not saved in {str(manager.directory)!r}"),
+        replacing_folder(place, str(step), overwrite=True) as folder,
+        open_manager(folder, write=True) as other,
+    ):
+        write_step(other, step, about, trees)
+        other.wait_until_finished()
+    manager.reload()
+
+
+def delete_old(manager: "CheckpointManager", keep: int | None) -> None:
+    """Deletes all but the newest `keep` steps."""
+    for step in sorted(manager.all_steps())[: -keep if keep else 0]:
+        manager.delete(step)
 
 
 def write_step(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .._io.disk import Path, check_name, reading, replacing_files, write_text
+from .._io.disk import Path, check_name, reading, write_text
+from .._io.folders import replacing_files
 from .._io.shards import Pending, Slot, open_tensors, write_tensors
 from .._io.tensors import NAMES
 from .._io.torch_models import scale_beside
@@ -288,9 +289,7 @@ def save_base(
     if wrong:
         raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
     about = _config_text(config)
-    with replacing_files(
-        pathlib.Path(directory), f"{STEM}*.safetensors*", PeftError
-    ) as new:
+    with replacing_files(pathlib.Path(directory), STEM, PeftError) as new:
         metadata = {"format": "pt"}
         write_tensors(new, STEM, tensors, metadata=metadata, max_bytes=max_shard_bytes)
         if about is not None:

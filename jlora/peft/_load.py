@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from numpy.typing import DTypeLike
 
-from .._io.disk import Path, read_json, told
-from .._io.shards import open_tensors
+from .._io import paired
+from .._io.disk import Fault, Json, Path, read_json, told
+from .._io.handles import settled
+from .._io.shards import Slot, open_tensors, tensor_files
 from .._io.torch_models import Facts, is_torch_named, tie_of
 from .._plan.plan import Plan
 from ..errors import PeftError
@@ -31,8 +33,9 @@ def load(
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
     Works on whatever PEFT's LoRA writes for layers that the model has, see
-    `docs/peft.md`. Nothing is unpickled, and no file outside `directory` is opened. For
-    an adapter that need not fit as a whole, see `load_partial`.
+    `docs/peft.md`. Nothing is unpickled. Only files in `directory` are opened, and what
+    links in it lead to. All of them are of one save, also while others overwrite them.
+    For an adapter that need not fit as a whole, see `load_partial`.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards.
@@ -131,9 +134,8 @@ def read_adapter(
     with told(f"{str(directory)!r} cannot be read", PeftError):
         if not os.path.isdir(directory):
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
-    fields = read_json(folder / CONFIG, PeftError)
+    fields, slots, metadata = open_adapter(folder)
     config, odd = parse_config(fields)
-    slots, metadata = open_tensors(folder, STEM, fault=PeftError)
     if SIGNED in metadata and metadata[SIGNED] != signature(fields):
         odd.append(
             "rank, alpha or their patterns are not those that the tensors were written "
@@ -157,3 +159,27 @@ def read_adapter(
     found.config += odd
     found.read(leaves)
     return found.result()
+
+
+def open_adapter(
+    folder: pathlib.Path, fault: Fault = PeftError
+) -> tuple[Json, dict[str, Slot], dict[str, str]]:
+    """Returns the config of a directory, its tensors and their metadata, of one save.
+
+    Raises:
+      fault: if a file is missing or damaged.
+    """
+
+    def read() -> tuple[Json, dict[str, Slot], dict[str, str]]:
+        if not any(file.exists() for file in paired.places(folder, CONFIG)):
+            read_json(folder / CONFIG, fault)  # says what is wrong
+        slots, metadata = open_tensors(folder, STEM, fault=fault)
+        fields = read_json(paired.find(folder, CONFIG, metadata), fault)
+        return fields, slots, metadata
+
+    return settled(
+        read,
+        lambda: [*paired.places(folder, CONFIG), *tensor_files(folder, STEM)],
+        repr(str(folder)),
+        fault,
+    )

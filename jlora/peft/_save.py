@@ -8,8 +8,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._io import paired
 from .._io.describe import check_whole
-from .._io.disk import check_name, replacing_files, write_text
+from .._io.disk import check_name, write_text
+from .._io.folders import replacing_files
 from .._io.shards import pending, write_tensors
 from .._io.torch_models import facts_of, is_torch_named
 from ..errors import PeftError
@@ -52,8 +54,9 @@ def save(
 
     The files are those that Hugging Face PEFT writes for the torch model that `names`
     leads to. They appear whole or not at all: a save that is killed leaves the former
-    ones as they were. Methods that PEFT has in another form (AdaLoRA, VeRA) are written
-    as the plain LoRA that computes the same.
+    adapter or the new one, and other files in `directory` stay. Methods that PEFT has
+    in another form (AdaLoRA, VeRA) are written as the plain LoRA that computes the
+    same.
 
     Args:
       directory: made if it does not exist.
@@ -116,9 +119,10 @@ def save(
     if portable:
         _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
-    metadata = {"format": "pt", SIGNED: signature(fields)}
+    text = json.dumps(fields, indent=2) + "\n"
+    metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
     folder = pathlib.Path(directory)
-    with replacing_files(folder, f"{STEM}*.safetensors*", PeftError) as new:
+    with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
         write_tensors(
             new,
             STEM,
@@ -126,7 +130,7 @@ def save(
             metadata=metadata,
             max_bytes=max_shard_bytes,
         )
-        write_text(new / CONFIG, json.dumps(fields, indent=2) + "\n")
+        write_text(new / CONFIG, text)
 
 
 def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str | None:
