@@ -598,7 +598,11 @@ CONFIGS = {
     "for which there are no tensors": {"target_modules": ["up", "gate"]},
     "target_modules does not name it": {"target_modules": []},
     "which names no adapted module": {"rank_pattern": {"down": 3}},
-    "repeats too much": {"alpha_pattern": {"(a+)+b": 3}},
+    "repeats too much": {"alpha_pattern": {"((a{50}){50}){50}": 3}},
+    "is not a plain pattern": {"rank_pattern": {"(?=up)up": 3}},
+    "repeat too much together": {
+        "rank_pattern": {f"{i}(a{{2400}})?": 3 for i in range(10)}
+    },
     "is broken": {"alpha_pattern": {"[": 3}},
     "target_parameters names 'w'": {"target_parameters": ["w"]},
     "the file has no rows for it": {"trainable_token_indices": {"e": [1]}},
