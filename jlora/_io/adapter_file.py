@@ -9,6 +9,7 @@ import numpy as np
 
 from .._numerics import not_finite
 from .._tables import listed
+from .._text.json_text import parse_json
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
@@ -118,8 +119,8 @@ def _about(metadata: Mapping[str, str]) -> Json:
             f"jlora reads version {_VERSION!r}."
         )
     try:
-        return json.loads(metadata["adapter"])
-    except (ValueError, RecursionError) as error:
+        return parse_json(metadata["adapter"])
+    except ValueError as error:
         raise CheckpointError(f"Its settings are not JSON: {error}.") from error
 
 

@@ -18,7 +18,7 @@ from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree
 from . import tensors as tensors
-from .disk import Path, told
+from .disk import Path, check_files, told
 from .shards import find_tensors, open_tensors
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def open_model(path: Path) -> Model:
             and is_orbax_tree(folder)
         )
     if is_tree:
+        check_files(folder)
         return _of_orbax(folder)
     slots, metadata = open_tensors(path)
     return Model(

@@ -1,6 +1,7 @@
 """A step of checkpoints, read and checked."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
 from .describe import arrays, check_width, key_from_dict, rebuild
-from .disk import Json, told
+from .disk import Json, check_files, told
 from .fingerprint import Fingerprint, as_fingerprint, differences
 from .write_step import FORMAT, numbered, shapes_of
 
@@ -75,6 +76,7 @@ def read_step(
         " It is damaged, not a jlora checkpoint, or its optimizer state does not fit "
         "the template."
     )
+    check_files(pathlib.Path(manager.directory) / str(step))
     with told(f"{where} cannot be read", catch=Exception, then=then):
         items: Json = {"about": ocp.args.JsonRestore()}
         about = manager.restore(step, args=ocp.args.Composite(**items))["about"]

@@ -23,7 +23,7 @@ from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
 from .describe import arrays, check_whole, describe, key_to_dict
-from .disk import Json, Path, check_name, told
+from .disk import Json, Path, check_files, check_name, told
 from .fingerprint import Fingerprint, as_fingerprint
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ def open_manager(
         check_name(directory)
         if os.path.exists(directory) and not os.path.isdir(directory):
             raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
+        for step in pathlib.Path(directory).glob("[0-9]*"):
+            if step.name.isdecimal() and step.is_dir():
+                check_files(step)  # Orbax reads something of each
         return ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
