@@ -36,14 +36,21 @@ def flatten(
       `(leaves, treedef)`; `treedef.unflatten(leaves.values())` is the tree again.
 
     Raises:
-      TreeError: if two leaves get the same path (keys that contain `/`).
+      TreeError: if two leaves get the same path (keys that contain `/`), or the tree is
+        nested deeper than JAX can walk (Python's limit, by default about 1000 levels).
 
     Examples:
       >>> leaves, _ = flatten({"dense": {"kernel": 1, "bias": 2}, "heads": [3]})
       >>> leaves
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    try:
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    except (RecursionError, SystemError) as error:  # nanobind says so of the former
+        raise TreeError(
+            "The tree is nested deeper than JAX can walk. Make it flatter, or raise "
+            "the limit with sys.setrecursionlimit."
+        ) from error
     every = [keys for keys, _ in keyed]
     names = []
     for i, keys in enumerate(every):
