@@ -148,9 +148,7 @@ def _targets(
         usable = [
             row
             for row in rows
-            if row.path not in taken
-            and _can_adapt(row)
-            and not _unsuited(row)
+            if row.path not in taken and _can_adapt(row) and not _unsuited(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
         wide = [row for row in chosen if not _too_narrow(row, settings[row.path])]

@@ -1,0 +1,1 @@
+"""Faults made on purpose: seeded scripts, each of which answers one question."""
