@@ -203,3 +203,13 @@ def test_errors_about_names_of_megabytes_are_short():
         with pytest.raises(jlora.JloraError) as caught:
             jlora.load(path)
         assert len(str(caught.value)) < 21_000
+
+
+def test_names_of_a_million_dots_are_refused(tmp_path):
+    peft_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model." + "x." * 100_000 + "up"
+    jlora.export.safetensors(file, {name: np.ones(1)})
+    for read in (jlora.files.read, lambda path: jlora.peft.load(path, SHAPES)):
+        with pytest.raises(jlora.PeftError, match="the names of its 1 tensors are too"):
+            read(tmp_path)
