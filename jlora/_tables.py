@@ -113,10 +113,22 @@ def alike(named: Iterable[tuple[str, T]]) -> list[tuple[list[str], T]]:
     return [(names, value) for (_, value), names in groups.items()]
 
 
+def shortened(text: str, most: int = 1000) -> str:
+    """Returns `text`, without its middle if it has over `most` characters.
+
+    Examples:
+      >>> shortened("a" * 30, 20)
+      'aaaaaaaa...aaaaaaaa'
+    """
+    half = most // 2 - 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
     """Returns `findings` as one text, cut after `n` with the count of those left out.
 
-    Findings that differ only in the numbers of quoted names count as one.
+    Findings that differ only in the numbers of quoted names count as one. The middle of
+    a very long finding is left out.
 
     Examples:
       >>> listed(["'a'", "'b'", "'c'"], 2, ", ")
@@ -125,7 +137,7 @@ def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
       "rank 64 is above 8 of 'layers/{0..31}/q' (×32)"
     """
     groups: dict[str, list[str]] = {}
-    for finding in findings:
+    for finding in map(shortened, findings):
         kind = re.sub(r"'[^']*'", lambda quoted: pattern_of(quoted[0]), finding)
         groups.setdefault(kind, []).append(finding)
     shown, hidden = list(groups.values())[:n], list(groups.values())[n:]

@@ -8,6 +8,7 @@ from typing import Any, Literal, Never
 import jax.typing
 import numpy as np
 
+from ._text.json_text import parse_json
 from .errors import ConfigError
 from .factors import Axes, FusedParts, tuples
 from .factors._scale import scale_fault
@@ -75,6 +76,22 @@ class Rule:
             )
         if not isinstance(axes, Axes | None):
             raise ConfigError(f"Rule.axes must be jlora.Axes, got {axes!r}.")
+        if axes is not None and not all(
+            map(_are_numbers, (axes.batch, axes.fan_in, axes.fan_out))
+        ):
+            raise ConfigError(
+                f"Rule({pattern!r}): axes must be tuples of numbers of axes, as in "
+                f"Axes(batch=(0,), fan_in=(1,), fan_out=(2,)), got {axes!r}."
+            )
+        if parts is not None and not (
+            type(parts.axis) is int
+            and _are_numbers(parts.sizes)
+            and _are_numbers(parts.ranks)
+        ):
+            raise ConfigError(
+                f"Rule({pattern!r}): parts must be an axis, and tuples of sizes and "
+                f"ranks, got {parts!r}."
+            )
         _set(
             self,
             pattern=pattern,
@@ -110,9 +127,8 @@ class TokenRows:
     def __init__(self, pattern: str, ids: Iterable[int]):
         if not isinstance(pattern, str):
             raise ConfigError(f"TokenRows.pattern must be a glob, got {pattern!r}.")
-        rows = tuple(ids)
-        whole = all(isinstance(i, int | np.integer) and i >= 0 for i in rows)
-        if not rows or not whole or len(set(rows)) < len(rows):
+        rows = tuple(ids) if isinstance(ids, Iterable) else ()
+        if not rows or not _are_numbers(rows) or len(set(rows)) < len(rows):
             raise ConfigError(
                 f"TokenRows({pattern!r}): ids must be row numbers from 0, each once, "
                 f"got {ids!r}."
@@ -252,39 +268,61 @@ class LoraConfig:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "LoraConfig":
+    def from_json(cls, text: str | bytes) -> "LoraConfig":
         """Returns the config that `to_json` wrote.
 
         Args:
           text: a JSON object. Fields that it lacks have their defaults.
 
         Raises:
-          ConfigError: for text that is not a JSON object, or has unknown fields.
+          ConfigError: for whatever is not a config: text that is not a JSON object,
+            unknown fields, a field that is there twice, values that cannot work.
         """
         try:
-            fields = json.loads(text)
+            fields = parse_json(text)
             if not isinstance(fields, dict):
-                what = type(fields).__name__
-                raise ConfigError(
-                    f"This is not a LoraConfig in JSON: a {what}, not an object."
-                )
-            rules = [_rule_from(rule) for rule in fields.pop("rules", ())]
+                raise TypeError(f"a {type(fields).__name__}, not an object")
+            rules = [_rule_from(rule) for rule in _list(fields, "rules")]
             train = fields.pop("train", ())
             if isinstance(train, list):
                 train = [TokenRows(**t) if isinstance(t, dict) else t for t in train]
             return cls(**fields, rules=rules, train=train)
-        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"This is not a LoraConfig in JSON: {error}") from error
 
 
-def _rule_from(fields: dict[str, Any]) -> Rule:
+def _list(fields: dict[str, Any], name: str) -> list[Any]:
+    """Takes the list called `name` out of `fields`; an empty one if it is not there."""
+    value = fields.pop(name, [])
+    if not isinstance(value, list):
+        raise TypeError(f"{name} is a {type(value).__name__}, not a list")
+    return value
+
+
+def _rule_from(fields: object) -> Rule:
     """Returns the rule of which `fields` are the JSON values."""
-    records = {"axes": Axes, "parts": FusedParts}
-    given = {
-        name: records[name](**tuples(value)) if name in records and value else value
-        for name, value in fields.items()
-    }
+    if not isinstance(fields, dict):
+        raise TypeError(f"a rule is a {type(fields).__name__}, not an object")
+    given = dict(fields)
+    for name, record in {"axes": Axes, "parts": FusedParts}.items():
+        value = given.get(name)
+        if isinstance(value, dict):
+            given[name] = record(**tuples(value))
+        elif value is not None:
+            raise TypeError(f"{name} is a {type(value).__name__}, not an object")
     return Rule(**given)
+
+
+def _are_numbers(values: object) -> bool:
+    """Returns whether `values` are whole numbers from 0 in a tuple."""
+    return isinstance(values, tuple) and all(map(_is_number, values))
+
+
+def _is_number(value: object) -> bool:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and 0 <= value < 2**31
 
 
 def _set(record: LoraConfig | Rule | TokenRows, **fields: Any) -> None:
@@ -327,7 +365,7 @@ def _rules(value: Any) -> tuple[Rule, ...]:
 def _float_name(dtype: Any) -> str:
     try:
         name = np.dtype(dtype).name
-    except TypeError:
+    except Exception:  # NumPy reads lists and dicts as the fields of a record
         name = getattr(dtype, "__name__", str(dtype))
     known = ("float32", "bfloat16", "float16", "float64")
     if name not in known:
@@ -341,14 +379,20 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
     wrong = []
     if rank is not None and (type(rank) is not int or rank < 1):
         wrong.append(f"rank must be a positive integer, got {rank!r}")
+        rank = None
+    elif rank is not None and rank >= 2**31:
+        wrong.append(f"rank must be below 2**31, got {rank!r}")
+        rank = None
     if alpha is not None and not isinstance(alpha, int | float):  # as JSON has it
         wrong.append(f"alpha must be a positive number, got {alpha!r}")
     elif alpha is not None:  # a rule's rank may be that of another rule
-        own = rank if type(rank) is int and rank > 0 else 1
+        own = 1 if rank is None else rank
         fault = scale_fault(alpha, own, rslora=getattr(fields, "rslora", False))
         wrong += [fault] if fault else []
     if dropout is not None and not (
-        isinstance(dropout, int | float) and 0 <= dropout < 1
+        isinstance(dropout, int | float)
+        and not isinstance(dropout, bool)
+        and 0 <= dropout < 1
     ):
         wrong.append(f"dropout must be in [0, 1), got {dropout!r}")
     if fields.method is not None and fields.method not in tuple(METHODS):

@@ -1,5 +1,14 @@
 """The errors and warnings of jlora; each says what was wanted and what to write."""
 
+_MOST = 20_000  # characters of a message, whatever names it quotes
+
+
+def _cut(text: str) -> str:
+    """Returns `text` without its middle if it is too long for anyone to read."""
+    if len(text) <= _MOST:
+        return text
+    return f"{text[: _MOST // 2]} [{len(text) - _MOST} more] {text[-_MOST // 2 :]}"
+
 
 class JloraError(ValueError):
     """Base class of the errors that jlora raises.
@@ -12,6 +21,9 @@ class JloraError(ValueError):
       ...     print(error)
       LoraConfig: rank must be a positive integer, got 0.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(_cut(str(message)))
 
 
 class ConfigError(JloraError):

@@ -5,14 +5,17 @@ A path is the leaf's keys joined by `/`: `'params/blocks_0/attn/q/kernel'`.
 
 import difflib
 import functools
+import heapq
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from ._tables import listed
+from ._text.automata import first_match
+from ._text.globs import compile_glob
 from .errors import TreeError
 from .factors import Leaf, PyTree
 
@@ -33,25 +36,27 @@ def flatten(
       `(leaves, treedef)`; `treedef.unflatten(leaves.values())` is the tree again.
 
     Raises:
-      TreeError: if two leaves get the same path (keys that contain `/`).
+      TreeError: if two leaves get the same path (keys that contain `/`), or the tree is
+        nested deeper than JAX can walk (Python's limit, by default about 1000 levels).
 
     Examples:
       >>> leaves, _ = flatten({"dense": {"kernel": 1, "bias": 2}, "heads": [3]})
       >>> leaves
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    below: dict[tuple, int] = {}  # how many leaves are below each node
-    for keys, _ in keyed:
-        for n in range(len(keys)):
-            below[keys[:n]] = below.get(keys[:n], 0) + 1
+    try:
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    except (RecursionError, SystemError) as error:  # nanobind says so of the former
+        raise TreeError(
+            "The tree is nested deeper than JAX can walk. Make it flatter, or raise "
+            "the limit with sys.setrecursionlimit."
+        ) from error
+    every = [keys for keys, _ in keyed]
     names = []
-    for keys, _ in keyed:
-        boxed = (
-            len(keys) > 1
-            and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-            and keys[-1].name == "value"
-            and below[keys[:-1]] == 1
+    for i, keys in enumerate(every):
+        boxed = _is_value(keys) and not any(
+            near[: len(keys) - 1] == keys[:-1]
+            for near in (*every[max(i - 1, 0) : i], *every[i + 1 : i + 2])
         )
         names.append("/".join(map(_component, keys[:-1] if boxed else keys)))
     leaves = dict(zip(names, (leaf for _, leaf in keyed), strict=True))
@@ -63,6 +68,12 @@ def flatten(
             "Rename one of the keys (keys that contain '/' can collide)."
         )
     return leaves, treedef
+
+
+def _is_value(keys: Sequence[object]) -> bool:
+    """Returns whether a leaf is the field `value` of a node that has a name."""
+    last = keys[-1] if len(keys) > 1 else None
+    return isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
 
 
 def _component(key: object) -> str:
@@ -88,8 +99,11 @@ def matches(pattern: str, path: str) -> bool:
       pattern: the glob.
       path: components joined by `/`.
 
+    Matching takes one pass over the path, whatever the pattern is.
+
     Raises:
-      TreeError: for a `{` without its `}`.
+      TreeError: for a `{` without its `}`, a pattern of over 4,000 characters, or a
+        number in it of over 18 digits.
 
     Examples:
       >>> matches("**/attn/{q,v}/kernel", "params/blocks_0/attn/q/kernel")
@@ -99,82 +113,7 @@ def matches(pattern: str, path: str) -> bool:
       >>> matches("layers/{8..11}/**", "layers/10/attn/kernel")
       True
     """
-    return any(regex.fullmatch(path) for regex in _compile(pattern))
-
-
-@functools.lru_cache(maxsize=1024)
-def _compile(pattern: str) -> tuple[re.Pattern, ...]:
-    return tuple(re.compile(_translate(p), re.DOTALL) for p in _expand(pattern))
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    """Yields the alternatives of `{a,b}`, which may be nested."""
-    in_sets = {i for m in _SET.finditer(pattern) for i in range(*m.span())}
-    start = next(
-        (i for i, c in enumerate(pattern) if c == "{" and i not in in_sets), None
-    )
-    if start is None:
-        yield pattern
-        return
-    depth, parts, begin = 0, [], start + 1
-    for i in range(start, len(pattern)):
-        char = "" if i in in_sets else pattern[i]
-        depth += (char == "{") - (char == "}")
-        if (char == "," and depth == 1) or depth == 0:
-            parts.append(pattern[begin:i])
-            begin = i + 1
-        if depth == 0:
-            numbers = re.fullmatch(r"(\d+)\.\.(\d+)", parts[0])
-            if numbers and len(parts) == 1:
-                first, last = map(int, numbers.groups())
-                parts = [str(n) for n in range(first, last + 1)]
-            for part in parts:
-                yield from _expand(pattern[:start] + part + pattern[i + 1 :])
-            return
-    raise TreeError(f"The pattern {pattern!r} has a '{{' without its '}}'.")
-
-
-def _translate(glob: str) -> str:
-    *parents, last = re.sub(r"\*\*(/\*\*)+(?=/|$)", "**", glob).split("/")
-    regex = "".join(
-        "(?:[^/]+/)*" if part == "**" else _component_regex(part) + "/"
-        for part in parents
-    )
-    if last != "**":
-        return regex + _component_regex(last)
-    return regex.removesuffix("/") + ("(?:/.*)?" if regex.endswith("/") else ".*")
-
-
-_SET = re.compile(r"\[!?\]?[^\]/]*\]", flags=re.DOTALL)
-_TOKEN = re.compile(rf"\*+|\?|{_SET.pattern}|.", flags=re.DOTALL)
-
-
-def _component_regex(part: str) -> str:
-    return "".join(_token_regex(token) for token in _TOKEN.findall(part))
-
-
-def _token_regex(token: str) -> str:
-    if token[0] == "*":
-        return "[^/]*"
-    if token == "?":
-        return "[^/]"
-    if len(token) > 1:
-        return _set_regex(token[1:-1])
-    return re.escape(token)
-
-
-def _set_regex(chars: str) -> str:
-    """Returns a regex for one character of a set: `a-cx`, or `!a-cx` for others."""
-    negative, chars = chars.startswith("!"), chars.removeprefix("!")
-    ranges = re.findall(r"(.)-(.)|(.)", chars, flags=re.DOTALL)
-    members = "".join(
-        re.escape(one) if one else f"{re.escape(low)}-{re.escape(high)}"
-        for low, high, one in ranges
-        if one or low <= high
-    )
-    if negative:
-        return f"[^/{members}]"
-    return f"[{members}]" if members else "(?!)"
+    return first_match(compile_glob(pattern), path + "/") is not None
 
 
 def escape(path: str) -> str:
@@ -214,10 +153,13 @@ def select(pattern: str, paths: Iterable[str]) -> tuple[str, ...]:
       >>> select("w[0]", ["w0", "w[0]"])
       ('w[0]',)
     """
-    paths = tuple(paths)
+    paths = paths if isinstance(paths, Collection) else tuple(paths)
     if pattern in paths:
         return (pattern,)
     return tuple(p for p in paths if matches(pattern, p))
+
+
+_LOOKED_AT = 300  # of two names that long, the ends do not tell which one was meant
 
 
 def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> tuple[str, ...]:
@@ -232,15 +174,21 @@ def nearest(pattern: str, paths: Sequence[str], n: int = 3) -> tuple[str, ...]:
       >>> nearest("**/atn/q/kernel", ["blocks/0/attn/q/kernel", "embed/embedding"], n=1)
       ('blocks/0/attn/q/kernel',)
     """
-    parts = [p for p in re.split(r"[/{},*]+", pattern) if p]
+    parts = [p for p in re.split(r"[/{},*]+", pattern[:_LOOKED_AT]) if p][:20]
+    whole = "/".join(parts)
+
+    @functools.cache
+    def alike(part: str, component: str) -> float:
+        return difflib.SequenceMatcher(None, part, component).ratio()
+
+    def near(path: str) -> float:
+        components = path[:_LOOKED_AT].split("/")
+        best = [max(alike(part, c) for c in components) for part in parts]
+        return sum(best) / max(len(best), 1)
 
     def score(path: str) -> float:
-        components = path.split("/")
-        near = [
-            max(difflib.SequenceMatcher(None, part, c).ratio() for c in components)
-            for part in parts
-        ]
-        whole = difflib.SequenceMatcher(None, "/".join(parts), path).ratio()
-        return sum(near) / max(len(near), 1) + 0.1 * whole
+        look = difflib.SequenceMatcher(None, whole, path[:_LOOKED_AT])
+        return near(path) + 0.1 * look.ratio()
 
-    return tuple(sorted(paths, key=score, reverse=True)[:n])
+    few = heapq.nlargest(max(n, 100), paths, near)
+    return tuple(sorted(few, key=score, reverse=True)[:n])

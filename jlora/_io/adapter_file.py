@@ -9,11 +9,12 @@ import numpy as np
 
 from .._numerics import not_finite
 from .._tables import listed
+from .._text.json_text import parse_json
 from ..errors import CheckpointError, TreeError
 from ..factors import Trainable
 from . import tensors as tensors
 from .describe import arrays, check_whole, check_width, describe, rebuild
-from .disk import Json, Path, fields_once, reading
+from .disk import Json, Path, reading
 
 FORMAT = "jlora"
 _VERSION = "1"
@@ -118,8 +119,8 @@ def _about(metadata: Mapping[str, str]) -> Json:
             f"jlora reads version {_VERSION!r}."
         )
     try:
-        return json.loads(metadata["adapter"], object_pairs_hook=fields_once)
-    except (ValueError, RecursionError) as error:
+        return parse_json(metadata["adapter"])
+    except ValueError as error:
         raise CheckpointError(f"Its settings are not JSON: {error}.") from error
 
 

@@ -1,15 +1,13 @@
 """Files read only if they are regular, and written whole or not at all."""
 
-import collections
 import contextlib
-import json
 import os
 import pathlib
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from .._tables import listed
+from .._text.json_text import parse_json
 from ..errors import CheckpointError, JloraError
 from .beside import unfinished
 
@@ -18,7 +16,16 @@ Path = str | os.PathLike[str]
 Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps names, as tqdm does
 Fault = type[JloraError]  # the class of the errors that the caller's user sees
 
-_MAX_JSON = 20_000_000
+_MAX_JSON, _MAX_FILES = 20_000_000, 1_000_000
+# What Orbax reads whole, by name.
+_JSON_FILES = (
+    "metadata",
+    "metrics",
+    "_CHECKPOINT_METADATA",
+    "_METADATA",
+    "_sharding",
+    "array_metadata",
+)
 
 
 @contextlib.contextmanager
@@ -65,17 +72,44 @@ def reading(path: Path, fault: Fault = CheckpointError) -> Iterator[BinaryIO]:
       fault: if it is missing, a directory or a device, or must not be read.
     """
     name = repr(os.fspath(path))
-    with told(f"{name} cannot be read", fault, catch=(OSError, ValueError)):
-        # Opening a pipe would wait for its other end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(
-                f"{name} is {_kind(path)}. Give the path of a file that was saved."
-            )
-        with open(path, "rb") as file:
-            try:
-                yield file
-            except CheckpointError as error:
-                raise CheckpointError(f"{name}: {error}") from error
+    with (
+        told(f"{name} cannot be read", fault, catch=(OSError, ValueError)),
+        _open_regular(path) as file,
+    ):
+        try:
+            yield file
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Returns an open file, which is a regular one."""
+    other = CheckpointError(
+        f"{os.fspath(path)!r} is {_kind(path)}. Give the path of a file that was saved."
+    )
+    if not stat.S_ISREG(os.stat(path).st_mode):  # to open a device can do something
+        raise other
+    # If it has become a pipe since, opening does not wait for the pipe's other end.
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise other
+    return open(handle, "rb")
+
+
+def read_bounded(
+    path: Path, limit: int = _MAX_JSON, fault: Fault = CheckpointError
+) -> bytes:
+    """Returns the bytes of the file `path`.
+
+    Raises:
+      fault: if it cannot be read, or has more than `limit` bytes.
+    """
+    with reading(path, fault) as file:
+        data = file.read(limit + 1)
+        if len(data) > limit:
+            raise CheckpointError(f"it has over {limit} bytes, too many for JSON.")
+        return data
 
 
 def read_json(path: Path, fault: Fault = CheckpointError) -> Json:
@@ -84,32 +118,57 @@ def read_json(path: Path, fault: Fault = CheckpointError) -> Json:
     Raises:
       fault: if it cannot be read, is not a JSON object, or names a field twice.
     """
-    with reading(path, fault) as file:
-        data = file.read(_MAX_JSON + 1)
-        if len(data) > _MAX_JSON:
-            raise CheckpointError(f"it has over {_MAX_JSON} bytes, too many for JSON.")
-        try:
-            value = json.loads(data.decode(), object_pairs_hook=fields_once)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"it is not JSON: {error}.") from error
-        if not isinstance(value, dict):
-            kind = type(value).__name__
-            raise CheckpointError(f"it is not a JSON object but a {kind}.")
-        return value
+    data = read_bounded(path, fault=fault)
+    name = repr(os.fspath(path))
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise fault(f"{name}: it is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise fault(f"{name}: it is not a JSON object but a {kind}.")
+    return value
 
 
-def fields_once(pairs: list[tuple[str, object]]) -> Json:
-    """Returns the fields of a JSON object.
+def check_files(folder: pathlib.Path, fault: Fault = CheckpointError) -> None:
+    """Raises a `fault` unless all files below `folder` are ones that can be read.
+
+    Orbax opens files by itself, and would wait for ever on a pipe, or read a device
+    until memory is full. So whatever it may open is looked at before.
 
     Raises:
-      ValueError: if a name stands there twice.
+      fault: for a file that is not a regular one, a JSON file that is too large, a
+        link to a directory, or over 1,000,000 files.
     """
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        counts = collections.Counter(name for name, _ in pairs)
-        twice = [f"{name!r:.100}" for name, n in counts.items() if n > 1]
-        raise ValueError(f"it names {listed(twice, 5, ', ')} twice")
-    return fields
+    waiting, seen = [os.fspath(folder)], 0
+    with told(f"{str(folder)!r} cannot be read", fault):
+        while waiting:
+            # Another process may delete an old step meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                for entry in list(os.scandir(waiting.pop())):
+                    seen += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    else:
+                        _check_file(entry.path)
+            if seen > _MAX_FILES:
+                raise CheckpointError(
+                    f"{str(folder)!r} holds over {_MAX_FILES} files, too many for a "
+                    "checkpoint."
+                )
+
+
+def _check_file(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        _check_found(path, os.stat(path))
+
+
+def _check_found(path: str, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a link to a directory" if stat.S_ISDIR(found.st_mode) else _kind(path)
+        raise CheckpointError(f"{path!r} is {what}, which a checkpoint does not hold.")
+    if os.path.basename(path) in _JSON_FILES and found.st_size > _MAX_JSON:
+        raise CheckpointError(f"{path!r} has over {_MAX_JSON} bytes.")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..errors import CheckpointError
 from ..factors import Leaf, PyTree
 from . import tensors as tensors
 from .beside import put_back
-from .disk import Path, told
+from .disk import Path, check_files, told
 from .handles import mark_of
 from .shards import find_tensors, open_tensors
 
@@ -110,6 +110,7 @@ def open_model(path: Path) -> Model:
             and is_orbax_tree(folder)
         )
     if is_tree:
+        check_files(folder)
         return _of_orbax(folder)
     slots, metadata = open_tensors(path)
     return Model(

@@ -16,7 +16,7 @@ from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
 from .describe import arrays, check_width, key_from_dict, rebuild
-from .disk import Json, read_json, told
+from .disk import Json, check_files, read_json, told
 from .fingerprint import Fingerprint, as_fingerprint, differences
 from .handles import settled
 from .write_step import FORMAT, checksum, numbered, shapes_of
@@ -110,6 +110,7 @@ def _read(
         " It is damaged, not a jlora checkpoint, or its optimizer state does not fit "
         "the template."
     )
+    check_files(pathlib.Path(manager.directory) / str(step))
     with told(f"{where} cannot be read", catch=Exception, then=then):
         about = _about(manager, step, f"{where} cannot be read", then)
         template = numbered(opt_state)

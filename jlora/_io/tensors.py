@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .._tables import listed
+from .._text.json_text import parse_json
 from ..errors import CheckpointError
-from .disk import Json, Path, fields_once, replacing
+from .disk import Json, Path, replacing
 
 Buffer = bytes | memoryview
 
@@ -231,11 +232,10 @@ def _parse(text: bytes) -> Json:
     if len(text) > 10**6 and text.count(b"[") + text.count(b"{") > len(text) // 10:
         raise _damaged("its header has more brackets than tensors take")
     try:
-        fields = json.loads(text.decode(), object_pairs_hook=fields_once)
+        fields = parse_json(text)
         if not isinstance(fields, dict):
             raise ValueError("it is not a table")
-        "".join(fields).encode()  # no half surrogates
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise _damaged(f"its header is not a JSON table ({error})") from error
     return fields
 

@@ -6,6 +6,7 @@ in all models of `transformers`.
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -100,7 +101,7 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
     """
     place = pathlib.Path(model)
     file = (place if inside or place.is_dir() else place.parent) / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return Facts()
     fields = read_json(file)
     types = {str(found["model_type"]) for found in _objects(fields, "model_type")}

@@ -26,7 +26,7 @@ from ..factors import Leaf, PyTree, Trainable
 from . import beside
 from .beside import put_back, targets
 from .describe import arrays, check_whole, describe, key_to_dict
-from .disk import Json, Path, check_name, told
+from .disk import Json, Path, check_files, check_name, told
 from .fingerprint import Fingerprint, as_fingerprint
 from .folders import replacing_folder
 from .locks import alone
@@ -77,6 +77,9 @@ def open_manager(
     if write:
         sweep(directory)
     with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
+        for step in pathlib.Path(directory).glob("[0-9]*"):
+            if step.name.isdecimal() and step.is_dir():
+                check_files(step)  # Orbax reads something of each
         return ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(

@@ -1,7 +1,7 @@
 """What a config means for the leaves of a model: status, spec and note of each."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -89,12 +89,14 @@ def _match(
     rows: Sequence[Row],
     wrong: list[str],
     left: Mapping[str, str] | None = None,
+    excluded: Collection[str] = (),
 ) -> set[str]:
     """Returns the leaves that `patterns` match; adds the other patterns to `wrong`.
 
-    `left` says of the leaves that do not count why they do not.
+    `left` says of the leaves that do not count why they do not. `excluded` are those
+    that another field takes back.
     """
-    every = [row.path for row in rows]
+    every = {row.path: row for row in rows}
     matched: set[str] = set()
     for pattern in patterns:
         hits = paths.select(pattern, every)
@@ -110,6 +112,8 @@ def _match(
                 f"{field}: {pattern!r} matched {hits[0]!r}, but no adapted leaf, so it "
                 f"has no effect{why}"
             )
+        if excluded and hits and all(path in excluded for path in hits):
+            wrong.append(f"{field}: exclude= removes every match of {pattern!r}")
         matched.update(kept)
     return matched
 
@@ -140,13 +144,12 @@ def _targets(
     wrong: list[str],
 ) -> set[str]:
     """Returns the paths to adapt."""
+    taken = excluded | trained
     if config.targets == "all-linear":
         usable = [
             row
             for row in rows
-            if row.path not in excluded | trained
-            and _can_adapt(row)
-            and not _unsuited(row)
+            if row.path not in taken and _can_adapt(row) and not _unsuited(row)
         ]
         chosen = [row for row in usable if not row.head] or usable
         wide = [row for row in chosen if not _too_narrow(row, settings[row.path])]
@@ -162,15 +165,11 @@ def _targets(
         if not hits:
             wrong.append(f"targets: the predicate chose none of {len(rows)} leaves")
     else:
-        hits = _match("targets", config.targets, rows, wrong)
-        for pattern in config.targets:
-            matched = set(paths.select(pattern, [row.path for row in rows]))
-            if matched and matched <= excluded:
-                wrong.append(f"targets: exclude= removes every match of {pattern!r}")
+        hits = _match("targets", config.targets, rows, wrong, excluded=excluded)
     both = sorted((hits & trained) - excluded)
     if both:
         wrong.append(f"{listed(map(repr, both), 3, ', ')} in both targets and train")
-    chosen = [row for row in rows if row.path in hits - excluded - trained]
+    chosen = [row for row in rows if row.path in hits and row.path not in taken]
     able = [row.path for row in rows if _can_adapt(row)]
     for row in chosen:
         if not _can_adapt(row):

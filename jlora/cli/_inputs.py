@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .. import files
-from .._io.disk import Json, reading
+from .._io.disk import Json, read_bounded
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
 from ..errors import ConfigError, JloraError
@@ -113,10 +113,8 @@ def config_of(options: Json) -> LoraConfig | None:
     own = {k: v for k, v in options.items() if v not in (None, ()) and k != "config"}
     if options["config"] is None:
         return LoraConfig(**own) if own else None
-    with reading(options["config"]) as file:
-        data = file.read(10**7)
     try:
-        config = LoraConfig.from_json(data.decode())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{options['config']!r} is not text: {error}.") from error
+        config = LoraConfig.from_json(read_bounded(options["config"]))
+    except ConfigError as error:
+        raise ConfigError(f"{options['config']!r}: {error}") from error
     return dataclasses.replace(config, **own)

@@ -27,6 +27,8 @@ def scale_fault(alpha: Any, rank: Any, rslora: bool) -> str:
     """
     if not _is(numbers.Integral, rank) or rank < 1:
         return f"rank must be a positive integer, got {rank!r}"
+    if rank >= 2**31:
+        return f"rank must be below 2**31, got {rank!r}"
     if not _is(numbers.Real, alpha) or not 0 < alpha < math.inf:
         return f"alpha must be a positive number, got {alpha!r}"
     divisor = math.sqrt(rank) if rslora else rank

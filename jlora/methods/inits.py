@@ -54,7 +54,7 @@ def find_init(init: object) -> Init | None:
         return Init(init, "weight")
     if not isinstance(init, str):
         return None
-    iterated = re.fullmatch(r"(\w+?)_niter_([1-9]\d*)", init)
+    iterated = re.fullmatch(r"(\w+?)_niter_([1-9][0-9]{0,5})", init)
     if iterated and iterated[1] in ITERATED:
         known = ITERATED[iterated[1]]
         fun = functools.partial(known.fun, n_iter=int(iterated[2]))

@@ -21,6 +21,9 @@ from .config import CONFIG, PREFIX, SIGNED, STEM, parse_config, signature
 from .names import GENERIC, NameMap, Names
 from .report import LoadReport, check
 
+# Each name is looked up from each of its dots on. This is the sum of these texts.
+_MAX_NAMES = 10**9
+
 
 def load(
     directory: Path,
@@ -136,6 +139,11 @@ def read_adapter(
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields, slots, metadata = open_adapter(folder)
     config, odd = parse_config(fields)
+    if sum(len(name) * name.count(".") for name in slots) > _MAX_NAMES:
+        raise PeftError(
+            f"{str(directory)!r} cannot be read: the names of its {len(slots)} tensors "
+            f"are too long, as {max(slots, key=len)!r:.60}..."
+        )
     if SIGNED in metadata and metadata[SIGNED] != signature(fields):
         odd.append(
             "rank, alpha or their patterns are not those that the tensors were written "

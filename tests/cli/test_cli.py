@@ -548,7 +548,11 @@ def test_bad_input_never_gives_a_traceback(folder, call):
     fails(call(*config, "zero"), 1, "not a LoraConfig in JSON")
     fails(call(*config, "nowhere"), 1, "'nowhere' cannot be read")
     (folder / "latin").write_bytes(b"\xff")
-    fails(call(*config, "latin"), 1, "'latin' is not text")
+    fails(
+        call(*config, "latin"),
+        1,
+        "'latin': This is not a LoraConfig in JSON: it is not text",
+    )
     (folder / "list").write_text("[]")
     fails(call(*config, "list"), 1, "a list, not an object")
     fails(call("inspect", "one.safetensors", "--step", "1"), 2, "not an Orbax")

@@ -146,6 +146,11 @@ BAD = [
     ("rank", -2, "rank must be a positive integer, got -2"),
     ("rank", 4.0, "rank must be a positive integer, got 4.0"),
     ("rank", True, "rank must be a positive integer, got True"),
+    ("rank", 10**400, "rank must be below 2**31, got 1000"),
+    ("dropout", False, "dropout must be in [0, 1), got False"),
+    ("train", jlora.TokenRows, "train must be a glob or a tuple of globs"),
+    ("init", "pissa_niter_" + "9" * 5000, "init must be one of"),
+    ("dtype", {"names": ["a"]}, "dtype must be one of"),
     ("rank", None, "LoraConfig.rank must not be None."),
     ("rank", "8", "rank must be a positive integer, got '8'"),
     ("alpha", 0, "alpha must be a positive number, got 0"),
@@ -184,7 +189,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"), BAD, ids=[f"{f}={v!r}" for f, v, _ in BAD]
+    ("field", "value", "message"), BAD, ids=[f"{f}={v!r:.40}" for f, v, _ in BAD]
 )
 def test_a_value_that_cannot_work_is_refused(field, value, message):
     with pytest.raises(jlora.ConfigError, match=re.escape(message)):
@@ -201,6 +206,12 @@ def test_a_value_that_cannot_work_is_refused(field, value, message):
         ("method", "x", "Rule('**/q'): method must be one of"),
         ("init", "x", "Rule('**/q'): init must be one of"),
         ("axes", (0, 1), "axes must be"),
+        ("axes", jlora.Axes(batch=5), "axes must be tuples of numbers of axes"),
+        ("axes", jlora.Axes(fan_in=("x",)), "axes must be tuples of numbers of axes"),
+        ("axes", jlora.Axes(fan_in=(True,)), "axes must be tuples of numbers of axes"),
+        ("parts", jlora.FusedParts(0, 3, (1,)), "parts must be an axis, and tuples"),
+        ("parts", jlora.FusedParts("0", (3,), (1,)), "parts must be an axis"),
+        ("rank", 2**31, "Rule('**/q'): rank must be below 2**31, got 2147483648."),
     ],
 )
 def test_a_rule_that_cannot_work_is_refused(field, value, message):
@@ -255,6 +266,84 @@ def test_a_predicate_has_no_json():
 def test_json_that_is_no_config_is_refused(text):
     with pytest.raises(jlora.ConfigError, match="This is not a LoraConfig in JSON"):
         jlora.LoraConfig.from_json(text)
+
+
+HOSTILE = {
+    "deep": b'{"rules":' + b"[" * 200_000,
+    "deep and whole": b'{"a":' * 900 + b"1" + b"}" * 900,
+    "many digits": '{"rank": ' + "9" * 5000 + "}",
+    "a large number": '{"alpha": ' + str(10**400) + ', "rank": 8}',
+    "a large rank": '{"rank": ' + str(10**400) + "}",
+    "not text": b'{"rank": \xff}',
+    "half a surrogate": '{"targets": "\\ud800"}',
+    "not a dtype": '{"dtype": {"names": ["a"], "formats": [{}]}}',
+    "a dtype of many": '{"dtype": ["f4", "f4"]}',
+    "a key twice": '{"rank": 4, "rank": 8}',
+    "a key of a rule twice": '{"rules": [{"pattern": "a", "rank": 4, "rank": 8}]}',
+    "an axis": '{"rules": [{"pattern": "a", "axes": {"batch": 5}}]}',
+    "names of axes": '{"rules": [{"pattern": "a", "axes": {"fan_in": ["x"]}}]}',
+    "no axes": '{"rules": [{"pattern": "a", "axes": 0}]}',
+    "parts": '{"rules": [{"pattern": "a", "parts": {"axis": 0, "sizes": 1}}]}',
+    "rules": '{"rules": {}}',
+    "a rule": '{"rules": ""}',
+    "rows": '{"train": [{"pattern": "a", "ids": 5}]}',
+    "rows of words": '{"train": [{"pattern": "a", "ids": ["x"]}]}',
+    "rows of truth": '{"train": [{"pattern": "a", "ids": [true]}]}',
+    "rows twice": '{"train": [{"pattern": "a", "ids": [1], "ids": [2]}]}',
+    "itself": '{"self": 1}',
+    "itself in a rule": '{"rules": [{"pattern": "a", "self": 1}]}',
+    "an iteration": '{"init": "pissa_niter_' + "9" * 5000 + '"}',
+    "megabytes": '{"init": "' + "x" * 3_000_000 + '"}',
+    "a megabyte of name": '{"' + "x" * 1_000_000 + '": 1}',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_json_is_a_short_config_error(name):
+    with pytest.raises(jlora.ConfigError) as caught:
+        jlora.LoraConfig.from_json(HOSTILE[name])
+    assert len(str(caught.value)) < 21_000
+
+
+FIELDS = [f.name for f in dataclasses.fields(jlora.LoraConfig)]
+FIELDS += [f.name for f in dataclasses.fields(jlora.Rule)]
+FIELDS += ["ids", "batch", "fan_in", "fan_out", "axis", "sizes", "ranks", "self"]
+WORDS = st.sampled_from(["all-linear", "lora", "kaiming", "float32", "**", "a"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(FIELDS) | st.text(), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+
+
+def read_or_config_error(text):
+    """Reads a text; a config that is read is one that can be written and read again."""
+    try:
+        config = jlora.LoraConfig.from_json(text)
+    except jlora.ConfigError:
+        return
+    assert jlora.LoraConfig.from_json(config.to_json()) == config
+    assert isinstance(hash(config), int)
+
+
+@given(value=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3) | JSON)
+def test_any_json_is_a_config_or_a_config_error(value):
+    read_or_config_error(json.dumps(value))
+
+
+@given(data=st.binary() | st.text())
+def test_any_bytes_are_a_config_or_a_config_error(data):
+    read_or_config_error(data)
+
+
+@given(config=CONFIGS, at=st.integers(0), new=st.binary(max_size=3))
+def test_a_changed_config_is_a_config_or_a_config_error(config, at, new):
+    data = config.to_json().encode()
+    at %= len(data)
+    read_or_config_error(data[:at] + new + data[at + 1 :])
 
 
 def test_an_unknown_field_in_json_is_named():
