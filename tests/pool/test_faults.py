@@ -163,7 +163,7 @@ def interrupted_at(line, call):
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_ctrl_c_at_any_line_leaves_every_row_right(copied):
-    for line in range(1 + copied, 1000, 4):
+    for line in range(1 + copied, 1000, 7):
         with pool.Cache(load, LIKE, capacity=2, workers=1) as cache:
             check_rows(cache, ["1", "2"])
             held = cache.acquire(["1"])

