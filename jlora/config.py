@@ -321,8 +321,9 @@ def _are_numbers(values: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    return whole and 0 <= value < 2**31
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        return False
+    return 0 <= int(value) < 2**31
 
 
 def _set(record: LoraConfig | Rule | TokenRows, **fields: Any) -> None:

@@ -73,7 +73,8 @@ def flatten(
 def _is_value(keys: Sequence[object]) -> bool:
     """Returns whether a leaf is the field `value` of a node that has a name."""
     last = keys[-1] if len(keys) > 1 else None
-    return isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value"
+    is_field = isinstance(last, jax.tree_util.GetAttrKey)
+    return is_field and getattr(last, "name", None) == "value"
 
 
 def _component(key: object) -> str:

@@ -54,7 +54,7 @@ def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
 
     def base(path: str) -> Placement | None:
         if known.get(path) is None:
-            near = paths.nearest(path, tuple(known), n=1)
+            near = paths.nearest(path, tuple(known), n=1) if len(wrong) < 10 else ()
             hint = f" (nearest: {near[0]!r})" if near and path not in known else ""
             wrong.append(f"no sharding for {path!r}{hint}")
         return known.get(path)

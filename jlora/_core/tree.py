@@ -108,7 +108,7 @@ def check(leaves: Mapping[str, Leaf], trainable: Trainable) -> None:
     wrong = []
     for path, factors in trainable.lora.items():
         if path not in leaves or isinstance(leaves[path], Missing):
-            near = paths.nearest(path, tuple(leaves), n=1)
+            near = paths.nearest(path, tuple(leaves), n=1) if len(wrong) < 10 else ()
             wrong.append(
                 f"factors for {path!r}, which frozen does not have"
                 + (f" (nearest: {near[0]!r})" if near else "")

@@ -18,6 +18,8 @@ from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED
 from ..transform.primitives import OPERATIONS
 from .row import Row
 
+_HINTS = 10  # findings with the nearest path, which takes time to find
+
 Settings = dict[str, Any]  # what the config and its rules set for one leaf
 
 
@@ -102,10 +104,9 @@ def _match(
         hits = paths.select(pattern, every)
         kept = [path for path in hits if left is None or path not in left]
         if not hits:
-            wrong.append(
-                f"{field}: {pattern!r} matched none of {len(every)} leaves, "
-                + _instead(field, pattern, rows)
-            )
+            told = f"{field}: {pattern!r} matched none of {len(every)} leaves"
+            hint = len(wrong) < _HINTS and f", {_instead(field, pattern, rows)}"
+            wrong.append(told + (hint or ""))
         elif left is not None and not kept:
             why = f" ({left[hits[0]]})" if left[hits[0]] else ""
             wrong.append(
@@ -173,7 +174,7 @@ def _targets(
     able = [row.path for row in rows if _can_adapt(row)]
     for row in chosen:
         if not _can_adapt(row):
-            near = paths.nearest(row.path, able, n=1)
+            near = paths.nearest(row.path, able, n=1) if len(wrong) < _HINTS else ()
             wrong.append(
                 f"targets: {row.path!r} ({row.dtype}{list(row.shape)}) "
                 f"{_what(row)}, so it takes no factors"

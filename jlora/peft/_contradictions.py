@@ -97,7 +97,7 @@ def is_whole_by(file: PeftConfig, name: str) -> bool:
         return True
     if file.tying and is_head(name.removesuffix(".weight")):
         return True  # beside its table, which is named
-    return name.endswith(".bias") and file.bias != "none"
+    return f".{name}".endswith(".bias") and file.bias != "none"
 
 
 def _is_part(entry: str, name: str) -> bool:
@@ -130,7 +130,7 @@ def biases_missing(
     return [
         f"{place.name}, though bias is {file.bias!r}"
         for place in places
-        if place.name.endswith(".bias")
+        if f".{place.name}".endswith(".bias")
         and place.name not in there
         and (file.bias == "all" or place.name.removesuffix(".bias") in adapted)
     ]

@@ -796,6 +796,14 @@ def test_shards_stay_in_their_directory(name, tmp_path):
         jlora.peft.load(tmp_path / "a", UP)
 
 
+@pytest.mark.parametrize("path", ["b", "bias", "x/b"])
+def test_a_bias_of_the_model_itself_comes_back(path, tmp_path):
+    trainable = jlora.Trainable(up().lora, {path: jnp.arange(3.0)})
+    jlora.peft.save(tmp_path, trainable)
+    again = jlora.peft.load(tmp_path, {**UP, path: jnp.zeros(3)})
+    assert again.full[path].tolist() == [0, 1, 2]
+
+
 # Writing is whole or not at all.
 
 
