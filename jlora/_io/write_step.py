@@ -20,6 +20,7 @@ from .._numerics import not_finite
 from .._plan.plan import Plan
 from .._plan.serial import plan_to_dict
 from .._tables import listed
+from .._text.json_text import parse_json
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree, Trainable
@@ -190,8 +191,8 @@ def contents(
     }
     for name in ("metadata", "position"):
         try:
-            json.dumps(about[name])
-        except (TypeError, ValueError) as error:
+            parse_json(json.dumps(about[name]))  # what cannot be read is not written
+        except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{name} is not a JSON value: {error}.") from error
     about = json.loads(json.dumps(about))  # as it will be read
     about["sha256"] = checksum(about)
