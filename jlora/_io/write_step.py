@@ -113,7 +113,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
             check_name(directory)
-            if os.path.exists(directory) and not os.path.isdir(directory):
+            if os.path.lexists(directory) and not os.path.isdir(directory):
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
             folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
