@@ -185,9 +185,9 @@ def contents(
         "metrics": metrics and {k: float(np.asarray(v)) for k, v in metrics.items()},
         **run,
     }
-    for name in ("metadata", "position"):
+    for name in ("metadata", "position", "metrics"):
         try:
-            json.dumps(about[name])
+            json.dumps(about[name], ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{name} is not a JSON value: {error}.") from error
     about = json.loads(json.dumps(about))  # as it will be read

@@ -481,11 +481,13 @@ def test_a_checkpoint_without_a_checksum_is_refused(tmp_path):
 
 
 def test_odd_json_values_keep_their_checksum(tmp_path):
-    odd = {1: [float("nan"), 1e-320, "é\ud800"], "a": ("x", None)}
+    odd = {1: [float("nan"), 1e-320, "é\U0001f600"], "a": ("x", None)}
     jlora.checkpoint.save(tmp_path, adapter(), metadata=odd, position=2**70)
     read = jlora.checkpoint.restore(tmp_path)
-    assert read.metadata["1"][2] == "é\ud800"
+    assert read.metadata["1"][2] == "é\U0001f600"
     assert read.position == 2**70
+    with pytest.raises(jlora.CheckpointError, match="metadata is not a JSON value"):
+        jlora.checkpoint.save(tmp_path, adapter(), step=1, metadata="half: \ud800")
 
 
 def test_a_doubled_key_in_signed_settings_is_refused(tmp_path):
