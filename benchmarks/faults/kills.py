@@ -3,9 +3,10 @@
     python -m benchmarks.faults.kills --kills 60 --seconds 600
 
 Each writer replaces state 1 by state 2 in a process of its own, which is killed at one
-of its file operations (each in turn), or at a random time. Then another process reads
-what is there: it must be all of state 1 or all of state 2. After that, a save of state
-3 must succeed, be read, and leave nothing of the killed one.
+of its file operations (drawn, none twice before all had their turn), or at a random
+time. Then another process reads what is there: it must be all of state 1 or all of
+state 2. After that, a save of state 3 must succeed, be read, and leave nothing of the
+killed one.
 
 *Lost* is what cannot be read, although state 1 was there. *Stuck* is a place to which
 nothing can be saved any more.

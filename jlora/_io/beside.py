@@ -75,7 +75,7 @@ def targets(directory: pathlib.Path) -> set[str]:
     """Returns the names of what writers in a directory were to replace or are to."""
     try:
         found = [_UNFINISHED.fullmatch(name) for name in os.listdir(directory)]
-    except OSError:
+    except (OSError, ValueError):
         return set()
     return {match[1] for match in found if match}
 
@@ -85,7 +85,7 @@ def _left(target: pathlib.Path) -> Iterator[tuple[pathlib.Path, Lock]]:
     pattern = re.compile(re.escape(_begin(target)) + r"[0-9a-f]{16}(\.part)?")
     try:
         names = [name for name in os.listdir(target.parent) if pattern.fullmatch(name)]
-    except OSError:
+    except (OSError, ValueError):
         return
     for name in names:
         with contextlib.suppress(BlockingIOError):

@@ -45,7 +45,7 @@ def replacing_files(
     """
     with told(f"Not saved: {str(directory)!r} cannot be written", fault, then=_THEN):
         target = pathlib.Path(os.path.realpath(directory))
-        if os.path.exists(target) and not os.path.isdir(target):
+        if os.path.lexists(directory) and not os.path.isdir(directory):
             raise OSError(errno.ENOTDIR, "it is a file, not a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(target, folder=True) as new:

@@ -117,7 +117,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with saving(f"{str(directory)!r} cannot be opened for checkpoints"):
             check_name(directory)
-            if os.path.exists(directory) and not os.path.isdir(directory):
+            if os.path.lexists(directory) and not os.path.isdir(directory):
                 raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a directory")
             folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -189,7 +189,7 @@ def contents(
         "metrics": metrics and {k: float(np.asarray(v)) for k, v in metrics.items()},
         **run,
     }
-    for name in ("metadata", "position"):
+    for name in ("metadata", "position", "metrics"):
         try:
             parse_json(json.dumps(about[name]))  # what cannot be read is not written
         except (TypeError, ValueError, RecursionError) as error:

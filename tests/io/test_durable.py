@@ -482,11 +482,13 @@ def test_a_checkpoint_without_a_checksum_is_refused(tmp_path):
 
 
 def test_odd_json_values_keep_their_checksum(tmp_path):
-    odd = {1: [float("nan"), 1e-320, "é"], "a": ("x", None)}
+    odd = {1: [float("nan"), 1e-320, "é\U0001f600"], "a": ("x", None)}
     jlora.checkpoint.save(tmp_path, adapter(), metadata=odd, position=2**70)
     read = jlora.checkpoint.restore(tmp_path)
-    assert read.metadata["1"][2] == "é"
+    assert read.metadata["1"][2] == "é\U0001f600"
     assert read.position == 2**70
+    with pytest.raises(jlora.CheckpointError, match="metadata is not a JSON value"):
+        jlora.checkpoint.save(tmp_path, adapter(), step=1, metadata="half: \ud800")
 
 
 @pytest.mark.parametrize(
