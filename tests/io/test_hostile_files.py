@@ -213,3 +213,11 @@ def test_names_of_a_million_dots_are_refused(tmp_path):
     for read in (jlora.files.read, lambda path: jlora.peft.load(path, SHAPES)):
         with pytest.raises(jlora.PeftError, match="the names of its 1 tensors are too"):
             read(tmp_path)
+
+
+def test_a_step_with_a_huge_description_is_refused(tmp_path):
+    checkpointed(tmp_path / "a")
+    with open(tmp_path / "a" / "1" / "about" / "metadata", "ab") as file:
+        file.truncate(300_000_000)  # takes no room on the disk
+    with pytest.raises(jlora.CheckpointError, match="has over 200000000 bytes"):
+        jlora.checkpoint.restore(tmp_path / "a")
