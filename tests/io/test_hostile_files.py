@@ -17,7 +17,6 @@ import jlora
 from jlora._io import disk
 from jlora._io.torch_models import facts_of
 from jlora._text.json_text import parse_json
-from jlora.cli._inputs import config_of
 from tests.io.helpers import adapter, orbax_fails
 
 SHAPES = {"up/kernel": jax.ShapeDtypeStruct((4, 6), np.float32)}
@@ -110,6 +109,9 @@ def test_every_reader_wants_regular_files(name, tmp_path):
 
 
 def test_a_config_given_to_the_command_is_a_regular_file(tmp_path):
+    pytest.importorskip("click")
+    from jlora.cli._inputs import config_of
+
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(jlora.JloraError, match="pipe' is not a regular file"):
         config_of({"config": str(tmp_path / "pipe")})
