@@ -281,7 +281,10 @@ class LoraConfig:
         try:
             fields = parse_json(text)
             if not isinstance(fields, dict):
-                raise TypeError(f"a {type(fields).__name__}, not an object")
+                what = type(fields).__name__
+                raise ConfigError(
+                    f"This is not a LoraConfig in JSON: a {what}, not an object."
+                )
             rules = [_rule_from(rule) for rule in _list(fields, "rules")]
             train = fields.pop("train", ())
             if isinstance(train, list):

@@ -123,13 +123,13 @@ def rebuild(about: object, found: Mapping[tuple[str, str], Leaf]) -> Trainable:
     specs: dict[str, Spec] = {}
     for item in lora:
         match item:
-            case [str(path), dict(fields)] if path not in specs:
+            case [str(path), dict(fields)] if path not in specs and _is_name(path):
                 spec = _spec(path, fields, wrong)
                 if spec is not None:
                     specs[path] = spec
             case _:
                 wrong.append(f"{item!r:.100} is not a path with its settings")
-    if not all(isinstance(path, str) for path in full) or len({*full}) != len(full):
+    if not all(map(_is_name, full)) or len({*full}) != len(full):
         wrong.append("the leaves trained in full are not a list of distinct paths")
     if wrong:
         raise _unfit(wrong)

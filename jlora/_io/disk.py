@@ -16,7 +16,7 @@ Path = str | os.PathLike[str]
 Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps names, as tqdm does
 Fault = type[JloraError]  # the class of the errors that the caller's user sees
 
-_MAX_JSON, _MAX_FILES = 20_000_000, 1_000_000
+_MAX_JSON, _MAX_ORBAX_JSON, _MAX_FILES = 20_000_000, 200_000_000, 1_000_000
 # What Orbax reads whole, by name.
 _JSON_FILES = (
     "metadata",
@@ -90,7 +90,8 @@ def _open_regular(path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.stat(path).st_mode):  # to open a device can do something
         raise other
     # If it has become a pipe since, opening does not wait for the pipe's other end.
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, os.O_RDONLY | flags)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise other
@@ -167,8 +168,8 @@ def _check_found(path: str, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
         what = "a link to a directory" if stat.S_ISDIR(found.st_mode) else _kind(path)
         raise CheckpointError(f"{path!r} is {what}, which a checkpoint does not hold.")
-    if os.path.basename(path) in _JSON_FILES and found.st_size > _MAX_JSON:
-        raise CheckpointError(f"{path!r} has over {_MAX_JSON} bytes.")
+    if os.path.basename(path) in _JSON_FILES and found.st_size > _MAX_ORBAX_JSON:
+        raise CheckpointError(f"{path!r} has over {_MAX_ORBAX_JSON} bytes.")
 
 
 @contextlib.contextmanager

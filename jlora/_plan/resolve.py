@@ -36,8 +36,7 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
         for row in rows
         if row.path not in targets
     }
-    for rule in config.rules:
-        _match("rules", (rule.pattern,), rows, wrong, left=notes)
+    _match("rules", [rule.pattern for rule in config.rules], rows, wrong, left=notes)
     out = []
     for row in rows:
         if row.path in targets:
@@ -290,7 +289,7 @@ def _settings(config: LoraConfig, every: Sequence[str]) -> dict[str, Settings]:
     for rule in config.rules:
         own = {name: getattr(rule, name) for name in names}
         own = {name: value for name, value in own.items() if value is not None}
-        for path in paths.select(rule.pattern, every):
+        for path in paths.select(rule.pattern, settings):
             settings[path] |= own
     return settings
 

@@ -17,7 +17,6 @@ import jlora
 from jlora._io import disk
 from jlora._io.torch_models import facts_of
 from jlora._text.json_text import parse_json
-from jlora.cli._inputs import config_of
 from tests.io.helpers import adapter, orbax_fails
 
 SHAPES = {"up/kernel": jax.ShapeDtypeStruct((4, 6), np.float32)}
@@ -110,6 +109,9 @@ def test_every_reader_wants_regular_files(name, tmp_path):
 
 
 def test_a_config_given_to_the_command_is_a_regular_file(tmp_path):
+    pytest.importorskip("click")
+    from jlora.cli._inputs import config_of
+
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(jlora.JloraError, match="pipe' is not a regular file"):
         config_of({"config": str(tmp_path / "pipe")})
@@ -213,3 +215,11 @@ def test_names_of_a_million_dots_are_refused(tmp_path):
     for read in (jlora.files.read, lambda path: jlora.peft.load(path, SHAPES)):
         with pytest.raises(jlora.PeftError, match="the names of its 1 tensors are too"):
             read(tmp_path)
+
+
+def test_a_step_with_a_huge_description_is_refused(tmp_path):
+    checkpointed(tmp_path / "a")
+    with open(tmp_path / "a" / "1" / "about" / "metadata", "ab") as file:
+        file.truncate(300_000_000)  # takes no room on the disk
+    with pytest.raises(jlora.CheckpointError, match="has over 200000000 bytes"):
+        jlora.checkpoint.restore(tmp_path / "a")

@@ -36,7 +36,9 @@ CONFIGS = {
     ),
     "all-linear": lambda n: jlora.LoraConfig(rank=2, exclude="**/0/w", train="**/b"),
     "names": lambda n: jlora.LoraConfig(
-        rank=2, targets=[f"layers/{i}/w" for i in range(n)]
+        rank=2,
+        targets=[f"layers/{i}/w" for i in range(n)],
+        rules=[jlora.Rule(f"layers/{i}/w", rank=1) for i in range(n)],
     ),
 }
 
