@@ -229,16 +229,18 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        ending = contextlib.suppress(Exception)  # it would hide the first error
         try:
             if kind is None:
                 self.wait()
-            else:
-                with contextlib.suppress(Exception):  # it would hide the first error
-                    self._manager.wait_until_finished()
+                ending = saving(f"{str(self._directory)!r} cannot be closed")
         finally:
-            self._manager.close()
-            sweep(self._directory)
-            self._end.close()
+            try:
+                with ending:
+                    self._manager.close()
+            finally:
+                sweep(self._directory)
+                self._end.close()
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -296,7 +296,7 @@ def campaign(
     found = {}
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as top:
-        _prepare(Place(top))
+        prepare(Place(top))
         for i, name in enumerate(names):
             found[name] = collections.Counter[str]()
             share = time.monotonic() + (end - time.monotonic()) / (len(names) - i)
@@ -308,7 +308,7 @@ def campaign(
     return found
 
 
-def _prepare(folder: Place) -> None:
+def prepare(folder: Place) -> None:
     for i in range(len(WRITERS)):
         base = folder / str(i) / "base.safetensors"
         base.parent.mkdir()
