@@ -31,7 +31,8 @@ place = pathlib.Path(sys.argv[1])
 kills.child(lambda: kills.saved(write, place, 1))
 full = lambda: refusals.tried(write, place, 2, lambda: refusals.limit(100))
 print(kills.child(full), kills.child(lambda: read(place)))
-print(kills.child(lambda: kills.saved(write, place, 3)), kills.child(lambda: read(place)))
+again = kills.child(lambda: kills.saved(write, place, 3))
+print(again, kills.child(lambda: read(place)))
 """
 
 
