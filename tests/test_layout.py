@@ -9,6 +9,7 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.once
 PACKAGE = pathlib.Path(jlora.__file__).parent
 TESTS = pathlib.Path(__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

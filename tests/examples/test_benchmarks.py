@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import adapters, common, floor, growth, models, overheads, report, tpu
 
-pytestmark = pytest.mark.usefixtures("standard_dtypes")
+pytestmark = [pytest.mark.usefixtures("standard_dtypes"), pytest.mark.once]
 TINY = models.Size(width=16, layers=1, batch=1, length=64, vocab=32, head=8)
 SMALL = ("--width", "64", "--layers", "1", "--rounds", "1")
 

@@ -739,6 +739,7 @@ def test_a_full_disk_leaves_the_steps_that_were_there(folder):
     same(read.trainable, small())
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"

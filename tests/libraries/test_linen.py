@@ -626,6 +626,7 @@ def test_plan_adapts_every_weight(case):
     check_plan(case)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", params(CASES, FRESH))
 def test_fresh_adapter_changes_nothing(case):
     check_fresh(case)
