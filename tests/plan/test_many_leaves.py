@@ -92,8 +92,13 @@ def test_a_tree_of_800_levels_is_planned_and_kept(deep, tmp_path):
 
 
 def test_a_tree_that_jax_cannot_walk_is_an_error_that_says_so():
+    """How deep JAX walks depends on Python: 1,000 levels in 3.11, more in 3.13."""
     tree = {"w": 1}
     for _ in range(5000):
         tree = {"a": tree}
-    with pytest.raises(jlora.TreeError, match="nested deeper than JAX can walk"):
-        paths.flatten(tree)
+    try:
+        leaves, _ = paths.flatten(tree)
+    except jlora.TreeError as error:
+        assert "nested deeper than JAX can walk" in str(error)
+    else:
+        assert list(leaves) == ["a/" * 5000 + "w"]
