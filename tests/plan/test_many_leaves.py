@@ -96,9 +96,9 @@ def test_a_tree_that_jax_cannot_walk_is_an_error_that_says_so():
     tree = {"w": 1}
     for _ in range(5000):
         tree = {"a": tree}
+    found, told = [], ""
     try:
-        leaves, _ = paths.flatten(tree)
+        found = list(paths.flatten(tree)[0])
     except jlora.TreeError as error:
-        assert "nested deeper than JAX can walk" in str(error)
-    else:
-        assert list(leaves) == ["a/" * 5000 + "w"]
+        told = str(error)
+    assert found == ["a/" * 5000 + "w"] or "nested deeper than JAX can walk" in told
