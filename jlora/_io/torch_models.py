@@ -34,7 +34,7 @@ _HEADS = {
     "embed_in": "embed_out",
     "tok_embeddings": "output",
 }
-_FLAX = (".kernel", ".embedding")  # ends of names that are not torch's
+_FLAX = (".kernel", ".embedding", ".embeddings", ".w", ".b")  # ends of others' names
 _ENCODER_HEADS = ("cls.predictions.", "lm_head.")  # before `decoder`, of BERT's kind
 _HEADLESS = (
     "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",

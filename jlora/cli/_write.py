@@ -113,7 +113,7 @@ def convert(
         }
     trainable = read(source, base=base, **how)
     if to == "peft" and base and names is None:
-        trainable = with_prefix(trainable, base)
+        trainable = _as_loaded(trainable, base)
     files.write(out, trainable, to, **more)
     done({"out": out, "from": kind, "to": to, **counts(trainable)}, as_json)
 
@@ -154,7 +154,7 @@ def extract(
     done({"out": out, **counts(trainable)}, as_json)
 
 
-def with_prefix(trainable: Trainable, base: str) -> Trainable:
+def _as_loaded(trainable: Trainable, base: str) -> Trainable:
     """Returns the adapter with the names that the base's class has for its modules.
 
     Some files of whole models lack the prefix of the body.

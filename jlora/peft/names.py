@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .. import paths
+from .._io.torch_models import is_torch_named
 from ..errors import PeftError
 from ..factors import Axes
 from ._places import KINDS, At, Cut, Place, own_place, tied_head
@@ -408,9 +409,9 @@ def _generic(
     path: str, shape: tuple[int, ...], op: str, axes: Axes | None
 ) -> tuple[Place, ...]:
     """Returns the tensor whose name is the leaf's own path, with dots."""
-    if "/" not in path and "." in path:
-        if path.rpartition(".")[2] not in _LEAVES:  # it is torch's own name
-            return (own_place(path, len(shape), _own_kind(path, len(shape), op, axes)),)
+    if is_torch_named([path]):
+        return (own_place(path, len(shape), _own_kind(path, len(shape), op, axes)),)
+    if "/" not in path:
         path = path.replace(".", "/")
     *parents, leaf = path.removeprefix("params/").split("/")
     name = ".".join([*parents, _LEAVES.get(leaf, leaf)])

@@ -313,3 +313,25 @@ def test_a_quantised_model_is_not_loaded_as_a_plain_one(tmp_path):
         file_cases.write_arrays(tmp_path / "model.safetensors", held)
         with pytest.raises(jlora.PeftError, match=f"quantised, its scale is {name}"):
             jlora.peft.load_base(tmp_path, {"up": {"kernel": np.ones((2, 4))}})
+
+
+def test_a_flat_tree_of_another_library_is_not_taken_for_torchs(tmp_path):
+    """Its weights are `[in, out]`, under names with dots."""
+    params = {
+        "up.w": jnp.ones((4, 4)),
+        "up.b": jnp.ones(4),
+        "down.kernel": jnp.ones((4, 2)),
+    }
+    own = {
+        path: jlora.Factors(
+            np.asarray(file_cases.normal(1, 4, 2)),
+            np.asarray(file_cases.normal(2, 2, params[path].shape[1])),
+            jlora.Spec(rank=2, alpha=2),
+        )
+        for path in ("up.w", "down.kernel")
+    }
+    jlora.peft.save(tmp_path, jlora.Trainable(own))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["down", "up"]
+    back = jlora.peft.load(tmp_path, params)
+    same(jlora.merge(params, back), jlora.merge(params, jlora.Trainable(own)))
