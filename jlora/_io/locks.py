@@ -82,7 +82,7 @@ def take(path: str | os.PathLike[str], *, wait: float = 0.0) -> Lock | None:
 def locked(path: str | os.PathLike[str], *, wait: float = 2.0) -> Iterator[None]:
     """Holds a lock in the block, if it can be had in time.
 
-    It is for steps of some milliseconds. Who holds it longer is no writer of jlora.
+    It is for steps of some milliseconds. No writer of jlora holds it longer.
     """
     lock = None
     with contextlib.suppress(BlockingIOError):

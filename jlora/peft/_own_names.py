@@ -13,7 +13,7 @@ from .._io.torch_models import Facts, Side, head_of, sides, sides_by_bias
 from .._tables import listed
 from ..factors import Axes
 from ._leaves import TargetLeaf
-from ._places import Place, is_order, own_place
+from ._places import Place, is_order, own_place, tied_head
 from .config import PREFIX, PeftConfig, beginnings, names_module
 from .layers import ENDS, LENGTHS, TOKENS
 from .names import NameMap
@@ -102,8 +102,7 @@ def own_names(
             kind = chosen.get(path) or kinds[path]
             place = own_place(in_file[path], len(shape), kind)
         known = names and names.describes(path)
-        head = head_of(path.removesuffix(".weight"), shapes)
-        tied = known.tied if known else f"{head}.weight" if head else None
+        tied = known.tied if known else tied_head(path, shapes)
         found[path] = dataclasses.replace(place, tied=tied)
     return OwnNames(found), questions
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -146,9 +146,15 @@ def own_place(name: str, ndim: int, kind: str) -> Place:
     return Place(name, kind, (None,) * ndim, groups, tied_head(name), order=order)
 
 
-def tied_head(name: str) -> str | None:
-    """Returns the tensor of the output head that a table may be too, by its name."""
-    head = head_of(name.removesuffix(".weight")) if name.endswith(".weight") else None
+def tied_head(name: str, names: Collection[str] = ()) -> str | None:
+    """Returns the tensor of the output head that a table may be too, by its name.
+
+    Args:
+      name: a tensor's name.
+      names: those of the model, as far as they are known.
+    """
+    module = name.removesuffix(".weight")
+    head = None if module == name else head_of(module, names)
     return None if head is None else f"{head}.weight"
 
 
