@@ -48,6 +48,16 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def demote(write: Write, scratch: Place) -> None:
+    """Becomes a user who may write nowhere, and may not read Python's files either.
+
+    So it first saves at `scratch`, which imports all that the writer needs.
+    """
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    write(scratch, 1)
+    os.setuid(NOBODY)
+
+
 def state_of(name: str, place: Place) -> int:
     """Returns which state is at `place`, 9 if none can be read."""
     _, read = WRITERS[name]
@@ -69,7 +79,7 @@ def once(name: str, fault: str, place: Place, draw: random.Random) -> str:
     size = draw.choice([0, 1, 100, draw.randrange(1, 40_000)])
     before = functools.partial(limit, size)
     if fault == "read-only":
-        before = functools.partial(os.setuid, NOBODY)
+        before = functools.partial(demote, write, place.parents[1] / "scratch" / "x")
     code = child(functools.partial(tried, write, place, 2, before))
     found = state_of(name, place)
     if (code, found) in ((0, 2), (1, 1)):
@@ -116,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--writer", nargs="*", default=list(WRITERS))
     options = parser.parse_args()
-    # Before all children: the user who may not write may not read Python's files.
+    # What an error imports: the user who may not write may not read Python's files.
     importlib.import_module("timeit")
     importlib.import_module("orbax.checkpoint")
     warnings.simplefilter("ignore")
