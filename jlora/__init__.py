@@ -26,6 +26,7 @@ from . import (
 from ._core.apply import apply_lora as apply_lora
 from ._core.extract import extract as extract
 from ._core.merge import merge as merge, unmerge as unmerge
+from ._core.quantize import quantize as quantize
 from ._core.rebase import rebase as rebase
 from ._core.shardings import shardings as shardings
 from ._core.split import split as split
@@ -60,6 +61,7 @@ from .factors import (
 )
 from .inspection._report import Report as Report, report as report
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
+from .quantised import Quantized as Quantized
 
 if TYPE_CHECKING:
     from . import (
@@ -92,6 +94,7 @@ __all__ = [
     "PeftError",
     "Plan",
     "PoolError",
+    "Quantized",
     "Report",
     "Row",
     "Rule",
@@ -122,6 +125,7 @@ __all__ = [
     "peft",
     "plan",
     "pool",
+    "quantize",
     "rebase",
     "redistribute_ranks",
     "report",

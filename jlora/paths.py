@@ -18,6 +18,7 @@ from ._text.automata import first_match
 from ._text.globs import compile_glob
 from .errors import TreeError
 from .factors import Leaf, PyTree
+from .quantised import is_quantized
 
 
 def flatten(
@@ -25,8 +26,8 @@ def flatten(
 ) -> tuple[dict[str, Leaf], Any]:
     """Returns the leaves of `tree` by path, in the tree's order, and its treedef.
 
-    Boxes that hold a single leaf called `value` (Flax NNX variables, Linen's
-    partitioned parameters) do not show in the path.
+    A quantised array is one leaf. Boxes that hold a single leaf called `value` (Flax
+    NNX variables, Linen's partitioned parameters) do not show in the path.
 
     Args:
       tree: any pytree.
@@ -45,7 +46,9 @@ def flatten(
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
     try:
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(
+            tree, lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
+        )
     except (RecursionError, SystemError) as error:  # nanobind says so of the former
         raise TreeError(
             "The tree is nested deeper than JAX can walk. Make it flatter, or raise "

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import jax
@@ -12,10 +12,12 @@ from .._plan.weight import weight_of
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
 from ..factors import PyTree, Trainable
+from ..quantised import is_quantized
 from ..transform.compat import Equation
 from ..transform.cost import Form
-from ..transform.rewrite import rewrite, why_merged
+from ..transform.rewrite import rewrite, why_merged, why_widened
 from ..transform.stage import stage
+from ..transform.values import leaf
 from .tree import combine, flatten_frozen
 
 OnMerge = Literal["allow", "warn", "error"]
@@ -134,21 +136,34 @@ def apply_lora(
         params = combine(frozen, trainable)
         if lora_key is not None:
             check_key("lora_key", lora_key)
-        if not trainable.lora:
+        if not trainable.lora and not _has_codes((params, args, kwargs)):
             return fn(params, *args, **kwargs)
         staged = stage(fn, params, args, kwargs)
-        values = list(staged.inputs)
+        values = [
+            leaf(f"argument {i}", x) if is_quantized(x) else x
+            for i, x in enumerate(staged.inputs)
+        ]
         paths = list(flatten_frozen(frozen)[0])
         for path, slot in zip(paths, staged.param_slots, strict=True):
-            if slot is not None and path in trainable.lora:
-                values[slot] = weight_of(path, values[slot], trainable.lora[path])
+            if slot is None:
+                continue
+            if path in trainable.lora:
+                w = staged.inputs[slot]
+                values[slot] = weight_of(path, w, trainable.lora[path])
+            elif is_quantized(staged.inputs[slot]):
+                values[slot] = leaf(path, staged.inputs[slot])
         merges: dict[str, str] = {}
+        widenings: dict[str, str] = {}
 
         def merged(path: str, eqn: Equation | None) -> None:
             merges.setdefault(path, why_merged(eqn))
 
-        outs = rewrite(staged.code, values, key=lora_key, form=form, merged=merged)
-        _tell(merges, on_merge)
+        def widened(path: str, eqn: Equation | None) -> None:
+            widenings.setdefault(path, why_widened(eqn))
+
+        hooks = {"merged": merged, "widened": widened}
+        outs = rewrite(staged.code, values, key=lora_key, form=form, **hooks)
+        _tell(merges, widenings, on_merge)
         return staged.rebuild(outs)
 
     # `functools.wraps` copies the signature of `fn`, which differs from this one.
@@ -156,19 +171,48 @@ def apply_lora(
     return lora_fn
 
 
-def _tell(merges: dict[str, str], on_merge: OnMerge) -> None:
-    if not merges or on_merge == "allow":
+def _has_codes(tree: PyTree) -> bool:
+    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
+
+
+def _tell(
+    merges: Mapping[str, str], widenings: Mapping[str, str], on_merge: OnMerge
+) -> None:
+    """Warns of slow routes, or raises, as `on_merge` says."""
+    if on_merge == "allow" or not (merges or widenings):
         return
-    found = [f"{folded(paths)}: {why}" for paths, why in alike(merges.items())]
-    lines = "\n  " + listed(found, 20, "\n  ")
-    if on_merge == "error":
+    raises = on_merge == "error"
+    texts = []
+    if merges:
+        texts.append(
+            ("No factored route for these weights:" if raises else _MERGED)
+            + _lines(merges)
+        )
+    if widenings:
+        texts.append(_WIDENED + _lines(widenings))
+    if raises:
         raise MergeError(
-            f"No factored route for these weights:{lines}\n"
-            'Leave them out with exclude=, or permit merging with on_merge="allow".'
+            "\n".join(texts) + "\nLeave them out with exclude= (of a quantised base: "
+            "with targets= of jlora.quantize), or permit it with "
+            'on_merge="allow".'
         )
     warnings.warn(
-        f"These weights are merged on the fly, which is correct but slower than the "
-        f'factored route:{lines}\nSilence this with on_merge="allow".',
+        "\n".join(texts) + '\nSilence this with on_merge="allow".',
         MergeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
+
+
+_MERGED = (
+    "These weights are merged on the fly, which is correct but slower than the "
+    "factored route:"
+)
+_WIDENED = (
+    "These quantised weights are widened whole, which is correct but takes the memory "
+    "of the dense weight:"
+)
+
+
+def _lines(why: Mapping[str, str]) -> str:
+    found = [f"{folded(paths)}: {text}" for paths, text in alike(why.items())]
+    return "\n  " + listed(found, 20, "\n  ")

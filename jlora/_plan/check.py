@@ -72,7 +72,7 @@ def _taken(
         for path, own in parts.items():
             slot = slots[path]
             values[slot] = adapted_leaf(path, values[slot], adapted[path], *own)
-        hooks = {"merged": merged, "used": used}
+        hooks = {"merged": merged, "used": used, "widened": lambda *_: None}
         return rewrite(staged.code, values, key=None, form="factored", **hooks)
 
     parts = {

@@ -2,7 +2,8 @@
 
 from ..factors import Factors, Leaf, Spec
 from ..methods import low_rank_pair, method_of
-from ..transform.values import RANK, Term, Weight, leaf, leaf_dims
+from ..transform.atoms import RANK, leaf_dims
+from ..transform.values import Term, Weight, leaf
 
 
 def weight_of(path: str, w: Leaf, factors: Factors) -> Weight:

@@ -3,7 +3,7 @@
 May import `_numerics`, `errors` and `factors`.
 """
 
-from . import control, linear, several, structure
+from . import control, linear, scaling, several, slices, structure
 
 LINEAR = {
     "dot_general": linear.dot_general,
@@ -19,26 +19,26 @@ STRUCTURE = {
     "convert_element_type": structure.keep,
     "copy": structure.keep,
     "device_put": structure.keep,
-    "div": structure.div,
-    "dynamic_slice": structure.dynamic_slice,
-    "gather": structure.gather,
-    "mul": structure.mul,
+    "div": scaling.div,
+    "dynamic_slice": slices.dynamic_slice,
+    "gather": slices.gather,
+    "mul": scaling.mul,
     "name": structure.name,
-    "neg": structure.neg,
+    "neg": scaling.neg,
     "optimization_barrier": structure.optimization_barrier,
     "pvary": structure.keep,
     "reshape": structure.reshape,
     "rev": structure.rev,
     "select_n": several.select_n,
     "sharding_constraint": structure.keep,
-    "slice": structure.slice_,
-    "split": structure.split,
+    "slice": slices.slice_,
+    "split": slices.split,
     "squeeze": structure.squeeze,
     "stack": several.stack,
     "stop_gradient": structure.stop_gradient,
     "sub": several.sub,
     "transpose": structure.transpose,
-    "unstack": structure.split,
+    "unstack": slices.split,
 }
 CONTROL = {
     "closed_call": control.closed_call,

@@ -24,19 +24,12 @@ from jax.typing import DTypeLike
 
 from ..factors import Leaf
 from . import cost
+from .atoms import OTHER, Atom, Group, Labels
+from .coded import Coded
 from .compat import Primitive, has_typed_placement, policies_see, shaped
 from .low_rank import Site, first_product, gained, oriented, second_product
 from .thin import Dims
-from .values import (
-    OTHER,
-    Atom,
-    Group,
-    Labels,
-    Term,
-    Weight,
-    dense,
-    rescaled,
-)
+from .values import Term, Weight, dense, rescaled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +96,8 @@ def form_of(
     gain keeps less.
     """
     w = weight.w
+    if isinstance(w, Coded):
+        return None
     if has_typed_placement(x) or has_typed_placement(w):
         return None
     forms = (form,)

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import compat
+from .atoms import Labels
+from .coded import Coded, holds, layer_of, placed, relabelled, stacked_first
 from .compat import Equation
 from .interpret import Context, Rule, interpret, is_special
 from .primitives import CALLS
 from .shards import varied_axes
-from .values import Labels, Value, Weight
+from .values import Value, Weight, array_of, is_coded
 
 
 def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
@@ -45,6 +47,8 @@ def _place(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
     if sharding is None:
         return value
     if isinstance(value, Weight):
+        if is_coded(value):
+            return value  # codes stay where they are
         return value.replace(w=lax.with_sharding_constraint(value.w, sharding))
     return lax.with_sharding_constraint(value, sharding)
 
@@ -80,10 +84,7 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     consts, carry, xs = _cut(materialised, n_consts, n_carry)
     fixed = _hoist(ctx, eqn, code, carry, n_consts)
     init = [None if i in fixed else v for i, v in enumerate(carry)]
-    xs = [
-        ctx.materialise(x, eqn) if isinstance(x, Weight) and len(x.dims[0]) > 1 else x
-        for x in xs
-    ]
+    xs = [_scannable(ctx, eqn, x) for x in xs]
     for j in range(n_carry, len(code.outvars)):
         i = source(code.jaxpr, j)
         if i is not None and i >= n_consts + n_carry:
@@ -210,9 +211,11 @@ def _merge_before(
     """Returns `values`; of the first `n`, those that the loop would merge are merged.
 
     Otherwise each step of the loop would merge them again. Tracing the loop once more
-    tells what it would merge.
+    tells what it would merge. Codes are widened in each step: before the loop, the
+    array would be kept all through it.
     """
-    if not ctx.hoist or not any(isinstance(v, Weight) for v in values[:n]):
+    mergeable = [v for v in values[:n] if isinstance(v, Weight) and not is_coded(v)]
+    if not ctx.hoist or not mergeable:
         return values
     reasons: dict[str, Equation | None] = {}
 
@@ -222,13 +225,16 @@ def _merge_before(
         if not value.is_lookup:
             place = None if eqn is None else compat.located(eqn)
             reasons.update((part.path, place) for part in value.parts)
-        return value.w
+        return array_of(value)
 
     dry = dataclasses.replace(ctx.within(ctx.key), hoist=False, materialise=materialise)
     jax.eval_shape(lambda values: rule(dry, eqn, *values), list(values))
     return [
         ctx.materialise(v, reasons[v.parts[0].path])
-        if i < n and isinstance(v, Weight) and v.parts[0].path in reasons
+        if i < n
+        and isinstance(v, Weight)
+        and not is_coded(v)
+        and v.parts[0].path in reasons
         else v
         for i, v in enumerate(values)
     ]
@@ -266,9 +272,11 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
         return [ctx.materialise(v, eqn) for v in results]
 
     specs = [
-        _specs(v, spec) if isinstance(v, Weight) else spec
+        _specs(v, spec, mesh) if isinstance(v, Weight) else spec
         for v, spec in zip(operands, in_specs, strict=True)
     ]
+    if any(spec is None for spec in specs):
+        return NotImplemented
     return jax.shard_map(
         inner,
         mesh=mesh,
@@ -279,15 +287,21 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     )(key, operands)
 
 
-def _specs(weight: Weight, spec: Any) -> Weight:
-    """Returns `weight` with a `PartitionSpec` in place of each array."""
+def _specs(weight: Weight, spec: Any, mesh: Any) -> Weight | None:
+    """Returns `weight` with a `PartitionSpec` in place of each array.
+
+    The result is None if shards would cut blocks of codes.
+    """
     entries = [*spec, *(None for _ in range(weight.w.ndim - len(spec)))]
     of = {g[0]: e for g, e in zip(weight.dims, entries, strict=True) if g}
 
     def place(_: Any, labels: Labels) -> tuple[Any, Labels]:
         return jax.P(*(of.get(s) for s in labels)), labels
 
-    return weight.map(place, w=spec)
+    w = spec
+    if isinstance(weight.w, Coded):
+        w = placed(weight.w, of, mesh)
+    return None if w is None else weight.map(place, w=w)
 
 
 def _local(weight: Weight, shape: Sequence[int]) -> Weight:
@@ -302,7 +316,11 @@ def _local(weight: Weight, shape: Sequence[int]) -> Weight:
         return x, tuple(sizes.get(s, s) for s in labels)
 
     dims = tuple(tuple(sizes[a] for a in group) for group in weight.dims)
-    return weight.map(relabel, dims=dims)
+    w = weight.w
+    if isinstance(w, Coded):
+        w = relabelled(w, {a: (b,) for a, b in sizes.items()})
+        w = w.replace(shape=tuple(shape))
+    return weight.map(relabel, w=w, dims=dims)
 
 
 def _cut(values: Sequence[Value], *counts: int) -> list[list[Value]]:
@@ -346,6 +364,18 @@ def source(jaxpr: compat.Jaxpr, j: int) -> int | None:
     return None
 
 
+def _scannable(ctx: Context, eqn: Equation, x: Value) -> Value:
+    """Returns `x`, a stack to scan over, with the stacked axis of codes in front."""
+    if not isinstance(x, Weight):
+        return x
+    if len(x.dims[0]) > 1:
+        return ctx.materialise(x, eqn)
+    if not isinstance(x.w, Coded) or not holds(x.w, x.dims[0]):
+        return x
+    coded = stacked_first(x.w, x.dims[0])
+    return ctx.widen(x, eqn) if coded is None else x.replace(w=coded)
+
+
 def _unstack(weight: Weight) -> tuple[Any, Any]:
     """Returns `w`, and each factor and gain with the stacked axis moved to the front.
 
@@ -359,7 +389,10 @@ def _unstack(weight: Weight) -> tuple[Any, Any]:
         return x, labels
 
     weight.map(front)
-    return weight.w, slices
+    w = weight.w
+    if isinstance(w, Coded):
+        w = w.q if holds(w, weight.dims[0]) else None
+    return w, slices
 
 
 def _layer(stack: Weight, part: Any) -> Weight:
@@ -372,4 +405,6 @@ def _layer(stack: Weight, part: Any) -> Weight:
         rest = tuple(s for s in labels if s not in stack.dims[0])
         return (whole if sliced is None else sliced), rest
 
+    if isinstance(stack.w, Coded):
+        w = layer_of(stack.w, w)
     return stack.map(cut, w=w, dims=stack.dims[1:])

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from . import CONTROL, LINEAR, STRUCTURE, compat
+from .atoms import Atom
 from .compat import Equation
 from .interpret import Context, Rule, interpret
 from .linear import is_elementwise
 from .primitives import JOINS, POINTWISE, SCALES
-from .values import Atom, Derived, Part, Value, Weight, array_of, leaf
+from .values import Derived, Part, Value, Weight, array_of, is_coded, leaf
 
-FACTORED, MERGED = "factored", "merged"
+FACTORED, MERGED, WIDENED = "factored", "merged", "widened"
 DERIVED, ELEMENTWISE = "derived", "elementwise"
 
 Roles = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -29,7 +30,8 @@ class Use:
       path: the leaf.
       op: name of the primitive.
       route: `"factored"`; `"merged"`, a linear or opaque operation that needs the whole
-        weight; `"derived"`, a result of weights only; or `"elementwise"`.
+        weight; `"widened"`, where a quantised weight becomes an array; `"derived"`, a
+        result of weights only; or `"elementwise"`.
       batch: the leaf's axes along which each entry is a matrix.
       fan_in: the leaf's axes that are summed over or looked up.
       fan_out: the leaf's axes that remain.
@@ -107,6 +109,7 @@ class _Discovery:
             used=self.used,
             fallback=self.fallback,
             materialise=self.materialise,
+            widen=self.widen,
             constant=lambda x: Derived(x, ()),
         )
 
@@ -148,9 +151,18 @@ class _Discovery:
         for path in weight.joined:
             self.record(path, op, MERGED, eqn)
 
+    def widen(self, weight: Any, eqn: Equation | None) -> Weight:
+        """Returns `weight` as an array, and notes it if the leaf is quantised."""
+        if is_coded(weight) and not weight.is_lookup:
+            for path in _sources(weight):
+                op = "return" if eqn is None else eqn.primitive.name
+                self.record(path, op, WIDENED, eqn)
+        return weight.replace(w=array_of(weight))
+
     def materialise(self, value: Value, eqn: Equation | None) -> jax.Array:
         """Returns `value` as an array, and notes the use if it is a weight."""
         if isinstance(value, Weight):
+            value = self.widen(value, eqn)
             if value.is_lookup:
                 self.used(value, "gather", fan_in=(), batch=(), eqn=eqn)
             elif value.with_data:
@@ -178,6 +190,7 @@ class _Discovery:
             else v
             for v in operands
         ]
+        operands = [self.widen(v, eqn) if is_coded(v) else v for v in operands]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
         results = compat.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name

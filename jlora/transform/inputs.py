@@ -21,26 +21,11 @@ from jax import lax
 
 from ..factors import Axes
 from . import CONTROL, LINEAR, STRUCTURE, compat, control, structure
+from .atoms import OTHER, RANK, Atom, Labels, lay_out, leaf_dims, regroup, size
 from .compat import Equation
 from .interpret import Context, Rule, interpret
 from .thin import Dims
-from .values import (
-    OTHER,
-    RANK,
-    Atom,
-    Labels,
-    Operand,
-    Term,
-    Value,
-    Weight,
-    array_of,
-    contract,
-    lay_out,
-    leaf,
-    leaf_dims,
-    regroup,
-    size,
-)
+from .values import Operand, Term, Value, Weight, array_of, contract, leaf
 
 SECOND = Atom((-5,), 0)  # labels the probe's last axis; its size is never read
 CallPath = tuple[int, ...]
@@ -140,7 +125,7 @@ def _context(trace: Trace) -> Context:
             where = f"`{eqn.primitive.name}`{compat.place(eqn)}"
             for part in value.parts:
                 trace.missed.setdefault(part.path, f"{where} is not a matrix product")
-        return value.w
+        return array_of(value)
 
     return Context(rules=_rules(trace, ()), materialise=materialise)
 

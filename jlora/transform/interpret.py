@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Concatenate
+from typing import Any, Concatenate
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from . import compat, share
 from .compat import Equation, Literal, Var
 from .cost import Form
 from .primitives import SEPARATE
-from .values import Derived, Value, Weight
+from .values import Derived, Value, Weight, array_of, is_coded
 
 # Takes `(ctx, eqn, *operands)` and returns the results of the equation, or
 # NotImplemented to leave it to `Context.fallback`.
@@ -25,6 +25,10 @@ def _bind_arrays(
     return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
 
 
+def _widened(weight: Weight, eqn: Equation) -> Value:
+    return weight.replace(w=array_of(weight))
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What rules need besides the values; there is one for each staging.
@@ -33,6 +37,8 @@ class Context:
       rules: a rule for each name of a primitive.
       materialise: `(value, eqn) -> array`, a weight as an array. It notes that the
         equation needed one; None stands for the function's return.
+      widen: `(weight, eqn) -> weight` with an array in place of codes. It notes that
+        the equation needed one.
       used: called with every linear use of a weight:
         `(weight, op, fan_in atoms, batch atoms, eqn)`, for a product also its forms.
       fallback: `(ctx, eqn, operands) -> results` where no rule holds.
@@ -50,6 +56,7 @@ class Context:
 
     rules: Mapping[str, Rule]
     materialise: Callable[[Value, Equation | None], jax.Array]
+    widen: Callable[[Any, Equation], Value] = _widened
     used: Callable[..., None] = lambda *_, **__: None
     fallback: Callable[["Context", Equation, Sequence[Value]], Sequence[Value]] = (
         _bind_arrays
@@ -192,11 +199,18 @@ def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence
     ]
     if eqn.primitive.name not in SEPARATE:
         operands = _looked_up_first(ctx, eqn, operands)
-    rule = ctx.rules.get(eqn.primitive.name)
-    if rule is None or not any(map(is_special, operands)):
-        results = NotImplemented
-    else:
-        results = rule(ctx, eqn, *operands)
+    results = _by_rule(ctx, eqn, operands)
+    if results is NotImplemented and any(map(is_coded, operands)):
+        # The rule needs arrays. The factors may still follow it.
+        operands = [ctx.widen(v, eqn) if is_coded(v) else v for v in operands]
+        results = _by_rule(ctx, eqn, operands)
     if results is NotImplemented:
         results = ctx.fallback(ctx, eqn, operands)
     return results
+
+
+def _by_rule(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Any:
+    rule = ctx.rules.get(eqn.primitive.name)
+    if rule is None or not any(map(is_special, operands)):
+        return NotImplemented
+    return rule(ctx, eqn, *operands)

@@ -17,25 +17,13 @@ from jax.typing import DTypeLike
 from .._numerics import at_least_float32, cast, dtype_of_activation, dtype_of_sums
 from . import cost
 from .adapted import adapted_dot, form_of
+from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, bind, kind, placed_like
 from .interpret import Context
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
+from .quantised_linear import base_product
 from .thin import thin_dot
-from .values import (
-    BROADCAST,
-    OTHER,
-    RANK,
-    Atom,
-    Derived,
-    Group,
-    Operand,
-    Term,
-    Value,
-    Weight,
-    regroup,
-    rescaled,
-    size,
-)
+from .values import Derived, Operand, Term, Value, Weight, rescaled
 
 
 def dot_general(
@@ -86,8 +74,8 @@ def dot_general(
     )
     if not weight.terms:
         operands[side] = weight.w
-        return bind(eqn, *operands)
-    return [_adapted_product(ctx, eqn, x, weight, site)]
+        return [base_product(eqn, operands, side, whole.dims)]
+    return [_adapted_product(ctx, eqn, x, weight, site, whole.dims)]
 
 
 def _one_weight(
@@ -168,14 +156,24 @@ def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
 
 
 def _adapted_product(
-    ctx: Context, eqn: Equation, x: jax.Array, weight: Weight, site: Site
+    ctx: Context,
+    eqn: Equation,
+    x: jax.Array,
+    weight: Weight,
+    site: Site,
+    dims: Sequence[Group],
 ) -> jax.Array:
-    """Returns the product of `x` and an adapted weight, in one of its forms."""
+    """Returns the product of `x` and an adapted weight, in one of its forms.
+
+    `dims` are the groups of the frozen array's axes.
+    """
     (first, *more) = weight.terms
     form = form_of(x, weight, site, ctx.form)
     if form is not None and not more and not ctx.drops(first.dropout):
         return adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
-    (y,) = bind(eqn, *((x, weight.w) if site.x_first else (weight.w, x)))
+    side = int(site.x_first)
+    operands = (x, weight.w) if site.x_first else (weight.w, x)
+    y = base_product(eqn, operands, side, dims)
     y = rescaled(y, weight, site.want)
     product = functools.partial(low_rank_product, site=site)
     x = x.astype(site.compute)
@@ -222,7 +220,7 @@ def conv_general_dilated(
         batch=_stacked_kernels(outs, groups),
         eqn=eqn,
     )
-    (base,) = bind(eqn, x, weight.w)
+    base = base_product(eqn, (x, weight.w), 1, weight.dims)
     compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     for term, a, b in factors:
         product = functools.partial(
@@ -287,7 +285,7 @@ def ragged_dot_general(
         batch=weight.dims[0],
         eqn=eqn,
     )
-    (base,) = bind(eqn, x, weight.w, sizes, *offset)
+    base = base_product(eqn, (x, weight.w, sizes, *offset), 1, weight.dims)
     ragged_dot = functools.partial(
         lax.ragged_dot,
         group_sizes=sizes,

@@ -9,21 +9,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from .._numerics import at_least_float32, cast, dtype_of_sums
+from .atoms import RANK, Atom, Group, Labels, lay_out, regroup, size
 from .thin import PrecisionLike, thin_dot
-from .values import (
-    RANK,
-    Atom,
-    Group,
-    Labels,
-    Term,
-    Weight,
-    contract,
-    lay_out,
-    regroup,
-    rescaled,
-    size,
-    sum_out,
-)
+from .values import Term, Weight, contract, rescaled, sum_out
 
 
 @dataclasses.dataclass(frozen=True)

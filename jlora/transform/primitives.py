@@ -33,6 +33,9 @@ AGREEING |= {"psum_invariant"}
 # These name mesh axes in a type, and leave the value as it is.
 RETYPING = frozenset(["pvary"])
 
+# These say where an array lies, and act on codes and scales one by one.
+PLACES = RETYPING | {"device_put"}
+
 # These run inner code once, on their own operands in their own order.
 CALLS = frozenset(["closed_call", "jit", "remat2"])
 

@@ -10,7 +10,7 @@ from .compat import Equation
 from .cost import Form
 from .interpret import Context, interpret
 from .shards import varied_axes
-from .values import Value, Weight, array_of, dense
+from .values import Value, Weight, array_of, dense, is_coded
 
 
 def rewrite(
@@ -20,6 +20,7 @@ def rewrite(
     key: jax.Array | None,
     form: Form,
     merged: Callable[[str, Equation | None], object],
+    widened: Callable[[str, Equation | None], object],
     used: Callable[..., None] = lambda *_, **__: None,
 ) -> list[jax.Array]:
     """Evaluates `code` with weights among `values`, and returns plain arrays.
@@ -31,6 +32,8 @@ def rewrite(
       form: how to compute a product, see `cost`.
       merged: called with `(path, eqn)` for each weight merged on the fly; `eqn` is None
         where it is returned.
+      widened: called with `(path, eqn)` for each quantised weight that `eqn` needs as
+        an array.
       used: called for each use that is factored, see `Context`.
     """
 
@@ -38,17 +41,26 @@ def rewrite(
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
+            tell = merged if value.terms else widened
             for part in value.parts:
-                merged(part.path, eqn)
+                tell(part.path, eqn)
         return dense(value)
 
-    arrays = [array_of(v) for v in values]
+    def widen(weight: Weight, eqn: Equation) -> Value:
+        if not weight.is_lookup:
+            for part in weight.parts:
+                widened(part.path, eqn)
+        w = array_of(weight)
+        return weight.replace(w=w) if weight.terms else w
+
+    arrays = [_any_array(v) for v in values]
     varies = {}
     if key is not None and any(map(compat.varying_axes, [*arrays, *code.consts])):
         varies = varied_axes(code, list(map(compat.varying_axes, arrays)))
     ctx = Context(
         rules=RULES,
         materialise=materialise,
+        widen=widen,
         used=used,
         key=key,
         varies=varies,
@@ -57,6 +69,18 @@ def rewrite(
         share=key is None,  # with dropout each weight meets an activation of its own
     )
     return [materialise(v, None) for v in interpret(ctx, code, values)]
+
+
+def _any_array(value: Any) -> jax.Array:
+    """Returns the frozen array, or the codes that stand for it."""
+    return value.w.q.codes if is_coded(value) else array_of(value)
+
+
+def why_widened(eqn: Equation | None) -> str:
+    """Returns in words why the quantised weight that `eqn` needs is widened whole."""
+    if eqn is None:
+        return "it is returned by the function"
+    return f"`{eqn.primitive.name}`{compat.place(eqn)} needs the whole array"
 
 
 def why_merged(eqn: Equation | None) -> str:

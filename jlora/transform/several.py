@@ -9,21 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from .compat import Equation, bind, marked
+from .atoms import STACKED, Atom, Group, Labels, regroup
+from .coded import Coded, relabelled, side_by_side
+from .compat import Equation, bind, kind, marked
 from .interpret import Context
-from .values import (
-    STACKED,
-    Atom,
-    Group,
-    Labels,
-    Operand,
-    Part,
-    Term,
-    Weight,
-    array_of,
-    new_atom,
-    regroup,
-)
+from .values import Operand, Part, Term, Weight, array_of, is_coded, new_atom
 
 
 def concatenate(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
@@ -35,14 +25,19 @@ def stack(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`concatenate` along a new axis."""
     axis = eqn.params["axis"]
     parts = [
-        v.replace(
-            w=jnp.expand_dims(v.w, axis), dims=(*v.dims[:axis], (), *v.dims[axis:])
-        )
+        v.replace(w=_with_axis(v.w, axis), dims=(*v.dims[:axis], (), *v.dims[axis:]))
         if isinstance(v, Weight)
         else jnp.expand_dims(v, axis)
         for v in values
     ]
     return _side_by_side(eqn, values, axis, parts)
+
+
+def _with_axis(w: Any, axis: int) -> Any:
+    """Returns a frozen array with a new axis of size one."""
+    if isinstance(w, Coded):
+        return w.replace(shape=(*w.shape[:axis], 1, *w.shape[axis:]))
+    return jnp.expand_dims(w, axis)
 
 
 def _side_by_side(
@@ -56,7 +51,7 @@ def _side_by_side(
     if aligned is None:
         return NotImplemented
     first, weights = aligned
-    shapes = [array_of(v).shape for v in parts]
+    shapes = [_shape(v) for v in parts]
     total = sum(shape[axis] for shape in shapes)
     old = first.dims[axis]
     atom = old[0]._replace(size=total) if old else new_atom(first, STACKED, total)
@@ -71,7 +66,9 @@ def _side_by_side(
             own = weight.dims[axis]
             terms += [_padded(t, own, atom, before, after) for t in weight.terms]
         start += shape[axis]
-    (w,) = bind(eqn, *map(array_of, values))
+    w = _joined(eqn, values, weights, axis, atom)
+    if w is None:
+        return NotImplemented
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
     parts_of = tuple(p for weight in weights if weight for p in weight.parts)
     joint = first.replace(w=w, terms=tuple(terms), dims=dims, parts=parts_of)
@@ -80,6 +77,23 @@ def _side_by_side(
         gain, gain_labels = joint_gain
         joint = joint.replace(gain=gain, gain_labels=gain_labels)
     return [joint]
+
+
+def _joined(
+    eqn: Equation,
+    values: Sequence[Operand],
+    weights: Sequence[Weight | None],
+    axis: int,
+    atom: Atom,
+) -> Any:
+    """Returns the frozen arrays side by side; None if codes do not fit together."""
+    coded = [weight.w for weight in weights if weight and isinstance(weight.w, Coded)]
+    if not coded:
+        return bind(eqn, *map(array_of, values))[0]
+    if len(coded) < len(weights):
+        return None
+    own = [weight.dims[axis] for weight in weights if weight]
+    return side_by_side(coded, own, atom, kind(eqn.outvars[0]).shape)
 
 
 def _joint_gain(
@@ -157,6 +171,8 @@ def _sum(eqn: Equation, x: Operand, y: Operand, factor: complex) -> list[Weight]
     if aligned is None:
         return NotImplemented
     first, (left, right) = aligned
+    if any(map(is_coded, (x, y))):
+        return NotImplemented
     (w,) = bind(eqn, array_of(x), array_of(y))
     if any(weight and weight.gain is not None for weight in (left, right)):
         return NotImplemented
@@ -207,7 +223,9 @@ def select_n(
     for term in first.terms:
         if any((s in term.a_labels) != (s in term.b_labels) for s in atoms):
             return NotImplemented
-    (w,) = bind(eqn, which, *map(array_of, cases))
+    w = _chosen(eqn, which, cases)
+    if w is None:
+        return NotImplemented
     some = which[tuple(slice(None) if i in varied else 0 for i in range(which.ndim))]
 
     def choose(labels: Labels, *factors: jax.Array) -> tuple[jax.Array, Labels]:
@@ -226,6 +244,15 @@ def select_n(
         [choose(own[0][1], *(x for x, _ in own)) for own in zip(*versions, strict=True)]
     )
     return [first.map(lambda *_: next(chosen), w=w)]
+
+
+def _chosen(eqn: Equation, which: jax.Array, cases: Sequence[Any]) -> Any:
+    """Returns the frozen array that is chosen; None if it is one of several codes."""
+    (first, *others) = (case.w for case in cases)
+    if not isinstance(first, Coded):
+        return bind(eqn, which, first, *others)[0]
+    same = all(w.q.codes is first.q.codes for w in others)
+    return first if same else None
 
 
 def _factors(weight: Operand) -> list[tuple[jax.Array, Labels]]:
@@ -248,6 +275,10 @@ def _leaves_matrices(weight: Weight, varied: Sequence[int]) -> bool:
     return single and len(set(own) - set(varied)) > 1
 
 
+def _shape(value: Operand) -> tuple[int, ...]:
+    return value.w.shape if isinstance(value, Weight) else value.shape
+
+
 def _align(
     values: Sequence[Operand], but: int | None = None
 ) -> tuple[Weight, list[Weight | None]] | None:
@@ -259,9 +290,7 @@ def _align(
     """
     weights = [v for v in values if isinstance(v, Weight)]
     first = weights[0]
-    shapes = {
-        tuple(n for i, n in enumerate(array_of(v).shape) if i != but) for v in values
-    }
+    shapes = {tuple(n for i, n in enumerate(_shape(v)) if i != but) for v in values}
     if len(shapes) != 1 or any(v.looked_up or not v.is_matrix for v in weights):
         return None
     out: list[Weight | None] = []
@@ -291,4 +320,5 @@ def _renamed(weight: Weight, names: dict[Atom, Atom]) -> Weight:
         for part in weight.parts
     )
     dims = tuple(tuple(names[a] for a in group) for group in weight.dims)
-    return weight.map(rename, dims=dims, parts=parts)
+    w = relabelled(weight.w, {old: (new,) for old, new in names.items()})
+    return weight.map(rename, w=w, dims=dims, parts=parts)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32, dtype_of_activation
+from .atoms import RANK, Group, regroup
 from .compat import Equation, Literal, Var, has_typed_placement, kind
 from .primitives import PREPARES
 from .thin import PrecisionLike, thin_dot
-from .values import RANK, Group, Term, Weight, regroup
+from .values import Term, Weight
 
 # An activation, the axes of it that are summed over, and the precision.
 Site = tuple[Var | Literal, tuple[int, ...], PrecisionLike]
@@ -138,7 +139,7 @@ def _prepared(
     contracted, batch = eqn.params["dimension_numbers"]
     if len(weight.terms) != 1 or weight.looked_up or batch[0]:
         return None
-    if has_typed_placement(weight.w):
+    if any(map(has_typed_placement, jax.tree.leaves(weight.w))):
         return None
     pairs = sorted(zip(contracted[side], contracted[1 - side], strict=True))
     groups: list[Group] = [weight.dims[k] for _, k in pairs]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..quantised import Quantized, is_quantized, like_dense
 from . import compat
 
 
@@ -14,7 +15,7 @@ class Staged(NamedTuple):
 
     Attributes:
       code: the jaxpr; its arguments are the array leaves of the inputs.
-      inputs: those leaves; the leaves of `params` come first.
+      inputs: those leaves, some perhaps `Quantized`; the leaves of `params` come first.
       param_slots: for each leaf of `params` its position in `inputs`, or None.
       rebuild: `arrays -> fn's result`, given the jaxpr's results.
     """
@@ -29,7 +30,7 @@ def is_array(x: Any) -> bool:
     """Returns whether `x` is traced: an array or a shape, not a Python value."""
     if isinstance(x, np.ndarray):
         return x.dtype.kind not in "OSU"
-    return isinstance(x, jax.Array | jax.ShapeDtypeStruct)
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct | Quantized)
 
 
 def stage(
@@ -40,10 +41,11 @@ def stage(
 ) -> Staged:
     """Stages `fn(params, *args, **kwargs)` without running it.
 
-    Leaves that are not arrays (flags, strings, functions) stay as they are, both in the
+    `fn` sees quantised leaves as the dense arrays that they stand for. Leaves that are
+    not arrays (flags, strings, functions) stay as they are, both in the
     inputs and in the result.
     """
-    leaves, treedef = jax.tree.flatten((params, args, kwargs))
+    leaves, treedef = jax.tree.flatten((params, args, kwargs), is_leaf=is_quantized)
     slots = [i for i, x in enumerate(leaves) if is_array(x)]
     result: dict[str, Any] = {}
 
@@ -57,7 +59,7 @@ def stage(
         return [x for x in out if is_array(x)]
 
     inputs = [leaves[i] for i in slots]
-    code = compat.stage(flat, *inputs)
+    code = compat.stage(flat, *map(like_dense, inputs))
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)
@@ -65,6 +67,6 @@ def stage(
             next(rest) if x is None else x for x in result["fixed"]
         )
 
-    n_params = len(jax.tree.leaves(params))
+    n_params = len(jax.tree.leaves(params, is_leaf=is_quantized))
     place = {slot: k for k, slot in enumerate(slots)}
     return Staged(code, inputs, [place.get(i) for i in range(n_params)], rebuild)

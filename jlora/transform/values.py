@@ -1,15 +1,12 @@
 """A weight on its way through the interpreter: the array, its factors, labelled axes.
 
 An adapted weight stands for `gain * (w + sum of scale * einsum(a, b))`; most have no
-gain. Every axis of a factor is one `Atom`. Every axis of `w` is a group of atoms:
-mostly one, several after a reshape joined axes, none for an axis of size one.
-Operations on the weight permute, split, join or slice the groups, and act on the factor
-that holds the atoms concerned.
+gain. Operations on the weight permute, split, join or slice the groups of its axes, and
+act on the factor that holds the atoms concerned.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,35 +16,21 @@ from jax import lax
 
 from .._numerics import add_rounded, at_least_float32
 from ..factors import Leaf
+from ..quantised import is_quantized
+from .atoms import (
+    BROADCAST,
+    INDEX,
+    Atom,
+    Group,
+    Labels,
+    Step,
+    lay_out,
+    leaf_dims,
+    regroup,
+)
+from .coded import Coded, coded_leaf, widened
 from .compat import placed_like
 from .thin import Dims, thin_dot
-
-
-class Atom(NamedTuple):
-    """An axis, or a part of one after a split.
-
-    Attributes:
-      name: `(i,)` for axis `i` of the leaf, `(i, 0)` and `(i, 1)` for its parts after a
-        reshape; a negative first entry for an axis that the leaf does not have.
-      size: length of the axis.
-    """
-
-    name: tuple[int, ...]
-    size: int
-
-    @property
-    def root(self) -> int:
-        """The axis of the leaf that this atom comes from; negative if there is none."""
-        return self.name[0]
-
-
-RANK = Atom((-1,), 0)  # labels the rank axis of a factor; its size is never read
-# Roots of axes that the leaf does not have.
-INDEX, BROADCAST, OTHER, STACKED = -2, -3, -4, -6
-
-Group = tuple[Atom, ...]
-Labels = tuple[Atom, ...]
-Step = Callable[[Any, Labels], tuple[Any, Labels]]  # on an array and its labels
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +81,7 @@ class Weight:
     """A leaf of the parameters, or what linear operations made of it.
 
     Attributes:
-      w: the frozen array.
+      w: the frozen array, or `Coded` if the leaf is quantised.
       terms: what is added to it; empty while planning.
       dims: the group of atoms of each axis of `w`.
       parts: the leaves it comes from; more than one after a concatenation or a sum.
@@ -175,23 +158,21 @@ Value = Operand | Derived
 
 def array_of(value: Value) -> jax.Array:
     """Returns the frozen array of a weight, and any other value as an array."""
+    if isinstance(value, Weight) and isinstance(value.w, Coded):
+        return widened(value.w, value.dims)
     return value.w if isinstance(value, Weight | Derived) else value
+
+
+def is_coded(value: object) -> bool:
+    """Returns whether `value` is a weight whose frozen array is quantised."""
+    return isinstance(value, Weight) and isinstance(value.w, Coded)
 
 
 def leaf(path: str, w: Leaf, terms: tuple[Term, ...] = ()) -> Weight:
     """Returns the untouched leaf `path`, whose axis `i` is the atom `(i,)`."""
     roots = tuple((i, i) for i in range(w.ndim))
-    return Weight(w, terms, leaf_dims(w.shape), (Part(path, roots),))
-
-
-def leaf_dims(shape: Sequence[int]) -> tuple[Group, ...]:
-    """Returns the groups of an untouched leaf."""
-    return tuple((Atom((i,), n),) for i, n in enumerate(shape))
-
-
-def size(group: Group) -> int:
-    """Returns the length of an axis made of `group`."""
-    return math.prod(atom.size for atom in group)
+    array = coded_leaf(w) if is_quantized(w) else w
+    return Weight(array, terms, leaf_dims(w.shape), (Part(path, roots),))
 
 
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:
@@ -200,19 +181,11 @@ def new_atom(weight: Weight, kind: int, n: int) -> Atom:
     return Atom((kind, max(taken, default=-1) + 1), n)
 
 
-def regroup(x: jax.Array, labels: Labels, groups: Sequence[Group]) -> jax.Array:
-    """Returns `x` with one axis for each of `groups`, which hold all its labels."""
-    flat = [atom for group in groups for atom in group]
-    x = lax.transpose(x, [labels.index(atom) for atom in flat])
-    sizes = dict(zip(flat, x.shape, strict=True))
-    return lax.reshape(x, [math.prod(sizes[a] for a in group) for group in groups])
-
-
 def dense(weight: Weight) -> jax.Array:
     """Returns `gain * (w + sum of terms)`, computed in float32 and rounded once."""
+    w = array_of(weight)
     if not weight.terms:
-        return weight.w
-    w = weight.w
+        return w
     wide = at_least_float32(w.dtype)
     exact_dot = functools.partial(thin_dot, dtype=wide, precision=lax.Precision.HIGHEST)
     atoms = [atom for group in weight.dims for atom in group]
@@ -246,21 +219,6 @@ def rescaled(x: jax.Array, weight: Weight, want: Sequence[Atom]) -> jax.Array:
         return lax.reshape(y, x.shape)
 
     return placed_like(x, times, x, gain)
-
-
-def lay_out(
-    x: jax.Array, labels: Labels, want: Sequence[Atom], shape: tuple[int, ...]
-) -> jax.Array:
-    """Returns `x` with its axes in the order `want`, broadcast, reshaped to `shape`."""
-    absent = [atom for atom in want if atom not in labels]
-    if absent:
-        x = lax.reshape(x, (*x.shape, *(1 for _ in absent)))
-    order = [(*labels, *absent).index(atom) for atom in want]
-    if order != sorted(order):
-        x = lax.transpose(x, order)
-    if absent:
-        x = jnp.broadcast_to(x, [atom.size for atom in want])
-    return x if x.shape == tuple(shape) else lax.reshape(x, shape)
 
 
 def contract(

@@ -1,0 +1,20 @@
+"""Quantised arrays: codes and scales in place of an array, and the way to and fro.
+
+May import `errors`. Knows nothing of adapters.
+"""
+
+from ._axes import (
+    has_own_entries as has_own_entries,
+    joined as joined,
+    rearranged as rearranged,
+    split_axis as split_axis,
+)
+from ._encode import Scheme as Scheme, encode as encode
+from ._kinds import KINDS as KINDS
+from ._node import (
+    Quantized as Quantized,
+    is_quantized as is_quantized,
+    like_dense as like_dense,
+)
+from ._pack import Packing as Packing, repacked as repacked
+from ._shards import shard_counts as shard_counts, shard_specs as shard_specs

@@ -1,0 +1,123 @@
+"""From an array to codes and scales."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._kinds import KINDS
+from ._node import Quantized
+from ._pack import Packing, pack, packing
+
+SECOND_BLOCK = 256  # scales that share one, with double quantisation
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How to quantise an array; static.
+
+    Attributes:
+      kind: a name in `KINDS`.
+      block: how many numbers share a scale; None for the kind's own.
+      double: whether the scales are quantised too, to 8 bits.
+      scale_dtype: dtype of the scales.
+      packed: whether two codes of four bits share a byte.
+    """
+
+    kind: str
+    block: int | None = None
+    double: bool = False
+    scale_dtype: str = "float32"
+    packed: bool = True
+
+
+def blocks_along(
+    shape: Sequence[int], axes: Sequence[int], block: int
+) -> tuple[int, ...]:
+    """Returns the block's length along each axis: `block` numbers along `axes`.
+
+    The last of `axes` is filled first.
+
+    Examples:
+      >>> blocks_along((8, 16, 100), (0, 1), 64), blocks_along((100, 4), (0,), 512)
+      ((4, 16, 1), (100, 1))
+    """
+    blocks = [1] * len(shape)
+    for i in sorted(axes, reverse=True):
+        blocks[i] = max(min(shape[i], block), 1)
+        block //= blocks[i]
+        if block <= 1:
+            break
+    return tuple(blocks)
+
+
+def encode(
+    w: jax.Array,
+    axes: Sequence[int],
+    scheme: Scheme,
+    shards: Sequence[int] | None = None,
+) -> Quantized:
+    """Returns `w` as codes, with blocks along `axes`.
+
+    Args:
+      w: a floating-point array.
+      axes: the axes of `w` that a product sums over.
+      scheme: the kind, and how.
+      shards: into how many shards each axis is cut; None if it is not.
+    """
+    kind = KINDS[scheme.kind]
+    blocks = blocks_along(w.shape, axes, scheme.block or kind.block)
+    codes, scales = _codes(w, scheme.kind, blocks, scheme.scale_dtype)
+    how = None
+    if kind.bits == 4 and scheme.packed:
+        how = _packing(w.shape, axes, shards or [1] * w.ndim)
+        codes = pack(codes, how)
+    else:
+        codes = codes.astype(kind.dtype)
+    offset = None
+    if scheme.double:
+        scales = _doubly(scales)
+    return Quantized(codes, scales, offset, scheme.kind, blocks, np.dtype(w.dtype), how)
+
+
+def _packing(
+    shape: Sequence[int], axes: Sequence[int], shards: Sequence[int]
+) -> Packing:
+    axis = max(axes, key=lambda i: (shape[i] % (2 * shards[i]) == 0, shape[i]))
+    return packing(axis - len(shape), shape[axis], shards[axis])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _codes(
+    w: jax.Array, name: str, blocks: tuple[int, ...], scale_dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the codes, of the shape of `w`, and the scales."""
+    kind = KINDS[name]
+    x = w.astype(jnp.float32)
+    counts = [-(-n // block) for n, block in zip(w.shape, blocks, strict=True)]
+    widths = [
+        (0, count * block - n)
+        for n, count, block in zip(w.shape, counts, blocks, strict=True)
+    ]
+    parts = [n for pair in zip(counts, blocks, strict=True) for n in pair]
+    cut = jnp.pad(x, widths).reshape(parts)
+    within = tuple(range(1, len(parts), 2))
+    largest = jnp.max(jnp.abs(cut), axis=within, keepdims=True)
+    scales = (largest / kind.most).astype(scale_dtype)
+    wide = scales.astype(jnp.float32)
+    codes = kind.encode(cut / jnp.where(wide == 0, 1, wide))
+    codes = codes.reshape([n * b for n, b in zip(counts, blocks, strict=True)])
+    codes = codes[tuple(slice(n) for n in w.shape)]
+    return codes, scales.reshape(counts)
+
+
+def _doubly(scales: jax.Array) -> Quantized:
+    """Returns scales as codes of 8 bits around their mean, in blocks along one axis."""
+    mean = jnp.mean(scales.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    axis = scales.ndim - 1 if scales.shape[-1] > 1 else scales.ndim - 2
+    blocks = blocks_along(scales.shape, (axis,), SECOND_BLOCK)
+    codes, second = _codes(scales - mean, "int8", blocks, "float32")
+    return Quantized(codes, second, mean, "int8", blocks, np.dtype("float32"))

@@ -1,0 +1,157 @@
+"""`Quantized`: codes and scales that stand for an array."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..errors import TreeError
+from ._kinds import KINDS
+from ._pack import Packing, unpack
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array stored as codes and scales: `table[codes] * scales + offset`.
+
+    A pytree node that stands where the array stood. `jlora.quantize` makes it, and
+    `jlora.apply_lora` computes with it. The product of code and scale is taken in
+    float32 and rounded once, to `dtype`.
+
+    Attributes:
+      codes: `[*shape]`, or with one axis half as long where two share a byte.
+      scales: as many axes as the array, each shorter by its entry of `blocks`; itself
+        `Quantized` with double quantisation.
+      offset: added after the scale, with as many axes as the scales; mostly None.
+      kind: static; `"nf4"`, `"int4"`, `"int8"`, or `"float8_e4m3"` where read.
+      blocks: static; how many entries along each axis share a scale. The last block of
+        an axis may be shorter.
+      dtype: static; dtype of the array that it stands for.
+      packing: static; where two codes share a byte; None for a code an entry.
+
+    Examples:
+      >>> import jax.numpy as jnp, jlora
+      >>> q = jlora.quantize({"w": jnp.ones((128, 4))}, kind="nf4")["w"]
+      >>> q
+      Quantized(nf4 of float32[128,4], blocks (64, 1), 288 bytes)
+      >>> q.shape, q.dtype, q.codes.shape, q.scales.shape, float(q.dense()[0, 0])
+      ((128, 4), dtype('float32'), (64, 4), (2, 4), 1.0)
+
+    References:
+      Dettmers et al., 2023, QLoRA, https://arxiv.org/abs/2305.14314
+    """
+
+    codes: Any
+    scales: Any
+    offset: Any = None
+    kind: str = dataclasses.field(default="int8", metadata={"static": True})
+    blocks: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    dtype: Any = dataclasses.field(
+        default=np.dtype("float32"), metadata={"static": True}
+    )
+    packing: Packing | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        shape = list(self.codes.shape)
+        if self.packing is not None:
+            axis = self.packing.axis
+            shape[axis] = self.packing.length(shape[axis])
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """How many axes the array has."""
+        return len(self.codes.shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the array has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the codes and scales take in a file or on a CPU."""
+        bits = sum(
+            math.prod(x.shape) * (4 if "int4" in str(x.dtype) else 8 * x.dtype.itemsize)
+            for x in jax.tree.leaves(self)
+        )
+        return (bits + 7) // 8
+
+    def block(self, axis: int) -> int:
+        """Returns how many entries along `axis` share a scale."""
+        axis = axis if axis < 0 else axis - self.ndim
+        return self.blocks[axis] if -axis <= len(self.blocks) else 1
+
+    def dense(self) -> jax.Array:
+        """Returns the array that it stands for, `[*shape]` in `dtype`."""
+        codes = self.codes
+        if self.packing is not None:
+            codes = unpack(codes, self.packing)
+        values = self._rescaled(KINDS[self.kind].decode(codes))
+        return values.astype(self.dtype)
+
+    def _rescaled(self, values: jax.Array) -> jax.Array:
+        """Returns `values` times the scales, plus the offset, in float32."""
+        blocks = [self.block(i) for i in range(self.ndim)]
+        cut = [
+            [n // block, block] if 1 < block < n and n % block == 0 else [n]
+            for n, block in zip(values.shape, blocks, strict=True)
+        ]
+
+        def spread(x: jax.Array) -> jax.Array:
+            """Returns `x`, an entry a block, to broadcast against `cut`."""
+            shape: list[int] = []
+            for i, parts in enumerate(cut):
+                n = x.shape[i]
+                if n > 1 and len(parts) == 1 and blocks[i] > 1:  # the last is shorter
+                    x = jnp.repeat(x, blocks[i], axis=i)
+                    x = lax.slice_in_dim(x, 0, parts[0], axis=i)
+                    n = parts[0]
+                shape += [n] if len(parts) == 1 else [n, 1]
+            return lax.reshape(x, shape)
+
+        whole = lax.reshape(values, [n for parts in cut for n in parts])
+        whole = whole * spread(self.float_scales())
+        if self.offset is not None:
+            whole = whole + spread(self.offset.astype(jnp.float32))
+        return lax.reshape(whole, values.shape)
+
+    def float_scales(self) -> jax.Array:
+        """Returns the scales as float32."""
+        if isinstance(self.scales, Quantized):
+            return self.scales.dense()
+        return self.scales.astype(jnp.float32)
+
+    def __jax_array__(self) -> jax.Array:
+        raise TreeError(
+            f"A quantised weight ({self!r}) met an operation of JAX. Call the function "
+            "through jlora.apply_lora: apply_lora(fn)(params, jlora.Trainable(), x) "
+            "works without an adapter too. jlora.merge(params, jlora.Trainable()) "
+            "makes the weights dense."
+        )
+
+    def __repr__(self) -> str:
+        try:
+            shape = ",".join(map(str, self.shape))
+            told = f"{self.kind} of {self.dtype.name}[{shape}], blocks {self.blocks}"
+            return f"Quantized({told}, {self.nbytes} bytes)"
+        except (AttributeError, TypeError):  # a tree_map put something else there
+            fields = f"codes={self.codes!r}, scales={self.scales!r}"
+            return f"Quantized({fields}, kind={self.kind!r})"
+
+
+def is_quantized(x: object) -> bool:
+    """Returns whether `x` is a quantised array."""
+    return isinstance(x, Quantized)
+
+
+def like_dense(x: Any) -> Any:
+    """Returns the shape and dtype that a quantised array stands for; else `x`."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x

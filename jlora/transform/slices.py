@@ -1,0 +1,283 @@
+"""Steps that pick entries of a weight: slices, and lookups at computed positions.
+
+The factors that have the axes concerned are picked from in the same way.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .atoms import INDEX, Atom, Group, Labels
+from .coded import Coded, cut_along, picked_along
+from .compat import Equation, Literal, Var, bind, kind, shaped
+from .interpret import Context
+from .structure import squeeze_atoms
+from .values import Operand, Term, Weight, new_atom
+
+
+def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
+    """A static slice along axes of single atoms."""
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    return _cut(
+        weight,
+        _results(eqn, weight)[0],
+        lambda x, axis, i: lax.slice_in_dim(
+            x, starts[i], limits[i], strides[i], axis=axis
+        ),
+    )
+
+
+def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
+    """Slices side by side along one axis; those of `unstack` lose the axis."""
+    axis, start, pieces = eqn.params["axis"], 0, []
+    for w in _results(eqn, weight):
+        loses_axis = w.ndim < weight.w.ndim
+        slab = _with_axis(w, axis) if loses_axis else w
+        stop = start + slab.shape[axis]
+        cut = _cut(
+            weight,
+            slab,
+            lambda x, axis, _, start=start, stop=stop: lax.slice_in_dim(
+                x, start, stop, axis=axis
+            ),
+        )
+        if cut is NotImplemented:
+            return cut
+        (piece,) = cut
+        if loses_axis:
+            piece = squeeze_atoms(piece, piece.dims[axis])
+            dims = (*piece.dims[:axis], *piece.dims[axis + 1 :])
+            if isinstance(piece.w, Coded):
+                w = piece.w.replace(shape=tuple(w.shape))
+            piece = piece.replace(w=w, dims=dims)
+        pieces.append(piece)
+        start = stop
+    return pieces
+
+
+def dynamic_slice(
+    ctx: Context, eqn: Equation, weight: Weight, *starts: Any
+) -> list[Weight]:
+    """A slice at computed positions; an axis of which one entry is left is removed."""
+    if any(isinstance(s, Weight) for s in starts):
+        return NotImplemented
+    sizes = eqn.params["slice_sizes"]
+    cut = _cut(
+        weight,
+        _results(eqn, weight, *starts)[0],
+        lambda x, axis, i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], axis),
+    )
+    if cut is NotImplemented:
+        return cut
+    picked = [i for i, n in enumerate(sizes) if n == 1 and weight.w.shape[i] != 1]
+    (out,) = cut
+    out = squeeze_atoms(out, [atom for i in picked for atom in out.dims[i]])
+    return [out.replace(looked_up=weight.looked_up or bool(picked))]
+
+
+def _results(eqn: Equation, weight: Weight, *others: jax.Array) -> list[Any]:
+    """Returns the frozen array's slices; if it is quantised, only their types."""
+    if isinstance(weight.w, Coded):
+        return list(map(kind, eqn.outvars))
+    return list(bind(eqn, weight.w, *others))
+
+
+def _with_axis(w: Any, axis: int) -> Any:
+    """Returns an array, or its type, with a new axis of size one."""
+    if isinstance(w, jax.Array):
+        return lax.expand_dims(w, [axis])
+    return shaped((*w.shape[:axis], 1, *w.shape[axis:]), w.dtype)
+
+
+def _cut(
+    weight: Weight, w: Any, cut: Callable[[jax.Array, int, int], jax.Array]
+) -> list[Weight]:
+    """Returns `weight` with `w`, its factors cut along the axes on which `w` is cut.
+
+    Args:
+      weight: the weight; if it is quantised, its codes are cut too.
+      w: the frozen array's slice, or its type.
+      cut: `(array, axis, i) -> array`, where `i` is the weight's axis.
+    """
+    changed = {}
+    for i, group in enumerate(weight.dims):
+        if w.shape[i] != weight.w.shape[i]:
+            if len(group) != 1:
+                return NotImplemented
+            changed[group[0]] = (i, group[0]._replace(size=w.shape[i]))
+    if isinstance(weight.w, Coded):
+        w = cut_along(weight.w, changed, cut, w.shape)
+        if w is None:
+            return NotImplemented
+
+    def cut_factor(x: jax.Array, labels: Labels) -> tuple[jax.Array, Labels]:
+        for axis, atom in enumerate(labels):
+            if atom in changed:
+                x = cut(x, axis, changed[atom][0])
+        return x, tuple(changed[s][1] if s in changed else s for s in labels)
+
+    dims = tuple(
+        tuple(changed[a][1] if a in changed else a for a in g) for g in weight.dims
+    )
+    return [weight.map(cut_factor, w=w, dims=dims)]
+
+
+def gather(
+    ctx: Context, eqn: Equation, weight: Weight, indices: Operand
+) -> list[Weight]:
+    """`w[ids]`: whole entries of indexed axes, picked in the factors that have them.
+
+    The result is still a weight, with the axes of `indices` in place of the indexed
+    ones. So experts that are picked for each token stay factored in the product that
+    follows, and an embedding becomes an activation at its first use.
+    """
+    if isinstance(indices, Weight):
+        return NotImplemented
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    columns, along = _picked_axes(eqn, weight.w.shape)
+    moved = {*columns, *along}
+    if (
+        any(sizes[i] != 1 for i in columns)
+        or any(len(weight.dims[i]) != 1 for i in moved)
+        or any(sizes[i] != n for i, n in enumerate(weight.w.shape) if i not in moved)
+    ):
+        return NotImplemented
+    paired = {j: weight.dims[i][0] for i, j in along.items()}
+    atoms: list[Atom] = []
+    for j, n in enumerate(indices.shape[:-1]):
+        known = weight.replace(dims=(*weight.dims, tuple(atoms)))
+        atoms.append(paired.get(j) or new_atom(known, INDEX, n))
+    pick = functools.partial(
+        _pick,
+        eqn=eqn,
+        indices=indices,
+        columns={weight.dims[i][0]: k for i, k in columns.items()},
+        along={atom: j for j, atom in paired.items()},
+        atoms=tuple(atoms),
+    )
+    shape = kind(eqn.outvars[0]).shape
+    w = _looked_up(weight, eqn, indices, columns, pick)
+    if w is None:
+        return NotImplemented
+    dims: list[Group] = [()] * len(shape)
+    positions = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+    for i, atom in zip(positions, atoms, strict=True):
+        dims[i] = (atom,)
+    gone = {*numbers.collapsed_slice_dims, *along}
+    kept = [i for i in range(weight.w.ndim) if i not in gone]
+    for i, j in zip(kept, numbers.offset_dims, strict=True):
+        dims[j] = () if i in columns else weight.dims[i]
+    out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
+    pairs = zip(weight.terms, out.terms, strict=True)
+    drop = functools.partial(_drop_rows, ctx, n=len(atoms), source=eqn.invars[1])
+    return [out.replace(terms=tuple(drop(*pair) for pair in pairs))]
+
+
+def _looked_up(
+    weight: Weight,
+    eqn: Equation,
+    indices: jax.Array,
+    columns: Mapping[int, int],
+    pick: Callable[..., tuple[jax.Array, Labels]],
+) -> Any:
+    """Returns the frozen array's entries; None if codes have none of their own."""
+    if not isinstance(weight.w, Coded):
+        return bind(eqn, weight.w, indices)[0]
+    empty = eqn.params["fill_value"]
+    empty = math.nan if empty is None else empty
+    if not (empty == 0 or math.isnan(empty)):
+        return None
+
+    def pick_all(x: jax.Array, labels: Labels, empty: Any) -> Any:
+        return pick(x, labels, empty=empty)
+
+    atoms = [weight.dims[i][0] for i in columns]
+    shape = kind(eqn.outvars[0]).shape
+    return picked_along(weight.w, atoms, pick_all, shape, empty)
+
+
+def _picked_axes(
+    eqn: Equation, shape: Sequence[int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Returns the axes of the operand that a `gather` indexes, and its batching axes.
+
+    The first maps an axis to its column of the indices. The second maps a batching axis
+    to the axis of the indices that it is paired with.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    clamps = eqn.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP
+    columns = {
+        i: k
+        for k, i in enumerate(numbers.start_index_map)
+        if not (clamps and sizes[i] == shape[i])  # a whole slice starts at zero
+    }
+    batching = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    return columns, dict(zip(*batching, strict=True))
+
+
+def _pick(
+    x: jax.Array,
+    labels: Labels,
+    *,
+    eqn: Equation,
+    indices: jax.Array,
+    columns: Mapping[Atom, int],
+    along: Mapping[Atom, int],
+    atoms: Labels,
+    empty: Any = 0,
+) -> tuple[jax.Array, Labels]:
+    """Returns the entries of a factor at `indices`, whose axes `atoms` come first.
+
+    `columns` and `along` are the results of `_picked_axes`, by label. A factor without
+    an indexed axis stays as it is.
+    """
+    held = {labels.index(atom): k for atom, k in columns.items() if atom in labels}
+    if not held:
+        return x, labels
+    pairs = {labels.index(atom): j for atom, j in along.items() if atom in labels}
+    rest = [i for i in range(x.ndim) if i not in {*held, *pairs}]
+    # A promise about whole index vectors does not hold for some of their entries.
+    promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
+    picked = lax.gather(
+        x,
+        jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
+            collapsed_slice_dims=tuple(sorted(held)),
+            start_index_map=tuple(held),
+            operand_batching_dims=tuple(sorted(pairs)),
+            start_indices_batching_dims=tuple(pairs[i] for i in sorted(pairs)),
+        ),
+        slice_sizes=[n if i in rest else 1 for i, n in enumerate(x.shape)],
+        unique_indices=promised and eqn.params["unique_indices"],
+        indices_are_sorted=promised and eqn.params["indices_are_sorted"],
+        mode=eqn.params["mode"],
+        fill_value=empty,
+    )
+    return picked, (*atoms, *(labels[i] for i in rest))
+
+
+def _drop_rows(
+    ctx: Context, before: Term, after: Term, *, n: int, source: Var | Literal
+) -> Term:
+    """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
+
+    An index stands for a one-hot vector. Its one entry is dropped or kept, and with it
+    a whole row of A, whose first `n` axes count the positions. Where B was picked, or
+    both factors were (experts), the input comes later. `source` holds the indices.
+    """
+    if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
+        return after
+    a = after.a
+    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout, source)
+    kept = jnp.expand_dims(kept, range(n, a.ndim))
+    return dataclasses.replace(
+        after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0
+    )
