@@ -13,7 +13,6 @@ from ..errors import TreeError
 from ._kinds import KINDS
 from ._pack import Packing, unpack
 
-
 # Methods of an array that a function may call on its parameters.
 _METHODS = frozenset(["T", "mT", "astype", "at", "dot", "reshape", "sum", "transpose"])
 
