@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 import jlora
-from jlora.transform import compat
 
 KINDS = ("nf4", "int8", "int4")
 

@@ -8,7 +8,6 @@ import re
 import warnings
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 import jlora
