@@ -12,6 +12,7 @@ from jax import lax
 from ..errors import TreeError
 from ._kinds import KINDS
 from ._pack import Packing, unpack
+from ._typed import typed_as
 
 # Methods of an array that a function may call on its parameters.
 _METHODS = frozenset(["T", "mT", "astype", "at", "dot", "reshape", "sum", "transpose"])
@@ -94,6 +95,9 @@ class Quantized:
 
     def dense(self) -> jax.Array:
         """Returns the array that it stands for, `[*shape]` in `dtype`."""
+        return typed_as(self.codes, Quantized._dense, self)
+
+    def _dense(self) -> jax.Array:
         codes = self.codes
         if self.packing is not None:
             codes = unpack(codes, self.packing)
