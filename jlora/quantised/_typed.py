@@ -13,4 +13,5 @@ def typed_as(like: Any, fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
     if mesh.empty or mesh.are_all_axes_auto or mesh.are_all_axes_manual:
         return fun(*args)
     typed: Any = jax.sharding.auto_axes(fun, out_sharding=sharding)
-    return typed(*args)
+    with jax.sharding.use_abstract_mesh(mesh):  # inside `auto_axes` it is another
+        return typed(*args)
