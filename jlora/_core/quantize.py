@@ -195,7 +195,7 @@ def quantize_leaf(
 
 
 def _layout(w: Leaf) -> jax.NamedSharding | None:
-    """Returns how `w` lies over a mesh; None where that is not known, or it does not."""
+    """Returns how `w` lies over a mesh; None if it does not, or that is unknown."""
     if not isinstance(w, jax.Array):
         return None
     where: Any = jax.typeof(w).sharding
