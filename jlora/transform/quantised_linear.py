@@ -84,7 +84,7 @@ def base_product(
 def _run(x: jax.Array, *operands: Any, static: Static) -> jax.Array:
     n = static.tree.num_leaves
     leaves, rest = operands[:n], operands[n:]
-    # A compiler that sees both passes, or a loop, would widen once, and keep the result.
+    # A compiler that sees both passes, or a loop, would widen once and keep the array.
     x, *leaves = lax.optimization_barrier((x, *leaves))
     w = widened(static.tree.unflatten(leaves), static.dims)
     if not static.transposed:
