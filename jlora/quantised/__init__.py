@@ -9,7 +9,11 @@ from ._axes import (
     rearranged as rearranged,
     split_axis as split_axis,
 )
-from ._encode import Scheme as Scheme, encode as encode
+from ._encode import (
+    Scheme as Scheme,
+    encode as encode,
+    encode_like as encode_like,
+)
 from ._kinds import KINDS as KINDS
 from ._node import (
     Quantized as Quantized,

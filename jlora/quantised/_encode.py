@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import TreeError
 from ._kinds import KINDS
 from ._node import Quantized
 from ._pack import Packing, pack, packing
@@ -83,6 +84,36 @@ def encode(
     return Quantized(codes, scales, offset, scheme.kind, blocks, np.dtype(w.dtype), how)
 
 
+def encode_like(w: jax.Array, q: Quantized) -> Quantized:
+    """Returns `w` as codes of the kind, blocks, storage and dtype of `q`.
+
+    Args:
+      w: an array of the shape of `q`.
+      q: a quantised array.
+
+    Raises:
+      TreeError: if `q` has an offset: no kind of jlora's own has.
+    """
+    if q.offset is not None:
+        raise TreeError(
+            f"{q!r} has an offset for each block, which is only read: make it dense "
+            "with jlora.merge, and then call jlora.quantize."
+        )
+    return _like(w, q)
+
+
+def _like(w: jax.Array, q: Quantized) -> Quantized:
+    blocks = tuple(q.block(i) for i in range(q.ndim))
+    old = q.scales
+    double = isinstance(old, Quantized)
+    dtype = "float32" if double else jnp.dtype(old.dtype).name
+    codes, scales = _codes(w, q.kind, blocks, dtype)
+    codes = codes.astype(q.codes.dtype) if q.packing is None else pack(codes, q.packing)
+    if double:
+        scales = _doubly_like(scales, old)
+    return dataclasses.replace(q, codes=codes, scales=scales)
+
+
 def _packing(
     shape: Sequence[int], axes: Sequence[int], shards: Sequence[int]
 ) -> Packing:
@@ -116,8 +147,19 @@ def _codes(
 
 def _doubly(scales: jax.Array) -> Quantized:
     """Returns scales as codes of 8 bits around their mean, in blocks along one axis."""
-    mean = jnp.mean(scales.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    scales = scales.astype(jnp.float32)
+    mean = jnp.mean(scales, axis=(-2, -1), keepdims=True)
     axis = scales.ndim - 1 if scales.shape[-1] > 1 else scales.ndim - 2
     blocks = blocks_along(scales.shape, (axis,), SECOND_BLOCK)
     codes, second = _codes(scales - mean, "int8", blocks, "float32")
     return Quantized(codes, second, mean, "int8", blocks, np.dtype("float32"))
+
+
+def _doubly_like(scales: jax.Array, q: Quantized) -> Quantized:
+    """Returns scales as codes like `q`, around the mean where `q` has an offset."""
+    offset = None
+    if q.offset is not None:
+        common = [i for i, n in enumerate(q.offset.shape) if n == 1]
+        offset = jnp.mean(scales, axis=tuple(common), keepdims=True)
+    rest = scales if offset is None else scales - offset
+    return dataclasses.replace(_like(rest, q), offset=offset)

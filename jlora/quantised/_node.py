@@ -12,6 +12,9 @@ from ..errors import TreeError
 from ._pack import Packing
 from ._widen import widen
 
+# Methods of an array that a function may call on its parameters.
+_METHODS = frozenset(["T", "mT", "astype", "at", "dot", "reshape", "sum", "transpose"])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,25 @@ class Quantized:
             return widen(self.scales)
         return self.scales.astype(jnp.float32)
 
-    def __jax_array__(self) -> jax.Array:
-        raise TreeError(
+    def _fault(self) -> str:
+        return (
             f"A quantised weight ({self!r}) met an operation of JAX. Call the function "
             "through jlora.apply_lora: apply_lora(fn)(params, jlora.Trainable(), x) "
             "works without an adapter too. jlora.merge(params, jlora.Trainable()) "
             "makes the weights dense."
         )
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TreeError(self._fault())
+
+    # What a function that expects an array does first.
+    __jax_array__ = __array__ = __getitem__ = __iter__ = _refuse
+    __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __pow__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        known = name in _METHODS
+        raise AttributeError(self._fault() if known else f"no attribute {name!r}")
 
     def __repr__(self) -> str:
         try:
