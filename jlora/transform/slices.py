@@ -121,7 +121,7 @@ def _cut(
             changed[group[0]] = (i, group[0]._replace(size=w.shape[i]))
     if isinstance(weight.w, Coded):
         single = {
-            atom: jnp.clip(starts[i], 0, atom.size - 1)
+            atom: jnp.clip(_position(starts[i], atom.size), 0, atom.size - 1)
             for atom, (i, new) in changed.items()
             if new.size == 1
         }
@@ -216,9 +216,18 @@ def _looked_up(
     return picked_along(weight.w, positions, paired, pick, shape, empty)
 
 
+def _position(at: Any, n: int) -> jax.Array:
+    """Returns positions as int32; what is beyond its range counts as beyond `n`."""
+    at = jnp.asarray(at)
+    if at.dtype.itemsize >= 4:
+        least = 0 if jnp.issubdtype(at.dtype, jnp.unsignedinteger) else -1
+        at = jnp.clip(at, jnp.asarray(least, at.dtype), jnp.asarray(n, at.dtype))
+    return at.astype(jnp.int32)
+
+
 def _in_range(at: jax.Array, n: int, eqn: Equation) -> jax.Array:
     """Returns the positions that a `gather` means: clamped, or -1 for a missing one."""
-    at = at.astype(jnp.int32)
+    at = _position(at, n)
     if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
         return jnp.where((at < 0) | (at >= n), -1, at)
     return jnp.clip(at, 0, n - 1)  # as XLA does, also where it was promised

@@ -346,7 +346,13 @@ def test_lookups_read_rows_that_share_scales_and_bytes(kind, n):
         "filled": lambda w: w.at[outside].get(mode="fill", fill_value=0),
         "one": lambda w: w[jnp.int32(3)],
         "dynamic": lambda w: lax.dynamic_index_in_dim(w, n + 3),
-        "small": lambda w: w[jnp.array([250, 3], "uint8")],
+        "large": lambda w: lax.gather(
+            w,
+            jnp.array([[2**32 - 1], [3]], "uint32"),
+            lax.GatherDimensionNumbers((1,), (0,), (0,)),
+            (1, 6),
+            mode="clip",
+        ),
         "mapped": lambda w: jax.vmap(lambda i: w[i])(jnp.arange(n)),
     }
 
@@ -363,6 +369,13 @@ def test_lookups_read_rows_that_share_scales_and_bytes(kind, n):
     jaxpr = jax.make_jaxpr(lambda q: one(q, jlora.Trainable()))(codes)
     shapes = [v.aval.shape for eqn in jaxpr.jaxpr.eqns for v in eqn.outvars]
     assert (n, 6) not in shapes
+
+
+def test_a_small_integer_finds_a_row_of_a_long_table():
+    codes = jlora.quantize(normal({"w": (300, 6)}), block=4)
+    start = (jnp.uint8(250), jnp.uint8(0))
+    run = jlora.apply_lora(lambda p: lax.dynamic_slice(p["w"], start, (1, 6)))
+    close(run(codes, jlora.Trainable()), codes["w"].dense()[250:251])
 
 
 @pytest.mark.once
