@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import TreeError
 from ._pack import Packing
+from ._typed import typed_as
 from ._widen import widen
 
 # Methods of an array that a function may call on its parameters.
@@ -93,7 +94,7 @@ class Quantized:
 
     def dense(self) -> jax.Array:
         """Returns the array that it stands for, `[*shape]` in `dtype`."""
-        return widen(self)
+        return typed_as(self.codes, widen, self)
 
     def float_scales(self) -> jax.Array:
         """Returns the scales as float32."""

@@ -87,14 +87,12 @@ def _run(
 ) -> jax.Array:
     n = static.tree.num_leaves
     leaves, rest = operands[:n], operands[n:]
-    if not static.transposed:
-        w = widened(static.tree.unflatten(leaves), static.dims)
-        return static.fun(x, w, *rest)
-    if (
-        barrier
-    ):  # a compiler that sees both passes would widen once, and keep the result
+    if barrier:
+        # A compiler that sees both passes, or a loop, would widen once and keep it.
         x, *leaves = lax.optimization_barrier((x, *leaves))
     w = widened(static.tree.unflatten(leaves), static.dims)
+    if not static.transposed:
+        return static.fun(x, w, *rest)
     transpose = jax.linear_transpose(lambda x: static.fun(x, w, *rest), static.x)
     return transpose(x)[0]
 
