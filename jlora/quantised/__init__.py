@@ -10,11 +10,17 @@ from ._axes import (
     split_axis as split_axis,
 )
 from ._encode import Scheme as Scheme, encode as encode
-from ._kinds import KINDS as KINDS
+from ._kinds import KINDS as KINDS, NF4 as NF4
 from ._node import (
     Quantized as Quantized,
     is_quantized as is_quantized,
     like_dense as like_dense,
 )
-from ._pack import Packing as Packing, repacked as repacked
+from ._pack import (
+    Packing as Packing,
+    pack_on_host as pack_on_host,
+    packing as packing,
+    repacked as repacked,
+    unpack_on_host as unpack_on_host,
+)
 from ._shards import shard_counts as shard_counts, shard_specs as shard_specs

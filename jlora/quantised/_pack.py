@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -49,6 +50,27 @@ def pack(codes: jax.Array, how: Packing) -> jax.Array:
     halves = codes.reshape(*before, -1, 2, how.run, *after)
     low, high = (lax.index_in_dim(halves, i, axis + 1, keepdims=False) for i in (0, 1))
     return (low | (high << 4)).reshape(*before, -1, *after)
+
+
+def pack_on_host(codes: np.ndarray, how: Packing) -> np.ndarray:
+    """Returns `pack` of an array on the host."""
+    axis = how.axis % codes.ndim
+    if how.pad:
+        widths = [(0, how.pad if i == axis else 0) for i in range(codes.ndim)]
+        codes = np.pad(codes, widths)
+    before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+    halves = codes.reshape(*before, -1, 2, how.run, *after)
+    low, high = (halves.take(i, axis + 1) for i in (0, 1))
+    return (low | (high << 4)).reshape(*before, -1, *after)
+
+
+def unpack_on_host(packed: np.ndarray, how: Packing) -> np.ndarray:
+    """Returns `unpack` of an array on the host."""
+    axis = how.axis % packed.ndim
+    before, after = packed.shape[:axis], packed.shape[axis + 1 :]
+    bytes_ = packed.reshape(*before, -1, how.run, *after)
+    codes = np.stack([bytes_ & 15, bytes_ >> 4], axis + 1).reshape(*before, -1, *after)
+    return codes.take(range(how.length(packed.shape[axis])), axis) if how.pad else codes
 
 
 def unpack(packed: jax.Array, how: Packing) -> jax.Array:
