@@ -17,7 +17,7 @@ import numpy as np
 from .._tables import listed
 from .._text.json_text import parse_json
 from ..errors import CheckpointError
-from ..quantised import KINDS, Packing, Quantized, is_quantized, packing, repacked
+from ..quantised import KINDS, Packing, Quantized, is_quantized, repacked, usual_packing
 from . import tensors as tensors
 from .disk import Json
 
@@ -71,8 +71,7 @@ def for_file(x: Any) -> Any:
     """
     if not is_quantized(x) or KINDS[x.kind].bits != 4 or x.packing is not None:
         return x
-    axis = max(range(x.ndim), key=lambda i: (x.shape[i] % 2 == 0, x.shape[i]))
-    how = packing(axis - x.ndim, x.shape[axis])
+    how = usual_packing(x.shape, [x.block(i) for i in range(x.ndim)])
     if isinstance(x.codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda q: repacked(q, how), x)
     return repacked(x, how)

@@ -18,8 +18,7 @@ from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree
 from ..quantised import Quantized, is_quantized, like_dense
-from . import tensors as tensors
-from . import coded
+from . import coded, tensors as tensors
 from .beside import put_back
 from .disk import Path, Progress, check_files, reading, told
 from .handles import mark_of
@@ -310,7 +309,7 @@ def write(path: Path, model: Model, progress: Progress = iter) -> None:
       progress: wraps the iteration over the leaves.
 
     Raises:
-      CheckpointError: see `tensors.write`; also if a plain leaf has the name of a tensor
+      CheckpointError: see `tensors.write`; also if a plain leaf is called as a tensor
         of a quantised one.
     """
     forms: dict[str, tensors.Form] = {}

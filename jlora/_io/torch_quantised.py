@@ -10,6 +10,7 @@ References:
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._tables import listed
 from .._text.json_text import parse_json
 from ..errors import CheckpointError
 from ..quantised import NF4, Quantized, pack_on_host, packing
@@ -63,6 +65,16 @@ class Leaf(NamedTuple):
 
 class _UnfitError(ValueError):
     """The tensors of a weight are not what their format says."""
+
+
+def tell_widened(widened: Collection[str], then: str) -> None:
+    """Warns of weights whose codes have no form in jlora; `then` says what happens."""
+    if widened:
+        warnings.warn(
+            "These weights are quantised in a way that jlora.Quantized does not have: "
+            f"{listed(widened, 5, ', ')}. {then}.",
+            stacklevel=3,
+        )
 
 
 def has_scales(names: Collection[str]) -> bool:
@@ -224,7 +236,8 @@ def _read_four_bits(
         wide = table[codes] * np.repeat(scales, state.block)[:size]
         return wide.reshape(state.shape).astype(state.dtype)
     form = _form(state, blocks)
-    codes = pack_on_host(codes.reshape(state.shape), form.packing)
+    how = packing(-1, state.shape[-1])
+    codes = pack_on_host(codes.reshape(state.shape), how)
     return dataclasses.replace(
         form, codes=codes, scales=scales.reshape(form.scales.shape)
     )
@@ -367,8 +380,11 @@ def _float8(
     return Leaf(form, read, (scale, *([inputs] if inputs in slots else [])))
 
 
-def _block(n: int, count: int, usual: int) -> int | None:
-    """Returns the length of blocks along an axis of `n` entries and `count` scales."""
+def _block(n: int, count: int, usual: int) -> int:
+    """Returns the length of blocks along an axis of `n` entries and `count` scales.
+
+    It is 0 if there is none.
+    """
     if count == -(-n // usual):
         return min(n, usual)
-    return n if count == 1 else 1 if count == n else None
+    return n if count == 1 else 1 if count == n else 0

@@ -1,7 +1,7 @@
 """A plan for a model on disk, whose function nobody has."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from .. import paths
 from .._io.disk import Path
@@ -9,6 +9,7 @@ from .._io.models import open_model
 from .._io.torch_models import (
     Facts,
     facts_of,
+    is_head,
     is_table,
     is_torch_named,
     sides,
@@ -18,7 +19,7 @@ from .._plan.plan import Plan
 from .._plan.resolve import resolve
 from .._plan.row import Row
 from .._tables import listed
-from ..config import LoraConfig
+from ..config import LoraConfig, Rule
 from ..errors import ConfigError, TargetError
 from ..factors import Axes
 from ..transform.discover import FACTORED, MERGED, Use
@@ -47,29 +48,17 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
       TargetError: for all that `jlora.plan` refuses, and targets of unknown axes.
 
     Examples:
-      >>> import os, tempfile, numpy as np
+      >>> import os, tempfile, numpy as np, jlora
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     file = os.path.join(folder, "model.safetensors")
-      ...     safetensors(file, {"w": np.ones((2, 3)), "bias": np.ones(3)})
+      ...     jlora.export.safetensors(file, {"w": np.ones((2, 3)), "bias": np.ones(3)})
       ...     flat_plan(file, LoraConfig(rank=1)).adapted
       ('w',)
     """
     if callable(config.targets):
         raise ConfigError("Without a traced function, targets= takes only globs.")
     unknown = "its axes' roles are not known without a trace"
-    shapes = open_model(base).shapes
-    assumed = _assumed({n: tuple(x.shape) for n, x in shapes.items()}, facts_of(base))
-    for rule in config.rules:
-        if rule.axes is not None:
-            for name in paths.select(rule.pattern, shapes):
-                op, _ = assumed.get(name, ("dot_general", _KERNEL))
-                assumed[name] = op, rule.axes
-    rows = []
-    for name, x in shapes.items():
-        shape = tuple(x.shape)
-        use = _assumed_use(name, shape, assumed.get(name))
-        rows.append(Row(name, shape, str(x.dtype), (use,)))
-    found = resolve(tuple(rows), config)
+    found = resolve(assumed_rows(base, config.rules), config)
     guessed = [row.path for row in found if row.spec and row.op == "merged"]
     if guessed:
         raise TargetError(
@@ -84,6 +73,24 @@ def flat_plan(base: Path, config: LoraConfig) -> Plan:
             for row in found
         ),
     )
+
+
+def assumed_rows(base: Path, rules: Sequence[Rule] = ()) -> tuple[Row, ...]:
+    """Returns what is assumed of the leaves of a model on disk, see `flat_plan`."""
+    shapes = open_model(base).shapes
+    assumed = _assumed({n: tuple(x.shape) for n, x in shapes.items()}, facts_of(base))
+    for rule in rules:
+        if rule.axes is not None:
+            for name in paths.select(rule.pattern, shapes):
+                op, _ = assumed.get(name, ("dot_general", _KERNEL))
+                assumed[name] = op, rule.axes
+    rows = []
+    for name, x in shapes.items():
+        shape = tuple(x.shape)
+        use = _assumed_use(name, shape, assumed.get(name))
+        head = is_head(name.removesuffix(".weight").rpartition(".")[2])
+        rows.append(Row(name, shape, str(x.dtype), (use,), head=head))
+    return tuple(rows)
 
 
 def _assumed(

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from .. import paths
+from .._io import coded
 from .._io.disk import Path, check_name, replacing, write_text
 from .._io.folders import replacing_folder
-from .._io.models import of_tree, write
+from .._io.models import QUANTISED, of_tree, write
 from ..errors import CheckpointError, TreeError
 from ..factors import Leaf, PyTree
+from ..quantised import is_quantized
 
 _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
@@ -18,7 +21,9 @@ _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     """Writes parameters as a plain Orbax checkpoint, which is read without jlora.
 
-    Read it with `orbax.checkpoint.StandardCheckpointer().restore(directory, like)`.
+    Read it with `orbax.checkpoint.StandardCheckpointer().restore(directory, like)`, or
+    with `jlora.files.read_params`. Quantised arrays are several arrays each, two codes
+    of four bits in a byte; what is static stands in a JSON file beside.
 
     Args:
       directory: where to write; it appears once everything is written.
@@ -46,13 +51,17 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
             f"{str(directory)!r} is already there. Give another name, or pass "
             "overwrite=True."
         )
+    packed = jax.tree.map(coded.for_file, params, is_leaf=is_quantized)
+    about = coded.metadata_of(paths.flatten(packed)[0])
     try:
         with (
             replacing_folder(directory, "new", overwrite=overwrite) as folder,
             ocp.StandardCheckpointer() as checkpointer,
         ):
-            checkpointer.save(folder / "new", params)
+            checkpointer.save(folder / "new", packed)
             checkpointer.wait_until_finished()
+            if about and jax.process_index() == 0:
+                write_text(folder / "new" / QUANTISED, about[coded.KEY])
     except Exception as error:
         raise CheckpointError(
             f"Not saved in {str(directory)!r} ({type(error).__name__}: {error})."
@@ -62,8 +71,10 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
 def safetensors(path: Path, params: PyTree) -> None:
     """Writes parameters to one safetensors file, each leaf under its path.
 
-    Leaves come to the host one by one. The file is written whole or not at all. For
-    names and axes as `transformers` wants them, see `jlora.peft.save_base`.
+    Leaves come to the host one by one. The file is written whole or not at all. A
+    quantised leaf `w` is the tensors `w.codes` and `w.scales`, described in the
+    metadata; `jlora.files.read_params` reads it. For names and axes as `transformers`
+    wants them, see `jlora.peft.save_base`.
 
     Args:
       path: the file; an existing one is replaced.
@@ -85,7 +96,7 @@ def safetensors(path: Path, params: PyTree) -> None:
     References:
       https://huggingface.co/docs/safetensors
     """
-    _write(path, of_tree(params))
+    write(path, of_tree(params))
 
 
 def stablehlo(

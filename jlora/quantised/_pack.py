@@ -7,6 +7,7 @@ side by side cost a TPU several times the bytes. A shard must hold whole pieces.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,13 @@ def packing(axis: int, n: int, pieces: int = 1) -> Packing:
     """Returns how to pack `axis`, of `n` codes, in pieces that shards can hold."""
     whole = n % (2 * pieces) == 0
     return Packing(axis, n // (2 * pieces) if whole else (n + 1) // 2, n % 2)
+
+
+def usual_packing(shape: Sequence[int], blocks: Sequence[int]) -> Packing:
+    """Returns how to pack codes of a shape: along their blocks, on an even axis."""
+    order = [(b > 1, n % 2 == 0, n) for n, b in zip(shape, blocks, strict=True)]
+    axis = order.index(max(order))
+    return packing(axis - len(shape), shape[axis])
 
 
 def pack(codes: jax.Array, how: Packing) -> jax.Array:
