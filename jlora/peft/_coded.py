@@ -11,8 +11,8 @@ from ..quantised import (
     KINDS,
     Quantized,
     pack_on_host,
-    packing,
     unpack_on_host,
+    usual_packing,
 )
 from . import layers
 from ._places import Cut, Place
@@ -57,11 +57,7 @@ def leaf_of(
         layers.weight_in(grid, _scales(q), scales)
     how = None
     if KINDS[kind].bits == 4:
-        axis = max(
-            range(len(shape)),
-            key=lambda i: (shape[i] % 2 == 0, blocks[i] > 1, shape[i]),
-        )
-        how = packing(axis - len(shape), shape[axis])
+        how = usual_packing(shape, blocks)
         codes = pack_on_host(codes, how)
     return Quantized(codes, scales, None, kind, blocks, np.dtype(dtype), how)
 
