@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from ..factors import Spec
 from ..methods import method_of
+from ..quantised import is_quantized
 from ..transform import compat
 from ..transform.discover import FACTORED, MERGED, WIDENED, Use
 from ..transform.rewrite import rewrite
 from ..transform.stage import Staged
-from ..transform.values import Weight
+from ..transform.values import Weight, leaf
 from .row import Row
 from .weight import adapted_leaf
 
@@ -73,10 +74,13 @@ def _taken(
         return note
 
     def run(inputs: Sequence[Any], parts: Mapping[str, Any]) -> list[jax.Array]:
-        values = list(inputs)
+        values = [
+            leaf(f"argument {i}", x) if is_quantized(x) else x
+            for i, x in enumerate(inputs)
+        ]
         for path, own in parts.items():
             slot = slots[path]
-            values[slot] = adapted_leaf(path, values[slot], adapted[path], *own)
+            values[slot] = adapted_leaf(path, inputs[slot], adapted[path], *own)
         hooks = {"merged": noting(MERGED), "widened": noting(WIDENED), "used": used}
         return rewrite(staged.code, values, key=None, form="factored", **hooks)
 
