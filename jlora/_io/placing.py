@@ -1,11 +1,11 @@
 """Leaves read from disk, put where they shall lie; quantised on the way if asked."""
 
 import functools
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._core.quantize import encoders
@@ -25,6 +25,8 @@ from ..quantised import (
     shard_counts,
     shard_specs,
 )
+
+_PAGES = 2**18  # bytes from which an array gets pages of its own
 
 Quantize = str | Mapping[str, Any] | None  # a kind, or options of `jlora.quantize`
 Encoder = Callable[[Any], Quantized]
@@ -87,21 +89,37 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
         return _placed(path, x, where)
     if encoder is not None and not is_finite(x):
         raise TreeError(f"Not quantised: {path!r} holds NaN or infinity.")
-    out = jnp.asarray(x) if where is None else jax.device_put(x, where)
-    return out if encoder is None else encoder(out)
+    out = jax.device_put(x, where)
+    if encoder is None:
+        return out
+    # Not in the background, where leaves to be quantised would wait in a queue.
+    return jax.tree.map(_set_apart, jax.block_until_ready(encoder(out)))
+
+
+def _set_apart(x: jax.Array) -> jax.Array:
+    """Returns an array on the host in pages of its own.
+
+    Between arrays that stay, the heap keeps holes of those that do not: a third of the
+    model that is read.
+    """
+    devices = x.sharding.device_set
+    if x.nbytes < _PAGES or len(devices) > 1 or next(iter(devices)).platform != "cpu":
+        return x
+    own = np.frombuffer(mmap.mmap(-1, x.nbytes), x.dtype).reshape(x.shape)
+    own[...] = np.asarray(x)
+    return jax.device_put(own, x.sharding)
 
 
 def _placed(path: str, q: Quantized, where: Any) -> Quantized:
     if not isinstance(where, jax.sharding.NamedSharding):
-        put = jnp.asarray if where is None else functools.partial(_put, where=where)
+        put = functools.partial(_put, where=where)
         return _stored(jax.tree.map(put, q), where)
     entries = [*where.spec, *(None for _ in range(q.ndim - len(where.spec)))]
     sizes = dict(where.mesh.shape)
     how = q.packing
-    if how is not None:
-        count = shard_counts(entries, sizes)[how.axis]
-        again = packing(how.axis, q.shape[how.axis], count)
-        q = q if how.run % again.run == 0 and count == 1 else repacked(q, again)
+    count = 1 if how is None else shard_counts(entries, sizes)[how.axis]
+    if how is not None and count > 1:  # each shard holds both codes of a byte
+        q = repacked(q, packing(how.axis, q.shape[how.axis], count))
     specs = shard_specs(q, entries, sizes)
     if isinstance(specs, str):
         raise TreeError(
@@ -114,7 +132,7 @@ def _placed(path: str, q: Quantized, where: Any) -> Quantized:
     return _stored(put, where)
 
 
-def _put(x: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+def _put(x: np.ndarray, where: Any) -> jax.Array:
     return jax.device_put(x, where)
 
 

@@ -157,9 +157,9 @@ def load_base_partial(
         if not misfits:
             x, own = _read_leaf(arrays[name], found, slots, dtype)
             widened += own
-            leaves[name] = placed_leaf(
-                name, x, arrays[name], None if is_quantized(x) else encoder
-            )
+            encoder = None if is_quantized(x) else encoder
+            leaves[name] = placed_leaf(name, x, arrays[name], encoder)
+            del x  # before the next leaf is read
         wrong += misfits
         wrong += [
             f"{twin} and {key} are one leaf, their numbers differ"
