@@ -206,7 +206,8 @@ def faults(q: Quantized) -> list[str]:
             continue
         shape = tuple(x.shape)
         fits = len(shape) == ndim and all(
-            n in (1, count) for n, count in zip(shape, counts, strict=True)
+            n == count or (n == 1 and field == "offset")
+            for n, count in zip(shape, counts, strict=True)
         )
         if not fits:
             found.append(f"{field} {list(shape)}, blocks {q.blocks} need {counts}")

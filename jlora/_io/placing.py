@@ -87,13 +87,18 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
     where = getattr(like, "sharding", None)
     if is_quantized(x):
         return _placed(path, x, where)
-    if encoder is not None and not is_finite(x):
-        raise TreeError(f"Not quantised: {path!r} holds NaN or infinity.")
-    out = jax.device_put(x, where)
     if encoder is None:
-        return out
+        return jax.device_put(x, where)
+    check_finite(path, x)
+    out = jax.device_put(x, where)
     # Not in the background, where leaves to be quantised would wait in a queue.
     return jax.tree.map(_set_apart, jax.block_until_ready(encoder(out)))
+
+
+def check_finite(path: str, x: np.ndarray) -> None:
+    """Raises a TreeError if an array to be quantised holds NaN or infinity."""
+    if not is_finite(x):
+        raise TreeError(f"Not quantised: {path!r} holds NaN or infinity.")
 
 
 def _set_apart(x: jax.Array) -> jax.Array:
