@@ -134,6 +134,12 @@ def open_model(path: Path) -> Model:
     slots, metadata = open_tensors(path)
     leaves, refused = leaves_in(slots, metadata, path)
     coded_ = {name: x for name, x in leaves.items() if isinstance(x, CodedSlot)}
+
+    def pieces(name: str) -> Iterable[tensors.Buffer]:
+        if name in coded_:
+            return [tensors.raw(coded_[name].read())]
+        return slots[name].pieces()
+
     return Model(
         {
             name: x.form
@@ -142,7 +148,7 @@ def open_model(path: Path) -> Model:
             for name, x in leaves.items()
         },
         lambda name: leaves[name].read(),
-        lambda name: slots[name].pieces(),
+        pieces,
         {key: text for key, text in metadata.items() if key != coded.KEY},
         refused,
         tuple(x.widened for x in coded_.values() if x.widened),

@@ -194,8 +194,13 @@ def _four_bits(name: str, state_name: str, slots: Mapping[str, Slot]) -> Leaf:
             f"{names['absmax']} is {list(absmax.shape)}, blocks of {state.block} in "
             f"{list(state.shape)} need {-(-size // state.block)}"
         )
-    if math.prod(slots[names["quant_map"]].shape) != 16:
+    table = slots[names["quant_map"]]
+    if math.prod(table.shape) != 16:
         raise _UnfitError(f"{names['quant_map']} does not have 16 numbers")
+    own = table.read().reshape(-1).astype(np.float32)
+    if state.kind == "nf4" and not np.allclose(own, NF4, rtol=0, atol=1e-7):
+        raise _UnfitError(f"{names['quant_map']} is not the table of nf4")
+    _check_nested(names, state, slots)
     read = functools.partial(_read_four_bits, name, names, state, slots)
     told = (*names.values(), state_name)
     blocks = _blocks(state.shape, state.block)
@@ -230,8 +235,6 @@ def _read_four_bits(
     table = slots[names["quant_map"]].read().reshape(-1).astype(np.float32)
     scales = _absmax(names, state, slots)
     blocks = _blocks(state.shape, state.block)
-    if state.kind == "nf4" and not np.allclose(table, NF4, rtol=0, atol=1e-7):
-        raise CheckpointError(f"{names['quant_map']} is not the table of nf4.")
     if state.kind != "nf4" or blocks is None:
         wide = table[codes] * np.repeat(scales, state.block)[:size]
         return wide.reshape(state.shape).astype(state.dtype)
@@ -241,6 +244,22 @@ def _read_four_bits(
     return dataclasses.replace(
         form, codes=codes, scales=scales.reshape(form.scales.shape)
     )
+
+
+def _check_nested(
+    names: Mapping[str, str], state: _State, slots: Mapping[str, Slot]
+) -> None:
+    """Raises an _UnfitError if quantised scales are not what their sizes say."""
+    if state.nested_block is None:
+        return
+    absmax, table, second = (
+        slots[names[end]] for end in ("absmax", "nested_quant_map", "nested_absmax")
+    )
+    if absmax.dtype != np.uint8 or math.prod(table.shape) != 256:
+        raise _UnfitError(f"{names['absmax']} is not of 256 codes")
+    count = -(-math.prod(absmax.shape) // state.nested_block)
+    if math.prod(second.shape) != count:
+        raise _UnfitError(f"{names['nested_absmax']} does not have {count} numbers")
 
 
 def _absmax(
@@ -254,10 +273,6 @@ def _absmax(
         slots[names[end]].read().reshape(-1).astype(np.float32)
         for end in ("nested_quant_map", "nested_absmax")
     )
-    if absmax.dtype != np.uint8 or table.size != 256:
-        raise CheckpointError(f"{names['absmax']} is not of 256 codes.")
-    if second.size != -(-absmax.size // state.nested_block):
-        raise CheckpointError(f"{names['nested_absmax']} has {second.size} numbers.")
     wide = table[absmax] * np.repeat(second, state.nested_block)[: absmax.size]
     return wide + np.float32(state.nested_offset)
 
@@ -357,7 +372,7 @@ def _float8(
         counts = (counts[0], *(1 for _ in codes.shape[1:]))
     usual = (*(1 for _ in codes.shape[:-2]), *facts.block)[-ndim:] if ndim else ()
     blocks = [_block(*three) for three in zip(codes.shape, counts, usual, strict=False)]
-    if ndim < 2 or len(counts) != ndim or None in blocks:
+    if ndim < 2 or len(counts) != ndim or 0 in blocks:
         raise _UnfitError(
             f"{list(held.shape)} scales for {list(codes.shape)}, in blocks of "
             f"{list(facts.block)}"
