@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .._core.quantize import encoders
-from .._core.tree import placed_as
+from .._core.tree import coded_as
 from .._numerics import is_finite
 from .._plan.plan import Plan
 from ..errors import ConfigError, TreeError
@@ -17,7 +17,6 @@ from ..factors import Leaf
 from ..quantised import (
     KINDS,
     Quantized,
-    encode_like,
     is_quantized,
     like_dense,
     packing,
@@ -46,7 +45,7 @@ def encoders_for(
       ConfigError: if `quantize` is none of these, or `plan` comes without it.
     """
     found: dict[str, Encoder] = {
-        path: functools.partial(_coded_as, x)
+        path: functools.partial(coded_as, x)
         for path, x in leaves.items()
         if is_quantized(x)
     }
@@ -64,11 +63,6 @@ def encoders_for(
             "quantize takes a kind or a mapping of the options of jlora.quantize, got "
             f"{quantize!r}: {error}."
         ) from error
-
-
-def _coded_as(q: Quantized, x: jax.Array) -> Quantized:
-    made = encode_like(x, q)
-    return jax.tree.map(lambda own, x: placed_as(own, x), q, made)
 
 
 def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Leaf:

@@ -75,11 +75,19 @@ _CONFIG = [
 
 
 _QUANTIZE = [
-    click.option("--kind", default="nf4", help="nf4 (the default), int8 or int4."),
+    click.option(
+        "--kind",
+        type=click.Choice(["nf4", "int8", "int4"]),
+        default="nf4",
+        show_default=True,
+        help="What a code is.",
+    ),
     click.option("--targets", multiple=True, help="Glob over paths; repeatable."),
     click.option("--block", type=click.IntRange(2), help="Numbers that share a scale."),
     click.option("--double", is_flag=True, help="Quantise the scales too, to 8 bits."),
-    click.option("--scale-dtype", default="float32", help="Such as bfloat16."),
+    click.option(
+        "--scale-dtype", default="float32", show_default=True, help="Of the scales."
+    ),
 ]
 
 

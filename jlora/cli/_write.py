@@ -11,6 +11,7 @@ from .._io.disk import Json
 from .._io.models import open_model
 from .._io.torch_models import facts_of, is_torch_named, tie_of
 from ..config import LoraConfig
+from ..errors import CheckpointError
 from ..factors import Trainable
 from ..quantised import is_quantized
 from . import _options as options
@@ -76,6 +77,9 @@ def quantize(
     function says which weights are those of linear operations, and along which axes.
     """
     _check_free(out, overwrite, base)
+    kind = files.detect(base)
+    if kind != "model":
+        raise CheckpointError(f"{base!r} is an adapter ({kind}): give its model.")
     plan = None if model is None else planned(model, {"config": None})
     own: Json = {**scheme, "targets": scheme.get("targets") or None}
     export.quantize_files(base, out, plan, **own, progress=bar("quantising"))
