@@ -29,4 +29,5 @@ from ._pack import (
     unpack_on_host as unpack_on_host,
     usual_packing as usual_packing,
 )
+from ._qwix import from_qwix as from_qwix, is_qarray as is_qarray
 from ._shards import shard_counts as shard_counts, shard_specs as shard_specs

@@ -11,6 +11,7 @@ import pytest
 import jlora
 from jlora import peft
 from jlora._io.models import open_model
+from jlora._io.torch_quantised import NF4
 from jlora.peft import Entry, NameMap
 from tests.helpers import normal
 from tests.peft import file_cases
@@ -119,7 +120,7 @@ def four_bits(**changes):
     held = {
         "up.weight": np.zeros((256, 1), "uint8"),
         "up.weight.absmax": np.ones(8, "float32"),
-        "up.weight.quant_map": np.array(jlora.quantised.NF4, "float32"),
+        "up.weight.quant_map": np.array(NF4, "float32"),
         "up.weight.quant_state.bitsandbytes__nf4": np.frombuffer(text, "uint8"),
     }
     held |= changes
