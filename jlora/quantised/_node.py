@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ class Quantized:
             return f"Quantized({fields}, kind={self.kind!r})"
 
 
-def is_quantized(x: object) -> bool:
+def is_quantized(x: object) -> TypeGuard[Quantized]:
     """Returns whether `x` is a quantised array."""
     return isinstance(x, Quantized)
 
