@@ -2,18 +2,28 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jlora._tables import nbytes
 
-from . import adapters, common, floor, growth, methods, overheads, quality, tpu
+from . import (
+    adapters,
+    common,
+    fits,
+    floor,
+    growth,
+    methods,
+    overheads,
+    quality,
+    quantised,
+    tpu,
+)
 from .peers import runner
+from .plots import PLOTS, STYLE
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOP = f"""\
@@ -57,31 +67,6 @@ REASONS = """\
 - *Time on a CPU* at small widths goes to the same passes, because the matrix products
   are small themselves.
 """
-COLORS = {
-    common.FLOOR: "#64748b",
-    common.STRICT: "#94a3b8",
-    common.JLORA: "#ea580c",
-    growth.ADDED: "#0d9488",
-    "side path, autodiff": "#2563eb",
-    "merge on the fly": "#7c3aed",
-    "full fine-tune": "#0f172a",
-}
-# Readable on a light and on a dark page: the figures bring their own ground.
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "jlora",
-    "font.family": "sans-serif",
-    "figure.facecolor": "#f8fafc",
-    "axes.facecolor": "#f8fafc",
-    "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#0f172a",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e2e8f0",
-    "text.color": "#0f172a",
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
-}
 
 
 def markdown(columns: common.Columns, left: int = 1) -> str:
@@ -336,116 +321,57 @@ def adapters_section(found: common.Figures) -> str:
     return "\n".join(parts)
 
 
-def multiples(axes: Axes, cases: Sequence[common.Figures]) -> None:
-    """Draws step times as multiples of the floor, a group of bars for each model."""
-    names = [n for n in common.STEPS if n not in (common.FLOOR, common.STRICT)]
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        widths = []
-        for case in cases:
-            rows = case["training"]
-            low, own = common.row_of(rows, common.FLOOR), common.row_of(rows, name)
-            widths.append(own["seconds"] / low["seconds"])
-        places = [y + (i - (len(names) - 1) / 2) * height for y in range(len(cases))]
-        bars = axes.barh(places, widths, height, color=COLORS[name], label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_yticks(range(len(cases)), [floor.label(case["case"]) for case in cases])
-    axes.invert_yaxis()
-    axes.axvline(1, color=COLORS[common.FLOOR], linestyle="--", label="floor")
-    axes.set_xlabel("step time as a multiple of the floor")
+def quantised_section(found: common.Figures) -> str:
+    """Returns the text on `quantised`: a table for each target, and the times."""
+    titles = {
+        "cpu remat": "CPU, layers rematerialised",
+        "cpu kept": "CPU, nothing rematerialised",
+        "tpu remat": "One TPU v5e chip, ahead of time",
+        "gpu remat": "One H100, ahead of time",
+    }
+    parts = [
+        "## A quantised base\n",
+        "The gradient of A and B over codes, over the same model in bfloat16 (`bf16`), "
+        "and as qwix computes it. *Floor* is the frozen model with gradients to its "
+        "input. A, B and the scales have the model's dtype. The compiler counts the "
+        "body of a scan once in the bytes moved.\n",
+    ]
+    tables = found["tables"]
+    for name in [*(n for n in titles if n in tables)]:
+        own = tables[name]
+        size = own["model"]
+        parts += [
+            f"### {titles[name]}\n",
+            f"{source(own['environment'])}\n{size['layers']} scanned, gated layers of "
+            f"width {size['width']}, {size['batch']} × {size['length']} tokens, "
+            f"{size['dtype']}.\n",
+            markdown(quantised.columns(own["rows"])),
+        ]
+    if "cpu time" in tables:
+        own = tables["cpu time"]
+        size = own["model"]
+        parts += [
+            "### Time on a CPU\n",
+            f"{source(own['environment'])}\n{size['layers']} gated layers of width "
+            f"{size['width']}, {size['batch']} × {size['length']} tokens, "
+            f"{size['dtype']}; steps took turns.\n",
+            markdown(quantised.time_columns(own["rows"])),
+        ]
+    return "\n".join(parts)
 
 
-def floor_plot(found: common.Figures) -> Figure | None:
-    """Returns the plot of step times, if steps were timed."""
-    cases = [c for c in found["cases"] if "seconds" in c["training"][0]]
-    if not cases:
-        return None
-    figure = Figure(figsize=(9, 1.2 + 0.9 * len(cases)), layout="constrained")
-    multiples(figure.subplots(), cases)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    return figure
-
-
-def tpu_plot(found: common.Figures) -> Figure:
-    """Returns the plot of bytes moved and of peak memory."""
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = found["rows"]
-    names = [row["step"] for row in rows]
-    for axes, field, unit, text in (
-        (left, "bytes", 1e9, "GB moved"),
-        (right, "peak_bytes", 2**30, "peak GiB"),
-    ):
-        values = [row[field] / unit for row in rows]
-        bars = axes.barh(names, values, color=[COLORS[name] for name in names])
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-        axes.set_xlabel(text)
-    left.invert_yaxis()
-    return figure
-
-
-def growth_plot(found: common.Figures) -> Figure:
-    """Returns a panel for each figure and axis, in logarithms."""
-    rows = found["rows"]
-    fields = [f for f in growth.FIELDS if f in rows[0]]
-    names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure = Figure(
-        figsize=(2.4 * len(names), 1.9 * len(fields) + 0.5), layout="constrained"
+def fits_section(found: common.Figures) -> str:
+    """Returns the text on `fits`."""
+    return "\n".join(
+        (
+            "### Large models on small chips\n",
+            f"{source(found['environment'])}\nOne step of AdamW on A and B of all "
+            f"linear weights, rank {found['rows'][0]['rank']}, layers scanned and "
+            "rematerialised, over eight chips with the base cut along the model's "
+            "width. GiB a chip; a chip has 16 GB.\n",
+            markdown(fits.columns(found["rows"]), left=2),
+        )
     )
-    panels = figure.subplots(len(fields), len(names), squeeze=False, sharex="col")
-    for i, field in enumerate(fields):
-        for axes, axis in zip(panels[i], names, strict=True):
-            for step in (common.FLOOR, common.JLORA, growth.ADDED):
-                values, cost = growth.curve(rows, axis, step, field)
-                shown = [c if c > 0 else float("nan") for c in cost]
-                axes.loglog(values, shown, "o-", ms=3, color=COLORS[step], label=step)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.grid(visible=True)
-        panels[i][0].set_ylabel(growth.FIELDS[field])
-    for axes, axis in zip(panels[-1], names, strict=True):
-        axes.set_xlabel(axis)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def quality_plot(found: common.Figures) -> Figure:
-    """Returns test accuracy of each run, and the training loss of some."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    table = quality.rows(found["results"])
-    for i, row in enumerate(table):
-        baseline = row["group"] == "baseline"
-        color = COLORS["full fine-tune" if baseline else common.JLORA]
-        left.plot([min(row["each"]), max(row["each"])], [i, i], color="#94a3b8")
-        left.plot(row["accuracy"], i, "o", color=color, ms=5)
-    left.set_yticks(
-        range(len(table)), [f"{r['run']} ({r['trained']:,})" for r in table], fontsize=7
-    )
-    left.invert_yaxis()
-    left.set_xlabel("test accuracy, mean and range of seeds")
-    for name, color in (
-        ("head only", COLORS["merge on the fly"]),
-        ("full fine-tune", COLORS["full fine-tune"]),
-        ("LoRA, rank 8, q and v", COLORS[common.JLORA]),
-        ("DoRA, rank 8, q and v", COLORS["side path, autodiff"]),
-        ("PiSSA, rank 8, q and v", COLORS[growth.ADDED]),
-    ):
-        own = [r["train_loss"] for r in found["results"] if r["run"] == name]
-        if own:
-            mean = [sum(step) / len(step) for step in zip(*own, strict=True)]
-            smooth = [
-                sum(mean[max(0, i - 9) : i + 1]) / min(i + 1, 10)
-                for i in range(len(mean))
-            ]
-            right.plot(smooth, color=color, label=name)
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of ten steps")
-    right.legend(frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.grid(visible=True)
-    return figure
 
 
 SECTIONS: dict[str, Callable[[Any], str]] = {
@@ -454,15 +380,11 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "peers": peers_section,
     "growth": growth_section,
     "overheads": overheads_section,
+    "quantised": quantised_section,
+    "fits": fits_section,
     "adapters": adapters_section,
     "methods": methods_section,
     "quality": quality_section,
-}
-PLOTS: dict[str, Callable[[Any], Figure | None]] = {
-    "floor": floor_plot,
-    "tpu": tpu_plot,
-    "growth": growth_plot,
-    "quality": quality_plot,
 }
 
 

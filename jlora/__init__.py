@@ -61,7 +61,7 @@ from .factors import (
 )
 from .inspection._report import Report as Report, report as report
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
-from .quantised import Quantized as Quantized
+from .quantised import Quantized as Quantized, from_qwix as from_qwix
 
 if TYPE_CHECKING:
     from . import (
@@ -115,6 +115,7 @@ __all__ = [
     "export",
     "extract",
     "files",
+    "from_qwix",
     "gradient_statistics",
     "inspection",
     "load",

@@ -15,11 +15,20 @@ from ._encode import (
     encode as encode,
     encode_like as encode_like,
 )
-from ._kinds import KINDS as KINDS
+from ._kinds import KINDS as KINDS, NF4 as NF4
 from ._node import (
     Quantized as Quantized,
     is_quantized as is_quantized,
     like_dense as like_dense,
 )
-from ._pack import Packing as Packing, repacked as repacked
+from ._pack import (
+    Packing as Packing,
+    pack_on_host as pack_on_host,
+    packing as packing,
+    repacked as repacked,
+    unpack as unpack,
+    unpack_on_host as unpack_on_host,
+    usual_packing as usual_packing,
+)
+from ._qwix import from_qwix as from_qwix, is_qarray as is_qarray
 from ._shards import shard_counts as shard_counts, shard_specs as shard_specs

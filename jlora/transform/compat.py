@@ -95,6 +95,11 @@ def bind(eqn: Equation, *values: Any) -> list[jax.Array]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def rebind(eqn: Equation, x: Any, **changes: Any) -> jax.Array:
+    """Binds `eqn`, of one operand and result, on `x`, with some parameters changed."""
+    return bind(eqn.replace(params={**eqn.params, **changes}), x)[0]
+
+
 @contextlib.contextmanager
 def at(eqn: Equation) -> Iterator[None]:
     """Makes equations bound inside have the source line, names and context of `eqn`."""

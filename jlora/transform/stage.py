@@ -6,8 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..quantised import Quantized, is_quantized, like_dense
+from ..quantised import Quantized, is_qarray, is_quantized, like_dense
 from . import compat
+
+_OF_QWIX = (
+    "The parameters hold quantised arrays of qwix (QArray). Give the plain function "
+    "jlora.from_qwix(params), which jlora computes with."
+)
 
 
 class Staged(NamedTuple):
@@ -59,7 +64,12 @@ def stage(
         return [x for x in out if is_array(x)]
 
     inputs = [leaves[i] for i in slots]
-    code = compat.stage(flat, *map(like_dense, inputs))
+    try:
+        code = compat.stage(flat, *map(like_dense, inputs))
+    except Exception as error:
+        if any(map(is_qarray, jax.tree.leaves(params, is_leaf=is_qarray))):
+            error.add_note(_OF_QWIX)
+        raise
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         rest = iter(arrays)

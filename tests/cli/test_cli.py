@@ -482,6 +482,38 @@ def test_peft_that_is_not_understood_is_refused(folder, call):
     fails(call("inspect", "other"), 1, "use_qalora")
 
 
+# quantize
+
+
+def test_quantize_writes_what_the_library_would(folder, call):
+    out = fine(call("quantize", "base.safetensors", "q.safetensors", "--kind", "int8"))
+    assert re.fullmatch(r"q.safetensors: quantised \d+, dense \d+, bytes [\d,]+\n", out)
+    codes = jlora.quantize({**PARAMS, "head": jnp.zeros(3)}, kind="int8")
+    read = jlora.files.read_params("q.safetensors")
+    ours, theirs = (jlora.paths.flatten(tree)[0] for tree in (read, codes))
+    for path, q in theirs.items():
+        for x, y in zip(*map(jax.tree.leaves, (ours[path], q)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    shown = json.loads(fine(call("inspect", "one.safetensors", "--base",
+                                 "q.safetensors", "--json")))  # fmt: skip
+    assert shown["base"]["int8"] > 0
+    options = "--kind", "nf4", "--block", "32", "--double", "--scale-dtype", "bfloat16"
+    fine(call("quantize", "base.safetensors", "d.safetensors", *options))
+    found = jlora.paths.flatten(jlora.files.read_params("d.safetensors"))[0]
+    q = next(x for x in found.values() if isinstance(x, jlora.Quantized))
+    assert q.scales.kind == "int8"
+
+
+def test_quantize_refuses(folder, call):
+    base = "base.safetensors"
+    fails(call("quantize", base, "q", "--kind", "nf5"), 2, "'nf5' is not one of")
+    fails(call("quantize", base, base, "--overwrite"), 2, "is the input")
+    fails(call("quantize", base, "one.safetensors"), 2, "Say --overwrite")
+    fails(call("quantize", base, "q", "--targets", "nowhere/*"), 1, "matched none of")
+    fails(call("quantize", base, "q", "--scale-dtype", "int8"), 1, "scale_dtype must")
+    assert not (folder / "q").exists()
+
+
 # The page of the command.
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "cli.md").read_text()
@@ -515,7 +547,17 @@ def test_wrong_calls_are_one_line(folder, call):
 
 
 @pytest.mark.parametrize(
-    "name", ["inspect", "plan", "merge", "convert", "diff", "extract", "validate"]
+    "name",
+    [
+        "inspect",
+        "plan",
+        "quantize",
+        "merge",
+        "convert",
+        "diff",
+        "extract",
+        "validate",
+    ],
 )
 def test_each_command_has_help_and_json(call, name):
     out = fine(call(name, "--help"))

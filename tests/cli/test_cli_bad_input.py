@@ -111,6 +111,7 @@ READS = [
     "merge @ good.safetensors out",
     "merge base.safetensors @ out",
     "merge torch.safetensors @ out",
+    "quantize @ out",
     "convert @ out.safetensors",
     "convert @ out --to orbax",
     "convert @ out --to file --base torch.safetensors",
@@ -120,7 +121,7 @@ READS = [
     "plan bad_model:number --config @",
     "inspect good.safetensors --names @",
 ]
-# The base is looked at only for PEFT.
+# Names are looked at only for PEFT, and of another base how it is stored.
 UNUSED = ("inspect good.safetensors --base @", "inspect good.safetensors --names @")
 
 
@@ -161,6 +162,7 @@ def test_what_cannot_be_read_is_one_line(folder, capfd, command):
 
 WRITES = [
     "merge base.safetensors good.safetensors @ --overwrite",
+    "quantize base.safetensors @ --overwrite",
     "convert good.safetensors @ --to file --overwrite",
     "convert good.safetensors @ --to peft --overwrite",
     "convert good.safetensors @ --to orbax --overwrite",
