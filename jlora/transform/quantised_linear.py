@@ -74,8 +74,13 @@ def base_product(
     leaves, tree = jax.tree.flatten(w)
     if has_typed_placement(x) or any(map(has_typed_placement, leaves)):
         # A type that names mesh axes is inferred by JAX's own primitives only.
-        again = jax.checkpoint(lambda x, w, *rest: fun(x, widened(w, dims), *rest))
-        return again(x, w, *rest)
+
+        def again(x: jax.Array, *operands: jax.Array) -> jax.Array:
+            leaves, rest = operands[: tree.num_leaves], operands[tree.num_leaves :]
+            leaves = after_p.bind(x, *leaves)
+            return fun(x, widened(tree.unflatten(leaves), dims), *rest)
+
+        return jax.checkpoint(again)(x, *leaves, *rest)
     out = kind(eqn.outvars[0])
     out = shaped(out.shape, out.dtype)
     x_type = shaped(jnp.shape(x), jnp.result_type(x))
@@ -181,6 +186,31 @@ def _base_product(eqn: Any) -> tuple[Primitive, Sequence[Any], dict[str, Any]]:
     base = eqn.params["static"].eqn
     return base.primitive, [v.aval for v in base.invars], base.params
 
+
+def _barrier(*operands: jax.Array) -> list[jax.Array]:
+    return list(lax.optimization_barrier(operands)[1:])
+
+
+# `(x, *leaves) -> leaves`, which are not known before `x` is: so no loop, of which they
+# are constants, widens them before its first step. A TPU's compiler does not anyway.
+after_p = Primitive("after")
+after_p.multiple_results = True
+after_p.def_impl(lambda _, *leaves: list(leaves))
+after_p.def_abstract_eval(lambda _, *leaves: list(leaves))
+ad.primitive_jvps[after_p] = lambda primals, tangents: (
+    after_p.bind(*primals),
+    list(tangents[1:]),
+)
+batching.primitive_batchers[after_p] = lambda operands, axes: (
+    after_p.bind(*operands),
+    list(axes[1:]),
+)
+mlir.register_lowering(after_p, mlir.lower_fun(_barrier, multiple_results=True))
+mlir.register_lowering(
+    after_p,
+    mlir.lower_fun(lambda _, *leaves: list(leaves), multiple_results=True),
+    platform="tpu",
+)
 
 quantised_linear_p = Primitive("quantised_linear")
 policies_see(quantised_linear_p, _base_product)
