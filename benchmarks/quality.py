@@ -31,12 +31,14 @@ class Run:
       config: what is trained.
       lr: learning rate of the factors, or of all weights.
       ratio: the rate of B over that of A.
+      base: how the frozen weights are stored, see `common.stored`.
     """
 
     group: str
     config: jlora.LoraConfig
     lr: float = 1e-3
     ratio: float = 1.0
+    base: str = "float32"
 
 
 def lora(targets: Any = QV, **settings: Any) -> jlora.LoraConfig:
@@ -61,6 +63,10 @@ RUNS = {
     "VeRA, rank 256, q and v": Run(
         "method", lora(rank=256, alpha=256, method="vera"), lr=1e-2
     ),
+    **{
+        f"LoRA, rank 8, q and v, base in {base}": Run("base", lora(), base=base)
+        for base in common.STORED
+    },
 }
 
 
@@ -81,6 +87,7 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
     plan = jlora.plan(found.model.apply, found.variables, *x, config=run.config)
     key = jax.random.key(options.seed)
     frozen, trainable = jlora.split(key, found.variables, plan)
+    frozen = common.stored(frozen, plan, run.base)
     state = loop.create_state(
         jlora.apply_lora(found.model.apply),
         trainable,
@@ -104,6 +111,8 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
         "group": run.group,
         "seed": options.seed,
         "trained": plan.trained_count,
+        "base_bytes": common.nbytes(frozen),
+        "commit": common.commit(),
         "seconds": history.seconds,
         "accuracy": history.test[-1].accuracy,
         "test": [point._asdict() for point in history.test],
