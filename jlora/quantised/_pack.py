@@ -56,7 +56,8 @@ def unpack(packed: jax.Array, how: Packing) -> jax.Array:
     axis = how.axis % packed.ndim
     before, after = packed.shape[:axis], packed.shape[axis + 1 :]
     bytes_ = packed.reshape(*before, -1, 1, how.run, *after)
-    shift = jnp.array([0, 4], jnp.uint8).reshape(2, *(1 for _ in (0, *after)))
+    halves = [2 if i == axis + 1 else 1 for i in range(bytes_.ndim)]
+    shift = jnp.array([0, 4], jnp.uint8).reshape(halves)
     codes = ((bytes_ >> shift) & 15).reshape(*before, -1, *after)
     if how.pad:
         codes = lax.slice_in_dim(codes, 0, how.length(packed.shape[axis]), axis=axis)
