@@ -1,18 +1,25 @@
-"""Adapters of any format: detect the format, read and write."""
+"""Adapters and models of any format: detect the format, read and write."""
 
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import checkpoint
 from ._io import adapter_file, tensors
 from ._io.disk import Json, Path, reading, told
-from ._io.models import is_orbax_tree, open_model
+from ._io.models import is_orbax_tree, nested, open_model
 from ._io.paired import places
+from ._io.placing import Quantize, encoders_for, placed
 from ._io.torch_models import facts_of
+from ._io.torch_quantised import tell_widened
+from ._plan.plan import Plan
+from ._tables import listed
 from .errors import CheckpointError
-from .factors import Trainable
+from .factors import PyTree, Trainable
+from .paths import flatten
+from .quantised import is_quantized
 
 if TYPE_CHECKING:
     from .peft import NameMap
@@ -103,6 +110,85 @@ def read(
         f"{str(path)!r} is a model, not an adapter. `jlora extract` makes an adapter "
         "from a fine-tuned model and its base."
     )
+
+
+def read_params(
+    path: Path,
+    params: PyTree = None,
+    *,
+    quantize: Quantize = None,
+    plan: Plan | None = None,
+) -> PyTree:
+    """Returns the parameters of the model at `path`, leaf by leaf.
+
+    Beside the result no more than one leaf is in memory: with `quantize`, never the
+    dense model. Leaves have the names that `export.safetensors` and `export.orbax` give
+    them; for a model of Hugging Face see `jlora.peft.load_base`.
+
+    Args:
+      path: safetensors, one file or a directory with its shards, or Orbax.
+      params: the tree that the leaves shall have, of arrays or
+        `jax.ShapeDtypeStruct`s; a leaf that has a sharding is put there. None gives
+        nested dicts.
+      quantize: a kind, such as `"nf4"`, or a mapping of options of `jlora.quantize`,
+        such as `{"kind": "nf4", "double": True}`: weights are quantised as they come.
+      plan: with `quantize`: which leaves, and along which axes.
+
+    Raises:
+      CheckpointError: if there is no model, it is damaged, or quantised in a format
+        that jlora does not read; lists all leaves that are missing, extra or misshapen.
+      ConfigError: for `quantize` or `plan`, see `jlora.quantize`.
+      TreeError: for `quantize` or `plan`, see `jlora.quantize`.
+
+    Warns:
+      UserWarning: names quantised leaves that were widened, as `Quantized` does not
+        have their blocks.
+
+    Examples:
+      >>> import os, tempfile, jax.numpy as jnp, jlora
+      >>> params = {"up": {"kernel": jnp.ones((128, 4)), "bias": jnp.zeros(4)}}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "model.safetensors")
+      ...     jlora.export.safetensors(file, params)
+      ...     read_params(file, quantize="nf4")["up"]["kernel"]
+      Quantized(nf4 of float32[128,4], blocks (64, 1), 288 bytes)
+    """
+    model = open_model(path)
+    if model.refused:
+        raise CheckpointError(
+            f"{str(path)!r}: {listed(list(model.refused.values()), 3)}."
+        )
+    if params is None:
+        wanted, unflatten = model.shapes, None
+    else:
+        wanted, treedef = flatten(params)
+        unflatten = treedef.unflatten
+        _check_leaves(path, model.shapes, wanted)
+    encoders = encoders_for(model.shapes if params is None else wanted, plan, quantize)
+    tell_widened(model.widened, "They are dense in the result")
+    leaves = {}
+    for name, like in wanted.items():
+        x = model.read(name)
+        encoder = None if is_quantized(x) else encoders.get(name)
+        leaves[name] = placed(name, x, like, encoder)
+    return nested(leaves) if unflatten is None else unflatten(leaves.values())
+
+
+def _check_leaves(
+    path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Raises a CheckpointError that lists which leaves of a model are not as wanted."""
+    wrong = [f"{name!r} is missing" for name in wanted if name not in found]
+    wrong += [f"{name!r} is extra" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        own = [(tuple(x.shape), x.dtype) for x in (found[name], wanted[name])]
+        if own[0] != own[1]:
+            one, other = (f"{dtype}{list(shape)}" for shape, dtype in own)
+            wrong.append(f"{name!r} is {one}, not {other}")
+    if wrong:
+        raise CheckpointError(
+            f"The model in {str(path)!r} is not the one asked for: {listed(wrong)}."
+        )
 
 
 def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> None:

@@ -18,7 +18,7 @@ from ..methods.dora import column_norms
 from ..methods.init import matrices, shaped
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
-from .tree import check_plan
+from .tree import check_plan, widened
 
 
 def extract(params: PyTree, base_params: PyTree, plan: Plan) -> Trainable:
@@ -26,7 +26,9 @@ def extract(params: PyTree, base_params: PyTree, plan: Plan) -> Trainable:
 
     Each adapted weight's difference is cut to its rank by a truncated SVD, the best
     approximation in the Frobenius norm. A and B share the singular values evenly.
-    Leaves that `plan` trains in full are copied.
+    Leaves that `plan` trains in full are copied. Quantised leaves of either tree are
+    widened, one at a time: beside a quantised base the change includes what its codes
+    lost of the weight.
 
     Args:
       params: fine-tuned parameters.
@@ -95,7 +97,8 @@ def extract_leaves(
         if row.spec is not None
     }
     changed = [path for path, leaf in tuned.items() if _differ(leaf, base[path])]
-    return Trainable(lora, {path: tuned[path] for path in plan.full}), changed
+    full = {path: widened(tuned[path]) for path in plan.full}
+    return Trainable(lora, full), changed
 
 
 def warn_of_frozen(changed: Sequence[str], plan: Plan) -> None:
@@ -114,6 +117,7 @@ def _differ(a: Leaf, b: Leaf) -> bool:
     """Returns whether two leaves are floating-point arrays of different numbers."""
     if is_staging(a) or is_staging(b):
         return True  # it is not known
+    a, b = widened(a), widened(b)
     if not is_array(a) or not jnp.issubdtype(a.dtype, jnp.inexact):
         return False
     return not bool(jnp.array_equal(a, b, equal_nan=True))
@@ -124,6 +128,7 @@ def _nearest(tuned: Leaf, base: Leaf, spec: Spec, dtype: np.dtype) -> Factors:
     init = find_init(spec.init)
     if init is not None and init.changes_base:  # these apply to the unchanged base
         spec = dataclasses.replace(spec, init="kaiming")
+    tuned, base = widened(tuned), widened(base)
     wide = at_least_float32(base.dtype)
     change = tuned.astype(wide) - base.astype(wide)
     u, s, vt = jnp.linalg.svd(matrices(change, spec.axes), full_matrices=False)

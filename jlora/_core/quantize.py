@@ -1,7 +1,8 @@
 """`quantize`: parameters with codes and scales in place of their large weights."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -90,26 +91,54 @@ def quantize(
     References:
       Dettmers et al., 2023, QLoRA, https://arxiv.org/abs/2305.14314
     """
+    leaves, treedef = flatten_frozen(params)
+    options = {"targets": targets, "block": block, "double": double}
+    options |= {"scale_dtype": scale_dtype, "storage": storage}
+    chosen = encoders(leaves, plan, kind=kind, **options)
+    for path, encoder in chosen.items():
+        leaves[path] = encoder(leaves[path])
+    return treedef.unflatten(leaves.values())
+
+
+Encoder = Callable[[Leaf], Quantized]
+
+
+def encoders(
+    leaves: Mapping[str, Leaf],
+    plan: Plan | None = None,
+    *,
+    kind: str = "nf4",
+    targets: str | Iterable[str] | None = None,
+    block: int | None = None,
+    double: bool = False,
+    scale_dtype: DTypeLike = "float32",
+    storage: Storage = "auto",
+) -> dict[str, Encoder]:
+    """Returns for each leaf that `quantize` would change the function that does it.
+
+    Arguments and errors are those of `quantize`, but for `leaves`, the parameters by
+    path.
+    """
     scheme = _scheme(kind, block, double, scale_dtype)
     if storage not in ("auto", "packed", "native"):
         raise ConfigError(
             f"storage must be 'auto', 'packed' or 'native', got {storage!r}."
         )
-    leaves, treedef = flatten_frozen(params)
     rows: Mapping[str, Row] = {}
     if plan is not None:
         check_plan(leaves, plan)
         rows = {row.path: row for row in plan.rows()}
     chosen = _chosen(leaves, rows, plan is not None, targets)
     _check(leaves, chosen)
+    found: dict[str, Encoder] = {}
     for path in chosen:
         packed = storage == "packed" or (
             storage == "auto" and not _on_tpu(leaves[path])
         )
         own = dataclasses.replace(scheme, packed=packed)
         axes = _block_axes(leaves[path], rows.get(path))
-        leaves[path] = quantize_leaf(path, leaves[path], axes, own)
-    return treedef.unflatten(leaves.values())
+        found[path] = functools.partial(quantize_leaf, path, axes=axes, scheme=own)
+    return found
 
 
 def _scheme(kind: str, block: Any, double: bool, scale_dtype: Any) -> Scheme:
@@ -187,14 +216,20 @@ def _chosen(
                 )
             found |= dict.fromkeys(hits)
         return list(found)
-    return [
+    every = [
         path
         for path, w in leaves.items()
-        if not is_quantized(w)
-        and _is_float(w)
+        if _is_float(w)
         and len(w.shape) >= 2
         and (not has_plan or _is_linear(rows[path]))
     ]
+    if not every:
+        what = "weight of a linear operation" if has_plan else "float leaf of two axes"
+        raise TreeError(
+            f"None of {len(leaves)} leaves is a {what}, so nothing was quantised. Name "
+            "leaves in targets=."
+        )
+    return every
 
 
 def _is_linear(row: Row) -> bool:
@@ -224,8 +259,9 @@ def _check(leaves: Mapping[str, Leaf], chosen: Iterable[str]) -> None:
         w = leaves[path]
         if is_quantized(w):
             wrong.append(
-                f"{path!r} is quantised already ({w.kind}): take the dense weights, or "
-                "make it dense with jlora.merge(params, jlora.Trainable())"
+                f"{path!r} is quantised already ({w.kind}): name others in targets=, "
+                "or take the dense weights (jlora.merge(params, jlora.Trainable()) "
+                "makes them dense)"
             )
         elif _is_missing(w):
             wrong.append(f"{path!r} is trained in full, so it is not in frozen")

@@ -19,7 +19,9 @@ def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
     alpha grows so that the scale stays, and
     `merge(params, rebase(trainable, initial))` is `merge(frozen, trainable)` up to
     rounding. Other factors, and leaves trained in full, stay as they are. The
-    result can be shared, or used beside other adapters, without the changed base.
+    result can be shared, or used beside other adapters, without the changed base. Where
+    `split` quantised the changed base (QPiSSA), rounding is what its codes lost: no
+    adapter of the dense parameters holds that.
 
     Args:
       trainable: trained.

@@ -1,4 +1,8 @@
-"""Lays factors out over devices like the axes that they share with their weight."""
+"""Lays factors, and codes, out over devices like the axes that they share."""
+
+import collections
+from collections.abc import Mapping
+from typing import Any, overload
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
@@ -8,13 +12,18 @@ from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
-from .tree import Missing, check_trainable
+from ..quantised import is_quantized, shard_specs
+from .tree import Missing, Tree, check_trainable, flatten_frozen
 
 Placement = Sharding | PartitionSpec
 
 
-def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
-    """Returns a sharding for each leaf of `trainable`, from those of the base.
+@overload
+def shardings(base_shardings: PyTree, tree: Trainable) -> Trainable: ...
+@overload
+def shardings(base_shardings: PyTree, tree: Tree) -> Tree: ...
+def shardings(base_shardings: PyTree, tree: PyTree) -> PyTree:
+    """Returns a sharding for each leaf of `tree`, from those of the dense base.
 
     A is laid out like the batch and fan-in axes of its weight, and B like the batch and
     fan-out axes. The rank axis is replicated. The products with A and B therefore need
@@ -22,18 +31,24 @@ def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
     columns that it scales, and a leaf trained in full like that leaf of the base.
     Storage, collectives and optimizer state are left to JAX.
 
+    The codes of a quantised leaf lie as the array would, and its scales along them. A
+    block, or a run of codes that share bytes, stays on one device.
+
     Args:
       base_shardings: a tree like the parameters (or `frozen`) with a `NamedSharding` or
-        `PartitionSpec` at each leaf, or the placed arrays themselves.
-      trainable: from `split`, or its `jax.eval_shape`.
+        `PartitionSpec` at each leaf, or the placed arrays themselves, some perhaps
+        quantised.
+      tree: the `Trainable` from `split`, or its `jax.eval_shape`; or the parameters, or
+        `frozen`, with quantised leaves.
 
     Returns:
-      A `Trainable` of `NamedSharding`s (`PartitionSpec`s where the base has those), for
-      `jax.device_put`, `jax.jit(..., out_shardings=...)` or `checkpoint.restore`.
+      A tree like `tree` of `NamedSharding`s (`PartitionSpec`s where the base has those)
+      for `jax.device_put`, `jax.jit(..., out_shardings=...)` or `checkpoint.restore`.
+      Whether `PartitionSpec`s cut blocks is checked only inside `jax.set_mesh`.
 
     Raises:
-      TreeError: if `trainable` is not a `Trainable`, or leaves have no sharding or one
-        for too many axes; lists the leaves.
+      TreeError: if `tree` is neither, or leaves have no sharding, one for too many
+        axes, or one that cuts blocks; lists the leaves.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -47,9 +62,11 @@ def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
       >>> tuple(factors.a), tuple(factors.b)
       (('data', None), (None, 'model'))
     """
-    check_trainable(trainable)
     leaves, _ = paths.flatten(base_shardings, is_leaf=_is_placement)
     known = {path: _placement(leaf) for path, leaf in leaves.items()}
+    if not isinstance(tree, Trainable) and _has_codes(tree):
+        return _of_codes(known, tree)
+    check_trainable(tree)
     wrong: list[str] = []
 
     def base(path: str) -> Placement | None:
@@ -61,9 +78,9 @@ def shardings(base_shardings: PyTree, trainable: Trainable) -> Trainable:
 
     lora = {
         path: _laid_out(path, base(path), factors, wrong)
-        for path, factors in trainable.lora.items()
+        for path, factors in tree.lora.items()
     }
-    full = {path: base(path) for path in trainable.full}
+    full = {path: base(path) for path in tree.full}
     if wrong:
         raise TreeError(
             f"The shardings do not fit the adapter: {listed(wrong)}. Give a "
@@ -76,8 +93,59 @@ def _is_placement(x: object) -> bool:
     return isinstance(x, Placement | Missing)
 
 
+def _has_codes(tree: PyTree) -> bool:
+    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
+
+
+def _of_codes(known: Mapping[str, Placement | None], tree: PyTree) -> PyTree:
+    """Returns `tree` with a sharding at each array."""
+    leaves, treedef = flatten_frozen(tree)
+    wrong = []
+    for path, w in leaves.items():
+        if isinstance(w, Missing):
+            continue
+        base = known.get(path)
+        placed = f"no sharding for {path!r}" if base is None else _coded(base, w)
+        if isinstance(placed, str):
+            wrong.append(placed if base is None else f"{path!r}: {placed}")
+        leaves[path] = placed
+    if wrong:
+        raise TreeError(
+            f"The shardings do not fit the quantised parameters: {listed(wrong)}. Lay "
+            "out the dense arrays first, and then call jlora.quantize: it packs codes "
+            "for their shards. Or give it block= or storage='native'."
+        )
+    return treedef.unflatten(leaves.values())
+
+
+def _coded(base: Placement, w: Leaf) -> Any:
+    """Returns a sharding for each array of a leaf, or in words why there is none."""
+    if not is_quantized(w):
+        return base
+    if not isinstance(base, NamedSharding | PartitionSpec):
+        return jax.tree.map(lambda _: base, w)
+    named = base.spec if isinstance(base, NamedSharding) else base
+    if len(named) > w.ndim:
+        return f"it has {w.ndim} axes, its sharding {named} is for more"
+    entries = [*named, *(None for _ in range(w.ndim - len(named)))]
+    if isinstance(base, NamedSharding):
+        sizes = dict(base.mesh.shape)
+    else:
+        sizes = collections.defaultdict(lambda: 1)
+        sizes |= jax.sharding.get_abstract_mesh().shape
+    specs = shard_specs(w, entries, sizes)
+    if isinstance(specs, str) or isinstance(base, PartitionSpec):
+        return specs
+    kind = base.memory_kind
+    return jax.tree.map(
+        lambda spec: NamedSharding(base.mesh, spec, memory_kind=kind), specs
+    )
+
+
 def _placement(leaf: Leaf) -> Placement | None:
     """Returns the sharding that a leaf is or has, or None."""
+    if is_quantized(leaf):
+        return _placement(leaf.codes)
     if isinstance(leaf, Placement):
         return leaf
     sharding = getattr(leaf, "sharding", None)

@@ -11,11 +11,12 @@ from .._plan.plan import Plan
 from .._plan.row import Row
 from .._tables import listed
 from ..errors import ConfigError, JloraError
-from ..factors import Axes, Leaf, PyTree
+from ..factors import Axes, Leaf, PyTree, Trainable
 from ..methods.moments import InputMoments, Statistics
 from ..transform.inputs import Trace, input_moments
 from ..transform.stage import is_array, stage
-from .tree import check_plan
+from .apply import apply_lora
+from .tree import check_plan, widened
 
 Sums = TypeVar("Sums")
 
@@ -30,7 +31,8 @@ def activation_statistics(
     The moments are computed as a derivative of `fn`, which must be differentiable with
     respect to these weights. A weight of fan-in `n` takes `n²` numbers of memory. Each
     batch takes `2 tokens n²` multiply-adds beside the forward pass. Together these cost
-    as much as a few forward passes.
+    as much as a few forward passes. Quantised leaves stay codes in products, as in
+    `apply_lora`.
 
     Args:
       fn: the function that `plan` was made for.
@@ -106,7 +108,8 @@ def gradient_statistics(
     """Returns the mean gradient of `loss_fn` over `batches`, for `init="lora_ga"`.
 
     Only leaves whose `init` needs a gradient have one. Each gradient takes as much
-    memory as its weight in float32.
+    memory as its weight in float32. So does each of these leaves that is quantised: it
+    is widened. Other quantised leaves stay codes.
 
     Args:
       loss_fn: `loss_fn(params, *batch) -> scalar`.
@@ -134,11 +137,12 @@ def gradient_statistics(
 
     def step(leaves: dict[str, Leaf], args: tuple[PyTree, ...]) -> dict[str, jax.Array]:
         def loss(own: dict[str, Leaf]) -> jax.Array:
-            return loss_fn(rebuild({**leaves, **own}), *args)
+            return with_codes(rebuild({**leaves, **own}), Trainable(), *args)
 
-        found = jax.grad(loss)({row.path: leaves[row.path] for row in rows})
+        found = jax.grad(loss)({row.path: widened(leaves[row.path]) for row in rows})
         return {path: x.astype(jnp.float32) for path, x in found.items()}
 
+    with_codes = apply_lora(loss_fn)
     _, rebuild, leaves = _arrays(params)
     sums, n = _summed(step, leaves, batches)
     return Statistics(gradients={path: x / n for path, x in sums.items()})

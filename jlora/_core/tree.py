@@ -12,6 +12,7 @@ from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
+from ..quantised import Quantized, encode_like, is_quantized, like_dense
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
 
@@ -93,6 +94,28 @@ def flatten_frozen(frozen: PyTree) -> tuple[dict[str, Leaf], Any]:
     The treedef has a leaf at each `MISSING`, so it unflattens to whole parameters.
     """
     return paths.flatten(frozen, is_leaf=lambda x: isinstance(x, Missing))
+
+
+def widened(w: Leaf) -> Leaf:
+    """Returns the array that a quantised leaf stands for, laid out as its codes.
+
+    Any other leaf comes back as it is, and of shapes the shape.
+    """
+    if not is_quantized(w):
+        return w
+    if isinstance(w.codes, jax.ShapeDtypeStruct):
+        return like_dense(w)
+    return placed_as(w.codes, _dense(w))
+
+
+@jax.jit
+def _dense(w: Quantized) -> jax.Array:
+    return w.dense()
+
+
+def coded_as(w: Quantized, x: jax.Array) -> Quantized:
+    """Returns `x` quantised and laid out as the leaf `w` that it replaces."""
+    return jax.tree.map(placed_as, w, encode_like(x, w))
 
 
 def placed_as(w: Leaf, x: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..factors import PyTree
 from ..paths import flatten
+from ..quantised import KINDS, is_quantized, unpack
 from ..transform.stage import is_array
 
 
@@ -35,7 +37,8 @@ def fingerprint(params: PyTree) -> Fingerprint:
 
     The hash is computed where the weights are, sharded or not, in one pass over them.
     It has 64 bits for each leaf, which tell every accidental change; it does not
-    protect against somebody who wants equal ones. Leaves that are missing in `frozen`
+    protect against somebody who wants equal ones. Of a quantised leaf, codes and scales
+    are hashed, wherever two codes share a byte. Leaves that are missing in `frozen`
     are left out, so that `frozen` and the whole parameters agree on what both have.
 
     Args:
@@ -47,17 +50,44 @@ def fingerprint(params: PyTree) -> Fingerprint:
       {'w': 'float32[2, 3] 6fdfe4575c17447a'}
     """
     leaves, _ = flatten(params)
-    found = {path: x for path, x in leaves.items() if is_array(x)}
-    words = jax.device_get([_hash(_bits(x)) for x in found.values()])
-    hashes = dict(zip(found, words, strict=True))
+    arrays = {path: _arrays(x) for path, x in leaves.items() if is_array(x)}
+    words = jax.device_get([[_hash(_bits(x)) for x in own] for own in arrays.values()])
+    hashes = dict(zip(arrays, map(_joined, words), strict=True))
     return Fingerprint(
         {
-            path: f"{x.dtype}{list(x.shape)} {hashes[path][0]:08x}{hashes[path][1]:08x}"
-            if path in hashes
-            else repr(x)
+            path: f"{_form(x)} {hashes[path]}" if path in hashes else repr(x)
             for path, x in leaves.items()
         }
     )
+
+
+def _arrays(x: Any) -> list[Any]:
+    """Returns the arrays of a leaf; of four bits each code by itself."""
+    if not is_quantized(x):
+        return [x]
+    codes = x.codes
+    if x.packing is not None:
+        codes = unpack(codes, x.packing)
+    elif KINDS[x.kind].bits == 4:
+        codes = codes.astype(jnp.uint8)
+    rest = [y for y in (x.scales, x.offset) if y is not None]
+    return [codes, *(own for y in rest for own in _arrays(y))]
+
+
+def _joined(words: Sequence[Any]) -> str:
+    """Returns the hash of a leaf from those of its arrays."""
+    one, *others = ((int(a) << 32) | int(b) for a, b in words)
+    for other in others:
+        one = (one * 0x9E3779B97F4A7C15 + other) % 2**64
+    return f"{one:016x}"
+
+
+def _form(x: Any) -> str:
+    told = f"{x.dtype}{list(x.shape)}"
+    if not is_quantized(x):
+        return told
+    double = f", scales in {x.scales.kind}" if is_quantized(x.scales) else ""
+    return f"{x.kind} of {told} in blocks of {list(x.blocks)}{double}"
 
 
 def as_fingerprint(params: PyTree | Fingerprint) -> Fingerprint:
@@ -78,12 +108,19 @@ def differences(
         if was is None or now is None:
             found.append(f"{path!r} is " + ("not in the base" if was else "new in it"))
         elif was.rpartition(" ")[0] != now.rpartition(" ")[0]:
-            found.append(
-                f"{path!r} is {now.rpartition(' ')[0]}, was {was.rpartition(' ')[0]}"
-            )
+            found.append(_other(path, now.rpartition(" ")[0], was.rpartition(" ")[0]))
         elif was != now:
             found.append(f"{path!r} has other numbers")
     return found
+
+
+def _other(path: str, now: str, was: str) -> str:
+    """Returns in words that a leaf is of another form than it was."""
+    told = f"{path!r} is {now}, was {was}"
+    (kind, of, _), (_, of_now, _) = (form.partition(" of ") for form in (was, now))
+    if of and not of_now:
+        return f"{told} (quantise it as then, with jlora.quantize, kind={kind!r})"
+    return f"{told} (give the dense weights)" if of_now and not of else told
 
 
 def _bits(x: jax.Array | np.ndarray | np.generic) -> jax.Array | np.ndarray:

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,16 +17,20 @@ from .. import paths
 from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import Leaf, PyTree
-from . import tensors as tensors
+from ..quantised import Quantized, is_quantized, like_dense
+from . import coded, tensors as tensors
 from .beside import put_back
-from .disk import Path, check_files, told
+from .disk import Path, Progress, check_files, reading, told
 from .handles import mark_of
+from .leaves import CodedSlot, leaves_in
 from .shards import find_tensors, open_tensors
 
 if TYPE_CHECKING:
     from orbax.checkpoint import PyTreeCheckpointer
 
 _GROUP = 32 * 2**20  # bytes of an Orbax checkpoint to read at once
+QUANTISED = f"{coded.KEY}.json"  # beside Orbax's own files
+_MOST_TEXT = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +38,31 @@ class Model:
     """A model on disk: what its arrays are, and how to get one.
 
     Attributes:
-      shapes: shape and dtype of each array, by name.
-      read: returns the array of a name.
+      shapes: shape and dtype of each array, by name; `Quantized` of shapes for a
+        quantised one.
+      read: returns the array of a name, or `Quantized` of arrays.
       pieces: yields the bytes of the array of a name, in buffers of bounded size.
       metadata: strings from the files' headers.
+      refused: in words why some leaf, by its name, cannot be read.
+      widened: in words which leaves are quantised in a way that `Quantized` does not
+        have, and read as dense arrays.
     """
 
-    shapes: Mapping[str, jax.ShapeDtypeStruct]
-    read: Callable[[str], np.ndarray]
+    shapes: Mapping[str, Any]
+    read: Callable[[str], Any]
     pieces: Callable[[str], Iterable[tensors.Buffer]]
     metadata: Mapping[str, str]
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    widened: tuple[str, ...] = ()
+
+    def dense(self, name: str) -> np.ndarray:
+        """Returns the array of a name, widened if it is quantised."""
+        x = self.read(name)
+        return np.asarray(x.dense()) if is_quantized(x) else x
+
+    def dense_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns `shapes` without quantised ones: what they stand for."""
+        return {name: like_dense(x) for name, x in self.shapes.items()}
 
     def arrays(self) -> PyTree:
         """Returns the arrays as nested dicts, each read when NumPy asks for it.
@@ -53,9 +72,9 @@ class Model:
           >>> tree["a"]["b"].shape, np.asarray(tree["a"]["b"])
           ((2,), array([1., 1.]))
         """
-        return _nested(
+        return nested(
             {
-                name: _Unread(x.shape, x.dtype, functools.partial(self.read, name))
+                name: _Unread(x.shape, x.dtype, functools.partial(self.dense, name))
                 for name, x in self.shapes.items()
             }
         )
@@ -75,7 +94,7 @@ class _Unread:
         return np.asarray(self.read(), dtype)
 
 
-def _nested(named: Mapping[str, "_Unread"]) -> PyTree:
+def nested(named: Mapping[str, Any]) -> PyTree:
     """Returns nested dicts of what is named by paths."""
     tree: PyTree = {}
     for name, x in named.items():
@@ -113,11 +132,20 @@ def open_model(path: Path) -> Model:
         check_files(folder)
         return _of_orbax(folder)
     slots, metadata = open_tensors(path)
+    leaves, refused = leaves_in(slots, metadata, path)
+    coded_ = {name: x for name, x in leaves.items() if isinstance(x, CodedSlot)}
     return Model(
-        {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in slots.items()},
-        lambda name: slots[name].read(),
+        {
+            name: x.form
+            if isinstance(x, CodedSlot)
+            else jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for name, x in leaves.items()
+        },
+        lambda name: leaves[name].read(),
         lambda name: slots[name].pieces(),
-        metadata,
+        {key: text for key, text in metadata.items() if key != coded.KEY},
+        refused,
+        tuple(x.widened for x in coded_.values() if x.widened),
     )
 
 
@@ -191,17 +219,44 @@ def _of_orbax(folder: pathlib.Path) -> Model:
         group = groups[name]
         return (several if len(group) > 1 else tree.read)(group)[name]
 
-    return Model(shapes, read, lambda name: [tensors.raw(read(name))], {})
+    quantised = _quantised_in(folder, shapes)
+    used = {key for q in quantised.values() for key in jax.tree.leaves(q)}
+    forms = {name: x for name, x in shapes.items() if name not in used}
+    forms |= {name: coded.of_forms(q, shapes) for name, q in quantised.items()}
+
+    def read_leaf(name: str) -> Any:
+        return jax.tree.map(read, quantised[name]) if name in quantised else read(name)
+
+    return Model(forms, read_leaf, lambda name: [tensors.raw(read(name))], {})
 
 
-def _shapes(leaves: Mapping[str, Leaf], what: str) -> dict[str, jax.ShapeDtypeStruct]:
+def _quantised_in(
+    folder: pathlib.Path, shapes: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Quantized]:
+    """Returns the quantised arrays of an Orbax checkpoint, of names."""
+    file = folder / QUANTISED
+    if not file.exists():
+        return {}
+    with reading(file) as open_file:
+        text = open_file.read(_MOST_TEXT + 1)
+        if len(text) > _MOST_TEXT:
+            raise CheckpointError(f"It has over {_MOST_TEXT} bytes.")
+        return coded.described_in(text, shapes, joint="/")
+
+
+def _shapes(leaves: Mapping[str, Leaf], what: str) -> dict[str, Any]:
     """Returns shape and dtype of each leaf; `what` begins the error if one has none."""
     odd = [repr(p) for p, x in leaves.items() if getattr(x, "shape", None) is None]
     if odd:
         raise CheckpointError(
             f"{what}: these leaves are not arrays: {listed(odd, 5, ', ')}."
         )
-    return {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in leaves.items()}
+    return {
+        p: coded.shapes_of(x)
+        if is_quantized(x)
+        else jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for p, x in leaves.items()
+    }
 
 
 def _groups(
@@ -237,8 +292,57 @@ def of_tree(params: PyTree) -> Model:
     """
     leaves, _ = paths.flatten(params)
 
-    def read(name: str) -> np.ndarray:
-        return np.asarray(jax.device_get(leaves[name]))
+    def read(name: str) -> Any:
+        return jax.tree.map(np.asarray, jax.device_get(coded.for_file(leaves[name])))
 
     shapes = _shapes(leaves, "Not saved")
+    shapes = {name: coded.for_file(x) for name, x in shapes.items()}
     return Model(shapes, read, lambda name: [tensors.raw(read(name))], {})
+
+
+def write(path: Path, model: Model, progress: Progress = iter) -> None:
+    """Writes a model as one safetensors file, whole or not at all, leaf by leaf.
+
+    Args:
+      path: the file.
+      model: the model; its quantised arrays are several tensors each.
+      progress: wraps the iteration over the leaves.
+
+    Raises:
+      CheckpointError: see `tensors.write`; also if a plain leaf is called as a tensor
+        of a quantised one.
+    """
+    forms: dict[str, tensors.Form] = {}
+    owner: dict[str, str] = {}
+    several = {n: coded.parts(n, x) for n, x in model.shapes.items() if is_quantized(x)}
+    for name, x in model.shapes.items():
+        own = several.get(name, {name: x})
+        twice = [key for key in own if key in forms]
+        if twice:
+            raise CheckpointError(f"Not saved: two leaves are called {twice[0]!r}.")
+        forms |= own
+        owner |= dict.fromkeys(own, name)
+    held: dict[str, Any] = {}  # the tensors of one quantised leaf
+    done: set[str] = set()
+    names = iter(())
+
+    def pieces(key: str) -> Iterable[tensors.Buffer]:
+        name = owner[key]
+        if name not in done:  # advances the progress bar
+            done.add(name)
+            next(names, None)
+        if name not in several:
+            return model.pieces(name)
+        if key not in held:
+            held.clear()
+            held.update(coded.parts(name, model.read(name)))
+        return [tensors.raw(held[key])]
+
+    names = iter(progress(list(model.shapes)))
+    metadata = {**model.metadata, **coded.metadata_of(model.shapes)}
+    # All of a leaf at once, wherever in the file its tensors are.
+    turns = [key for name in several for key in several[name]]
+    turns += [key for key in tensors.in_order(forms) if owner[key] not in several]
+    tensors.write(os.fspath(path), forms, pieces, metadata, turns=turns)
+    for _ in names:
+        pass

@@ -133,6 +133,8 @@ def write(
     tensors: Mapping[str, Form],
     pieces: Callable[[str], Iterable[Buffer]],
     metadata: Mapping[str, str],
+    *,
+    turns: Iterable[str] | None = None,
 ) -> None:
     """Writes a file whole or not at all, asking for one tensor at a time.
 
@@ -141,6 +143,7 @@ def write(
       tensors: anything with a dtype and a shape, by name.
       pieces: gives the bytes of the tensor of that name, in buffers.
       metadata: strings for the header.
+      turns: the order in which to ask for the tensors; None is that of the file.
 
     Raises:
       CheckpointError: if the format lacks a dtype or cannot hold a name, or the file
@@ -176,8 +179,9 @@ def write(
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        for name in order if turns is None else turns:
             place = fields[name]["data_offsets"]
+            file.seek(8 + len(text) + place[0])
             written = sum(file.write(piece) for piece in pieces(name))
             assert written == place[1] - place[0], (name, written, place)
 

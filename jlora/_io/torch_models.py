@@ -80,6 +80,9 @@ class Facts:
       task: PEFT's word for what the model is for; None if it does not say.
       prefix: what the class of the model puts before the names of its body; empty if
         that is not known.
+      dtype: its floating-point dtype; empty if it does not say.
+      quantised: by what method it is quantised; empty if it does not say.
+      block: lengths of the blocks of float8, along fan-out and fan-in.
     """
 
     known: bool = False
@@ -87,6 +90,9 @@ class Facts:
     tied: bool | None = None
     task: str | None = None
     prefix: str = ""
+    dtype: str = ""
+    quantised: str = ""
+    block: tuple[int, int] = (128, 128)
 
 
 def facts_of(model: Path, *, inside: bool = False) -> Facts:
@@ -115,7 +121,29 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
     prefix = "" if bare else _PREFIXES.get(str(fields.get("model_type")), "")
     tasks = [t for n in names for end, t in _TASKS.items() if n.endswith(end)]
     task = next(iter(tasks), None)
-    return Facts(bool(types), bool(types & _CONV1D_TYPES), tied, task, prefix)
+    return Facts(
+        bool(types),
+        bool(types & _CONV1D_TYPES),
+        tied,
+        task,
+        prefix,
+        *_storage(fields),
+    )
+
+
+def _storage(fields: Json) -> tuple[str, str, tuple[int, int]]:
+    """Returns the model's dtype, how it is quantised, and float8's blocks."""
+    named = [found[key] for key in ("torch_dtype", "dtype")
+             for found in _objects(fields, key)]  # fmt: skip
+    dtype = next((name for name in named if isinstance(name, str)), "")
+    about = fields.get("quantization_config")
+    about = about if isinstance(about, dict) else {}
+    match about.get("weight_block_size"):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            block = rows, columns
+        case _:
+            block = Facts.block
+    return dtype, str(about.get("quant_method") or ""), block
 
 
 def _is_bare(architecture: str) -> bool:

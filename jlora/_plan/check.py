@@ -1,7 +1,7 @@
 """Makes a plan say what `apply_lora` does, where the trace alone cannot tell."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from ..factors import Spec
 from ..methods import method_of
+from ..quantised import is_quantized
 from ..transform import compat
-from ..transform.discover import FACTORED, MERGED, Use
+from ..transform.discover import FACTORED, MERGED, WIDENED, Use
 from ..transform.rewrite import rewrite
 from ..transform.stage import Staged
-from ..transform.values import Weight
+from ..transform.values import Weight, leaf
 from .row import Row
 from .weight import adapted_leaf
 
@@ -49,30 +50,38 @@ def _is_doubtful(row: Row) -> bool:
     if row.spec is None:
         return False
     has_gain = method_of(row.spec).gain is not None
-    return has_gain or any(use.route != FACTORED or use.doubtful for use in row.uses)
+    return has_gain or any(
+        use.route not in (FACTORED, WIDENED) or use.doubtful for use in row.uses
+    )
 
 
 def _taken(
     adapted: Mapping[str, Spec], staged: Staged, slots: Mapping[str, int], dtype: str
 ) -> tuple[dict[str, dict[Use, None]], set[str]]:
-    """Returns where `apply_lora` merges each leaf, and the leaves that it factors."""
+    """Returns where `apply_lora` merges or widens leaves, and those that it factors."""
     found: dict[str, dict[Use, None]] = {}
     factored: set[str] = set()
 
     def used(weight: Weight, *_: Any, **__: Any) -> None:
         factored.update(part.path for part in weight.parts)
 
-    def merged(path: str, eqn: compat.Equation | None) -> None:
-        op, where, scope = ("return", "", "") if eqn is None else compat.marked(eqn)
-        use = Use(path, op, MERGED, (), (), (), where, scope)
-        found.setdefault(path, {})[use] = None
+    def noting(route: str) -> Callable[[str, compat.Equation | None], None]:
+        def note(path: str, eqn: compat.Equation | None) -> None:
+            op, where, scope = ("return", "", "") if eqn is None else compat.marked(eqn)
+            use = Use(path, op, route, (), (), (), where, scope)
+            found.setdefault(path, {})[use] = None
+
+        return note
 
     def run(inputs: Sequence[Any], parts: Mapping[str, Any]) -> list[jax.Array]:
-        values = list(inputs)
+        values = [
+            leaf(f"argument {i}", x) if is_quantized(x) else x
+            for i, x in enumerate(inputs)
+        ]
         for path, own in parts.items():
             slot = slots[path]
-            values[slot] = adapted_leaf(path, values[slot], adapted[path], *own)
-        hooks = {"merged": merged, "used": used, "widened": lambda *_: None}
+            values[slot] = adapted_leaf(path, inputs[slot], adapted[path], *own)
+        hooks = {"merged": noting(MERGED), "widened": noting(WIDENED), "used": used}
         return rewrite(staged.code, values, key=None, form="factored", **hooks)
 
     parts = {

@@ -1,13 +1,15 @@
 """`plan`: what will be adapted, how, and at what cost, from one abstract trace."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 from .. import paths
 from .._checks import check_function
 from ..config import LoraConfig
 from ..errors import ConfigError
-from ..factors import PyTree
+from ..factors import Leaf, PyTree
+from ..quantised import is_quantized
 from ..transform.discover import Use, discover
 from ..transform.heads import output_heads
 from ..transform.stage import is_array, stage
@@ -84,11 +86,13 @@ def plan(
 
     `fn(params, *args, **kwargs)` is traced once, without running it or allocating
     anything. The trace shows which leaves are weights of linear operations, over which
-    axes they sum, and which can only be merged on the fly; names do not matter.
+    axes they sum, and which can only be merged on the fly; names do not matter. Of
+    `params` from `jlora.quantize` it also shows the kind and the bytes of quantised
+    leaves, and where one is widened whole.
 
     Args:
       fn: the function that `apply_lora` will wrap.
-      params: any pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: any pytree of arrays or `jax.ShapeDtypeStruct`s, some perhaps quantised.
       *args: `fn`'s other arguments, arrays or shapes.
       config: what to adapt and how.
       fn_kwargs: `fn`'s keyword arguments whose names `plan` itself uses, as in
@@ -98,7 +102,8 @@ def plan(
     Raises:
       ConfigError: if `config` is not a `LoraConfig`, or `fn` is not a function.
       TargetError: lists every pattern that matches nothing (with the nearest path),
-        every target that is not a weight of a linear operation, every named leaf whose
+        every target that is not a weight of a linear operation, every leaf that is
+        quantised and would be trained in full, every named leaf whose
         rank is above `min(fan-in, fan-out)`, every leaf that does not suit its init,
         and patterns that contradict each other.
 
@@ -142,6 +147,8 @@ def plan(
             str(leaf.dtype) if is_array(leaf) else type(leaf).__name__,
             tuple(uses[path]),
             head=path in heads,
+            storage=leaf.kind if is_quantized(leaf) else "",
+            nbytes=_nbytes(leaf),
         )
         for path, leaf in leaves.items()
     )
@@ -149,3 +156,9 @@ def plan(
     rows = resolve(rows, config)
     rows = check_routes(rows, staged, slots, config.dtype or "float32")
     return Plan(config, leave_merged(rows, config))
+
+
+def _nbytes(leaf: Leaf) -> int:
+    if is_quantized(leaf):
+        return leaf.nbytes
+    return math.prod(leaf.shape) * leaf.dtype.itemsize if is_array(leaf) else 0

@@ -50,6 +50,11 @@ def resolve(rows: tuple[Row, ...], config: LoraConfig) -> tuple[Row, ...]:
                 wrong.append(
                     f"train: {row.path!r} is {row.dtype}, which has no gradient"
                 )
+            if row.storage:
+                wrong.append(
+                    f"train: {row.path!r} is quantised ({row.storage}), and codes have "
+                    "no gradient: leave it out of targets= of jlora.quantize"
+                )
             row = dataclasses.replace(row, status="full", note=_no_weight(row))
         else:
             status = "frozen" if row.uses else "unused"
@@ -232,7 +237,7 @@ def _no_weight(row: Row) -> str:
     met = {use.route: use.op for use in reversed(row.uses)}
     if ELEMENTWISE in met:
         return f"elementwise: `{met[ELEMENTWISE]}`" if met[ELEMENTWISE] else ELEMENTWISE
-    return f"meets no data before `{met[DERIVED]}`"
+    return f"meets no data before `{met[DERIVED]}`" if DERIVED in met else ""
 
 
 def _unsuited(row: Row) -> str:

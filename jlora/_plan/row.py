@@ -5,9 +5,11 @@ import math
 import re
 from typing import Literal
 
+import jax.numpy as jnp
+
 from ..factors import Spec
 from ..methods import Init, leaf_shapes
-from ..transform.discover import FACTORED, MERGED, Use
+from ..transform.discover import FACTORED, MERGED, WIDENED, Use
 from ..transform.primitives import OPERATIONS
 
 Status = Literal["adapted", "full", "frozen", "unused"]
@@ -27,6 +29,9 @@ class Row:
       head: whether it is an output head: only a bias may act after it.
       note: why it is not adapted: what it is instead of a weight, or why a weight was
         left out. It is empty where the config does not choose the weight.
+      storage: the kind of its codes if it is quantised, such as `"nf4"`; else empty.
+        `dtype` is that of the array that they stand for.
+      nbytes: how many bytes it takes as it is stored.
       init: how A and B are initialised; None where the method decides that.
 
     Examples:
@@ -50,6 +55,8 @@ class Row:
     spec: Spec | None = None
     head: bool = False
     note: str = ""
+    storage: str = ""
+    nbytes: int = 0
     init: Init | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
@@ -68,11 +75,19 @@ class Row:
 
     @property
     def route(self) -> str:
-        """`"factored"`, `"merged"`, `"factored+merged"`, or `""` if not a weight."""
-        routes = {use.route for use in self.uses}
+        """`"factored"`, `"merged"`, `"factored+merged"`, or `""` if not a weight.
+
+        That is the route of the low-rank term: `widenings` do not change it.
+        """
+        routes = {use.route for use in self.uses} - {WIDENED}
         if FACTORED in routes:
             return FACTORED if routes == {FACTORED} else "factored+merged"
         return MERGED if MERGED in routes else ""
+
+    @property
+    def widenings(self) -> tuple[Use, ...]:
+        """The uses that need a quantised leaf as an array; empty for others."""
+        return tuple(use for use in self.uses if use.route == WIDENED)
 
     @property
     def layer(self) -> int:
@@ -84,6 +99,13 @@ class Row:
     def size(self) -> int:
         """How many numbers the leaf has."""
         return math.prod(self.shape)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """How many bytes it takes as an array; `nbytes` unless it is quantised."""
+        return (
+            self.size * jnp.dtype(self.dtype).itemsize if self.storage else self.nbytes
+        )
 
     @property
     def trained(self) -> int:

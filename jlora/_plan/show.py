@@ -2,24 +2,35 @@
 
 from collections.abc import Sequence
 
-from .._tables import count, folded, html, nbytes, pattern_of, table
+from .._tables import alike, count, folded, html, nbytes, pattern_of, table
 from ..factors import Spec
 from ..transform.cost import PLATFORMS
-from ..transform.discover import FACTORED, MERGED
+from ..transform.discover import FACTORED, MERGED, WIDENED
 from .row import Row
 
-_HEAD = ("leaf", "shape", "status", "op", "in → out", "rank", "trained", "cost", "")
+_HEAD = ("leaf", "shape", "bytes", "status", "op", "in → out", "rank", "trained")
+_HEAD += ("cost", "")
 
 
 def as_text(leaves: Sequence[Row]) -> str:
     """Returns the table of a plan, with the totals below it."""
-    shown = table(_HEAD, _lines(leaves), right=("rank", "trained", "cost"))
+    head, lines = _table(leaves)
+    shown = table(head, lines, right=("bytes", "rank", "trained", "cost"))
     return f"{shown}\n{_summary(leaves)}"
 
 
 def as_html(leaves: Sequence[Row]) -> str:
     """Returns the table as HTML, for notebooks."""
-    return html(_HEAD, _lines(leaves), _summary(leaves))
+    return html(*_table(leaves), _summary(leaves))
+
+
+def _table(leaves: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Returns the head and the lines; those of a quantised model show bytes."""
+    head, lines = _HEAD, _lines(leaves)
+    if any(row.storage for row in leaves):
+        return head, lines
+    at = head.index("bytes")
+    return head[:at] + head[at + 1 :], [line[:at] + line[at + 1 :] for line in lines]
 
 
 def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
@@ -29,13 +40,14 @@ def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
         same = (
             pattern_of(row.path),
             *(row.shape, row.dtype, row.status, row.spec, row.op, row.route, row.note),
+            *(row.storage, row.nbytes, bool(row.widenings)),
         )
         groups.setdefault(same, []).append(row)
     return [_line(rows) for rows in groups.values()]
 
 
 def _summary(leaves: Sequence[Row]) -> str:
-    """Returns the totals, and below them each weight that is merged on the fly."""
+    """Returns the totals, and below them each weight on a slow route."""
     trained = sum(row.trained for row in leaves)
     total = sum(row.size for row in leaves)
     share = 100 * trained / max(total, 1)
@@ -50,10 +62,27 @@ def _summary(leaves: Sequence[Row]) -> str:
         for row in leaves
         if row.status == "adapted"
         for use in row.uses
-        if use.route != FACTORED
+        if use.route not in (FACTORED, WIDENED)
     ]
     warning = ["merged on the fly (correct, but slower):", *merges] if merges else []
-    return "\n".join([counts, *_forms(leaves), *warning])
+    return "\n".join([counts, *_base(leaves), *_forms(leaves), *warning])
+
+
+def _base(leaves: Sequence[Row]) -> list[str]:
+    """Returns the bytes of a quantised base, and where its leaves are widened."""
+    if not any(row.storage for row in leaves):
+        return []
+    dense = sum(row.dense_nbytes for row in leaves)
+    stored = sum(row.nbytes for row in leaves)
+    kinds = ", ".join(sorted({row.storage for row in leaves if row.storage}))
+    size = (
+        f"base {nbytes(dense)} dense, {nbytes(stored)} quantised ({kinds}; "
+        f"{100 * stored / max(dense, 1):.0f} %)"
+    )
+    places = [(row.path, use.place) for row in leaves for use in row.widenings]
+    lines = [f"  {folded(names)}: {place}" for names, place in alike(places)]
+    told = "widened whole (correct, but takes the memory of the dense weight):"
+    return [size, *([told, *lines] if lines else [])]
 
 
 def _forms(leaves: Sequence[Row]) -> list[str]:
@@ -77,16 +106,22 @@ def _line(rows: list[Row]) -> tuple[str, ...]:
     row = rows[0]
     name = folded([r.path for r in rows])
     shape = f"{row.dtype}[{','.join(map(str, row.shape))}]"
+    if row.storage:
+        shape = f"{row.storage} of {shape}"
+    size = nbytes(sum(r.nbytes for r in rows))
     note = row.note if row.route else ""  # biases and norms need no explanation
+    if row.widenings:
+        note = "; ".join(filter(None, [note, "widened whole, see below"]))
     if row.spec is None:
         trained = count(sum(r.trained for r in rows)) if row.trained else ""
-        return (name, shape, row.status, row.op, "", "", trained, "", note)
+        return (name, shape, size, row.status, row.op, "", "", trained, "", note)
     n_batch, n_in, n_out = row.spec.axes.sizes(row.shape)
     ends = f"{n_in} → {n_out}" + (f" ×{n_batch}" if row.spec.axes.batch else "")
     cost = row.spec.rank * (n_in + n_out) / (n_in * n_out)
     return (
         name,
         shape,
+        size,
         row.status,
         row.op if row.route == FACTORED else f"{row.op} ({row.route})",
         ends,

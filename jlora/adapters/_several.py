@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from .. import paths
 from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
-from .._core.tree import Missing
+from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
 from .._tables import listed
 from ..errors import ConfigError, TreeError
@@ -147,7 +147,7 @@ def leaves_of(params: PyTree) -> Base:
 
 
 def base_weight(base: Base, path: str) -> Array:
-    """Returns the base weight at `path`.
+    """Returns the base weight at `path`; a quantised one is widened.
 
     Raises:
       TreeError: if the base has no weight there; names `path`.
@@ -163,7 +163,7 @@ def base_weight(base: Base, path: str) -> Array:
             + ". Give the base model's whole parameters, those that jlora.split was "
             "given. The frozen side of a split lacks the leaves trained in full."
         )
-    return leaf
+    return widened(leaf)
 
 
 def is_lora(spec: Spec) -> bool:

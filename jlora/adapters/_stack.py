@@ -11,11 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.algebra import common_dropout, factor_dtypes, lora_spec, widest
 from .._core.merge import merge
-from .._core.tree import Missing
+from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
 from .._tables import listed
 from ..errors import TreeError
-from ..factors import Axes, Factors, PyTree, Trainable
+from ..factors import Axes, Factors, Leaf, PyTree, Trainable
 from ..methods.dora import column_norms
 from ..transform.compat import is_staging
 from ._several import (
@@ -224,22 +224,21 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
         is_base = (ids == -1).reshape(ids.shape + (1,) * (x.ndim - 1))
         return jnp.where(is_base, jnp.broadcast_to(of_base, own.shape), own)
 
-    def weight(path: str) -> jax.Array | None:
+    def weight(path: str) -> Leaf:
         w = None if base is None else base.get(path)
-        return None if w is None or isinstance(w, Missing) else jnp.asarray(w)
+        return None if isinstance(w, Missing) else w
 
     def factors(path: str, f: Factors) -> Factors:
         magnitude = f.magnitude
         if magnitude is not None:
             w = weight(path)
-            if w is not None:
-                w = column_norms(w.astype(at_least_float32(w.dtype)), f.spec.axes)
-            magnitude = gather(magnitude, w)
+            lengths = None if w is None else column_norms(w, f.spec.axes)
+            magnitude = gather(magnitude, lengths)
         return Factors(gather(f.a, 0), gather(f.b, 0), f.spec, magnitude)
 
     return Trainable(
         {path: factors(path, f) for path, f in stacked.lora.items()},
-        {path: gather(x, weight(path)) for path, x in stacked.full.items()},
+        {path: gather(x, widened(weight(path))) for path, x in stacked.full.items()},
     )
 
 

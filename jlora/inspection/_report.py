@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.algebra import as_float64, delta, matrices, norm, on_host
-from .._core.tree import Missing, check, flatten_frozen
+from .._core.tree import Missing, check, flatten_frozen, widened
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Leaf, PyTree, Trainable
@@ -52,7 +52,8 @@ class Report:
       trained_count: how many numbers are trained.
       total_count: how many numbers the parameters have.
       adapter_bytes: how many bytes the trained numbers take.
-      model_bytes: how many bytes the parameters take.
+      model_bytes: how many bytes the parameters take, as they are stored.
+      dense_bytes: how many they take without quantisation.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -67,6 +68,7 @@ class Report:
     total_count: int
     adapter_bytes: int
     model_bytes: int
+    dense_bytes: int
 
     def __str__(self) -> str:
         shown = table(_HEAD, self._lines(), right=_HEAD[2:6])
@@ -77,10 +79,12 @@ class Report:
 
     def _summary(self) -> str:
         share = 100 * self.trained_count / max(self.total_count, 1)
+        quantised = self.dense_bytes != self.model_bytes
         return (
             f"trained {self.trained_count:,} of {self.total_count:,} parameters "
             f"({share:.2f} %); adapter {nbytes(self.adapter_bytes)}, "
             f"model {nbytes(self.model_bytes)}"
+            + (f" ({nbytes(self.dense_bytes)} dense)" if quantised else "")
         )
 
     def _lines(self) -> list[tuple[str, ...]]:
@@ -103,7 +107,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
 
     The norm of an update is computed from a QR decomposition of A, in float64 on the
     host, so it is accurate where updates cancel (see `rebase`). The dense update is
-    formed only for DoRA, also in float64.
+    formed only for DoRA, also in float64. Quantised weights are widened one at a time.
 
     Args:
       frozen: from `split`.
@@ -140,10 +144,12 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
         total_count=sum(x.size for x in model),
         adapter_bytes=sum(x.nbytes for x in arrays),
         model_bytes=sum(x.nbytes for x in model),
+        dense_bytes=sum(x.size * x.dtype.itemsize for x in model),
     )
 
 
 def _adapted(path: str, w: Leaf, f: Factors) -> ReportedLeaf:
+    w = widened(w)
     moved = (_norm if method_of(f.spec).gain is None else _moved)(w, f)
     base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
     return ReportedLeaf(

@@ -12,17 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import at_least_float32
-from ..factors import Array, Axes, Factors, Spec
+from ..factors import Array, Axes, Factors, Leaf, Spec
+from ..quantised import Quantized, has_own_entries, is_quantized, rearranged
 from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero
 
 
-def norm(factors: Factors, w: Array) -> jax.Array:
+def norm(factors: Factors, w: Leaf) -> jax.Array:
     """Returns `‖w + s a b‖` over the fan-in axes, `[*batch, *fan_out]`, float32.
 
-    From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed.
+    From `‖w‖²`, `aᵀ w`, `aᵀ a` and `b`: the sum itself is never formed. Of a quantised
+    stack of matrices one is widened at a time.
     """
+    if is_quantized(w):
+        if _is_stack(w, factors.spec.axes):
+            stack, axes = _along_batch(w, factors.spec.axes)
+            spec = dataclasses.replace(factors.spec, axes=axes)
+            return lax.map(
+                lambda own: norm(Factors(own[0], own[1], spec), own[2]),
+                (factors.a, factors.b, stack),
+            )
+        w = w.dense()
     wide = at_least_float32(w.dtype)
     axes = factors.spec.axes
     letter = dict(zip(range(w.ndim), string.ascii_letters, strict=False))
@@ -45,6 +56,22 @@ def norm(factors: Factors, w: Array) -> jax.Array:
     return _length(total)
 
 
+def _along_batch(w: Quantized, axes: Axes) -> tuple[Quantized, Axes]:
+    """Returns `w` with its first batch axis in front, and the axes of one entry."""
+    first = axes.batch[0]
+    origin = [first, *(i for i in range(w.ndim) if i != first)]
+    stack = rearranged(w, lambda x, _: jnp.moveaxis(x, first, 0), [first], origin)
+    batch, fan_in, fan_out = (
+        tuple(i - (i > first) for i in role)
+        for role in (axes.batch[1:], axes.fan_in, axes.fan_out)
+    )
+    return stack, Axes(batch, fan_in, fan_out)
+
+
+def _is_stack(w: Quantized, axes: Axes) -> bool:
+    return bool(axes.batch) and has_own_entries(w, axes.batch[0])
+
+
 def _length(squares: jax.Array) -> jax.Array:
     """Returns the root of a sum of squares; NaN where the sum is too large.
 
@@ -54,7 +81,7 @@ def _length(squares: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(root), jnp.nan, root)
 
 
-def gain(factors: Factors, w: Array) -> jax.Array:
+def gain(factors: Factors, w: Leaf) -> jax.Array:
     """Returns `m / ‖w + s a b‖`, `[*batch, *fan_out]`.
 
     Only `m` is differentiated: section 4.3 of the paper takes the norm as a constant.
@@ -63,8 +90,17 @@ def gain(factors: Factors, w: Array) -> jax.Array:
     return factors.magnitude.astype(length.dtype) / length
 
 
-def column_norms(w: Array, axes: Axes) -> jax.Array:
-    """Returns the lengths of `w` over its fan-in axes, `[*batch, *fan_out]`."""
+def column_norms(w: Leaf, axes: Axes) -> jax.Array:
+    """Returns the lengths of `w` over its fan-in axes, `[*batch, *fan_out]`.
+
+    They have at least float32.
+    """
+    if is_quantized(w):
+        if _is_stack(w, axes):
+            stack, own = _along_batch(w, axes)
+            return lax.map(lambda w: column_norms(w, own), stack)
+        w = w.dense()
+    w = jnp.asarray(w).astype(at_least_float32(w.dtype))
     squares = jnp.sum(jnp.square(w), axis=axes.fan_in)
     kept = [i for i in range(w.ndim) if i not in axes.fan_in]
     order = [kept.index(i) for i in (*axes.batch, *axes.fan_out)]
@@ -86,7 +122,7 @@ def _axes(spec: Spec) -> LeafAxes:
     return {**lora_axes(spec), "magnitude": (*axes.batch, *axes.fan_out)}
 
 
-def _finish(factors: Factors, w: Array) -> Factors:
+def _finish(factors: Factors, w: Leaf) -> Factors:
     return dataclasses.replace(factors, magnitude=norm(factors, w))
 
 

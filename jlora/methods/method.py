@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..factors import Array, Factors, Spec
+from ..factors import Factors, Leaf, Spec
 
 Shape = tuple[int, ...]
 # For each leaf which axis of the weight each of its axes is; None for the rank axis.
@@ -43,8 +43,8 @@ class Method:
         and `[*batch, rank, *fan_out]` with which the update is `scale * a @ b`.
       init: `(key, weight shape, spec, dtype) -> Factors` of a method with an
         initialisation of its own; None where `LoraConfig.init` names it.
-      finish: `(factors, w) -> Factors`, adds the leaves that depend on the weight; None
-        if there are none.
+      finish: `(factors, w) -> Factors`, adds the leaves that depend on the weight, an
+        array or `Quantized`; None if there are none.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
         and update; None for methods without one.
       dense: `(factors, dtype) -> array`, the update as an array of the weight's shape,
@@ -60,8 +60,8 @@ class Method:
     covered: Callable[[Spec, Shape], Shape] = same_shape
     pair: Callable[[Factors], tuple[jax.Array, jax.Array]] = lora_factors
     init: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
-    finish: Callable[[Factors, Array], Factors] | None = None
-    gain: Callable[[Factors, Array], jax.Array] | None = None
+    finish: Callable[[Factors, Leaf], Factors] | None = None
+    gain: Callable[[Factors, Leaf], jax.Array] | None = None
     dense: Callable[[Factors, DTypeLike], jax.Array] | None = None
 
     def shapes(self, spec: Spec, shape: Shape) -> dict[str, Shape]:

@@ -1,8 +1,9 @@
 """Whole models as Hugging Face safetensors: `load_base` and `save_base`."""
 
+import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -12,16 +13,21 @@ from numpy.typing import DTypeLike
 
 from .._io.disk import Path, check_name, reading, write_text
 from .._io.folders import replacing_files
-from .._io.shards import Pending, Slot, open_tensors, write_tensors
+from .._io.leaves import CodedSlot, LeafSlot, leaves_in
+from .._io.placing import Quantize, encoders_for, placed as placed_leaf
+from .._io.shards import Pending, open_tensors, write_tensors
 from .._io.tensors import NAMES
-from .._io.torch_models import scale_beside
+from .._io.torch_quantised import tell_widened
 from .._numerics import narrowed
+from .._plan.plan import Plan
 from ..errors import PeftError
 from ..factors import PyTree
 from ..paths import flatten
+from ..quantised import is_quantized
 from . import layers
+from ._coded import leaf_of
 from ._fused import gaps
-from ._leaves import Shaped, is_shaped
+from ._leaves import Shaped, is_shaped, on_host
 from ._places import Cut, Place, untied
 from .config import FLOATS
 from .names import GENERIC, NameMap, unnamed
@@ -37,11 +43,18 @@ def load_base(
     *,
     names: NameMap | None = None,
     dtype: DTypeLike | None = None,
+    quantize: Quantize = None,
+    plan: Plan | None = None,
 ) -> PyTree:
     """Returns the parameters of a model from Hugging Face safetensors, leaf by leaf.
 
-    Beside the result no more than one leaf and its tensors are in memory. For a file
-    that need not fit in all, see `load_base_partial`.
+    Beside the result no more than one leaf and its tensors are in memory: with
+    `quantize`, never the dense model. For a file that need not fit in all, see
+    `load_base_partial`.
+
+    Quantised tensors are read as `jlora.Quantized`: those of `jlora quantize`, those of
+    bitsandbytes (nf4; 8 bits) and float8 with scales. A leaf whose blocks do not lie
+    along its axes is widened, with a warning.
 
     Args:
       path: a directory with `model.safetensors` or its shards, or such a file.
@@ -49,10 +62,20 @@ def load_base(
         a sharding is put there.
       names: what the leaves are called in torch, see `jlora.peft.save`.
       dtype: type of all floating-point leaves; None means that of `params`.
+      quantize: a kind, such as `"nf4"`, or a mapping of options of `jlora.quantize`,
+        such as `{"kind": "nf4", "double": True}`: weights are quantised as they come.
+        The result is that of `jlora.quantize`, bit for bit.
+      plan: with `quantize`: which leaves, and along which axes, see `jlora.quantize`.
 
     Raises:
       PeftError: if a file is missing or damaged, or a number is too large for the
-        dtype; lists all tensors that are missing, extra or misshapen.
+        dtype; lists all tensors that are missing, extra or misshapen, or quantised in a
+        format that jlora does not read (GPTQ, AWQ and others).
+      ConfigError: for `quantize` or `plan`, see `jlora.quantize`.
+      TreeError: for `quantize` or `plan`, see `jlora.quantize`.
+
+    Warns:
+      UserWarning: names quantised leaves that were widened.
 
     Examples:
       >>> import tempfile, jax, jax.numpy as jnp, jlora
@@ -63,7 +86,9 @@ def load_base(
       >>> read["up"]["kernel"].tolist()
       [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
     """
-    read, report = load_base_partial(path, params, names=names, dtype=dtype)
+    read, report = load_base_partial(
+        path, params, names=names, dtype=dtype, quantize=quantize, plan=plan
+    )
     check(report, f"The model in {str(path)!r}", "load_base_partial")
     return read
 
@@ -74,6 +99,8 @@ def load_base_partial(
     *,
     names: NameMap | None = None,
     dtype: DTypeLike | None = None,
+    quantize: Quantize = None,
+    plan: Plan | None = None,
 ) -> tuple[PyTree, LoadReport]:
     """Returns what `load_base` reads of a model that need not fit, and what does not.
 
@@ -84,12 +111,16 @@ def load_base_partial(
       params: see `load_base`.
       names: see `load_base`.
       dtype: see `load_base`.
+      quantize: see `load_base`.
+      plan: see `load_base`.
 
     Returns:
       `(params, report)`; the report is false if everything fits.
 
     Raises:
       PeftError: if a file is missing or damaged.
+      ConfigError: see `load_base`.
+      TreeError: see `load_base`.
 
     Examples:
       >>> import tempfile, numpy as np, jlora
@@ -103,13 +134,17 @@ def load_base_partial(
     names = names or GENERIC
     leaves, treedef = flatten(params)
     arrays = {name: x for name, x in leaves.items() if is_shaped(x)}
-    slots, _ = open_tensors(path, STEM, fault=PeftError)
+    encoders = encoders_for(leaves, plan, quantize)
+    tensors, metadata = open_tensors(path, STEM, fault=PeftError)
+    file = _File(*leaves_in(tensors, metadata, path, PeftError), names)
+    slots = file.slots
     placed, missing, wrong = _placed(arrays, names)
     # A tied model has one tensor, whichever of its two names that bears.
     twins = {p.tied: p.name for places in placed.values() for p in places if p.tied}
     used: set[str] = set()
+    widened: list[str] = []
     for name, places in zip(placed, untied(placed.values()), strict=True):
-        keys = {place: _key(place, slots, names, twins) for place in places}
+        keys = {place: file.key(place, twins) for place in places}
         found = {place: key for place, key in keys.items() if key is not None}
         if len(found) < len(places):
             absent = (place.name for place in places if place not in found)
@@ -117,18 +152,86 @@ def load_base_partial(
             continue
         copies = _copies(found, slots)
         used |= {*found.values(), *copies}
-        misfits = _misfits(name, arrays[name], found, slots)
+        encoder = encoders.get(name)
+        misfits = file.misfits(name, arrays[name], found, encoder is not None)
         if not misfits:
-            leaves[name] = _read_leaf(arrays[name], found, slots, dtype)
+            x, own = _read_leaf(arrays[name], found, slots, dtype)
+            widened += own
+            leaves[name] = placed_leaf(
+                name, x, arrays[name], None if is_quantized(x) else encoder
+            )
         wrong += misfits
         wrong += [
             f"{twin} and {key} are one leaf, their numbers differ"
             for twin, key in copies.items()
-            if not np.array_equal(slots[twin].read(), slots[key].read())
+            if not _are_equal(slots[twin], slots[key])
         ]
-    extra = [key for key in slots if key not in used and not names.ignores(key)]
-    report = LoadReport(missing=tuple(missing), extra=tuple(extra), wrong=tuple(wrong))
+    tell_widened(widened, "They are dense in the result")
+    report = LoadReport(tuple(missing), file.extra(used), tuple(wrong))
     return treedef.unflatten(leaves.values()), report
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _File:
+    """The leaves of a file.
+
+    Attributes:
+      slots: those that are read.
+      refused: in words why others are not.
+      names: what they are called.
+    """
+
+    slots: Mapping[str, LeafSlot]
+    refused: Mapping[str, str]
+    names: NameMap
+
+    def key(self, place: Place, twins: Mapping[str, str]) -> str | None:
+        """Returns the tensor's name in the file, which may lack the model's prefix."""
+        tried = [place.name, place.tied or twins.get(place.name)]
+        both = (
+            name for own in tried if own for name in (own, self.names.other_prefix(own))
+        )
+        return next((n for n in both if n in self.slots or n in self.refused), None)
+
+    def misfits(
+        self, name: str, leaf: Shaped, keys: Mapping[Place, str], encoded: bool
+    ) -> list[str]:
+        """Returns in words where tensors have another shape or type than the leaf."""
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        found = []
+        for place, key in keys.items():
+            if key in self.refused:
+                found.append(self.refused[key])
+                continue
+            slot, wanted = self.slots[key], place.shape(tuple(leaf.shape))
+            form = slot.form if isinstance(slot, CodedSlot) else None
+            if slot.shape != wanted:
+                sizes = list(slot.shape), list(wanted)
+                found.append(f"{key} is {sizes[0]}, {name!r} needs {sizes[1]}")
+            elif floating != (slot.dtype in FLOATS):
+                found.append(f"{key} is {slot.dtype}, {name!r} is {leaf.dtype}")
+            elif encoded and is_quantized(form) and not is_quantized(leaf):
+                found.append(
+                    f"{key} is quantised already ({form.kind}): leave out quantize=, "
+                    "or name other leaves in its targets"
+                )
+        return found
+
+    def extra(self, used: Collection[str]) -> tuple[str, ...]:
+        """Returns what no leaf is for; tensors of refused leaves are told already."""
+        modules = tuple(f"{n.removesuffix('.weight')}." for n in self.refused)
+        return tuple(
+            key
+            for key in self.slots
+            if key not in used
+            and not self.names.ignores(key)
+            and not key.startswith(modules)
+        )
+
+
+def _are_equal(a: LeafSlot, b: LeafSlot) -> bool:
+    both = (jax.tree.leaves(slot.read()) for slot in (a, b))
+    return all(map(np.array_equal, *both))
 
 
 def _placed(
@@ -155,19 +258,7 @@ def _placed(
     return placed, nameless, wrong
 
 
-def _key(
-    place: Place,
-    slots: Mapping[str, Slot],
-    names: NameMap,
-    twins: Mapping[str, str],
-) -> str | None:
-    """Returns the tensor's name in the file, which may lack the model's prefix."""
-    tried = [place.name, place.tied or twins.get(place.name)]
-    both = (name for own in tried if own for name in (own, names.other_prefix(own)))
-    return next((name for name in both if name in slots), None)
-
-
-def _copies(keys: Mapping[Place, str], slots: Mapping[str, Slot]) -> dict[str, str]:
+def _copies(keys: Mapping[Place, str], slots: Mapping[str, LeafSlot]) -> dict[str, str]:
     """Returns the second copies of tied tensors, with the names of the first."""
     return {
         place.tied: key
@@ -176,40 +267,31 @@ def _copies(keys: Mapping[Place, str], slots: Mapping[str, Slot]) -> dict[str, s
     }
 
 
-def _misfits(
-    name: str, leaf: Shaped, keys: Mapping[Place, str], slots: Mapping[str, Slot]
-) -> list[str]:
-    """Returns in words where the tensors have another shape or type than the leaf."""
-    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    found = []
-    for place, key in keys.items():
-        slot, wanted = slots[key], place.shape(tuple(leaf.shape))
-        scale = scale_beside(key, slots)
-        if scale is not None:
-            found.append(
-                f"{key} is quantised, its scale is {scale}: load the model in full "
-                "precision"
-            )
-        elif slot.shape != wanted:
-            found.append(f"{key} is {list(slot.shape)}, {name!r} needs {list(wanted)}")
-        elif floating != (slot.dtype in FLOATS):
-            found.append(f"{key} is {slot.dtype}, {name!r} is {leaf.dtype}")
-    return found
-
-
 def _read_leaf(
     leaf: Shaped,
     keys: Mapping[Place, str],
-    slots: Mapping[str, Slot],
+    slots: Mapping[str, LeafSlot],
     dtype: DTypeLike | None,
-) -> jax.Array:
+) -> tuple[Any, list[str]]:
+    """Returns a leaf on the host, and what of it was quantised and is widened."""
     own = jax.dtypes.canonicalize_dtype(_dtype(leaf, dtype))
+    read = {place: slots[key] for place, key in keys.items()}
+    coded = [slot for slot in read.values() if isinstance(slot, CodedSlot)]
+    told = [slot.widened for slot in coded if slot.widened]
+    if len(coded) == len(keys) and not told:
+        tensors: dict[Place, Any] = {place: slot.read() for place, slot in read.items()}
+        q = leaf_of(tensors, tuple(leaf.shape), own)
+        if q is not None:
+            return q, []
     out = np.zeros(tuple(leaf.shape), own)
-    for place, key in keys.items():
-        tensor = narrowed(key, slots[key].read(), out.dtype, PeftError)
+    for place, slot in read.items():
+        tensor = slot.read()
+        if is_quantized(tensor):
+            told.append(f"{keys[place]} ({tensor.kind}, blocks {tensor.blocks})")
+            tensor = np.asarray(tensor.dense())
+        tensor = narrowed(keys[place], tensor, out.dtype, PeftError)
         layers.weight_in(place, tensor, out)
-    sharding = getattr(leaf, "sharding", None)
-    return jnp.asarray(out) if sharding is None else jax.device_put(out, sharding)
+    return out, told
 
 
 def _dtype(leaf: Shaped, dtype: DTypeLike | None) -> np.dtype:
@@ -231,7 +313,8 @@ def save_base(
     """Writes a model, merged or not, as safetensors that `transformers` loads.
 
     One leaf at a time is transposed and written, so memory is bounded by the largest
-    leaf. The files appear whole or not at all.
+    leaf. The files appear whole or not at all. Quantised leaves are written dense:
+    `export.safetensors` writes codes.
 
     Args:
       directory: made if it does not exist.
@@ -298,7 +381,7 @@ def save_base(
 
 def _pending(path: str, place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
     def make() -> np.ndarray:
-        own = narrowed(path, np.asarray(leaf), dtype, PeftError)
+        own = narrowed(path, on_host(leaf), dtype, PeftError)
         return layers.weight_out(place, own)
 
     return Pending(dtype, place.shape(tuple(leaf.shape)), make)

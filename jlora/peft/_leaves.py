@@ -7,18 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._io.shards import Slot
 from .._plan.plan import Plan
 from .._plan.resolve import axes_of
 from .._plan.row import Row
 from ..factors import Axes, Leaf, PyTree, Spec
 from ..paths import flatten
+from ..quantised import Quantized, is_quantized
+from ._places import Place
+from .layers import weight_out
 
-Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+Shaped = jax.Array | np.ndarray | jax.ShapeDtypeStruct | Quantized
 
 
 def is_shaped(x: Leaf) -> TypeGuard[Shaped]:
     """Returns whether a leaf of parameters is an array or the shape of one."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def on_host(leaf: Leaf) -> np.ndarray:
+    """Returns a leaf as a dense array on the host; a quantised one is widened."""
+    return np.asarray(leaf.dense() if is_quantized(leaf) else leaf)
+
+
+def is_same(place: Place, leaf: Leaf, slot: Slot) -> bool | None:
+    """Returns whether a tensor has the leaf's numbers, None if they are not known."""
+    if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
+    if slot.shape != place.shape(leaf.shape):
+        return False
+    tensor = slot.read()
+    own = weight_out(place, on_host(leaf)).astype(tensor.dtype)
+    return np.array_equal(own, tensor)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

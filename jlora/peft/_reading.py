@@ -24,7 +24,7 @@ from ._contradictions import (
     rows_misfit,
 )
 from ._fused import share_of, whole_of
-from ._leaves import TargetLeaf
+from ._leaves import TargetLeaf, is_same, on_host
 from ._places import Place, untied
 from .config import (
     FLOATS,
@@ -301,7 +301,7 @@ class Reading:
         if reason:
             self.wrong.append(f"{key}: {reason}")
             return True
-        base = layers.weight_out(place, np.asarray(leaf.value))[list(ids)]
+        base = layers.weight_out(place, on_host(leaf.value))[list(ids)]
         (b,) = self._placed(leaf, rows.astype(np.float32) - base.astype(np.float32))
         spec = Spec(
             op="embedding",
@@ -416,9 +416,9 @@ class Reading:
                 continue
             slot, table = self.left.pop(key), is_table(module) or is_head(module)
             named = is_whole_by(self.file, place.name)
-            if table and not named and layers.is_same(place, leaf.value, slot):
+            if table and not named and is_same(place, leaf.value, slot):
                 head = self.left.get(str(place.tied))
-                if head and layers.is_same(place, leaf.value, head):
+                if head and is_same(place, leaf.value, head):
                     self.left.pop(str(place.tied))
                 return None  # a copy that PEFT saves beside the adapter
             if not named:
@@ -444,7 +444,7 @@ class Reading:
                 f"{key} is {slot.shape}, the model's is {wanted}: resize the model's "
                 "vocabulary to the adapter's first"
             )
-        elif layers.is_same(place, leaf.value, slot) is False:
+        elif is_same(place, leaf.value, slot) is False:
             self.wrong.append(
                 f"{key}, the table that the adapter was trained on, is not the "
                 "model's. Put it into the parameters first, with load_base"

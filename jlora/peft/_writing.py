@@ -16,6 +16,7 @@ from ..factors import Axes, Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair
 from . import layers
 from ._fused import joined, whole_of
+from ._leaves import on_host
 from ._places import UNKNOWN, Cut, Place
 from .config import PeftConfig, most_common, patterns
 from .layers import RAW, Layer, nested
@@ -328,7 +329,7 @@ class Writing:
                 "PEFT keeps rows, not differences"
             )
         else:
-            table = layers.weight_out(place, np.asarray(self.params[path]))
+            table = layers.weight_out(place, on_host(self.params[path]))
             rows = table[list(spec.rows)].astype(np.float32)
             rows = rows + np.asarray(factors.b, np.float32)
             module = place.module

@@ -4,12 +4,10 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-import jax
 import numpy as np
 
-from .._io.shards import Slot
 from ..errors import PeftError
-from ..factors import Axes, FusedParts, Leaf, Spec
+from ..factors import Axes, FusedParts, Spec
 from ._places import Place
 
 Label = int | str  # an axis of the leaf, or "r" for the rank axis
@@ -57,17 +55,6 @@ def weight_in(place: Place, tensor: np.ndarray, out: np.ndarray) -> None:
     rest = [i for i in range(out.ndim) if i not in order]
     split = place.own_part(tensor).reshape([sizes[i] for i in (*rest, *order)])
     out[_cut(place.index)] = split.transpose(np.argsort([*rest, *order]))
-
-
-def is_same(place: Place, leaf: Leaf, slot: Slot) -> bool | None:
-    """Returns whether a tensor has the leaf's numbers, None if they are not known."""
-    if leaf is None or isinstance(leaf, jax.ShapeDtypeStruct):
-        return None
-    if slot.shape != place.shape(leaf.shape):
-        return False
-    tensor = slot.read()
-    own = weight_out(place, np.asarray(leaf)).astype(tensor.dtype)
-    return np.array_equal(own, tensor)
 
 
 def _cut(index: Sequence[int | tuple[int, int] | None]) -> tuple[slice, ...]:

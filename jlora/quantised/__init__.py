@@ -9,12 +9,24 @@ from ._axes import (
     rearranged as rearranged,
     split_axis as split_axis,
 )
-from ._encode import Scheme as Scheme, encode as encode
-from ._kinds import KINDS as KINDS
+from ._encode import (
+    Scheme as Scheme,
+    encode as encode,
+    encode_like as encode_like,
+)
+from ._kinds import KINDS as KINDS, NF4 as NF4
 from ._node import (
     Quantized as Quantized,
     is_quantized as is_quantized,
     like_dense as like_dense,
 )
-from ._pack import Packing as Packing, repacked as repacked
+from ._pack import (
+    Packing as Packing,
+    pack_on_host as pack_on_host,
+    packing as packing,
+    repacked as repacked,
+    unpack as unpack,
+    unpack_on_host as unpack_on_host,
+    usual_packing as usual_packing,
+)
 from ._shards import shard_counts as shard_counts, shard_specs as shard_specs

@@ -83,6 +83,24 @@ def encode(
     return Quantized(codes, scales, offset, scheme.kind, blocks, np.dtype(w.dtype), how)
 
 
+def encode_like(w: jax.Array, q: Quantized) -> Quantized:
+    """Returns `w` as codes of the kind, blocks, storage and dtype of `q`.
+
+    Args:
+      w: an array of the shape of `q`.
+      q: a quantised array without an offset.
+    """
+    blocks = tuple(q.block(i) for i in range(q.ndim))
+    old = q.scales
+    double = isinstance(old, Quantized)
+    dtype = "float32" if double else jnp.dtype(old.dtype).name
+    codes, scales = _codes(w, q.kind, blocks, dtype)
+    codes = codes.astype(q.codes.dtype) if q.packing is None else pack(codes, q.packing)
+    if double:
+        scales = _doubly_like(scales, old)
+    return dataclasses.replace(q, codes=codes, scales=scales)
+
+
 def _packing(
     shape: Sequence[int], axes: Sequence[int], shards: Sequence[int]
 ) -> Packing:
@@ -121,3 +139,13 @@ def _doubly(scales: jax.Array) -> Quantized:
     blocks = blocks_along(scales.shape, (axis,), SECOND_BLOCK)
     codes, second = _codes(scales - mean, "int8", blocks, "float32")
     return Quantized(codes, second, mean, "int8", blocks, np.dtype("float32"))
+
+
+def _doubly_like(scales: jax.Array, q: Quantized) -> Quantized:
+    """Returns scales as codes like `q`, around the mean where `q` has an offset."""
+    offset = None
+    if q.offset is not None:
+        common = [i for i, n in enumerate(q.offset.shape) if n == 1]
+        offset = jnp.mean(scales, axis=tuple(common), keepdims=True)
+    rest = scales if offset is None else scales - offset
+    return dataclasses.replace(encode_like(rest, q), offset=offset)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jax import lax
 from ..errors import TreeError
 from ._kinds import KINDS
 from ._pack import Packing, unpack
+
+# Methods of an array that a function may call on its parameters.
+_METHODS = frozenset(["T", "mT", "astype", "at", "dot", "reshape", "sum", "transpose"])
 
 
 @jax.tree_util.register_dataclass
@@ -129,13 +132,25 @@ class Quantized:
             return self.scales.dense()
         return self.scales.astype(jnp.float32)
 
-    def __jax_array__(self) -> jax.Array:
-        raise TreeError(
+    def _fault(self) -> str:
+        return (
             f"A quantised weight ({self!r}) met an operation of JAX. Call the function "
             "through jlora.apply_lora: apply_lora(fn)(params, jlora.Trainable(), x) "
             "works without an adapter too. jlora.merge(params, jlora.Trainable()) "
             "makes the weights dense."
         )
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TreeError(self._fault())
+
+    # What a function that expects an array does first.
+    __jax_array__ = __array__ = __getitem__ = __iter__ = _refuse
+    __matmul__ = __rmatmul__ = __mul__ = __rmul__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __truediv__ = __pow__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        known = name in _METHODS
+        raise AttributeError(self._fault() if known else f"no attribute {name!r}")
 
     def __repr__(self) -> str:
         try:
@@ -147,7 +162,7 @@ class Quantized:
             return f"Quantized({fields}, kind={self.kind!r})"
 
 
-def is_quantized(x: object) -> bool:
+def is_quantized(x: object) -> TypeGuard[Quantized]:
     """Returns whether `x` is a quantised array."""
     return isinstance(x, Quantized)
 

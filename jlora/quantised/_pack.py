@@ -7,10 +7,12 @@ side by side cost a TPU several times the bytes. A shard must hold whole pieces.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -39,6 +41,13 @@ def packing(axis: int, n: int, pieces: int = 1) -> Packing:
     return Packing(axis, n // (2 * pieces) if whole else (n + 1) // 2, n % 2)
 
 
+def usual_packing(shape: Sequence[int], blocks: Sequence[int]) -> Packing:
+    """Returns how to pack codes of a shape: along their blocks, on an even axis."""
+    order = [(b > 1, n % 2 == 0, n) for n, b in zip(shape, blocks, strict=True)]
+    axis = order.index(max(order))
+    return packing(axis - len(shape), shape[axis])
+
+
 def pack(codes: jax.Array, how: Packing) -> jax.Array:
     """Returns codes, uint8 below 16, as bytes of two."""
     axis = how.axis % codes.ndim
@@ -49,6 +58,27 @@ def pack(codes: jax.Array, how: Packing) -> jax.Array:
     halves = codes.reshape(*before, -1, 2, how.run, *after)
     low, high = (lax.index_in_dim(halves, i, axis + 1, keepdims=False) for i in (0, 1))
     return (low | (high << 4)).reshape(*before, -1, *after)
+
+
+def pack_on_host(codes: np.ndarray, how: Packing) -> np.ndarray:
+    """Returns `pack` of an array on the host."""
+    axis = how.axis % codes.ndim
+    if how.pad:
+        widths = [(0, how.pad if i == axis else 0) for i in range(codes.ndim)]
+        codes = np.pad(codes, widths)
+    before, after = codes.shape[:axis], codes.shape[axis + 1 :]
+    halves = codes.reshape(*before, -1, 2, how.run, *after)
+    low, high = (halves.take(i, axis + 1) for i in (0, 1))
+    return (low | (high << 4)).reshape(*before, -1, *after)
+
+
+def unpack_on_host(packed: np.ndarray, how: Packing) -> np.ndarray:
+    """Returns `unpack` of an array on the host."""
+    axis = how.axis % packed.ndim
+    before, after = packed.shape[:axis], packed.shape[axis + 1 :]
+    bytes_ = packed.reshape(*before, -1, how.run, *after)
+    codes = np.stack([bytes_ & 15, bytes_ >> 4], axis + 1).reshape(*before, -1, *after)
+    return codes.take(range(how.length(packed.shape[axis])), axis) if how.pad else codes
 
 
 def unpack(packed: jax.Array, how: Packing) -> jax.Array:

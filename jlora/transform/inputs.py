@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..factors import Axes
+from ..quantised import is_quantized
 from . import CONTROL, LINEAR, STRUCTURE, compat, control, structure
 from .atoms import OTHER, RANK, Atom, Labels, lay_out, leaf_dims, regroup, size
 from .compat import Equation
@@ -80,7 +81,10 @@ def input_moments(
     trace.kept.append(code)
 
     def total(probes: Mapping[str, jax.Array]) -> jax.Array:
-        placed: list[Value] = list(values)
+        placed: list[Value] = [
+            leaf(f"argument {i}", x) if is_quantized(x) else x
+            for i, x in enumerate(values)
+        ]
         for slot, (path, axes) in weights.items():
             placed[slot] = _probed(path, values[slot], axes, probes[path])
         ctx = _context(trace)
