@@ -62,6 +62,9 @@ def run(
     config = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
     example = (tests[0].tokens[:1], tests[0].mask[:1])
     plan = jlora.plan(fn, params, *example, config=config)
+    if options.quantize != "none":
+        params = jlora.quantize(params, plan, kind=options.quantize)
+        plan = jlora.plan(fn, params, *example, config=config)
     print("   " + str(plan).replace("\n", "\n   "))
 
     print(f"3. Train {len(data.TASKS)} adapters in one program, on one base")
@@ -151,11 +154,11 @@ def _speeds(
     asked = data.Examples(*(np.resize(x, (n, *x.shape[1:])) for x in asked))
     ids = jnp.arange(n) % len(data.TASKS)
     one = jlora.adapters.select(stacked, 0)
-    plain = generate.make_step(lambda params, _, *args: fn(params, *args))
+    step = generate.make_step(apply)
     runs = {
-        "base": (plain, params, jlora.Trainable()),
-        "merged": (plain, jlora.merge(frozen, one), jlora.Trainable()),
-        "one adapter, shared": (generate.make_step(apply), frozen, one),
+        "base": (step, params, jlora.Trainable()),
+        "merged": (step, jlora.merge(frozen, one), jlora.Trainable()),
+        "one adapter, shared": (step, frozen, one),
         "three adapters, mixed": (
             generate.make_step(_mixed(fn)),
             frozen,

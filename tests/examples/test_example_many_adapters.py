@@ -123,6 +123,7 @@ def test_data_are_prompts_and_answers(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_the_whole_example(params, tokenizer, tmp_path, capsys):
     flags = "--steps 30 --batch-size 2 --test 2 --rows 4 --tokens 3 --lr 0.02"
+    flags += " --quantize int8"
     options = dataclasses.replace(parse(flags.split()), out=tmp_path)
     train.run(options, params, SIZES, tokenizer, pairs())
     figures = json.loads((tmp_path / "results.json").read_text())
