@@ -54,9 +54,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     )
     add(
         "--quantize",
-        choices=QUANTIZE,
+        choices=(*QUANTIZE, "file"),
         default="none",
-        help="how the base's linear weights are stored",
+        help="how the base's linear weights are stored; file: the codes of the GGUF "
+        "file as they are, nothing is widened",
     )
     add("--seed", type=int, default=0, help="of adapters and data order")
     add("--out", type=Path, default=Path("runs/many_adapters"), help="results go here")
