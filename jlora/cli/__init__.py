@@ -1,4 +1,4 @@
-"""The `jlora` command: inspect, plan, merge, convert, diff, extract, validate.
+"""The `jlora` command: look at adapters, merge, quantise, convert, compare.
 
 A thin layer: each command calls the functions of the same name. May import everything.
 """

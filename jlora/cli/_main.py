@@ -14,7 +14,7 @@ import jax
 from ..errors import JloraError
 from ._output import tell
 from ._show import diff, inspect, show_plan, validate
-from ._write import convert, extract, merge
+from ._write import convert, extract, merge, quantize
 
 # Begins the message of an error that is a fault of jlora itself.
 UNEXPECTED = "an error that jlora did not expect, please report it: "
@@ -95,5 +95,5 @@ def commands() -> None:
     """
 
 
-for _command in (inspect, show_plan, merge, convert, diff, extract, validate):
+for _command in (inspect, show_plan, quantize, merge, convert, diff, extract, validate):
     commands.add_command(_command)

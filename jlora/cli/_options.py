@@ -74,6 +74,38 @@ _CONFIG = [
 ]
 
 
+_QUANTIZE = [
+    click.option("--kind", default="nf4", help="nf4 (the default), int8 or int4."),
+    click.option("--targets", multiple=True, help="Glob over paths; repeatable."),
+    click.option("--block", type=click.IntRange(2), help="Numbers that share a scale."),
+    click.option("--double", is_flag=True, help="Quantise the scales too, to 8 bits."),
+    click.option("--scale-dtype", default="float32", help="Such as bfloat16."),
+]
+
+
+class Scheme(TypedDict, total=False):
+    """How weights are quantised, by the names of the options.
+
+    Attributes:
+      kind: of the codes.
+      targets: globs of leaves; empty for those that jlora chooses.
+      block: how many numbers share a scale.
+      double: whether the scales are quantised too.
+      scale_dtype: dtype of the scales.
+    """
+
+    kind: str
+    targets: tuple[str, ...]
+    block: int | None
+    double: bool
+    scale_dtype: str
+
+
+def scheme(command: Command) -> Command:
+    """Adds the options of `Scheme`."""
+    return _all(_QUANTIZE)(command)
+
+
 def how(*names: str) -> Callable[[Command], Command]:
     """Returns a decorator that adds the options of `How`, or `base`, by name."""
     return _all([_HOW[name] for name in names])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from typing import Any, Unpack
 
 import click
@@ -14,6 +15,7 @@ from .._io.models import open_model
 from .._plan.row import Row
 from .._tables import table
 from ..errors import JloraError
+from ..quantised import is_quantized
 from . import _options as options
 from ._inputs import planned, read
 from ._output import bar, print_json, tell
@@ -30,14 +32,18 @@ def inspect(
     kind = files.detect(adapter)
     found = inspection.inspect(read(adapter, base=base, **how))
     about = files.describe(adapter, step=how.get("step"))
+    codes = {} if base is None else quantised(base)
     if as_json:
         fields = {"adapter": adapter, "format": kind, "about": about}
-        print_json({**fields, **dataclasses.asdict(found)})
+        more = {"base": codes} if codes else {}
+        print_json({**fields, **more, **dataclasses.asdict(found)})
         return
     click.echo(f"{adapter}: {kind}")
     for name, value in about.items():
         if value not in (None, False, {}, [], ""):
             click.echo(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    if codes:
+        click.echo(f"base: {_in_words(codes)}")
     click.echo(str(found))
 
 
@@ -113,6 +119,7 @@ def validate(
     saved with it.
     """
     problems: list[str] = []
+    codes: dict[str, int] = {}
     kind = None
     try:
         kind = files.detect(adapter)
@@ -120,19 +127,34 @@ def validate(
         found = inspection.inspect(trainable)
         problems += [text for text in found.warnings if text.startswith("NaN")]
         if base is not None:
-            check(dict(open_model(base).shapes), trainable)
+            check(open_model(base).dense_shapes(), trainable)
+            codes = quantised(base)
             if kind == "orbax":
                 _check_fingerprint(adapter, base, how.get("step"))
     except JloraError as error:
         problems.append(" ".join(str(error).split()))
     if as_json:
-        print_json({"adapter": adapter, "format": kind, "problems": problems})
+        more = {"base": codes} if codes else {}
+        print_json({"adapter": adapter, "format": kind, **more, "problems": problems})
     else:
         for text in problems:
             tell(f"jlora: {text}")
         if not problems:
-            click.echo(f"{adapter}: {kind}, fine")
+            over = f" (base: {_in_words(codes)})" if codes else ""
+            click.echo(f"{adapter}: {kind}, fine{over}")
     _exit(1 if problems else 0)
+
+
+def quantised(base: str) -> dict[str, int]:
+    """Returns how many leaves of a model are quantised, by kind, and how many not."""
+    kinds = [
+        x.kind if is_quantized(x) else "dense" for x in open_model(base).shapes.values()
+    ]
+    return dict(Counter(kinds)) if {*kinds} - {"dense"} else {}
+
+
+def _in_words(codes: dict[str, int]) -> str:
+    return ", ".join(f"{n} leaves {kind}" for kind, n in codes.items())
 
 
 def _check_fingerprint(adapter: str, base: str, step: int | None) -> None:

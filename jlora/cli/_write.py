@@ -1,4 +1,4 @@
-"""Commands that write: merge, convert, extract."""
+"""Commands that write: merge, quantize, convert, extract."""
 
 import os
 from typing import Any, Unpack
@@ -12,6 +12,7 @@ from .._io.models import open_model
 from .._io.torch_models import facts_of, is_torch_named, tie_of
 from ..config import LoraConfig
 from ..factors import Trainable
+from ..quantised import is_quantized
 from . import _options as options
 from ._inputs import config_of, name_map, planned, read
 from ._output import bar, counts, done
@@ -21,6 +22,9 @@ from ._output import bar, counts, done
 @click.argument("base", type=options.PATH)
 @click.argument("adapter", type=options.PATH)
 @click.argument("out", type=options.PATH)
+@click.option(
+    "--requantize", is_flag=True, help="Write a quantised base as codes again."
+)
 @options.how("step", "names", "tied")
 @options.overwrite
 @options.as_json
@@ -28,6 +32,7 @@ def merge(
     base: str,
     adapter: str,
     out: str,
+    requantize: bool,
     overwrite: bool,
     as_json: bool,
     **how: Unpack[options.How],
@@ -36,13 +41,51 @@ def merge(
 
     Leaf by leaf: memory is bounded by a few times the largest leaf. A PEFT adapter
     merges into a model of Hugging Face as it is, and by --names into one with Flax's
-    names.
+    names. A quantised BASE becomes dense.
     """
     _check_free(out, overwrite, base, adapter)
     trainable = read(adapter, base=base, **how)
-    export.merge_files(base, trainable, out, progress=bar("merging"))
+    export.merge_files(
+        base, trainable, out, requantize=requantize, progress=bar("merging")
+    )
     size = os.path.getsize(out)
     done({"out": out, **counts(trainable), "bytes": size}, as_json)
+
+
+@click.command(epilog="Example: jlora quantize base.safetensors small.safetensors")
+@click.argument("base", metavar="MODEL", type=options.PATH)
+@click.argument("out", type=options.PATH)
+@options.scheme
+@click.option(
+    "--plan", "model", metavar="PACKAGE.MODULE:ATTRIBUTE", help="See `jlora plan`."
+)
+@options.overwrite
+@options.as_json
+def quantize(
+    base: str,
+    out: str,
+    model: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **scheme: Unpack[options.Scheme],
+) -> None:
+    """Write MODEL with codes and scales for its weights to the safetensors file OUT.
+
+    Leaf by leaf: memory is bounded by a few times the largest leaf. Whatever reads
+    models reads OUT: merge, validate, diff, and the library. With --plan the model's
+    function says which weights are those of linear operations, and along which axes.
+    """
+    _check_free(out, overwrite, base)
+    plan = None if model is None else planned(model, {"config": None})
+    own: Json = {**scheme, "targets": scheme.get("targets") or None}
+    export.quantize_files(base, out, plan, **own, progress=bar("quantising"))
+    shapes = open_model(out).shapes.values()
+    fields = {
+        "quantised": sum(map(is_quantized, shapes)),
+        "dense": sum(not is_quantized(x) for x in shapes),
+        "bytes": os.path.getsize(out),
+    }
+    done({"out": out, **fields}, as_json)
 
 
 @click.command(

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 
 from .._core import extract, merge
@@ -24,7 +26,7 @@ from .._tables import listed
 from ..config import LoraConfig
 from ..errors import CheckpointError, MergeError, TreeError
 from ..factors import Trainable
-from ..quantised import encode_like, is_quantized
+from ..quantised import Quantized, encode_like, is_quantized
 from ._flat_plan import assumed_rows
 
 _UNCHANGED = (
@@ -67,6 +69,10 @@ def merge_files(
       CheckpointError: if a file cannot be read or written, `out` is the base, or an
         adapted leaf is quantised in a format that jlora does not read.
 
+    Warns:
+      UserWarning: with `requantize`, names weights with the share of the update that
+        their codes lose.
+
     Examples:
       >>> import os, tempfile, numpy as np, jlora
       >>> from jlora.factors import Factors, Spec
@@ -91,6 +97,8 @@ def merge_files(
     for name, x in trainable.full.items():
         shapes[name] = jax.ShapeDtypeStruct(x.shape, x.dtype)
 
+    rounded: list[str] = []
+
     def read(name: str) -> Any:
         if name in trainable.full:
             return jax.device_get(trainable.full[name])
@@ -100,7 +108,11 @@ def merge_files(
             if name in trainable.lora:
                 own = Trainable({name: trainable.lora[name]})
                 new = merge.merge({name: _dense(w)}, own, check=True)[name]
-                w = encode_like(new, w) if requantize and is_quantized(w) else new
+                if requantize and is_quantized(w):
+                    coded = encode_like(new, w)
+                    rounded.extend(_rounded(name, _dense(w), new, coded))
+                    new = coded
+                w = new
             elif not requantize:
                 w = _dense(w)
             return jax.device_get(w)
@@ -113,10 +125,26 @@ def merge_files(
 
     made = dataclasses.replace(model, shapes=shapes, read=read, pieces=pieces)
     write(out, made, progress)
+    if rounded:
+        warnings.warn(
+            "These weights are quantised again, which rounds the sum: "
+            f"{listed(rounded, 5, ', ')}. Leave out requantize for dense weights, or "
+            "keep the adapter beside the codes.",
+            stacklevel=2,
+        )
 
 
 def _dense(w: Any) -> Any:
     return w.dense() if is_quantized(w) else w
+
+
+def _rounded(name: str, w: Any, new: Any, coded: Quantized) -> list[str]:
+    """Returns in words what codes lose of the change from `w` to `new`."""
+    before, wanted, got = (np.asarray(x, np.float32) for x in (w, new, coded.dense()))
+    change, lost = np.linalg.norm(wanted - before), np.linalg.norm(wanted - got)
+    if change == 0 or lost == 0:
+        return []
+    return [f"{name!r} ({coded.kind}, {lost / change:.0%} of the update lost)"]
 
 
 def quantize_files(

@@ -12,6 +12,7 @@ from .._io.disk import Path, Progress
 from .._io.models import open_model
 from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
+from ..quantised import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def diff_files(
             place = "first" if name in one.shapes else "second"
             told.append(Difference(name, f"only in the {place}"))
         else:
-            told += _arrays_differ(name, one.read(name), other.read(name))
+            told += _leaves_differ(name, one.read(name), other.read(name))
     return tuple(told)
 
 
@@ -127,6 +128,16 @@ def _factors_differ(path: str, a: Factors, b: Factors) -> list[Difference]:
             for d in _arrays_differ(path, a.magnitude, b.magnitude)
         ]
     return told
+
+
+def _leaves_differ(path: str, a: Leaf, b: Leaf) -> list[Difference]:
+    """Returns how two leaves of models differ; quantised ones in what they mean."""
+    kinds = [x.kind if is_quantized(x) else "dense" for x in (a, b)]
+    told = []
+    if kinds[0] != kinds[1]:
+        told.append(Difference(path, f"{kinds[0]} → {kinds[1]}"))
+    dense = (np.asarray(x.dense()) if is_quantized(x) else x for x in (a, b))
+    return told + _arrays_differ(path, *dense)
 
 
 def _arrays_differ(path: str, a: Leaf, b: Leaf) -> list[Difference]:

@@ -570,6 +570,6 @@ def test_a_fixed_batch_and_sharded_parameters():
 
 
 def test_parameters_that_cannot_be_embedded(monkeypatch):
-    monkeypatch.setattr(export, "_EMBED_LIMIT", 10)
+    monkeypatch.setattr("jlora.export._whole._EMBED_LIMIT", 10)
     with pytest.raises(jlora.TreeError, match=r"take 48 bytes.*embed=False"):
         export.stablehlo(model, {"w": normal((4, 3))}, normal((2, 4)), {})
