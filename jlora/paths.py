@@ -46,6 +46,8 @@ def flatten(
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
     try:
+        # Too deep a tree breaks Python's count of calls if that is found in `is_leaf`.
+        jax.tree.structure([[[[tree]]]])
         keyed, treedef = jax.tree_util.tree_flatten_with_path(
             tree, lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
         )

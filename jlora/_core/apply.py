@@ -199,7 +199,7 @@ def _tell(
     warnings.warn(
         "\n".join(texts) + '\nSilence this with on_merge="allow".',
         MergeWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

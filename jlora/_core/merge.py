@@ -119,12 +119,12 @@ def _coarse(
         share, error = _lost(widened(olds[path]), widened(new), factors)
         if share == 0:
             continue
-        told = f"{share:.0%}" if not 0.995 <= share < 1.005 else "all"
         if is_coded:
             off = f"off by {error:.4f} of its norm"
-            lost = f", {told} of the update lost" if math.isfinite(share) else ""
+            lost = f", {share:.0%} of the update lost" if math.isfinite(share) else ""
             found[1].append(f"{path!r} ({name}, {off}{lost})")
         else:
+            told = f"{share:.0%}" if share < 0.995 else "all"
             found[0].append(f"{path!r} ({name}, {told} of it)")
     return found
 

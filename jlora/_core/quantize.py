@@ -58,7 +58,8 @@ def quantize(
       kind: `"nf4"` (4 bits: a code is a quantile of a normal distribution), `"int8"`,
         or `"int4"`.
       targets: globs over paths, see `jlora.paths.matches`: the leaves to quantise.
-        Embeddings and output heads are named here.
+        Embeddings and output heads are named here; a plan means a head only where
+        there is no other weight.
       block: how many numbers share a scale; None for 64 (`"int8"`: 512). A shorter row
         is one block.
       double: whether the scales are quantised too, to 8 bits around their mean: 4.13
@@ -216,13 +217,10 @@ def _chosen(
                 )
             found |= dict.fromkeys(hits)
         return list(found)
-    every = [
-        path
-        for path, w in leaves.items()
-        if _is_float(w)
-        and len(w.shape) >= 2
-        and (not has_plan or _is_linear(rows[path]))
-    ]
+    every = [p for p, w in leaves.items() if _is_float(w) and len(w.shape) >= 2]
+    if has_plan:
+        every = [path for path in every if _is_linear(rows[path])]
+        every = [path for path in every if not rows[path].head] or every
     if not every:
         what = "weight of a linear operation" if has_plan else "float leaf of two axes"
         raise TreeError(
@@ -233,8 +231,8 @@ def _chosen(
 
 
 def _is_linear(row: Row) -> bool:
-    """Returns whether a leaf is the weight of products alone, and not a head."""
-    return row.op in ("linear", "conv") and row.status != "full" and not row.head
+    """Returns whether a leaf is the weight of products alone."""
+    return row.op in ("linear", "conv") and row.status != "full"
 
 
 def _is_float(w: Leaf) -> bool:

@@ -135,8 +135,14 @@ def _encoders(
     }
     if isinstance(quantize, str):
         quantize = {"kind": quantize}
-    if not isinstance(quantize, Mapping):
+    if quantize is None or callable(quantize):
         return found
+    if not isinstance(quantize, Mapping):
+        raise ConfigError(
+            "quantize must be a kind, a mapping of options of jlora.quantize, or a "
+            "function from a weight to its quantised values, got "
+            f"{type(quantize).__name__}."
+        )
     try:
         found |= encoders(leaves, plan, **quantize)
         others = [

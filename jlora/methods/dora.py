@@ -86,7 +86,7 @@ def gain(factors: Factors, w: Leaf) -> jax.Array:
 
     Only `m` is differentiated: section 4.3 of the paper takes the norm as a constant.
     """
-    length = lax.stop_gradient(norm(factors, w))
+    length = norm(*lax.stop_gradient((factors, w)))
     return factors.magnitude.astype(length.dtype) / length
 
 

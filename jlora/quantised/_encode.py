@@ -134,7 +134,8 @@ def _codes(
 
 def _doubly(scales: jax.Array) -> Quantized:
     """Returns scales as codes of 8 bits around their mean, in blocks along one axis."""
-    mean = jnp.mean(scales.astype(jnp.float32), axis=(-2, -1), keepdims=True)
+    scales = scales.astype(jnp.float32)
+    mean = jnp.mean(scales, axis=(-2, -1), keepdims=True)
     axis = scales.ndim - 1 if scales.shape[-1] > 1 else scales.ndim - 2
     blocks = blocks_along(scales.shape, (axis,), SECOND_BLOCK)
     codes, second = _codes(scales - mean, "int8", blocks, "float32")

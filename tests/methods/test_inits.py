@@ -800,8 +800,8 @@ def test_split_without_what_an_init_needs(init, remedy, key):
 
 def test_quantize_that_cannot_work(key):
     _, params, plan, _ = plan_of("matrix", init="loftq")
-    with pytest.raises(jlora.ConfigError, match=r"must be a function .* got str"):
-        jlora.split(key, params, plan, quantize="nf4")
+    with pytest.raises(jlora.ConfigError, match=r"must be a kind, .* got int"):
+        jlora.split(key, params, plan, quantize=4)
     with pytest.raises(jlora.ConfigError, match=r"returned shape .* for 'w'"):
         jlora.split(key, params, plan, quantize=lambda w: w[:2])
 
