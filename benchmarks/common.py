@@ -84,7 +84,7 @@ def stored(frozen: Any, plan: jlora.Plan, base: str) -> Any:
     Args:
       frozen: from `jlora.split`.
       plan: what is linear.
-      base: one of `STORED`, or `"float32"` for `frozen` itself.
+      base: one of `STORED`, or `"float32"` for `frozen` as it is.
     """
     if base == "float32":
         return frozen

