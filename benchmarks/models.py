@@ -122,6 +122,7 @@ class Decoder(nn.Module):
     size: Size
     gated: bool = False
     scanned: bool = False
+    remat: bool = True
     rank: int = 0
 
     @nn.compact
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
         x = add(embed(ids) + place[None], at_input)
         if self.scanned:  # one body: gradients reach the input of each layer anyhow
             block = nn.scan(
-                nn.remat(Block, prevent_cse=False),
+                nn.remat(Block, prevent_cse=False) if self.remat else Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 length=size.layers,

@@ -110,6 +110,13 @@ PAPERS = {
         2023,
         "2310.08659",
     ),
+    "qlora": Paper(
+        "dettmers2023qlora",
+        "{QLoRA}: Efficient Finetuning of Quantized {LLM}s",
+        "Dettmers, Tim and Pagnoni, Artidoro and Holtzman, Ari and Zettlemoyer, Luke",
+        2023,
+        "2305.14314",
+    ),
     "lora_plus": Paper(
         "hayou2024loraplus",
         "{LoRA+}: Efficient Low Rank Adaptation of Large Models",
@@ -184,15 +191,18 @@ def cite(used: LoraConfig | Plan, *also: str) -> str:
 
 
 def _names(used: LoraConfig | Plan) -> list[str]:
-    """Returns the methods, the scale and the inits in use."""
+    """Returns the methods, the scale, the storage and the inits in use."""
     if isinstance(used, Plan):
         specs = [row.spec for row in used.rows() if row.spec is not None]
         is_rank_stabilised = any(spec.rslora for spec in specs)
+        is_quantised = any(row.storage in ("nf4", "int4") for row in used.rows())
     else:
         specs = [used, *used.rules]
         is_rank_stabilised = used.rslora
+        is_quantised = False
     names = [spec.method for spec in specs]
     names += ["rslora"] if is_rank_stabilised else []
+    names += ["qlora"] if is_quantised else []
     inits = [spec.init for spec in specs]
     return names + [entry_of(init) for init in inits if isinstance(init, str)]
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import TreeError
 from ._kinds import KINDS
 from ._node import Quantized
 from ._pack import Packing, pack, packing
@@ -88,8 +89,20 @@ def encode_like(w: jax.Array, q: Quantized) -> Quantized:
 
     Args:
       w: an array of the shape of `q`.
-      q: a quantised array without an offset.
+      q: a quantised array.
+
+    Raises:
+      TreeError: if `q` has an offset: no kind of jlora's own has.
     """
+    if q.offset is not None:
+        raise TreeError(
+            f"{q!r} has an offset for each block, which is only read: make it dense "
+            "with jlora.merge, and then call jlora.quantize."
+        )
+    return _like(w, q)
+
+
+def _like(w: jax.Array, q: Quantized) -> Quantized:
     blocks = tuple(q.block(i) for i in range(q.ndim))
     old = q.scales
     double = isinstance(old, Quantized)
@@ -149,4 +162,4 @@ def _doubly_like(scales: jax.Array, q: Quantized) -> Quantized:
         common = [i for i, n in enumerate(q.offset.shape) if n == 1]
         offset = jnp.mean(scales, axis=tuple(common), keepdims=True)
     rest = scales if offset is None else scales - offset
-    return dataclasses.replace(encode_like(rest, q), offset=offset)
+    return dataclasses.replace(_like(rest, q), offset=offset)

@@ -5,7 +5,7 @@ References:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class Kind(NamedTuple):
       most: the number that the largest absolute value of a block is divided by.
       block: how many numbers share a scale, unless said otherwise.
       encode: `x / scale -> codes`, as uint8 for four bits, else as `dtype`.
-      decode: `codes -> float32`, in the unit of the scale.
+      decode: `(codes, platform) -> float32`, in the unit of the scale.
     """
 
     bits: int
@@ -51,7 +51,7 @@ class Kind(NamedTuple):
     most: float
     block: int
     encode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[jax.Array], jax.Array]
+    decode: Callable[[jax.Array, str], jax.Array]
 
 
 def _nearest_nf4(x: jax.Array) -> jax.Array:
@@ -62,25 +62,27 @@ def _nearest_nf4(x: jax.Array) -> jax.Array:
     return code
 
 
-def _from_nf4(codes: jax.Array) -> jax.Array:
+def _from_nf4(codes: jax.Array, platform: str) -> jax.Array:
     """Returns the table's entries: looked up on a CPU, chosen bit by bit elsewhere.
 
     A vector unit has no table, and its compiler writes each entry of one to memory.
     """
-    return lax.platform_dependent(codes, cpu=_taken, default=_chosen)
-
-
-def _taken(codes: jax.Array) -> jax.Array:
+    if platform != "cpu":
+        values = [jnp.full(codes.shape, value, jnp.float32) for value in NF4]
+        return chosen_by_bits(codes, values)
     table = jnp.array(NF4, jnp.float32)
     return table.at[codes].get(mode="promise_in_bounds")
 
 
-def _chosen(codes: jax.Array) -> jax.Array:
-    bits = [((codes >> i) & 1).astype(bool) for i in range(4)]
-    values = [jnp.full(codes.shape, value, jnp.float32) for value in NF4]
-    for bit in bits:
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [lax.select(bit, high, low) for low, high in pairs]
+def chosen_by_bits(index: jax.Array, values: Sequence[jax.Array]) -> jax.Array:
+    """Returns entry `index` of `values`, of one shape, by a tree of choices."""
+    values, bit = list(values), 0
+    while len(values) > 1:
+        is_set = ((index >> bit) & 1).astype(bool)
+        pairs = zip(values[::2], values[1::2], strict=False)
+        odd = values[-1:] if len(values) % 2 else []
+        values = [lax.select(is_set, high, low) for low, high in pairs] + odd
+        bit += 1
     return values[0]
 
 
@@ -96,7 +98,7 @@ KINDS = {
         7.0,
         64,
         lambda x: _nearest_integer(x, 7, "int8").astype(jnp.uint8) + jnp.uint8(8),
-        lambda codes: codes.astype(jnp.float32) - 8,
+        lambda codes, _: codes.astype(jnp.float32) - 8,
     ),
     "int8": Kind(
         8,
@@ -104,7 +106,7 @@ KINDS = {
         127.0,
         512,
         functools.partial(_nearest_integer, most=127, dtype="int8"),
-        lambda codes: codes.astype(jnp.float32),
+        lambda codes, _: codes.astype(jnp.float32),
     ),
     # For reading: checkpoints of this kind come with a scale for each block.
     "float8_e4m3": Kind(
@@ -113,6 +115,6 @@ KINDS = {
         448.0,
         128,
         lambda x: x.astype(jnp.float8_e4m3fn),
-        lambda codes: codes.astype(jnp.float32),
+        lambda codes, _: codes.astype(jnp.float32),
     ),
 }

@@ -7,11 +7,10 @@ from typing import Any, TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ..errors import TreeError
-from ._kinds import KINDS
-from ._pack import Packing, unpack
+from ._pack import Packing
+from ._widen import widen
 
 # Methods of an array that a function may call on its parameters.
 _METHODS = frozenset(["T", "mT", "astype", "at", "dot", "reshape", "sum", "transpose"])
@@ -94,42 +93,12 @@ class Quantized:
 
     def dense(self) -> jax.Array:
         """Returns the array that it stands for, `[*shape]` in `dtype`."""
-        codes = self.codes
-        if self.packing is not None:
-            codes = unpack(codes, self.packing)
-        values = self._rescaled(KINDS[self.kind].decode(codes))
-        return values.astype(self.dtype)
-
-    def _rescaled(self, values: jax.Array) -> jax.Array:
-        """Returns `values` times the scales, plus the offset, in float32."""
-        blocks = [self.block(i) for i in range(self.ndim)]
-        cut = [
-            [n // block, block] if 1 < block < n and n % block == 0 else [n]
-            for n, block in zip(values.shape, blocks, strict=True)
-        ]
-
-        def spread(x: jax.Array) -> jax.Array:
-            """Returns `x`, an entry a block, to broadcast against `cut`."""
-            shape: list[int] = []
-            for i, parts in enumerate(cut):
-                n = x.shape[i]
-                if n > 1 and len(parts) == 1 and blocks[i] > 1:  # the last is shorter
-                    x = jnp.repeat(x, blocks[i], axis=i)
-                    x = lax.slice_in_dim(x, 0, parts[0], axis=i)
-                    n = parts[0]
-                shape += [n] if len(parts) == 1 else [n, 1]
-            return lax.reshape(x, shape)
-
-        whole = lax.reshape(values, [n for parts in cut for n in parts])
-        whole = whole * spread(self.float_scales())
-        if self.offset is not None:
-            whole = whole + spread(self.offset.astype(jnp.float32))
-        return lax.reshape(whole, values.shape)
+        return widen(self)
 
     def float_scales(self) -> jax.Array:
         """Returns the scales as float32."""
         if isinstance(self.scales, Quantized):
-            return self.scales.dense()
+            return widen(self.scales)
         return self.scales.astype(jnp.float32)
 
     def _fault(self) -> str:

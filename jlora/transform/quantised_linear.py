@@ -6,6 +6,7 @@ is kept between the passes. JAX's own derivative keeps every widened weight.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,14 +82,18 @@ def base_product(
     return quantised_linear_p.bind(x, *leaves, *rest, static=static)
 
 
-def _run(x: jax.Array, *operands: Any, static: Static) -> jax.Array:
+def _run(
+    x: jax.Array, *operands: Any, static: Static, barrier: bool = True
+) -> jax.Array:
     n = static.tree.num_leaves
     leaves, rest = operands[:n], operands[n:]
     if not static.transposed:
         w = widened(static.tree.unflatten(leaves), static.dims)
         return static.fun(x, w, *rest)
-    # A compiler that sees both passes would widen once, and keep the result.
-    x, *leaves = lax.optimization_barrier((x, *leaves))
+    if (
+        barrier
+    ):  # a compiler that sees both passes would widen once, and keep the result
+        x, *leaves = lax.optimization_barrier((x, *leaves))
     w = widened(static.tree.unflatten(leaves), static.dims)
     transpose = jax.linear_transpose(lambda x: static.fun(x, w, *rest), static.x)
     return transpose(x)[0]
@@ -188,3 +193,9 @@ ad.primitive_jvps[quantised_linear_p] = _jvp
 ad.primitive_transposes[quantised_linear_p] = _transpose
 batching.primitive_batchers[quantised_linear_p] = _batch
 mlir.register_lowering(quantised_linear_p, mlir.lower_fun(_run, multiple_results=False))
+# The TPU's compiler widens inside each product, and writes nothing widened to memory.
+mlir.register_lowering(
+    quantised_linear_p,
+    mlir.lower_fun(functools.partial(_run, barrier=False), multiple_results=False),
+    platform="tpu",
+)

@@ -50,6 +50,8 @@ def test_a_plan_cites_what_its_weights_use():
     config = jlora.LoraConfig(rank=2, rslora=True)
     plan = jlora.plan(lambda p, x: x @ p["w"], params, x, config=config)
     assert keys(jlora.cite(plan)) == ["hu2021lora", "kalajdzievski2023rslora"]
+    plan = jlora.plan(lambda p, x: x @ p["w"], jlora.quantize(params), x, config=config)
+    assert keys(jlora.cite(plan))[2:] == ["dettmers2023qlora"]
 
 
 def test_braces_balance():
