@@ -6,17 +6,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import common, floor, growth, quality
+from . import common, floor, growth, learnt
+from .page import COLORS
 
-COLORS = {
-    common.FLOOR: "#64748b",
-    common.STRICT: "#94a3b8",
-    common.JLORA: "#ea580c",
-    growth.ADDED: "#0d9488",
-    "side path, autodiff": "#2563eb",
-    "merge on the fly": "#7c3aed",
-    "full fine-tune": "#0f172a",
-}
 # Readable on a light and on a dark page: the figures bring their own ground.
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -109,47 +101,9 @@ def growth_plot(found: common.Figures) -> Figure:
     return figure
 
 
-def quality_plot(found: common.Figures) -> Figure:
-    """Returns test accuracy of each run, and the training loss of some."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    table = quality.rows(found["results"])
-    for i, row in enumerate(table):
-        baseline = row["group"] == "baseline"
-        color = COLORS["full fine-tune" if baseline else common.JLORA]
-        left.plot([min(row["each"]), max(row["each"])], [i, i], color="#94a3b8")
-        left.plot(row["accuracy"], i, "o", color=color, ms=5)
-    left.set_yticks(
-        range(len(table)), [f"{r['run']} ({r['trained']:,})" for r in table], fontsize=7
-    )
-    left.invert_yaxis()
-    left.set_xlabel("test accuracy, mean and range of seeds")
-    for name, color in (
-        ("head only", COLORS["merge on the fly"]),
-        ("full fine-tune", COLORS["full fine-tune"]),
-        ("LoRA, rank 8, q and v", COLORS[common.JLORA]),
-        ("DoRA, rank 8, q and v", COLORS["side path, autodiff"]),
-        ("PiSSA, rank 8, q and v", COLORS[growth.ADDED]),
-    ):
-        own = [r["train_loss"] for r in found["results"] if r["run"] == name]
-        if own:
-            mean = [sum(step) / len(step) for step in zip(*own, strict=True)]
-            smooth = [
-                sum(mean[max(0, i - 9) : i + 1]) / min(i + 1, 10)
-                for i in range(len(mean))
-            ]
-            right.plot(smooth, color=color, label=name)
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of ten steps")
-    right.legend(frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.grid(visible=True)
-    return figure
-
-
 PLOTS: dict[str, Callable[[Any], Figure | None]] = {
     "floor": floor_plot,
     "tpu": tpu_plot,
     "growth": growth_plot,
-    "quality": quality_plot,
+    "quality": learnt.plot,
 }

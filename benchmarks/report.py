@@ -16,12 +16,13 @@ from . import (
     fits,
     floor,
     growth,
+    learnt,
     methods,
     overheads,
-    quality,
     quantised,
     tpu,
 )
+from .page import markdown, picture, source
 from .peers import runner
 from .plots import PLOTS, STYLE
 
@@ -41,18 +42,6 @@ first linear layers, and no LoRA of all linear weights can be cheaper. Steps tak
 in one process, and times are medians. FLOPs, bytes and memory are the compiler's own
 figures. All steps use AdamW and donate their state.
 """
-CLAIMS = """\
-The papers claim the following, on far larger models and tasks. Differences of a point
-are below the noise of the test set above.
-
-- LoRA with well under 1 % of the parameters is as good as full fine-tuning
-  (RoBERTa-base on GLUE: 87.2 against 86.4 on average), and ranks of 1 to 8 are enough.
-- rsLoRA learns more at high ranks than `alpha / r` does.
-- DoRA is above LoRA (Llama-7B on commonsense tasks: 78.4 against 76.3).
-- PiSSA is above LoRA (Mistral-7B on GSM8K: 72.9 against 67.7).
-- LoRA+ gains 1 to 2 points and is up to twice as fast.
-- VeRA is as good as LoRA with a tenth of its parameters or fewer.
-"""
 REASONS = """\
 ## What is left above the floor
 
@@ -67,29 +56,6 @@ REASONS = """\
 - *Time on a CPU* at small widths goes to the same passes, because the matrix products
   are small themselves.
 """
-
-
-def markdown(columns: common.Columns, left: int = 1) -> str:
-    """Returns a Markdown table, all columns but the first `left` set right."""
-    head, lines = columns
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))
-
-
-def source(env: common.Figures) -> str:
-    """Returns a sentence on where figures come from."""
-    libtpu = f" with libtpu {env['libtpu']}" if "libtpu" in env else ""
-    where = env["processor"] if env["device"] == "cpu" else env["device"]
-    cores = f", {env['cores']} cores" if env["device"] == "cpu" else ""
-    return (
-        f"*JAX {env['jax']}{libtpu}, {where}{cores}, {env['date']}, "
-        f"commit {env['commit']}.*\n"
-    )
-
-
-def picture(name: str, alt: str) -> str:
-    """Returns a Markdown link to a plot."""
-    return f"![{alt}](performance-{name}.svg)\n"
 
 
 def floor_section(found: common.Figures) -> str:
@@ -234,30 +200,6 @@ def methods_section(found: common.Figures) -> str:
     )
 
 
-def quality_section(found: common.Figures) -> str:
-    """Returns the text on `quality`."""
-    settings = found["settings"]
-    seeds = sorted({r["seed"] for r in found["results"]})
-    return "\n".join(
-        (
-            "## What they learn\n",
-            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon "
-            f"review sentences, for {settings['epochs']} epoch(s) of batches of "
-            f"{settings['batch']}, {settings['dtype']}, AdamW. The test set has 600 "
-            "sentences of other reviews, so one standard error is about 1.4 points. "
-            f"The seeds are {', '.join(map(str, seeds))}. The learning rate is 1e-2 "
-            "for the head, 1e-3 for factors (LoRA+: 2.5e-4 for A and sixteen times "
-            "that for B; VeRA: 1e-2), and 5e-5 for full fine-tuning. Alpha is 16 in "
-            "every row but VeRA's, whose scale is 1. Nothing was tuned for single "
-            "rows. Runs shared the machine with other work: compare costs above, not "
-            "these seconds.\n",
-            picture("quality", "Test accuracy of each run, and training loss of some"),
-            markdown(quality.columns(quality.rows(found["results"]))),
-            CLAIMS,
-        )
-    )
-
-
 def adapters_section(found: common.Figures) -> str:
     """Returns the text on `adapters`."""
     kept = found.get("memory kept", {})
@@ -384,7 +326,8 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "fits": fits_section,
     "adapters": adapters_section,
     "methods": methods_section,
-    "quality": quality_section,
+    "quality": learnt.section,
+    "headlines": learnt.headlines_section,
 }
 
 

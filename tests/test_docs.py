@@ -145,12 +145,16 @@ def test_no_entry_twice():
 
 
 WITH_EXAMPLES = [page for page in METHODS if ">>>" in page.read_text()]
+WITH_EXAMPLES.append(API.parent / "quantised.md")
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
-def test_examples_of_method_pages_run(page):
+def test_examples_of_pages_run(page):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        failed, tried = doctest.testfile(str(page), module_relative=False)
+        failed, tried = doctest.testfile(
+            str(page), module_relative=False, optionflags=FLAGS
+        )
     assert tried
     assert not failed
 

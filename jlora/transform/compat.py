@@ -184,6 +184,14 @@ def kind(var: Var | Literal) -> core.ShapedArray:
     return aval
 
 
+def partitions(ctx: Any) -> int:
+    """Returns over how many devices XLA divides what is lowered in `ctx`.
+
+    It is 1 where the program already says what each device does, as in `shard_map`.
+    """
+    return getattr(ctx.module_context.axis_context, "num_devices", 1)
+
+
 def is_staging(*trees: Any) -> bool:
     """Returns whether any leaf is a tracer: then work is recorded, and not done."""
     leaves = jax.tree.leaves(trees)

@@ -1,5 +1,7 @@
 """Weights that a function gathers, lays out anew or sends on itself stay factored."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -127,3 +129,29 @@ def test_layers_on_explicit_axes(kind):
         w = over(EXPLICIT, normal((2, 512, 512), scale=0.03), None, "fsdp", "tp")
         x = over(EXPLICIT, normal((8, 512), seed=1), "fsdp", None)
         law(fn, {"w": w}, x, kind, "reshard")
+
+
+def test_tokens_are_counted_by_device():
+    """512 tokens a device would be enough for a merged sum, 64 are not."""
+    params = {"w": jax.ShapeDtypeStruct((64, 64), "float32")}
+    x = jax.ShapeDtypeStruct((8, 64, 64), "float32")
+    fn = lambda params, x: jnp.tanh(x @ params["w"]).sum()  # noqa: E731
+    plan = jlora.plan(fn, params, x, config=jlora.LoraConfig(rank=2, targets="w"))
+    make = lambda key, params: jlora.split(key, params, plan)  # noqa: E731
+    trees = *jax.eval_shape(make, jax.random.key(0), params), x
+
+    def sums(mesh):
+        """How often `w` is gathered, and whether `x a` is computed."""
+        specs = jax.P("d", None), jax.P(), jax.P("d")
+        own = [
+            jax.tree.map(lambda x, s=s: x.update(sharding=NamedSharding(mesh, s)), tree)
+            for tree, s in zip(trees, specs, strict=True)
+        ]
+        lora = jax.jit(jlora.apply_lora(fn, on_merge="error"))
+        text = lora.lower(*own).compile().as_text()
+        thin = re.search(r"= f32\[[\d,]+,2\]\S* dot\(", text)
+        return text.count("f32[64,64]{1,0} all-gather"), bool(thin)
+
+    one = jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+    assert sums(AUTO) == (1, True)
+    assert sums(one) == (0, False)
