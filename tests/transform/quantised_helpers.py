@@ -1,10 +1,12 @@
 """What the tests of quantised weights in the transform share."""
 
+import dataclasses
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 from tests.helpers import close, random_like
@@ -21,6 +23,33 @@ def widened(tree: Any) -> Any:
     return jax.tree.map(
         lambda x: x.dense() if is_quantized(x) else x, tree, is_leaf=is_quantized
     )
+
+
+def random_codes(shapes: Any, seed: int = 0) -> Any:
+    """Returns a tree with random codes for its shapes: quantising would compile."""
+    rng = np.random.default_rng(seed)
+
+    def scales(x: jax.ShapeDtypeStruct, scale: float) -> jax.Array:
+        return jnp.asarray(rng.uniform(0.5, 1, x.shape) * scale, x.dtype)
+
+    def filled(q: Any, scale: float = 1.0) -> Any:
+        if not is_quantized(q):
+            return jnp.asarray(rng.normal(size=q.shape), q.dtype)
+        low, high, most = {
+            "nf4": (0, 256, 1),
+            "int4": (0, 256, 7),
+            "int8": (-127, 128, 127),
+        }[q.kind]
+        own = scale / most
+        again = filled(q.scales, own / 3) if is_quantized(q.scales) else None
+        return dataclasses.replace(
+            q,
+            codes=jnp.asarray(rng.integers(low, high, q.codes.shape), q.codes.dtype),
+            scales=scales(q.scales, own) if again is None else again,
+            offset=None if q.offset is None else scales(q.offset, 3 * scale),
+        )
+
+    return jax.tree.map(filled, shapes, is_leaf=is_quantized)
 
 
 def adapted(

@@ -379,7 +379,7 @@ def test_a_small_integer_finds_a_row_of_a_long_table():
 
 
 @pytest.mark.once
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
     st.lists(st.integers(1, 7), min_size=2, max_size=3),
     st.integers(2, 9),
