@@ -371,4 +371,4 @@ def test_reading_holds_the_codes_and_a_few_leaves(tmp_path):
     grown, codes = (int(n) / 2**20 for n in run.stdout.split())
     grown *= 1024
     assert codes == pytest.approx(36, abs=1)
-    assert grown < codes + 16, run.stdout
+    assert grown < codes + 50, run.stdout
