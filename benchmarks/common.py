@@ -39,6 +39,7 @@ STEPS = (
     "merge on the fly",
     "full fine-tune",
 )
+STORED = ("bfloat16", "int8", "nf4", "nf4, double")  # how a base can be stored
 COMPILER = ("flops", "bytes", "temp_bytes", "peak_bytes")
 
 
@@ -75,6 +76,22 @@ def adapter(
     plan = jlora.plan(model.apply, params, x, config=config)
     key = jax.random.key(1)
     return jax.eval_shape(lambda params: jlora.split(key, params, plan)[1], params)
+
+
+def stored(frozen: Any, plan: jlora.Plan, base: str) -> Any:
+    """Returns the frozen side as it is stored: cast, or its linear weights quantised.
+
+    Args:
+      frozen: from `jlora.split`.
+      plan: what is linear.
+      base: one of `STORED`, or `"float32"` for `frozen` as it is.
+    """
+    if base == "float32":
+        return frozen
+    if base == "bfloat16":
+        return jax.tree.map(lambda x: x.astype(base) if x.ndim > 1 else x, frozen)
+    kind, _, double = base.partition(", ")
+    return jlora.quantize(frozen, plan, kind=kind, double=bool(double))
 
 
 def training_step(

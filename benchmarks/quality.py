@@ -31,12 +31,14 @@ class Run:
       config: what is trained.
       lr: learning rate of the factors, or of all weights.
       ratio: the rate of B over that of A.
+      base: how the frozen weights are stored, see `common.stored`.
     """
 
     group: str
     config: jlora.LoraConfig
     lr: float = 1e-3
     ratio: float = 1.0
+    base: str = "float32"
 
 
 def lora(targets: Any = QV, **settings: Any) -> jlora.LoraConfig:
@@ -61,6 +63,10 @@ RUNS = {
     "VeRA, rank 256, q and v": Run(
         "method", lora(rank=256, alpha=256, method="vera"), lr=1e-2
     ),
+    **{
+        f"LoRA, rank 8, q and v, base in {base}": Run("base", lora(), base=base)
+        for base in common.STORED
+    },
 }
 
 
@@ -81,6 +87,7 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
     plan = jlora.plan(found.model.apply, found.variables, *x, config=run.config)
     key = jax.random.key(options.seed)
     frozen, trainable = jlora.split(key, found.variables, plan)
+    frozen = common.stored(frozen, plan, run.base)
     state = loop.create_state(
         jlora.apply_lora(found.model.apply),
         trainable,
@@ -104,6 +111,8 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
         "group": run.group,
         "seed": options.seed,
         "trained": plan.trained_count,
+        "base_bytes": common.nbytes(frozen),
+        "environment": common.environment(),
         "seconds": history.seconds,
         "accuracy": history.test[-1].accuracy,
         "test": [point._asdict() for point in history.test],
@@ -111,12 +120,15 @@ def train(name: str, found: task.Task, options: config.Options) -> common.Figure
     }
 
 
-def earlier(path: Path, settings: common.Figures) -> list[common.Figures]:
-    """Returns the results in a file of the same settings, so that a run goes on."""
-    if not path.exists():
-        return []
-    found = json.loads(path.read_text())
-    return found["results"] if found["settings"] == settings else []
+def earlier(path: Path, settings: common.Figures) -> common.Figures:
+    """Returns what a file of the same settings holds, so that a run goes on.
+
+    Each later result has its own environment.
+    """
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("settings") == settings:
+        return found
+    return {"environment": common.environment(), "settings": settings, "results": []}
 
 
 def rows(results: Sequence[common.Figures]) -> list[common.Figures]:
@@ -171,7 +183,8 @@ def main() -> None:
     reviews = assets.fetch(assets.REVIEWS, base.cache)
     settings = {"epochs": flags.epochs, "dtype": flags.dtype, "steps": flags.steps}
     shown = {**settings, "batch": base.batch_size, "lr": base.lr}
-    results = earlier(flags.json, shown)
+    file = earlier(flags.json, shown)
+    results = file["results"]
     done = {(r["seed"], r["run"]) for r in results}
     for seed, name in itertools.product(flags.seed, flags.run):
         if (seed, name) in done:
@@ -179,8 +192,7 @@ def main() -> None:
         options = dataclasses.replace(base, seed=seed, **settings)
         found = task.load_task(*minilm, reviews, dtype=flags.dtype, seed=seed)
         results.append(train(name, found, options))
-        env = common.environment()
-        common.write(flags.json, env, settings=shown, results=results)
+        common.write(flags.json, file["environment"], settings=shown, results=results)
     print(common.show(columns(rows(results))))
 
 

@@ -1,8 +1,10 @@
-"""What do codes in place of weights save, and what do they cost, beside bf16 and qwix?
+r"""What do codes in place of weights save, and what do they cost, beside bf16 and qwix?
 
     python -m benchmarks.quantised                  # CPU, by the compiler's figures
     python -m benchmarks.quantised --target tpu     # libtpu, ahead of time
-    python -m benchmarks.quantised --seconds 20     # CPU, and the time of a step
+    python -m benchmarks.quantised --target gpu     # XLA for an H100, ahead of time
+    python -m benchmarks.quantised --rounds 15 --width 512 --layers 4 --batch 4 \
+        --length 128 --dtype float32                # CPU, the time of a step
 
 The step is the gradient of A and B, without an optimizer. A and B and the scales have
 the dtype of the model. A compiler counts the body of a scan once.
@@ -10,19 +12,29 @@ the dtype of the model. A compiler counts the body of a scan once.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jlora
 
-from . import common, models, tpu
+from . import common, gpu, models, tpu
 
-MODEL = models.Size(width=1024, layers=8, batch=2, length=512, dtype="bfloat16")
+MODEL = models.Size(
+    width=1024, layers=8, batch=2, length=512, head=128, dtype="bfloat16"
+)
 KINDS = ("bf16", "int8", "nf4", "nf4 native", "int4")
+TARGETS: dict[str, Callable[[], Any]] = {
+    "cpu": lambda: None,
+    "tpu": tpu.one_chip,
+    "gpu": gpu.one_card,
+}
 OTHERS = ("qwix bf16", "qwix int8", "qwix nf4", "qwix int4")
 
 
@@ -144,26 +156,68 @@ def steps(
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table."""
     fields = ("argument_bytes", "temp_bytes", "peak_bytes")
+    base = common.row_of(rows, "bf16") if any(r["step"] == "bf16" for r in rows) else {}
     lines = [
         (
             row["step"],
             *(common.fixed(row[field], 1, 2**20) for field in fields),
-            common.fixed(row["bytes"], 3, 1e9),
-            common.fixed(row["flops"], 1, 1e9),
-            common.fixed(row.get("seconds"), 3),
+            common.fixed(row["bytes"], 2, 1e9),
+            common.ratio(row, base, "peak_bytes") if base else "–",
+            common.ratio(row, base, "bytes") if base and row["bytes"] else "–",
         )
         for row in rows
     ]
-    return ("step", "arg MiB", "temp MiB", "peak MiB", "GB", "GFLOP", "s"), lines
+    sizes = ("argument MiB", "temp MiB", "peak MiB", "GB moved")
+    return ("step", *sizes, "peak × bf16", "moved × bf16"), lines
+
+
+def time_columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the times for a table."""
+    base = common.row_of(rows, "bf16")
+    lines = [
+        (
+            row["step"].replace("bf16", "dense"),
+            common.fixed(row["seconds"], 0, 1e-3),
+            common.ratio(row, base, "seconds"),
+        )
+        for row in rows
+    ]
+    return ("step", "ms", "× dense"), lines
+
+
+def timed(size: models.Size, rank: int, names: Sequence[str], rounds: int) -> Any:
+    """Returns the time of each step, in turn, on layers one after the other."""
+    runs = {}
+    for name, make in steps(size, rank, names, scanned=False, remat=False).items():
+        fn, args = make()
+        values = _filled(args)
+        program = jax.jit(fn).lower(*values).compile()
+        runs[name] = functools.partial(program, *values)
+    times = common.interleaved(runs, rounds)
+    return [{"step": name, "seconds": seconds} for name, seconds in times.items()]
+
+
+def _filled(shapes: Any) -> Any:
+    """Returns arrays for a tree of shapes: small numbers, and random codes."""
+    rng = np.random.default_rng(0)
+
+    def fill(x: Any) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            values = 0.02 * rng.standard_normal(x.shape, np.float32)
+        else:
+            values = rng.integers(0, 8, x.shape)
+        return jnp.asarray(values).astype(x.dtype)
+
+    return jax.tree.map(fill, shapes)
 
 
 def main() -> None:
-    """Compiles the steps and prints the table."""
+    """Compiles the steps of one target, prints its tables and keeps them."""
     parser = common.parser("quantised", __doc__)
-    parser.add_argument("--target", choices=("cpu", "tpu"), default="cpu")
+    parser.add_argument("--target", choices=tuple(TARGETS), default="cpu")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--unrolled", action="store_true")
-    parser.add_argument("--no-remat", action="store_true")
+    parser.add_argument("--rounds", type=int, default=0, help="time steps on this CPU")
     parser.add_argument("--steps", nargs="*", default=("floor", *KINDS, *OTHERS))
     for field in dataclasses.fields(models.Size):
         parser.add_argument(
@@ -171,17 +225,41 @@ def main() -> None:
         )
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    sharding = tpu.one_chip() if options.target == "tpu" else None
     size = models.Size(
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(MODEL)}
     )
-    shape = {"scanned": not options.unrolled, "remat": not options.no_remat}
-    rows = []
-    for name, make in steps(size, options.rank, options.steps, **shape).items():
-        _, figures = compiled(make(), sharding)
-        rows.append({"step": name, **figures})
-        print(common.show(columns(rows[-1:])).splitlines()[-1], flush=True)
-    print(common.show(columns(rows)))
+    if options.rounds:
+        rows = timed(size, options.rank, options.steps, options.rounds)
+        print(common.show(time_columns(rows)))
+        keep(options.json, "time", options.target, size, rows)
+        return
+    sharding = TARGETS[options.target]()
+    for name, remat in (("remat", True), ("kept", False)):
+        if not remat and options.target != "cpu":
+            continue
+        shape = {"scanned": not options.unrolled, "remat": remat}
+        rows = []
+        for step, make in steps(size, options.rank, options.steps, **shape).items():
+            _, figures = compiled(make(), sharding)
+            rows.append({"step": step, **figures})
+            print(f"compiled: {step}, {name}", flush=True)
+        print(common.show(columns(rows)))
+        keep(options.json, name, options.target, size, rows)
+
+
+def keep(
+    path: Path,
+    name: str,
+    target: str,
+    size: models.Size,
+    rows: Sequence[common.Figures],
+) -> None:
+    """Writes one table beside the others of the file."""
+    tables = json.loads(path.read_text())["tables"] if path.exists() else {}
+    env = common.environment({"cpu": "", "tpu": "TPU v5e", "gpu": "H100"}[target])
+    own = {"environment": env, "model": dataclasses.asdict(size), "rows": rows}
+    tables[f"{target} {name}"] = own
+    common.write(path, env, tables=dict(sorted(tables.items())))
 
 
 if __name__ == "__main__":

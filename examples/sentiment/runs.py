@@ -58,6 +58,7 @@ def run(
         "full_lr": full_lr,
         "batch_size": options.batch_size,
         "dtype": options.dtype,
+        "quantize": options.quantize,
         "seed": options.seed,
     }
     history = History()

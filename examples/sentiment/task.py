@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load
 
+import jlora
+
 from . import assets, data, weights
 from .model import BertConfig, SentenceClassifier
 
@@ -50,6 +52,17 @@ def load_task(
     )
     train, test = data.encode(tokenizer, train), data.encode(tokenizer, test)
     return Task(model, variables, train, test, files)
+
+
+def planned(task: Task, config: jlora.LoraConfig) -> jlora.Plan:
+    """Returns what `config` means for the task's model."""
+    ids, mask = task.train.ids[:1], task.train.mask[:1]
+    return jlora.plan(task.model.apply, task.variables, ids, mask, config=config)
+
+
+def quantised(task: Task, plan: jlora.Plan, kind: str) -> Task:
+    """Returns the task with the linear weights of its model quantised, but the head."""
+    return task._replace(variables=jlora.quantize(task.variables, plan, kind=kind))
 
 
 def pretrained(model: SentenceClassifier, encoder: dict, key: jax.Array) -> Any:

@@ -19,7 +19,7 @@ from .data import Examples
 from .export import export_orbax, export_safetensors
 from .loop import predict
 from .runs import Result, run
-from .task import Task, load_task
+from .task import Task, load_task, planned, quantised
 
 HEAD = "**/head/*"
 CHECKED = 64
@@ -126,11 +126,10 @@ def _stages(options: Options) -> None:
         )
 
     with stage("Plan what to train"):
-        ids, mask = task.train.ids[:1], task.train.mask[:1]
-        plans = {
-            name: jlora.plan(task.model.apply, task.variables, ids, mask, config=config)
-            for name, config in configs(options).items()
-        }
+        wanted = configs(options)
+        if options.quantize != "none":
+            task = quantised(task, planned(task, wanted["lora"]), options.quantize)
+        plans = {name: planned(task, config) for name, config in wanted.items()}
         print(plans["lora"])
 
     results = {}

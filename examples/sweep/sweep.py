@@ -15,9 +15,10 @@ import platformdirs
 
 import jlora
 from examples.sentiment import assets
+from examples.sentiment.config import QUANTIZE
 from examples.sentiment.data import Examples, batch_at
 from examples.sentiment.loop import loss_and_accuracy, make_optimizer, predict
-from examples.sentiment.task import Task, load_task
+from examples.sentiment.task import Task, load_task, planned, quantised
 from jlora._tables import table
 
 HEAD = "**/head/*"
@@ -31,6 +32,7 @@ class Options(NamedTuple):
     lrs: Sequence[float]
     steps: int
     batch_size: int
+    quantize: str
     seed: int
     out: Path
     cache: Path
@@ -48,6 +50,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     add("--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
     add("--steps", type=int, default=60)
     add("--batch-size", type=int, default=16, help="sentences a step, the same for all")
+    text = "how the frozen linear weights are stored"
+    add("--quantize", choices=QUANTIZE, default="none", help=text)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/sweep"))
     cache = Path(platformdirs.user_cache_dir("jlora"))
@@ -60,6 +64,17 @@ def grid(options: Options) -> list[tuple[int, float]]:
     return [(rank, lr) for rank in options.ranks for lr in options.lrs]
 
 
+def config_of(rank: int) -> jlora.LoraConfig:
+    """Returns what an adapter of this rank trains; the scale is 2."""
+    return jlora.LoraConfig(
+        rank=rank,
+        alpha=2 * rank,
+        targets="**/attention/{query,value}/kernel",
+        exclude=HEAD,
+        train=HEAD,
+    )
+
+
 def start(task: Task, options: Options, tx: Any) -> tuple[Any, jlora.Trainable, Any]:
     """Returns the frozen side, the stacked adapters and their optimizer states.
 
@@ -70,15 +85,7 @@ def start(task: Task, options: Options, tx: Any) -> tuple[Any, jlora.Trainable, 
     adapters: list[jlora.Trainable] = []
     frozen = None
     for rank, _ in grid(options):
-        config = jlora.LoraConfig(
-            rank=rank,
-            alpha=2 * rank,
-            targets="**/attention/{query,value}/kernel",
-            exclude=HEAD,
-            train=HEAD,
-        )
-        args = (task.train.ids[:1], task.train.mask[:1])
-        plan = jlora.plan(task.model.apply, task.variables, *args, config=config)
+        plan = planned(task, config_of(rank))
         frozen, trainable = jlora.split(key, task.variables, plan)
         adapters.append(trainable)
     stacked = jlora.adapters.stack(adapters)
@@ -178,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     minilm = assets.fetch_any(assets.MINILM, options.cache)
     reviews = assets.fetch(assets.REVIEWS, options.cache)
     task = load_task(*minilm, reviews, dtype="float32", seed=options.seed)
+    if options.quantize != "none":
+        config = config_of(options.ranks[0])
+        task = quantised(task, planned(task, config), options.quantize)
+        print(planned(task, config))
     print(f"{len(grid(options))} adapters in one program")
     losses, accuracies = run(task, options)
     print(f"   test accuracy\n{_indent(cells(options, accuracies))}")

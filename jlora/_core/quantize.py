@@ -26,7 +26,7 @@ from ..quantised import (
     shard_counts,
     shard_specs,
 )
-from ..transform.compat import is_staging
+from ..transform.compat import has_typed_placement, is_staging
 from .tree import Missing, Tree, check_plan, flatten_frozen
 
 Storage = Literal["auto", "packed", "native"]
@@ -60,8 +60,8 @@ def quantize(
       targets: globs over paths, see `jlora.paths.matches`: the leaves to quantise.
         Embeddings and output heads are named here; a plan means a head only where
         there is no other weight.
-      block: how many numbers share a scale; None for 64 (`"int8"`: 512). A shorter row
-        is one block.
+      block: how many numbers share a scale; None for 64 (`"int8"`: 512), or the most
+        below that divides a shard. A shorter row is one block.
       double: whether the scales are quantised too, to 8 bits around their mean: 4.13
         bits a weight instead of 4.5.
       scale_dtype: dtype of the scales.
@@ -168,28 +168,58 @@ def quantize_leaf(
     Codes and scales lie over devices as the array does. Codes that share bytes stay on
     one device.
     """
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return jax.eval_shape(lambda w: encode(w, axes, scheme), w)
-    where = w.sharding if isinstance(w, jax.Array) and not is_staging(w) else None
-    if not isinstance(where, jax.sharding.NamedSharding):
-        return encode(jnp.asarray(w), axes, scheme)
+    is_shape, where = isinstance(w, jax.ShapeDtypeStruct), _layout(w)
+    if where is None:
+        run = functools.partial(encode, axes=axes, scheme=scheme)
+        return jax.eval_shape(run, w) if is_shape else run(jnp.asarray(w))
     entries = [*where.spec, *(None for _ in range(w.ndim - len(where.spec)))]
     sizes = dict(where.mesh.shape)
-    q = encode(jnp.asarray(w), axes, scheme, shard_counts(entries, sizes))
-    specs = shard_specs(q, entries, sizes)
+    run = functools.partial(
+        encode, axes=axes, scheme=scheme, shards=shard_counts(entries, sizes)
+    )
+    shapes = jax.eval_shape(run, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    specs = shard_specs(shapes, entries, sizes)
     if isinstance(specs, str):
         raise TreeError(
             f"{path!r} cannot be quantised as it lies: {specs}. Give a block= that "
             "divides a shard, or lay it out over another axis first."
         )
+    if is_shape:
+        return jax.tree.map(
+            lambda x, spec: x.update(sharding=jax.NamedSharding(where.mesh, spec)),
+            shapes,
+            specs,
+        )
+    if has_typed_placement(w):
+        typed: Any = jax.sharding.auto_axes(run, out_sharding=specs)
+        return typed(w)
     return jax.tree.map(
-        lambda x, spec: jax.device_put(x, jax.NamedSharding(where.mesh, spec)), q, specs
+        lambda x, spec: jax.device_put(x, jax.NamedSharding(where.mesh, spec)),
+        run(w),
+        specs,
     )
 
 
+def _layout(w: Leaf) -> jax.NamedSharding | None:
+    """Returns how `w` lies over a mesh; None if it does not, or that is unknown."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        where = w.sharding
+        return where if isinstance(where, jax.NamedSharding) else None
+    if not isinstance(w, jax.Array):
+        return None
+    where: Any = jax.typeof(w).sharding
+    if has_typed_placement(w):
+        return None if where.mesh.are_all_axes_manual else where
+    where = None if is_staging(w) else w.sharding
+    return where if isinstance(where, jax.sharding.NamedSharding) else None
+
+
 def _on_tpu(w: Leaf) -> bool:
-    if isinstance(w, jax.Array) and not is_staging(w):
-        return any(device.platform == "tpu" for device in w.devices())
+    where = None
+    if isinstance(w, jax.Array | jax.ShapeDtypeStruct) and not is_staging(w):
+        where = w.sharding
+    if isinstance(where, jax.sharding.Sharding):
+        return any(device.platform == "tpu" for device in where.device_set)
     return jax.default_backend() == "tpu" and not isinstance(w, jax.ShapeDtypeStruct)
 
 

@@ -6,10 +6,12 @@ References:
 
 import dataclasses
 import string
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from .._numerics import at_least_float32
 from ..factors import Array, Axes, Factors, Leaf, Spec
@@ -33,7 +35,13 @@ def norm(factors: Factors, w: Leaf) -> jax.Array:
                 lambda own: norm(Factors(own[0], own[1], spec), own[2]),
                 (factors.a, factors.b, stack),
             )
-        w = w.dense()
+        return lax.platform_dependent(
+            factors.a,
+            factors.b,
+            w,
+            cpu=_called(factors.spec),
+            default=_of(factors.spec),
+        )
     wide = at_least_float32(w.dtype)
     axes = factors.spec.axes
     letter = dict(zip(range(w.ndim), string.ascii_letters, strict=False))
@@ -54,6 +62,25 @@ def norm(factors: Factors, w: Leaf) -> jax.Array:
     crossed = b * (2 * down + up)
     total = squares + jnp.sum(crossed, axis=len(axes.batch))
     return _length(total)
+
+
+def _of(spec: Spec) -> Callable[..., jax.Array]:
+    """Returns `norm` of a quantised weight, which is widened."""
+    return lambda a, b, w: norm(Factors(a, b, spec), w.dense())
+
+
+def _called(spec: Spec) -> Callable[..., jax.Array]:
+    """Returns `_of` as a call that XLA does not inline.
+
+    XLA-CPU widens what depends on parameters alone before all else: of a model whose
+    layers are not stacked it would hold all dense weights.
+    """
+
+    def called(*operands: Leaf) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(_of(spec))(*operands)
+
+    return called
 
 
 def _along_batch(w: Quantized, axes: Axes) -> tuple[Quantized, Axes]:

@@ -6,6 +6,7 @@ May import `errors`. Knows nothing of adapters.
 from ._axes import (
     has_own_entries as has_own_entries,
     joined as joined,
+    looked_up as looked_up,
     rearranged as rearranged,
     split_axis as split_axis,
 )

@@ -1,7 +1,7 @@
 """Steps on the axes of a quantised array that leave it quantised."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,9 @@ from ._node import Quantized
 
 # `(array, what stands for a missing entry) -> array`; on codes, scales and offset
 Fun = Callable[[jax.Array, Any], jax.Array]
+Positions = Mapping[int, jax.Array]  # by axis; negative where there is no entry
+# `(array, positions, what stands for a missing entry) -> array`
+Pick = Callable[[jax.Array, Positions, Any], jax.Array]
 
 
 def has_own_entries(q: Quantized, axis: int) -> bool:
@@ -67,6 +70,63 @@ def rearranged(
         offset=offset,
         blocks=blocks,
         packing=packing,
+    )
+
+
+def looked_up(
+    q: Quantized,
+    pick: Pick,
+    positions: Positions,
+    origin: Sequence[int] | None = None,
+    empty: Any = 0,
+) -> Quantized:
+    """Returns the entries of `q` at computed positions; only they are read.
+
+    Entries that share a scale or a byte do so no longer.
+
+    Args:
+      q: the array.
+      pick: picks entries from the codes, the scales and the offset. The axes of
+        positions come first in its result, or are of size one.
+      positions: for each axis along which it picks, where.
+      origin: as in `rearranged`.
+      empty: what stands for the scale of a missing entry.
+    """
+    origin = range(q.ndim) if origin is None else origin
+
+    def of_blocks(x: jax.Array | Quantized) -> Positions:
+        """Returns the positions in `x`, which has an entry for each block."""
+        return {
+            i: jnp.minimum(at, 0)
+            if x.shape[i] == 1
+            else jnp.where(at < 0, at, at // q.block(i))
+            for i, at in positions.items()
+        }
+
+    scales: Any = q.scales
+    if isinstance(scales, Quantized):
+        scales = looked_up(scales, pick, of_blocks(scales), origin, empty)
+    else:
+        scales = pick(scales, of_blocks(scales), empty)
+    offset = None
+    if q.offset is not None:
+        offset = pick(q.offset, of_blocks(q.offset), 0)
+    packing, in_codes, shift = q.packing, dict(positions), None
+    if packing is not None:
+        axis = packing.axis % q.ndim
+        if axis in positions:
+            in_codes[axis], shift = packing.place(positions[axis])
+            packing = None
+        else:
+            now = list(origin).index(axis)
+            packing = dataclasses.replace(packing, axis=now - len(origin))
+    codes = pick(q.codes, in_codes, 0)
+    if shift is not None:
+        shift = lax.expand_dims(shift, range(shift.ndim, codes.ndim))
+        codes = (codes >> jnp.broadcast_to(shift, codes.shape)) & 15
+    blocks = tuple(1 if i < 0 or i in positions else q.block(i) for i in origin)
+    return dataclasses.replace(
+        q, codes=codes, scales=scales, offset=offset, blocks=blocks, packing=packing
     )
 
 

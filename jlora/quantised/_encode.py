@@ -36,19 +36,29 @@ class Scheme:
 
 
 def blocks_along(
-    shape: Sequence[int], axes: Sequence[int], block: int
+    shape: Sequence[int],
+    axes: Sequence[int],
+    block: int,
+    shards: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Returns the block's length along each axis: `block` numbers along `axes`.
 
-    The last of `axes` is filled first.
+    The last of `axes` is filled first. Of an axis that is cut into `shards`, a block is
+    as long as still divides a shard.
 
     Examples:
       >>> blocks_along((8, 16, 100), (0, 1), 64), blocks_along((100, 4), (0,), 512)
       ((4, 16, 1), (100, 1))
+      >>> blocks_along((1024, 4), (0,), 512, shards=(8, 1))
+      (128, 1)
     """
     blocks = [1] * len(shape)
     for i in sorted(axes, reverse=True):
         blocks[i] = max(min(shape[i], block), 1)
+        if shards is not None and shards[i] > 1:
+            shard = shape[i] // shards[i]
+            fits = (n for n in range(min(shard, block), 0, -1) if shard % n == 0)
+            blocks[i] = next(fits, 1)
         block //= blocks[i]
         if block <= 1:
             break
@@ -70,7 +80,8 @@ def encode(
       shards: into how many shards each axis is cut; None if it is not.
     """
     kind = KINDS[scheme.kind]
-    blocks = blocks_along(w.shape, axes, scheme.block or kind.block)
+    own = None if scheme.block else shards  # a block that was asked for stays
+    blocks = blocks_along(w.shape, axes, scheme.block or kind.block, own)
     codes, scales = _codes(w, scheme.kind, blocks, scheme.scale_dtype)
     how = None
     if kind.bits == 4 and scheme.packed:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import TreeError
 from ._pack import Packing
+from ._typed import typed_as
 from ._widen import widen
 
 # Methods of an array that a function may call on its parameters.
@@ -43,6 +44,8 @@ class Quantized:
       Quantized(nf4 of float32[128,4], blocks (64, 1), 288 bytes)
       >>> q.shape, q.dtype, q.codes.shape, q.scales.shape, float(q.dense()[0, 0])
       ((128, 4), dtype('float32'), (64, 4), (2, 4), 1.0)
+      >>> q.block(0), q.block(1), q.float_scales().shape
+      (64, 1, (2, 4))
 
     References:
       Dettmers et al., 2023, QLoRA, https://arxiv.org/abs/2305.14314
@@ -87,13 +90,13 @@ class Quantized:
         return (bits + 7) // 8
 
     def block(self, axis: int) -> int:
-        """Returns how many entries along `axis` share a scale."""
+        """Returns how many entries along `axis` share a scale; it may be negative."""
         axis = axis if axis < 0 else axis - self.ndim
         return self.blocks[axis] if -axis <= len(self.blocks) else 1
 
     def dense(self) -> jax.Array:
         """Returns the array that it stands for, `[*shape]` in `dtype`."""
-        return widen(self)
+        return typed_as(self.codes, widen, self)
 
     def float_scales(self) -> jax.Array:
         """Returns the scales as float32."""

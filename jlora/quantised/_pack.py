@@ -34,6 +34,16 @@ class Packing:
         """Returns the length of the axis from its length in bytes."""
         return 2 * in_bytes - self.pad
 
+    def place(self, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns in which byte the codes `at` lie, and by how many bits to shift it.
+
+        A negative position stays negative.
+        """
+        within = at % (2 * self.run)
+        byte = at // (2 * self.run) * self.run + within % self.run
+        shift = (within // self.run * 4).astype(jnp.uint8)
+        return jnp.where(at < 0, at, byte), shift
+
 
 def packing(axis: int, n: int, pieces: int = 1) -> Packing:
     """Returns how to pack `axis`, of `n` codes, in pieces that shards can hold."""

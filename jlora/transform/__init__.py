@@ -3,7 +3,7 @@
 May import `_numerics`, `errors` and `factors`.
 """
 
-from . import control, linear, scaling, several, slices, structure
+from . import collectives, control, linear, scaling, several, slices, structure
 
 LINEAR = {
     "dot_general": linear.dot_general,
@@ -13,6 +13,8 @@ LINEAR = {
 STRUCTURE = {
     "add": several.add,
     "add_any": several.add,
+    "all_gather": collectives.all_gather,
+    "all_gather_invariant": collectives.all_gather,
     "broadcast_in_dim": structure.broadcast_in_dim,
     "complex": several.complex_,
     "concatenate": several.concatenate,
@@ -22,11 +24,14 @@ STRUCTURE = {
     "div": scaling.div,
     "dynamic_slice": slices.dynamic_slice,
     "gather": slices.gather,
+    "layout_constraint": structure.keep,
     "mul": scaling.mul,
     "name": structure.name,
     "neg": scaling.neg,
     "optimization_barrier": structure.optimization_barrier,
+    "ppermute": collectives.ppermute,
     "pvary": structure.keep,
+    "reshard": collectives.reshard,
     "reshape": structure.reshape,
     "rev": structure.rev,
     "select_n": several.select_n,

@@ -26,7 +26,7 @@ from ..factors import Leaf
 from . import cost
 from .atoms import OTHER, Atom, Group, Labels
 from .coded import Coded
-from .compat import Primitive, has_typed_placement, policies_see, shaped
+from .compat import Primitive, has_typed_placement, partitions, policies_see, shaped
 from .low_rank import Site, first_product, gained, oriented, second_product
 from .thin import Dims
 from .values import Term, Weight, dense, rescaled
@@ -134,11 +134,16 @@ def _factored(*operands: jax.Array, static: Static) -> jax.Array:
     return _dot(x, w, gain, static) + _expand(t, b, gain, static)
 
 
-def _lowered(*operands: jax.Array, static: Static, platform: str) -> jax.Array:
+def _lowered(
+    *operands: jax.Array, static: Static, platform: str, devices: int
+) -> jax.Array:
     x, w, a, b, _, *gain = operands
     form = static.form
     if form == "auto":
-        form = cost.form(static.site.tokens, static.site.fan_in, x.dtype, platform)
+        # How a mesh divides the tokens is not known here. Where it divides them over
+        # all devices, `w` is gathered for its product, and for a sum once more.
+        tokens = static.site.tokens // devices
+        form = cost.form(tokens, static.site.fan_in, x.dtype, platform)
     if form == "factored":
         return _factored(*operands, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)
@@ -236,11 +241,15 @@ adapted_dot_p.def_abstract_eval(
 ad.primitive_jvps[adapted_dot_p] = _jvp
 ad.primitive_transposes[adapted_dot_p] = _transpose
 batching.primitive_batchers[adapted_dot_p] = _batch
+
+
+def _lowering(ctx: Any, *operands: Any, static: Static, platform: str) -> Any:
+    run = functools.partial(_lowered, platform=platform, devices=partitions(ctx))
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands, static=static)
+
+
 _cpu, _other = (
-    mlir.lower_fun(
-        functools.partial(_lowered, platform=platform), multiple_results=False
-    )
-    for platform in cost.PLATFORMS
+    functools.partial(_lowering, platform=platform) for platform in cost.PLATFORMS
 )
 mlir.register_lowering(adapted_dot_p, _cpu, platform="cpu")
 mlir.register_lowering(adapted_dot_p, _other)

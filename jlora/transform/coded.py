@@ -18,8 +18,11 @@ from ..quantised import Quantized
 from .atoms import Atom, Group, Labels, lay_out, leaf_dims
 from .compat import Equation, bind, kind
 
-# `(array, labels, empty) -> (array, labels)`: picks entries along some axes.
-Pick = Callable[[jax.Array, Labels, Any], tuple[jax.Array, Labels]]
+Positions = Mapping[Atom, jax.Array]  # negative where there is no entry
+# `(array, labels, positions, empty) -> (array, labels)`: picks entries along some axes.
+Pick = Callable[[jax.Array, Labels, Positions, Any], tuple[jax.Array, Labels]]
+
+Op = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -104,6 +107,7 @@ def cut_along(
     changed: Mapping[Atom, tuple[int, Atom]],
     cut: Callable[[jax.Array, int, int], jax.Array],
     shape: Sequence[int],
+    single: Positions,
 ) -> Coded | None:
     """Returns it cut along axes.
 
@@ -112,25 +116,35 @@ def cut_along(
       changed: for each atom to cut the weight's axis and the atom that is left.
       cut: `(array, axis, axis of the weight) -> array`.
       shape: the shape of the result.
+      single: the atoms of which one entry is left, and its position.
     """
-    apart = _apart(coded, changed)
+    apart = _apart(coded, changed, shared=single)
     if apart is None:
         return None
     axes = {apart.labels.index((atom,)): i for atom, (i, _) in changed.items()}
+    alone = {apart.labels.index((atom,)): at for atom, at in single.items()}
 
     def cut_all(x: jax.Array, _: Any) -> jax.Array:
-        for axis, i in axes.items():
-            x = cut(x, axis, i)
+        for axis in axes.keys() - alone.keys():
+            x = cut(x, axis, axes[axis])
         return x
 
-    q = quantised.rearranged(apart.q, cut_all, list(axes))
+    def pick(x: jax.Array, at: Mapping[int, jax.Array], _: Any) -> jax.Array:
+        for axis, i in at.items():
+            x = lax.dynamic_slice_in_dim(x, i, 1, axis)
+        return x
+
+    q = quantised.looked_up(apart.q, pick, alone) if alone else apart.q
+    rest = [axis for axis in axes if axis not in alone]
+    q = quantised.rearranged(q, cut_all, rest) if rest else q
     names = {atom: (new,) for atom, (_, new) in changed.items()}
     return relabelled(apart.replace(q=q, shape=tuple(shape)), names)
 
 
 def picked_along(
     coded: Coded,
-    atoms: Iterable[Atom],
+    positions: Positions,
+    paired: Iterable[Atom],
     pick: Pick,
     shape: Sequence[int],
     empty: float,
@@ -139,27 +153,30 @@ def picked_along(
 
     Args:
       coded: the weight.
-      atoms: the axes along which entries are picked.
+      positions: for each axis along which entries are picked, where.
+      paired: the axes that the positions have too.
       pick: does it to codes and to scales.
       shape: the shape of the result.
       empty: what a missing entry is: NaN or 0.
     """
-    apart = _apart(coded, atoms)
+    there = [atom for atom in paired if holds(coded, (atom,))]
+    apart = _apart(coded, [*positions, *there], shared=positions)
     if apart is None:
         return None
     # A group of several atoms is one axis here, whatever its name.
     names: list[Any] = [g[0] if len(g) == 1 else g for g in apart.labels]
-    axes = [names.index(atom) for atom in atoms]
     made: list[Any] = []
 
-    def run(x: jax.Array, empty: Any) -> jax.Array:
-        x, labels = pick(x, tuple(names), empty)
+    def run(x: jax.Array, at: Mapping[int, jax.Array], empty: Any) -> jax.Array:
+        own = {names[axis]: i for axis, i in at.items()}
+        x, labels = pick(x, tuple(names), own, empty)
         made[:] = labels
         return x
 
-    jax.eval_shape(lambda x: run(x, 0), apart.q.codes)
+    where = {names.index(atom): at for atom, at in positions.items()}
+    jax.eval_shape(lambda x, at: run(x, at, 0), apart.q.codes, where)
     origin = [names.index(s) if s in names else -1 for s in made]
-    q = quantised.rearranged(apart.q, run, axes, origin, empty)
+    q = quantised.looked_up(apart.q, run, where, origin, empty)
     labels = tuple((s,) if isinstance(s, Atom) else s for s in made)
     return apart.replace(q=q, labels=labels, shape=tuple(shape))
 
@@ -209,17 +226,24 @@ def _with_new_axis(coded: Coded, new: Atom) -> Coded:
     return coded.replace(q=q, labels=((new,), *coded.labels))
 
 
-def _apart(coded: Coded, atoms: Iterable[Atom]) -> Coded | None:
+def _apart(
+    coded: Coded, atoms: Iterable[Atom], shared: Iterable[Atom] = ()
+) -> Coded | None:
     """Returns it with an axis of `q` for each of `atoms`.
 
     The result is None if one shares its scales or bytes, or is not an axis of `q`.
+    Those in `shared` may share them.
     """
     for atom in atoms:
         at = [i for i, group in enumerate(coded.labels) if atom in group]
-        if not at or not quantised.has_own_entries(coded.q, at[0]):
+        if not at:
             return None
         (axis,) = at
         group = coded.labels[axis]
+        if len(group) == 1 and atom in shared:
+            continue
+        if not quantised.has_own_entries(coded.q, axis):
+            return None
         if len(group) > 1:
             q = quantised.split_axis(coded.q, axis, [s.size for s in group])
             alone = [(s,) for s in group]
@@ -228,12 +252,45 @@ def _apart(coded: Coded, atoms: Iterable[Atom]) -> Coded | None:
     return coded
 
 
-def times(coded: Coded, scale: Callable[[jax.Array], jax.Array]) -> Coded:
-    """Returns it multiplied by a number: `scale` does it to the scales, in float32."""
-    q = coded.q
-    offset = None if q.offset is None else scale(q.offset.astype(jnp.float32))
-    scales = scale(q.float_scales())
-    return coded.replace(q=dataclasses.replace(q, scales=scales, offset=offset))
+def times(
+    coded: Coded, by: jax.Array, atoms: Sequence[Atom], op: Op, dtype: Any
+) -> Coded | None:
+    """Returns `op(coded, by)`: `op` does it to the scales, in float32.
+
+    Args:
+      coded: the weight.
+      by: real numbers, with an axis for each of `atoms`.
+      atoms: the axes along which they differ.
+      op: multiplies or divides.
+      dtype: dtype of the result.
+    """
+    apart = _apart(coded, atoms)
+    narrowest = min(jnp.finfo(d).nmant for d in (coded.q.dtype, *coded.casts))
+    if apart is None or narrowest < jnp.finfo(coded.dtype).nmant:
+        return None  # after a cast to more digits the product has them all
+    if jnp.iscomplexobj(by) or jnp.issubdtype(dtype, jnp.complexfloating):
+        return None
+    axes = [apart.labels.index((atom,)) for atom in atoms]
+    by = lax.transpose(
+        by.astype(jnp.float32), sorted(range(len(axes)), key=axes.__getitem__)
+    )
+    by = lax.expand_dims(by, [i for i in range(apart.q.ndim) if i not in axes])
+
+    def rescale(x: jax.Array) -> jax.Array:
+        return op(*jnp.broadcast_arrays(x.astype(jnp.float32), by))
+
+    q = apart.q
+    offset = None if q.offset is None else rescale(q.offset)
+    q = dataclasses.replace(q, scales=rescale(q.float_scales()), offset=offset)
+    casts = coded.casts if dtype == coded.dtype else (*coded.casts, dtype)
+    return apart.replace(q=q, casts=casts)
+
+
+def negated(coded: Coded) -> Coded:
+    """Returns it with the signs of all entries changed."""
+    offset = None if coded.q.offset is None else -coded.q.offset
+    scales = -coded.q.float_scales()
+    return coded.replace(q=dataclasses.replace(coded.q, scales=scales, offset=offset))
 
 
 def holds(coded: Coded, group: Group) -> bool:

@@ -95,6 +95,11 @@ def bind(eqn: Equation, *values: Any) -> list[jax.Array]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def rebind(eqn: Equation, x: Any, **changes: Any) -> jax.Array:
+    """Binds `eqn`, of one operand and result, on `x`, with some parameters changed."""
+    return bind(eqn.replace(params={**eqn.params, **changes}), x)[0]
+
+
 @contextlib.contextmanager
 def at(eqn: Equation) -> Iterator[None]:
     """Makes equations bound inside have the source line, names and context of `eqn`."""
@@ -177,6 +182,14 @@ def kind(var: Var | Literal) -> core.ShapedArray:
     """Returns the abstract value of the array that `var` stands for."""
     aval: Any = var.aval
     return aval
+
+
+def partitions(ctx: Any) -> int:
+    """Returns over how many devices XLA divides what is lowered in `ctx`.
+
+    It is 1 where the program already says what each device does, as in `shard_map`.
+    """
+    return getattr(ctx.module_context.axis_context, "num_devices", 1)
 
 
 def is_staging(*trees: Any) -> bool:

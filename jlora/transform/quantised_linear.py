@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import ad, batching, mlir
 
 from .atoms import STACKED, Atom, Group
@@ -87,14 +88,12 @@ def _run(
 ) -> jax.Array:
     n = static.tree.num_leaves
     leaves, rest = operands[:n], operands[n:]
-    if not static.transposed:
-        w = widened(static.tree.unflatten(leaves), static.dims)
-        return static.fun(x, w, *rest)
-    if (
-        barrier
-    ):  # a compiler that sees both passes would widen once, and keep the result
+    if barrier:
+        # A compiler that sees both passes, or a loop, would widen once and keep it.
         x, *leaves = lax.optimization_barrier((x, *leaves))
     w = widened(static.tree.unflatten(leaves), static.dims)
+    if not static.transposed:
+        return static.fun(x, w, *rest)
     transpose = jax.linear_transpose(lambda x: static.fun(x, w, *rest), static.x)
     return transpose(x)[0]
 
@@ -193,6 +192,21 @@ ad.primitive_jvps[quantised_linear_p] = _jvp
 ad.primitive_transposes[quantised_linear_p] = _transpose
 batching.primitive_batchers[quantised_linear_p] = _batch
 mlir.register_lowering(quantised_linear_p, mlir.lower_fun(_run, multiple_results=False))
+
+
+def _called(*operands: Any, static: Static) -> jax.Array:
+    """Returns `_run` as a call that XLA does not inline.
+
+    XLA-CPU widens what depends on parameters alone before all else, and shares it
+    between the passes: an unrolled model would hold the dense weights of all layers.
+    """
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(functools.partial(_run, static=static))(*operands)
+
+
+mlir.register_lowering(
+    quantised_linear_p, mlir.lower_fun(_called, multiple_results=False), platform="cpu"
+)
 # The TPU's compiler widens inside each product, and writes nothing widened to memory.
 mlir.register_lowering(
     quantised_linear_p,

@@ -41,9 +41,11 @@ def rewrite(
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
-            tell = merged if value.terms else widened
             for part in value.parts:
-                tell(part.path, eqn)
+                if is_coded(value):
+                    widened(part.path, eqn)
+                if value.terms:
+                    merged(part.path, eqn)
         return dense(value)
 
     def widen(weight: Weight, eqn: Equation) -> Value:

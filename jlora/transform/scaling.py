@@ -9,11 +9,11 @@ from jax import lax
 
 from .._numerics import at_least_float32
 from .atoms import BROADCAST, Labels
-from .coded import Coded, moved, times
+from .coded import Coded, moved, negated, times
 from .compat import Equation, bind, kind, marked
 from .interpret import Context
 from .structure import squeeze_atoms
-from .values import Operand, Term, Weight, array_of, new_atom
+from .values import Operand, Term, Weight, array_of, is_coded, new_atom
 
 
 def mul(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
@@ -32,7 +32,7 @@ def div(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
 def neg(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """`-(w + s a b)`."""
     w = weight.w
-    w = times(w, jnp.negative) if isinstance(w, Coded) else moved(eqn, w)
+    w = negated(w) if isinstance(w, Coded) else moved(eqn, w)
     terms = tuple(dataclasses.replace(t, b=-t.b) for t in weight.terms)
     return [weight.replace(w=w, terms=terms)]
 
@@ -47,7 +47,7 @@ def _scale(
     """
     shape = kind(eqn.outvars[0]).shape
     assert isinstance(weight, Weight)
-    if isinstance(other, Weight) and other.terms:
+    if isinstance(other, Weight) and (other.terms or is_coded(other)):
         return NotImplemented
     scale = jnp.asarray(array_of(other))
     if weight.w.ndim != len(shape):
@@ -69,11 +69,12 @@ def _scale(
     w = weight.w
     if not isinstance(w, Coded):
         (w,) = bind(eqn, w, scale)
-    elif scale.size == 1:
-        number = scale.reshape(()).astype(jnp.float32)
-        w = times(moved(eqn, w), lambda x: op(x, jnp.broadcast_to(number, x.shape)))
     else:
-        return NotImplemented
+        by = lax.reshape(scale, [atom.size for atom in atoms])
+        w = times(w, by, atoms, op, kind(eqn.outvars[0]).dtype)
+        if w is None:
+            return NotImplemented
+        w = w.replace(shape=tuple(shape))
     own = {i for i, g in enumerate(weight.dims) if any(a.root >= 0 for a in g)}
     if own <= set(varied):
         weight = weight.replace(mixed=weight.mixed or marked(eqn))

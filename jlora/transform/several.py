@@ -11,7 +11,7 @@ from jax import lax
 from .._numerics import at_least_float32
 from .atoms import STACKED, Atom, Group, Labels, regroup
 from .coded import Coded, relabelled, side_by_side
-from .compat import Equation, bind, kind, marked
+from .compat import Equation, Literal, bind, kind, marked
 from .interpret import Context
 from .values import Operand, Part, Term, Weight, array_of, is_coded, new_atom
 
@@ -223,7 +223,7 @@ def select_n(
     for term in first.terms:
         if any((s in term.a_labels) != (s in term.b_labels) for s in atoms):
             return NotImplemented
-    w = _chosen(eqn, which, cases)
+    w = _chosen(ctx, eqn, which, cases)
     if w is None:
         return NotImplemented
     some = which[tuple(slice(None) if i in varied else 0 for i in range(which.ndim))]
@@ -246,13 +246,25 @@ def select_n(
     return [first.map(lambda *_: next(chosen), w=w)]
 
 
-def _chosen(eqn: Equation, which: jax.Array, cases: Sequence[Any]) -> Any:
-    """Returns the frozen array that is chosen; None if it is one of several codes."""
-    (first, *others) = (case.w for case in cases)
+def _chosen(ctx: Context, eqn: Equation, which: jax.Array, cases: Sequence[Any]) -> Any:
+    """Returns the frozen array that is chosen; None if it is one of several codes.
+
+    Codes and scales have no derivative to choose, so one array, with and without its
+    derivative, is one. The derivative with respect to scales is that of all cases.
+    """
+    first, *others = (case.w for case in cases)
     if not isinstance(first, Coded):
         return bind(eqn, which, first, *others)[0]
-    same = all(w.q.codes is first.q.codes for w in others)
-    return first if same else None
+    made = [_made_by(ctx, v) for v in eqn.invars[1:]]
+    stops = [m is not None and m.primitive.name == "stop_gradient" for m in made]
+    own = zip(eqn.invars[1:], made, stops, strict=True)
+    if len({m.invars[0] if m and stop else v for v, m, stop in own}) > 1:
+        return None
+    return cases[stops.index(False) if False in stops else 0].w
+
+
+def _made_by(ctx: Context, v: Any) -> Equation | None:
+    return None if isinstance(v, Literal) else ctx.made.get(v)
 
 
 def _factors(weight: Operand) -> list[tuple[jax.Array, Labels]]:

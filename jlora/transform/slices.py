@@ -31,6 +31,7 @@ def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
         lambda x, axis, i: lax.slice_in_dim(
             x, starts[i], limits[i], strides[i], axis=axis
         ),
+        starts,
     )
 
 
@@ -47,6 +48,7 @@ def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
             lambda x, axis, _, start=start, stop=stop: lax.slice_in_dim(
                 x, start, stop, axis=axis
             ),
+            {axis: start},
         )
         if cut is NotImplemented:
             return cut
@@ -73,6 +75,7 @@ def dynamic_slice(
         weight,
         _results(eqn, weight, *starts)[0],
         lambda x, axis, i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], axis),
+        starts,
     )
     if cut is NotImplemented:
         return cut
@@ -97,7 +100,10 @@ def _with_axis(w: Any, axis: int) -> Any:
 
 
 def _cut(
-    weight: Weight, w: Any, cut: Callable[[jax.Array, int, int], jax.Array]
+    weight: Weight,
+    w: Any,
+    cut: Callable[[jax.Array, int, int], jax.Array],
+    starts: Any,
 ) -> list[Weight]:
     """Returns `weight` with `w`, its factors cut along the axes on which `w` is cut.
 
@@ -105,6 +111,7 @@ def _cut(
       weight: the weight; if it is quantised, its codes are cut too.
       w: the frozen array's slice, or its type.
       cut: `(array, axis, i) -> array`, where `i` is the weight's axis.
+      starts: the position of the first entry left along each of the weight's axes.
     """
     changed = {}
     for i, group in enumerate(weight.dims):
@@ -113,7 +120,12 @@ def _cut(
                 return NotImplemented
             changed[group[0]] = (i, group[0]._replace(size=w.shape[i]))
     if isinstance(weight.w, Coded):
-        w = cut_along(weight.w, changed, cut, w.shape)
+        single = {
+            atom: jnp.clip(_position(starts[i], atom.size), 0, atom.size - 1)
+            for atom, (i, new) in changed.items()
+            if new.size == 1
+        }
+        w = cut_along(weight.w, changed, cut, w.shape, single)
         if w is None:
             return NotImplemented
 
@@ -163,7 +175,7 @@ def gather(
         atoms=tuple(atoms),
     )
     shape = kind(eqn.outvars[0]).shape
-    w = _looked_up(weight, eqn, indices, columns, pick)
+    w = _looked_up(weight, eqn, indices, columns, tuple(paired.values()), pick)
     if w is None:
         return NotImplemented
     dims: list[Group] = [()] * len(shape)
@@ -185,9 +197,10 @@ def _looked_up(
     eqn: Equation,
     indices: jax.Array,
     columns: Mapping[int, int],
+    paired: Labels,
     pick: Callable[..., tuple[jax.Array, Labels]],
 ) -> Any:
-    """Returns the frozen array's entries; None if codes have none of their own."""
+    """Returns the frozen array's entries; None if codes do not have them."""
     if not isinstance(weight.w, Coded):
         return bind(eqn, weight.w, indices)[0]
     empty = eqn.params["fill_value"]
@@ -195,12 +208,29 @@ def _looked_up(
     if not (empty == 0 or math.isnan(empty)):
         return None
 
-    def pick_all(x: jax.Array, labels: Labels, empty: Any) -> Any:
-        return pick(x, labels, empty=empty)
-
-    atoms = [weight.dims[i][0] for i in columns]
+    positions = {
+        weight.dims[i][0]: _in_range(indices[..., k], weight.w.shape[i], eqn)
+        for i, k in columns.items()
+    }
     shape = kind(eqn.outvars[0]).shape
-    return picked_along(weight.w, atoms, pick_all, shape, empty)
+    return picked_along(weight.w, positions, paired, pick, shape, empty)
+
+
+def _position(at: Any, n: int) -> jax.Array:
+    """Returns positions as int32; what is beyond its range counts as beyond `n`."""
+    at = jnp.asarray(at)
+    if at.dtype.itemsize >= 4:
+        least = 0 if jnp.issubdtype(at.dtype, jnp.unsignedinteger) else -1
+        at = jnp.clip(at, jnp.asarray(least, at.dtype), jnp.asarray(n, at.dtype))
+    return at.astype(jnp.int32)
+
+
+def _in_range(at: jax.Array, n: int, eqn: Equation) -> jax.Array:
+    """Returns the positions that a `gather` means: clamped, or -1 for a missing one."""
+    at = _position(at, n)
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        return jnp.where((at < 0) | (at >= n), -1, at)
+    return jnp.clip(at, 0, n - 1)  # as XLA does, also where it was promised
 
 
 def _picked_axes(
@@ -225,18 +255,19 @@ def _picked_axes(
 def _pick(
     x: jax.Array,
     labels: Labels,
+    positions: Mapping[Atom, jax.Array] | None = None,
+    empty: Any = 0,
     *,
     eqn: Equation,
     indices: jax.Array,
     columns: Mapping[Atom, int],
     along: Mapping[Atom, int],
     atoms: Labels,
-    empty: Any = 0,
 ) -> tuple[jax.Array, Labels]:
     """Returns the entries of a factor at `indices`, whose axes `atoms` come first.
 
     `columns` and `along` are the results of `_picked_axes`, by label. A factor without
-    an indexed axis stays as it is.
+    an indexed axis stays as it is. `positions` stand for the columns of `indices`.
     """
     held = {labels.index(atom): k for atom, k in columns.items() if atom in labels}
     if not held:
@@ -245,9 +276,14 @@ def _pick(
     rest = [i for i in range(x.ndim) if i not in {*held, *pairs}]
     # A promise about whole index vectors does not hold for some of their entries.
     promised = len(held) == indices.shape[-1] and len(pairs) == len(along)
+    if positions is None:
+        own = jnp.take(indices, jnp.asarray(list(held.values())), axis=-1)
+    else:  # several may be one now
+        own = jnp.stack([positions[labels[axis]] for axis in held], axis=-1)
+        promised = False
     picked = lax.gather(
         x,
-        jnp.take(indices, jnp.asarray(list(held.values())), axis=-1),
+        own,
         lax.GatherDimensionNumbers(
             offset_dims=tuple(range(len(atoms), len(atoms) + len(rest))),
             collapsed_slice_dims=tuple(sorted(held)),

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from .atoms import BROADCAST, Atom, Group, Labels, Step
-from .coded import Coded, moved, relabelled, reversed_along
+from .coded import Coded, moved, placed, relabelled, reversed_along
 from .compat import Equation, bind
 from .interpret import Context
 from .primitives import PLACES
-from .values import Operand, Weight, is_coded, new_atom
+from .values import Operand, Weight, new_atom
 
 
 def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
@@ -25,8 +25,8 @@ def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     A weight cast to complex keeps its factors. The way back is a real part, which is
     not the product of the factors' real parts.
     """
-    if is_coded(weight) and eqn.primitive.name in PLACES:
-        w = jax.tree.map(lambda x: bind(eqn, x)[0], weight.w)
+    if isinstance(weight.w, Coded) and eqn.primitive.name in PLACES:
+        w = _placed(eqn, weight.w, weight.dims)
     else:
         w = moved(eqn, weight.w)
     was_complex, is_complex = (
@@ -36,6 +36,21 @@ def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     if loses_imaginary or not jnp.issubdtype(w.dtype, jnp.inexact):
         return NotImplemented
     return [weight.replace(w=w)]
+
+
+def _placed(eqn: Equation, coded: Coded, dims: Sequence[Group]) -> Coded:
+    """Returns it where `eqn` puts it; where shards would cut blocks it stays."""
+    (where,) = eqn.params.get("devices", (None,))
+    if not isinstance(where, jax.sharding.NamedSharding) or not any(where.spec):
+        return jax.tree.map(lambda x: bind(eqn, x)[0], coded)
+    cut = [(g, entry) for g, entry in zip(dims, where.spec, strict=False) if entry]
+    entries = {group[0]: entry for group, entry in cut if len(group) == 1}
+    specs = placed(coded, entries, where.mesh)
+    if specs is None or len(entries) < len(cut):
+        return coded
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, where.update(spec=spec)), coded, specs
+    )
 
 
 def name(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:

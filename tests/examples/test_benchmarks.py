@@ -4,9 +4,22 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import adapters, common, floor, growth, models, overheads, report, tpu
+import jlora
+from benchmarks import (
+    adapters,
+    common,
+    floor,
+    growth,
+    headlines,
+    learnt,
+    models,
+    overheads,
+    report,
+    tpu,
+)
 
 pytestmark = [pytest.mark.usefixtures("standard_dtypes"), pytest.mark.once]
 TINY = models.Size(width=16, layers=1, batch=1, length=64, vocab=32, head=8)
@@ -63,6 +76,51 @@ def test_program_text_has_no_names():
             return '%add.7 = f32[] add(%x.1, %x.1), metadata={op_name="a"}'
 
     assert floor.unnamed(Program()) == "%0 = f32[] add(%1, %1)"
+
+
+def test_stored_base_takes_fewer_bytes():
+    params = {"up": jnp.ones((512, 64)), "head": jnp.ones((64, 4))}
+    fn = lambda p, x: x @ p["up"] @ p["head"]  # noqa: E731
+    config = jlora.LoraConfig(targets=(), train="head")
+    plan = jlora.plan(fn, params, jnp.ones((1, 512)), config=config)
+    frozen, _ = jlora.split(jax.random.key(0), params, plan)
+    n, blocks = 512 * 64, 8 * 64
+    sizes = {
+        "float32": 4 * n,
+        "bfloat16": 2 * n,
+        "int8": n + 4 * 64,
+        "nf4": n // 2 + 4 * blocks,
+        "nf4, double": n // 2 + blocks + 4 * 8 + 4,
+    }
+    for base, size in sizes.items():
+        assert common.nbytes(common.stored(frozen, plan, base)) == size, base
+
+
+def test_table_of_headlines_has_means_and_seeds():
+    run = {"base": "nf4", "base_bytes": 2_000_000, "before": {"loss": 5.0, "right": 0}}
+    runs = [{**run, "after": {"loss": x, "right": x / 10}} for x in (3.0, 4.0)]
+    _, (line,) = headlines.columns(runs)
+    assert line == ("nf4", "2 MB", "5.000", "3.500", "3.000 / 4.000", "0.0%", "35.0%")
+
+
+def test_rows_measured_later_say_where():
+    env = {"jax": "1", "processor": "x", "cores": 2, "date": "d", "device": "cpu"}
+    result = {
+        "run": "LoRA, rank 8, q and v, base in nf4",
+        "group": "base",
+        "seed": 0,
+        "trained": 1,
+        "accuracy": 0.5,
+        "test": [{"loss": 1.0}],
+        "seconds": 1.0,
+        "environment": {**env, "commit": "new"},
+    }
+    settings = {"epochs": 1, "batch": 1, "dtype": "float32"}
+    found = {"settings": settings, "results": [result]}
+    text = learnt.section({**found, "environment": {**env, "commit": "old"}})
+    assert "commit old" in text
+    assert "Rows *base in*: *JAX 1, x, 2 cores, d, commit new.*" in text
+    assert "base in nf4 | 1 | 0.500" in text
 
 
 def test_slope():

@@ -7,6 +7,7 @@ import json
 import tarfile
 import zipfile
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import jlora
-from examples.many_adapters import data, generate, train, weights
+from examples.many_adapters import codes, data, generate, train, weights
+from examples.many_adapters.codes import Blocks
 from examples.many_adapters.config import parse
 from examples.many_adapters.model import Sizes, forward
 from examples.sentiment import assets
@@ -76,6 +78,49 @@ def test_rows_of_a_head_are_halves_again():
     np.testing.assert_array_equal(weights.halves(pairs, 2), halves)
 
 
+@pytest.mark.parametrize("kind", codes.BYTES)
+def test_blocks_of_a_file_are_the_same_numbers_as_codes(kind):
+    x = np.random.default_rng(0).normal(size=(6, 64)).astype(np.float32)
+    own = gguf.GGMLQuantizationType[kind]
+    data = gguf.quantize(x, own)
+    wide = gguf.dequantize(data, own)
+    table = codes.table(Blocks(data, kind), "float32")
+    np.testing.assert_array_equal(table.dense(), wide)
+    kernel = codes.kernel(Blocks(data, kind), "bfloat16")
+    assert kernel.shape == (64, 6)
+    np.testing.assert_array_equal(kernel.dense(), wide.T.astype(jnp.bfloat16))
+
+
+def test_blocks_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"Q4_K is not read .* gguf\.dequantize"):
+        codes.table(Blocks(np.zeros((1, 144), np.uint8), "Q4_K"), "float32")
+
+
+def test_model_computes_with_the_codes_of_its_file():
+    """Heads are permuted, layers stacked, the table is also the head."""
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (40, 32)}
+    shapes |= {
+        f"blk.0.{n}": (32, 32) for n in weights.LAYER.values() if "norm" not in n
+    }
+    norms = ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]
+    coded = {f"{name}.weight": np.ones(32, np.float32) for name in norms}
+    dense = dict(coded)
+    for name, shape in shapes.items():
+        own = "Q8_0" if name == "token_embd" else "Q4_1"
+        kind = gguf.GGMLQuantizationType[own]
+        data_ = gguf.quantize(rng.normal(size=shape).astype(np.float32), kind)
+        coded[f"{name}.weight"] = Blocks(data_, own)
+        dense[f"{name}.weight"] = gguf.dequantize(data_, kind)
+    sizes = Sizes(heads=2, kv_heads=2, theta=1e4, eps=1e-5)
+    fn = functools.partial(forward, sizes=sizes)
+    args = (np.arange(5)[None], np.ones((1, 5), bool))
+    apply = jlora.apply_lora(fn, on_merge="error")
+    got = apply(weights.from_gguf(coded, sizes, 1), jlora.Trainable(), *args)
+    wanted = fn(weights.from_gguf(dense, sizes, 1), *args)
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
+
+
 def test_token_by_token_with_a_cache_is_the_whole_at_once(params, tokenizer):
     examples = data.encode(tokenizer, "topic", pairs(3)["topic"])
     fn = jax.jit(functools.partial(forward, sizes=SIZES), static_argnames="last")
@@ -123,6 +168,7 @@ def test_data_are_prompts_and_answers(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_the_whole_example(params, tokenizer, tmp_path, capsys):
     flags = "--steps 30 --batch-size 2 --test 2 --rows 4 --tokens 3 --lr 0.02"
+    flags += " --quantize int8"
     options = dataclasses.replace(parse(flags.split()), out=tmp_path)
     train.run(options, params, SIZES, tokenizer, pairs())
     figures = json.loads((tmp_path / "results.json").read_text())

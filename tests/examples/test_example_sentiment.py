@@ -23,7 +23,7 @@ from examples.sentiment import assets, data, loop, report, train, weights
 from examples.sentiment.config import Options, parse
 from examples.sentiment.model import BertConfig, SentenceClassifier
 from examples.sentiment.runs import Result, run
-from examples.sentiment.task import LENGTH, Task, pretrained
+from examples.sentiment.task import LENGTH, Task, planned, pretrained, quantised
 
 SIZES = BertConfig(
     vocab_size=40,
@@ -98,9 +98,7 @@ def options(out: Path, *flags: str) -> Options:
 def fine_tune(task: Task, out: Path, *flags: str, name: str = "lora") -> Result:
     chosen = options(out, *flags)
     config = train.configs(chosen)[name]
-    ids, mask = task.train.ids[:1], task.train.mask[:1]
-    plan = jlora.plan(task.model.apply, task.variables, ids, mask, config=config)
-    return run(name, plan, task, chosen, full_lr=chosen.head_lr)
+    return run(name, planned(task, config), task, chosen, full_lr=chosen.head_lr)
 
 
 def assert_same_bits(a: object, b: object) -> None:
@@ -384,6 +382,24 @@ def test_full_fine_tune_moves_all_and_leaves_the_base_model_alone(
     assert not any(
         np.array_equal(x, base[path]) for path, x in result.trainable.full.items()
     )
+
+
+@pytest.mark.usefixtures("standard_dtypes")
+def test_quantised_base_is_shown_trained_and_merged(task: Task, tmp_path: Path) -> None:
+    config = train.configs(options(tmp_path))["lora"]
+    coded = quantised(task, planned(task, config), "nf4")
+    assert "nf4 of float32[16,16]" in str(planned(coded, config))
+    result = fine_tune(coded, tmp_path, "--quantize", "nf4", "--steps", "2")
+    merged = train.merge_and_check(coded, result, options(tmp_path))
+    assert jax.tree.structure(merged) == jax.tree.structure(task.variables)
+
+
+def test_full_fine_tune_of_codes_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        options(tmp_path, "--full", "--quantize", "nf4")
+    assert "codes cannot be trained" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("standard_dtypes")

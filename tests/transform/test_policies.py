@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jlora
 from tests.helpers import close, normal
+from tests.transform.quantised_helpers import KINDS
 
 ROWS, N, LAYERS = 40, 7, 3  # many rows: a temporary weight pays on every platform
 cp = jax.checkpoint_policies
@@ -109,6 +110,7 @@ def products(jaxpr, times=1):
         ):
             if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
                 total += products(getattr(value, "jaxpr", value), inner)
+        total += times * (name == "quantised_linear")
         sizes = [v.aval.size for v in (*eqn.invars[:2], *eqn.outvars)]
         cost = math.isqrt(math.prod(sizes)) if name.endswith(("general", "dot")) else 0
         total += times * (cost == ROWS * N * N)
@@ -141,6 +143,23 @@ def test_a_step_computes_and_keeps_what_the_frozen_models_does(policy, place):
         found, kept = cost(functools.partial(run, frozen), trainable, x)
         assert found == floor_products, form
         assert kept == floor_kept, form
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_step_over_codes_widens_as_often_and_keeps_as_much(policy, place):
+    fn, wrap = place(POLICIES[policy])
+    frozen, trainable, x = adapt(fn)
+    codes = jlora.quantize(frozen, kind=KINDS[len(policy) % 3], block=4)
+    floor = wrap(lambda frozen, _, x: fn(frozen, x))
+    floor_products, _ = cost(lambda x: floor(frozen, trainable, x), x)
+    _, floor_kept = cost(lambda p, x: floor(p, trainable, x), frozen, x)
+    run = functools.partial(wrap(jlora.apply_lora(fn)), codes)
+    assert cost(run, trainable, x) == (floor_products, floor_kept)
+    kept = jax.eval_shape(lambda *a: jax.vjp(run, *a)[1], trainable, x)
+    kept = [a for a in jax.tree.leaves(kept) if jnp.issubdtype(a.dtype, jnp.floating)]
+    assert not any(a.shape[-2:] == (N, N) for a in kept)  # nothing widened
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
