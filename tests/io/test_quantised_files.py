@@ -119,8 +119,10 @@ def test_a_quantised_template_says_how(tmp_path):
     same(read, jlora.quantize(params(), kind="int8"))
 
 
-def test_shards_of_a_mesh_hold_whole_blocks(tmp_path):
-    mesh = jax.make_mesh((4,), ("x",))
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_shards_of_a_mesh_hold_whole_blocks(kind, tmp_path):
+    types = (jax.sharding.AxisType[kind],)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=types)
     codes = {"w": normal((512, 6), 0)}
     export.safetensors(tmp_path / "codes.safetensors", jlora.quantize(codes))
     where = jax.NamedSharding(mesh, jax.P("x", None))
@@ -130,6 +132,10 @@ def test_shards_of_a_mesh_hold_whole_blocks(tmp_path):
     assert read.scales.sharding.spec == jax.P("x", None)
     held = jax.device_get(read)
     np.testing.assert_array_equal(held.dense(), jlora.quantize(codes)["w"].dense())
+    export.safetensors(tmp_path / "dense.safetensors", codes)
+    made = files.read_params(tmp_path / "dense.safetensors", like, quantize="nf4")["w"]
+    assert made.codes.sharding.spec == jax.P("x", None)
+    np.testing.assert_array_equal(jax.device_get(made).dense(), held.dense())
     odd = jax.NamedSharding(mesh, jax.P(None, "x"))
     like = {"w": jax.ShapeDtypeStruct((512, 6), "float32", sharding=odd)}
     with pytest.raises(jlora.TreeError, match="'w' cannot lie as its sharding says"):
