@@ -89,8 +89,9 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
         return jax.device_put(x, where)
     if is_quantized(like) or not _is_host(where):
         _check_finite(path, x)
-        named = isinstance(where, jax.sharding.NamedSharding)
-        with jax.set_mesh(where.mesh) if named else contextlib.nullcontext():
+        mesh = getattr(where, "mesh", None)
+        own = jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else None
+        with own or contextlib.nullcontext():
             # Not in the background, where leaves to be quantised would wait in a queue.
             return jax.block_until_ready(encoder(jax.device_put(x, where)))
     return jax.tree.map(functools.partial(_put, where=where), encoded(path, x, encoder))
