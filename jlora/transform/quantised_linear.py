@@ -24,6 +24,7 @@ from .compat import (
     bind,
     has_typed_placement,
     kind,
+    partitions,
     policies_see,
     shaped,
 )
@@ -224,19 +225,24 @@ batching.primitive_batchers[quantised_linear_p] = _batch
 mlir.register_lowering(quantised_linear_p, mlir.lower_fun(_run, multiple_results=False))
 
 
-def _called(*operands: Any, static: Static) -> jax.Array:
-    """Returns `_run` as a call that XLA does not inline.
+def _on_cpu(ctx: Any, *operands: Any, static: Static) -> Any:
+    """Lowers to a call that XLA does not inline, on one device.
 
     XLA-CPU widens what depends on parameters alone before all else, and shares it
     between the passes: an unrolled model would hold the dense weights of all layers.
+    Where XLA divides the work over devices, such a call costs collectives.
     """
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(functools.partial(_run, static=static))(*operands)
+    run = functools.partial(_run, static=static)
+
+    def called(*operands: Any) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(run)(*operands)
+
+    fun = called if partitions(ctx) == 1 else run
+    return mlir.lower_fun(fun, multiple_results=False)(ctx, *operands)
 
 
-mlir.register_lowering(
-    quantised_linear_p, mlir.lower_fun(_called, multiple_results=False), platform="cpu"
-)
+mlir.register_lowering(quantised_linear_p, _on_cpu, platform="cpu")
 # The TPU's compiler widens inside each product, and writes nothing widened to memory.
 mlir.register_lowering(
     quantised_linear_p,
