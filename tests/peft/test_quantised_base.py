@@ -16,6 +16,7 @@ from jlora.peft import Entry, NameMap
 from tests.helpers import normal
 from tests.peft import file_cases
 
+pytestmark = pytest.mark.once
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "quantised"
 SHAPES = {"rows": (16, 128), "short": (16, 32), "odd": (6, 96), "long": (3, 320)}
 FLOAT8 = jnp.float8_e4m3fn
@@ -170,7 +171,6 @@ def load_up(tmp_path, held, config=None):
     return peft.load_base(tmp_path, like(UP))["up"]["kernel"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
 def test_damaged_tensors_of_bitsandbytes_are_refused(case, tmp_path):
     held, told = case
@@ -189,7 +189,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_formats_are_refused_by_name(name, tmp_path):
     held = {key: np.zeros((4, 16), "int32") for key in OTHERS[name]}
