@@ -154,10 +154,9 @@ def read_params(
       Quantized(nf4 of float32[128,4], blocks (64, 1), 288 bytes)
     """
     model = open_model(path)
-    if model.refused:
-        raise CheckpointError(
-            f"{str(path)!r}: {listed(list(model.refused.values()), 3)}."
-        )
+    unreadable = model.unreadable()
+    if unreadable:
+        raise CheckpointError(f"{str(path)!r}: {listed(unreadable, 3)}.")
     if params is None:
         wanted, unflatten = model.shapes, None
     else:

@@ -13,6 +13,7 @@ from .._tables import listed
 from ..errors import CheckpointError, ConfigError
 from ..factors import Factors, Leaf, Spec, Trainable
 from ..methods import METHODS, low_rank_pair
+from ..quantised import is_quantized
 from .disk import Fault, Json
 
 _LEAVES = ("a", "b", "magnitude")
@@ -80,6 +81,8 @@ def _faults(trainable: Trainable) -> list[str]:
             wrong.append(f"the path {path!r} is not a text")
         elif not (hasattr(x, "shape") and hasattr(x, "dtype")):
             wrong.append(f"the full leaf {path!r} is {type(x).__name__}, not an array")
+        elif is_quantized(x):
+            wrong.append(f"the full leaf {path!r} is quantised: train dense weights")
     if not wrong:
         return [
             f"{leaf!r} of {path!r} is a shape, without numbers"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -54,6 +55,20 @@ class Model:
     metadata: Mapping[str, str]
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     widened: tuple[str, ...] = ()
+
+    def unreadable(self) -> list[str]:
+        """Returns in words which leaves are certainly not what a tensor says.
+
+        A tensor of 16 bits or more, with another beside it that is called as a scale,
+        may be a weight like any other.
+        """
+        return [
+            why
+            for name, why in self.refused.items()
+            if name not in self.shapes
+            or self.shapes[name].dtype.itemsize < 2
+            or not jnp.issubdtype(self.shapes[name].dtype, jnp.inexact)
+        ]
 
     def dense(self, name: str) -> np.ndarray:
         """Returns the array of a name, widened if it is quantised."""

@@ -1,5 +1,6 @@
 """Leaves read from disk, put where they shall lie; quantised on the way if asked."""
 
+import contextlib
 import functools
 import math
 import mmap
@@ -88,8 +89,11 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
         return jax.device_put(x, where)
     if is_quantized(like) or not _is_host(where):
         _check_finite(path, x)
-        # Not in the background, where leaves to be quantised would wait in a queue.
-        return jax.block_until_ready(encoder(jax.device_put(x, where)))
+        mesh = getattr(where, "mesh", None)
+        own = jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else None
+        with own or contextlib.nullcontext():
+            # Not in the background, where leaves to be quantised would wait in a queue.
+            return jax.block_until_ready(encoder(jax.device_put(x, where)))
     return jax.tree.map(functools.partial(_put, where=where), encoded(path, x, encoder))
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from .._core.tree import check, check_plan
 from .._io import tensors as tensors
 from .._io.clash import clash
 from .._io.disk import Path, Progress, check_name
-from .._io.models import Model, open_model, write
+from .._io.models import open_model, write
 from .._io.placing import encoded
 from .._io.torch_models import is_torch_named
 from .._io.torch_quantised import tell_widened
@@ -89,7 +89,10 @@ def merge_files(
     """
     _check_out(out, base)
     model = open_model(base)
-    _check_readable(base, model, [*trainable.lora, *trainable.full])
+    changed = [*trainable.lora, *trainable.full]
+    _check_readable(
+        base, [model.refused[name] for name in changed if name in model.refused]
+    )
     check(dict(model.dense_shapes()), trainable)
     bad = not_finite(trainable.full)
     if bad:
@@ -194,7 +197,7 @@ def quantize_files(
     """
     _check_out(out, base)
     model = open_model(base)
-    _check_readable(base, model, model.refused)
+    _check_readable(base, model.unreadable())
     if plan is None and is_torch_named(model.shapes):
         plan = Plan(LoraConfig(), assumed_rows(base))
     chosen = encoders(
@@ -284,8 +287,7 @@ def extract_files(
     )
 
 
-def _check_readable(base: Path, model: Model, names: Iterable[str]) -> None:
+def _check_readable(base: Path, wrong: Sequence[str]) -> None:
     """Raises a CheckpointError for leaves of formats that are not read."""
-    wrong = [model.refused[name] for name in names if name in model.refused]
     if wrong:
         raise CheckpointError(f"{str(base)!r}: {listed(wrong, 3)}.")

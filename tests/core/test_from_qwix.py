@@ -11,6 +11,8 @@ import pytest
 import jlora
 from tests.helpers import normal
 
+pytestmark = pytest.mark.once
+
 
 @flax.struct.dataclass
 class QArray:

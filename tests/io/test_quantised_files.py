@@ -1,5 +1,6 @@
 """Quantised models in files: written, read, merged, hashed, and refused if damaged."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -58,6 +59,17 @@ def test_what_is_saved_is_read(options, tmp_path):
     export.safetensors(tmp_path / "b.safetensors", codes)
     first, again = (tmp_path / f"{n}.safetensors" for n in "ab")
     assert first.read_bytes() == again.read_bytes()
+
+
+def test_an_offset_is_saved_too(tmp_path):
+    q = jlora.quantize({"w": normal((128, 6), 0)}, kind="int4")["w"]
+    codes = {"w": dataclasses.replace(q, offset=normal((2, 6), 1))}
+    export.safetensors(tmp_path / "a.safetensors", codes)
+    export.orbax(tmp_path / "orbax", codes)
+    for name in ("a.safetensors", "orbax"):
+        same(files.read_params(tmp_path / name), codes)
+    prints = map(jlora.checkpoint.fingerprint, (codes, {"w": q}))
+    assert len({x.leaves["w"] for x in prints}) == 2
 
 
 def test_files_hold_two_codes_of_native_four_bits_in_a_byte(tmp_path):
@@ -119,8 +131,10 @@ def test_a_quantised_template_says_how(tmp_path):
     same(read, jlora.quantize(params(), kind="int8"))
 
 
-def test_shards_of_a_mesh_hold_whole_blocks(tmp_path):
-    mesh = jax.make_mesh((4,), ("x",))
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_shards_of_a_mesh_hold_whole_blocks(kind, tmp_path):
+    types = (jax.sharding.AxisType[kind],)
+    mesh = jax.make_mesh((4,), ("x",), axis_types=types)
     codes = {"w": normal((512, 6), 0)}
     export.safetensors(tmp_path / "codes.safetensors", jlora.quantize(codes))
     where = jax.NamedSharding(mesh, jax.P("x", None))
@@ -130,6 +144,10 @@ def test_shards_of_a_mesh_hold_whole_blocks(tmp_path):
     assert read.scales.sharding.spec == jax.P("x", None)
     held = jax.device_get(read)
     np.testing.assert_array_equal(held.dense(), jlora.quantize(codes)["w"].dense())
+    export.safetensors(tmp_path / "dense.safetensors", codes)
+    made = files.read_params(tmp_path / "dense.safetensors", like, quantize="nf4")["w"]
+    assert made.codes.sharding.spec == jax.P("x", None)
+    np.testing.assert_array_equal(jax.device_get(made).dense(), held.dense())
     odd = jax.NamedSharding(mesh, jax.P(None, "x"))
     like = {"w": jax.ShapeDtypeStruct((512, 6), "float32", sharding=odd)}
     with pytest.raises(jlora.TreeError, match="'w' cannot lie as its sharding says"):
@@ -187,6 +205,19 @@ def test_codes_and_dense_weights_are_compared_as_what_they_mean(tmp_path):
     assert not jlora.inspection.diff_files(a, a)
     told = jlora.inspection.diff_files(a, b)
     assert {d.what for d in told} == {"int8 → dense"}
+
+
+def test_a_full_leaf_of_an_adapter_is_not_quantised(tmp_path):
+    codes = jlora.quantize({"w": normal((128, 6), 0)})["w"]
+    for name in ("file", "orbax", "peft"):
+        with pytest.raises(jlora.JloraError, match="'w' is quantised: train dense"):
+            files.write(tmp_path / name, jlora.Trainable(full={"w": codes}), name)
+
+
+def test_a_weight_beside_one_that_is_called_as_a_scale_is_a_weight(tmp_path):
+    held = {"w": normal((4, 6), 0), "w_scale": normal((6,), 1), "w_q": jnp.ones(2)}
+    export.safetensors(tmp_path / "a.safetensors", held)
+    same(files.read_params(tmp_path / "a.safetensors"), held)
 
 
 # --- damaged files ---

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora import peft
+from jlora import cli, peft
 from jlora._io.models import open_model
 from jlora._io.torch_quantised import NF4
 from jlora.peft import Entry, NameMap
 from tests.helpers import normal
 from tests.peft import file_cases
 
+pytestmark = pytest.mark.once
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "quantised"
 SHAPES = {"rows": (16, 128), "short": (16, 32), "odd": (6, 96), "long": (3, 320)}
 FLOAT8 = jnp.float8_e4m3fn
@@ -170,7 +171,6 @@ def load_up(tmp_path, held, config=None):
     return peft.load_base(tmp_path, like(UP))["up"]["kernel"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", BROKEN.values(), ids=BROKEN)
 def test_damaged_tensors_of_bitsandbytes_are_refused(case, tmp_path):
     held, told = case
@@ -189,7 +189,6 @@ OTHERS = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_formats_are_refused_by_name(name, tmp_path):
     held = {key: np.zeros((4, 16), "int32") for key in OTHERS[name]}
@@ -369,3 +368,37 @@ def test_an_adapter_over_codes_is_saved_as_any_other(tmp_path):
     np.testing.assert_array_equal(*own)
     rows = (x.lora["embed/embedding"].b for x in (read, adapter))
     np.testing.assert_allclose(*rows, atol=1e-6)
+
+
+def test_a_peft_adapter_merges_into_a_file_of_bitsandbytes(tmp_path, capsys):
+    """By the command: as torch names it, and as long as the weight, not its bytes."""
+    a, b = normal((128, 2), 0), normal((2, 16), 1)
+    own = jlora.Factors(a, b, jlora.Spec(rank=2, alpha=2))
+    peft.save(tmp_path / "adapter", jlora.Trainable({"rows/kernel": own}))
+    file, out = GOLDEN / "nf4_double.safetensors", tmp_path / "out.safetensors"
+    assert cli.run(["merge", str(file), str(tmp_path / "adapter"), str(out)]) == 0
+    expected = golden("nf4_double", "rows") + np.asarray(a @ b).T
+    merged = np.asarray(open_model(out).read("rows.weight"), "float32")
+    np.testing.assert_allclose(merged, expected, rtol=2**-7, atol=1e-3)
+    words = ["validate", str(tmp_path / "adapter"), "--base", str(file)]
+    assert cli.run(words) == 0
+    assert "3 leaves nf4" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_load_base_quantises(tmp_path):
+    params = {
+        "up": {"kernel": normal((64, 6), 0)},
+        "mix": {"kernel": normal((6, 6), 1)},
+    }
+
+    def fn(p, x):
+        return x @ p["up"]["kernel"] @ (p["mix"]["kernel"] * 2)
+
+    config = jlora.LoraConfig(rank=2, targets="up/kernel")
+    plan = jlora.plan(fn, params, jnp.ones((1, 64)), config=config)
+    peft.save_base(tmp_path, params)
+    shapes = jax.eval_shape(lambda: params)
+    read = peft.load_base(tmp_path, shapes, quantize="nf4", plan=plan)
+    expected = jlora.quantize(params, plan)
+    assert jax.tree.structure(read) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
