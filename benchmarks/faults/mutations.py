@@ -40,6 +40,7 @@ import optax
 
 import jlora
 from benchmarks.faults import change
+from jlora._io import coded
 from jlora._io.models import open_model
 from jlora.factors import Axes, Factors, Spec
 
@@ -216,6 +217,54 @@ def mutate_model(files: Files, rng: random.Random) -> tuple[Files, bool]:
     return files | {name: new}, True
 
 
+def write_codes(folder: pathlib.Path) -> None:
+    """Models of jlora's own codes, of bitsandbytes' and in float8, a file each."""
+    own = {name: np.ones((128, 2), np.float32) * 0.1 for name in ("a", "b")}
+    codes = jlora.quantize(own, double=True)
+    jlora.export.safetensors(folder / "own.safetensors", codes)
+    golden = pathlib.Path(__file__).parents[2] / "tests" / "golden" / "quantised"
+    for name in ("nf4_double", "int8"):
+        shutil.copy(golden / f"{name}.safetensors", folder)
+    float8 = {
+        "up.weight": np.ones((4, 128)).astype(jnp.float8_e4m3fn),
+        "up.weight_scale_inv": np.ones((1, 1), np.float32),
+    }
+    jlora.export.safetensors(folder / "float8.safetensors", float8)
+
+
+def read_codes(folder: pathlib.Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is widened
+        files = sorted(folder.glob("*.safetensors"))
+        return {file.stem: jlora.files.read_params(file) for file in files}
+
+
+def save_codes(folder: pathlib.Path, found: Any) -> None:
+    for name, params in found.items():
+        file = folder / f"{name}.safetensors"
+        jlora.export.safetensors(file, params)
+        assert same(jlora.files.read_params(file), params)
+
+
+def mutate_codes(files: Files, rng: random.Random) -> tuple[Files, bool]:
+    name = rng.choice(sorted(files))
+    header, body = change.parted(files[name])
+    about = header.get("__metadata__", {})
+    if coded.KEY in about and rng.random() < 0.7:
+        text = about[coded.KEY].encode()
+        new = (change.flipped if rng.random() < 0.3 else change.text)(text, rng)
+        about[coded.KEY] = new.decode(errors="replace")
+        return files | {name: change.joined(header, body)}, True
+    if rng.random() < 0.4:  # what bitsandbytes says, in the bytes of a tensor
+        states = [k for k in header if ".quant_state." in k]
+        if states:
+            start, stop = header[rng.choice(states)]["data_offsets"]
+            new = change.flipped(body[start:stop], rng)[: stop - start]
+            body = body[:start] + new.ljust(stop - start) + body[stop:]
+            return files | {name: change.joined(header, body)}, True
+    return files | {name: change.tensors(files[name], rng)}, True
+
+
 def write_orbax(folder: pathlib.Path) -> None:
     run = plan()
     jlora.checkpoint.save(
@@ -294,6 +343,7 @@ FORMATS = {
         lambda folder, found: jlora.save(folder / "again", found),
     ),
     "sharded model": Format(write_model, read_model, mutate_model, 0.13, save_arrays),
+    "quantised models": Format(write_codes, read_codes, mutate_codes, 0.04, save_codes),
     "config": Format(write_config, read_config, mutate_config, 0.3, save_config),
     "Orbax checkpoint": Format(
         write_orbax, read_orbax, mutate_orbax, 0.012, save_restored

@@ -1,6 +1,7 @@
 """Leaves read from disk, put where they shall lie; quantised on the way if asked."""
 
 import functools
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from ..factors import Leaf
 from ..quantised import (
     KINDS,
     Quantized,
+    has_own_entries,
     is_quantized,
     like_dense,
     packing,
@@ -26,6 +28,7 @@ from ..quantised import (
 )
 
 _PAGES = 2**18  # bytes from which an array gets pages of its own
+_SLICE = 8 * 2**20  # bytes of an array to quantise at once
 
 Quantize = str | Mapping[str, Any] | None  # a kind, or options of `jlora.quantize`
 Encoder = Callable[[Any], Quantized]
@@ -83,30 +86,69 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
         return _placed(path, x, where)
     if encoder is None:
         return jax.device_put(x, where)
-    check_finite(path, x)
-    out = jax.device_put(x, where)
-    # Not in the background, where leaves to be quantised would wait in a queue.
-    return jax.tree.map(_set_apart, jax.block_until_ready(encoder(out)))
+    if is_quantized(like) or not _is_host(where):
+        _check_finite(path, x)
+        # Not in the background, where leaves to be quantised would wait in a queue.
+        return jax.block_until_ready(encoder(jax.device_put(x, where)))
+    return jax.tree.map(functools.partial(_put, where=where), encoded(path, x, encoder))
 
 
-def check_finite(path: str, x: np.ndarray) -> None:
-    """Raises a TreeError if an array to be quantised holds NaN or infinity."""
-    if not is_finite(x):
-        raise TreeError(f"Not quantised: {path!r} holds NaN or infinity.")
+def encoded(path: str, x: np.ndarray, encoder: Encoder) -> Quantized:
+    """Returns an array on the host quantised there, slice by slice if it is large.
+
+    Raises:
+      TreeError: if it holds NaN or infinity.
+    """
+    form = encoder(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    out = jax.tree.map(_empty, form)
+    for cut in _slices(x, form, encoder):
+        part = np.ascontiguousarray(x[cut])
+        _check_finite(path, part)
+        q = jax.block_until_ready(encoder(jax.device_put(part)))
+        for own, new in zip(*map(jax.tree.leaves, (out, q)), strict=True):
+            own[cut] = np.asarray(new)
+    return out
 
 
-def _set_apart(x: jax.Array) -> jax.Array:
-    """Returns an array on the host in pages of its own.
+def _slices(
+    x: np.ndarray, form: Quantized, encoder: Encoder
+) -> list[tuple[slice, ...]]:
+    """Returns parts of an array that can be quantised one by one."""
+    free = [i for i in range(x.ndim) if has_own_entries(form, i)]
+    count = -(-x.nbytes // _SLICE)
+    if count < 2 or not free or is_quantized(form.scales):
+        return [()]
+    axis = max(free, key=lambda i: x.shape[i])
+    step = -(-x.shape[axis] // count)
+    shape = [step if i == axis else n for i, n in enumerate(x.shape)]
+    part = encoder(jax.ShapeDtypeStruct(tuple(shape), x.dtype))
+    if jax.tree.structure(part) != jax.tree.structure(form):
+        return [()]
+    before = (slice(None),) * axis
+    return [(*before, slice(n, n + step)) for n in range(0, x.shape[axis], step)]
+
+
+def _empty(form: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns an array of zeros in pages of its own, if it is large.
 
     Between arrays that stay, the heap keeps holes of those that do not: a third of the
     model that is read.
     """
-    devices = x.sharding.device_set
-    if x.nbytes < _PAGES or len(devices) > 1 or next(iter(devices)).platform != "cpu":
-        return x
-    own = np.frombuffer(mmap.mmap(-1, x.nbytes), x.dtype).reshape(x.shape)
-    own[...] = np.asarray(x)
-    return jax.device_put(own, x.sharding)
+    size = math.prod(form.shape) * form.dtype.itemsize
+    if size < _PAGES:
+        return np.zeros(form.shape, form.dtype)
+    return np.frombuffer(mmap.mmap(-1, size), form.dtype).reshape(form.shape)
+
+
+def _check_finite(path: str, x: np.ndarray) -> None:
+    if not is_finite(x):
+        raise TreeError(f"Not quantised: {path!r} holds NaN or infinity.")
+
+
+def _is_host(where: Any) -> bool:
+    """Returns whether an array lies on one device that is the host."""
+    devices = jax.devices()[:1] if where is None else [*where.device_set]
+    return len(devices) == 1 and devices[0].platform == "cpu"
 
 
 def _placed(path: str, q: Quantized, where: Any) -> Quantized:

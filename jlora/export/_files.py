@@ -18,7 +18,7 @@ from .._io import tensors as tensors
 from .._io.clash import clash
 from .._io.disk import Path, Progress, check_name
 from .._io.models import Model, open_model, write
-from .._io.placing import check_finite
+from .._io.placing import encoded
 from .._io.torch_models import is_torch_named
 from .._io.torch_quantised import tell_widened
 from .._numerics import not_finite
@@ -211,10 +211,7 @@ def quantize_files(
 
     def read(name: str) -> Any:
         x = model.read(name)
-        if name not in chosen:
-            return x
-        check_finite(name, x)
-        return jax.device_get(chosen[name](x))
+        return encoded(name, x, chosen[name]) if name in chosen else x
 
     shapes = {n: chosen[n](x) if n in chosen else x for n, x in model.shapes.items()}
     write(out, dataclasses.replace(model, shapes=shapes, read=read), progress)

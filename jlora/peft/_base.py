@@ -283,14 +283,21 @@ def _read_leaf(
         q = leaf_of(tensors, tuple(leaf.shape), own)
         if q is not None:
             return q, []
-    out = np.zeros(tuple(leaf.shape), own)
-    for place, slot in read.items():
-        tensor = slot.read()
+
+    def dense(place: Place) -> np.ndarray:
+        tensor: Any = read[place].read()
         if is_quantized(tensor):
             told.append(f"{keys[place]} ({tensor.kind}, blocks {tensor.blocks})")
             tensor = np.asarray(tensor.dense())
-        tensor = narrowed(keys[place], tensor, out.dtype, PeftError)
-        layers.weight_in(place, tensor, out)
+        return narrowed(keys[place], tensor, own, PeftError)
+
+    shape = tuple(leaf.shape)
+    first = next(iter(read))
+    if first.sizes(shape) == shape:  # the one tensor of the leaf, which is not copied
+        return layers.as_leaf(first, dense(first), shape), told
+    out = np.zeros(shape, own)
+    for place in read:
+        layers.weight_in(place, dense(place), out)
     return out, told
 
 

@@ -50,11 +50,16 @@ def weight_out(place: Place, leaf: np.ndarray) -> np.ndarray:
 
 def weight_in(place: Place, tensor: np.ndarray, out: np.ndarray) -> None:
     """Writes the tensor that `place` is into its part of the leaf `out`."""
-    sizes = place.sizes(out.shape)
+    out[_cut(place.index)] = as_leaf(place, tensor, out.shape)
+
+
+def as_leaf(place: Place, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the part of a leaf of `shape` that a tensor is; of axes moved, a view."""
+    sizes = place.sizes(shape)
     order = [i for group in place.groups for i in group]
-    rest = [i for i in range(out.ndim) if i not in order]
+    rest = [i for i in range(len(shape)) if i not in order]
     split = place.own_part(tensor).reshape([sizes[i] for i in (*rest, *order)])
-    out[_cut(place.index)] = split.transpose(np.argsort([*rest, *order]))
+    return split.transpose(np.argsort([*rest, *order]))
 
 
 def _cut(index: Sequence[int | tuple[int, int] | None]) -> tuple[slice, ...]:

@@ -24,6 +24,7 @@ from .compat import (
     bind,
     has_typed_placement,
     kind,
+    partitions,
     policies_see,
     shaped,
 )
@@ -74,8 +75,13 @@ def base_product(
     leaves, tree = jax.tree.flatten(w)
     if has_typed_placement(x) or any(map(has_typed_placement, leaves)):
         # A type that names mesh axes is inferred by JAX's own primitives only.
-        again = jax.checkpoint(lambda x, w, *rest: fun(x, widened(w, dims), *rest))
-        return again(x, w, *rest)
+
+        def again(x: jax.Array, *operands: jax.Array) -> jax.Array:
+            leaves, rest = operands[: tree.num_leaves], operands[tree.num_leaves :]
+            leaves = after_p.bind(x, *leaves)
+            return fun(x, widened(tree.unflatten(leaves), dims), *rest)
+
+        return jax.checkpoint(again)(x, *leaves, *rest)
     out = kind(eqn.outvars[0])
     out = shaped(out.shape, out.dtype)
     x_type = shaped(jnp.shape(x), jnp.result_type(x))
@@ -182,6 +188,31 @@ def _base_product(eqn: Any) -> tuple[Primitive, Sequence[Any], dict[str, Any]]:
     return base.primitive, [v.aval for v in base.invars], base.params
 
 
+def _barrier(*operands: jax.Array) -> list[jax.Array]:
+    return list(lax.optimization_barrier(operands)[1:])
+
+
+# `(x, *leaves) -> leaves`, which are not known before `x` is: so no loop, of which they
+# are constants, widens them before its first step. A TPU's compiler does not anyway.
+after_p = Primitive("after")
+after_p.multiple_results = True
+after_p.def_impl(lambda _, *leaves: list(leaves))
+after_p.def_abstract_eval(lambda _, *leaves: list(leaves))
+ad.primitive_jvps[after_p] = lambda primals, tangents: (
+    after_p.bind(*primals),
+    list(tangents[1:]),
+)
+batching.primitive_batchers[after_p] = lambda operands, axes: (
+    after_p.bind(*operands),
+    list(axes[1:]),
+)
+mlir.register_lowering(after_p, mlir.lower_fun(_barrier, multiple_results=True))
+mlir.register_lowering(
+    after_p,
+    mlir.lower_fun(lambda _, *leaves: list(leaves), multiple_results=True),
+    platform="tpu",
+)
+
 quantised_linear_p = Primitive("quantised_linear")
 policies_see(quantised_linear_p, _base_product)
 quantised_linear_p.def_impl(_run)
@@ -194,19 +225,24 @@ batching.primitive_batchers[quantised_linear_p] = _batch
 mlir.register_lowering(quantised_linear_p, mlir.lower_fun(_run, multiple_results=False))
 
 
-def _called(*operands: Any, static: Static) -> jax.Array:
-    """Returns `_run` as a call that XLA does not inline.
+def _on_cpu(ctx: Any, *operands: Any, static: Static) -> Any:
+    """Lowers to a call that XLA does not inline, on one device.
 
     XLA-CPU widens what depends on parameters alone before all else, and shares it
     between the passes: an unrolled model would hold the dense weights of all layers.
+    Where XLA divides the work over devices, such a call costs collectives.
     """
-    with set_xla_metadata(inlineable="false"):
-        return jax.jit(functools.partial(_run, static=static))(*operands)
+    run = functools.partial(_run, static=static)
+
+    def called(*operands: Any) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(run)(*operands)
+
+    fun = called if partitions(ctx) == 1 else run
+    return mlir.lower_fun(fun, multiple_results=False)(ctx, *operands)
 
 
-mlir.register_lowering(
-    quantised_linear_p, mlir.lower_fun(_called, multiple_results=False), platform="cpu"
-)
+mlir.register_lowering(quantised_linear_p, _on_cpu, platform="cpu")
 # The TPU's compiler widens inside each product, and writes nothing widened to memory.
 mlir.register_lowering(
     quantised_linear_p,

@@ -154,25 +154,10 @@ BROKEN: dict[str, Case] = {
         dtype=torch.float16,
         ways=("merge",),
     ),
-    "float8_scale_inv": llama(
-        None,
-        "weight_scale_inv",
-        spoil=_quantised(FLOAT8, "_scale_inv", (1, 1)),
-        ways=("merge",),
-    ),
-    "float8_scale": llama(
-        None, "weight_scale", spoil=_quantised(FLOAT8, "_scale", ()), ways=("merge",)
-    ),
     "float8_e5m2_scale": llama(
         None,
         "weight_scale",
         spoil=_quantised(torch.float8_e5m2, "_scale", (16, 1)),
-        ways=("merge",),
-    ),
-    "int8_scb": llama(
-        None,
-        "(?i)SCB|int8",
-        spoil=_quantised(torch.int8, ".SCB", (16,)),
         ways=("merge",),
     ),
     "float8_alone": llama(

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.faults import change, mutations
 from tests.io.helpers import orbax_fails
 
-COUNTS = {"Orbax checkpoint": 12, "plan": 12}
+COUNTS = {"Orbax checkpoint": 12, "plan": 12, "quantised models": 60}
 
 
 @orbax_fails

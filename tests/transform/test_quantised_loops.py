@@ -33,7 +33,18 @@ def model(p, x):
     return lax.fori_loop(0, L, by_index, h)
 
 
-def wide_carries(kind, **options):
+def sharded(p, x):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def steps(p, x):
+        return lax.scan(lambda h, _: (jnp.tanh(h @ p["v"]), None), x, None, length=L)[0]
+
+    return jax.shard_map(
+        steps, mesh=mesh, in_specs=(jax.P(), jax.P("d")), out_specs=jax.P("d")
+    )(p, x)
+
+
+def wide_carries(kind, model=model, rows=T, **options):
     params = normal({"w": (L, N, N), "v": (N, N)}, dtype="bfloat16")
     codes = jlora.quantize(params, kind=kind, block=16, **options)
     run = jlora.apply_lora(model)
@@ -46,7 +57,7 @@ def wide_carries(kind, **options):
 
         return lax.scan(lambda x, _: (gradient(x), None), x, None, length=2)[0]
 
-    x = normal((T, N), 1, "bfloat16")
+    x = normal((rows, N), 1, "bfloat16")
     hlo = jax.jit(steps).lower(codes, x).compile().as_text()
     found = carried(hlo)
     assert any(shape[:1] == (L,) for _, shape in found)  # the carries are read
@@ -59,6 +70,11 @@ def test_no_loop_carries_a_widened_weight(kind):
     packed = {("u8", (L, N // 2, N)), ("u8", (L, 1, N // 2, N))}
     wide = {(dtype, shape) for dtype, shape in stacks if dtype not in STORED[kind]}
     assert wide <= packed
+
+
+@pytest.mark.once
+def test_no_loop_inside_shards_carries_a_widened_weight():
+    assert {dtype for dtype, _ in wide_carries("int8", sharded, 8)} == {"s8"}
 
 
 def test_a_loop_that_carries_unpacked_codes_is_found():

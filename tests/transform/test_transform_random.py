@@ -14,6 +14,7 @@ from jax import lax
 
 import jlora
 from tests.helpers import normal
+from tests.transform.quantised_helpers import KINDS, same_over_codes
 
 EXAMPLES = max(settings().max_examples, min(300, 5 * settings().max_examples))
 SIZES = st.lists(st.integers(1, 3), max_size=2)
@@ -237,6 +238,23 @@ def test_any_steps_before_a_product(chain):
         check(fn, shape, x_shape, on_merge="allow")
     except jlora.TargetError:  # a vector is left of it, or nothing
         reject()
+
+
+@pytest.mark.once
+@settings(max_examples=8)
+@given(chains(), st.sampled_from(KINDS), st.integers(2, 5), st.booleans())
+def test_any_steps_before_a_product_over_codes(chain, kind, block, double):
+    shape, _, fn, x_shape = chain
+    codes = jlora.quantize(
+        {"w": normal(shape, 0)}, kind=kind, block=block, double=double
+    )
+    run = jlora.apply_lora(fn, on_merge="allow")
+
+    def value_and_gradient(codes, x):
+        out, pull = jax.vjp(lambda x: run(codes, jlora.Trainable(), x), x)
+        return out, pull(jnp.cos(out))
+
+    same_over_codes(value_and_gradient, codes, normal(x_shape, 1))
 
 
 LAYOUTS = {
