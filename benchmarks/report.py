@@ -316,6 +316,32 @@ def fits_section(found: common.Figures) -> str:
     )
 
 
+def quantised_summary(found: common.Figures) -> str:
+    """Returns the peaks of memory on each target, for the page on quantised bases."""
+    titles = {
+        "cpu remat": "CPU, `remat`",
+        "cpu kept": "CPU, without",
+        "tpu remat": "TPU v5e",
+        "gpu remat": "H100",
+    }
+    steps = ("bf16", "int8", "nf4", "qwix bf16", "qwix int8", "qwix nf4")
+    lines = []
+    for name, title in titles.items():
+        rows = {row["step"]: row for row in found["tables"][name]["rows"]}
+        if name.startswith("tpu"):
+            rows["nf4"] = rows["nf4 native"]
+        peaks = (common.fixed(rows[s]["peak_bytes"], 0, 2**20) for s in steps)
+        lines.append((title, *peaks))
+    return markdown((("peak MiB", *steps), lines))
+
+
+def fill(page: Path, name: str, text: str) -> None:
+    """Writes `text` between the two marks `name` of a page."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "floor": floor_section,
     "tpu": tpu_section,
@@ -348,6 +374,11 @@ def write(results: Path, docs: Path) -> None:
                     docs / f"performance-{name}.svg", metadata={"Date": None}
                 )
     (docs / "performance.md").write_text("\n".join([*texts, REASONS]))
+    page, file = docs / "quantised.md", results / "quantised.json"
+    if page.exists() and file.exists():
+        fill(
+            page, "figures: quantised", quantised_summary(json.loads(file.read_text()))
+        )
 
 
 def main() -> None:
