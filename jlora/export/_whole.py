@@ -125,7 +125,8 @@ def stablehlo(
       platforms: for instance `("cpu", "cuda", "tpu")`; None means JAX's default.
 
     Raises:
-      TreeError: if the parameters to embed have two gigabytes or more.
+      TreeError: if the parameters to embed have two gigabytes or more, or those to give
+        later are quantised.
       CheckpointError: if the file cannot be written.
 
     Examples:
@@ -167,6 +168,11 @@ def stablehlo(
             jax.jit(lambda *args: fn(fixed, *args)), platforms=platforms
         )(*shapes)
     else:
+        if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+            raise TreeError(
+                "A serialized function takes arrays, not quantised weights: pass "
+                "embed=True, or merge them first."
+            )
         first = jax.tree.map(shape_of, params)
         exported = export.export(jax.jit(fn), platforms=platforms)(first, *shapes)
     data = bytes(exported.serialize())

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .. import _state_dicts
 from .._tables import alike, count, folded, html, listed
 from ..errors import ConfigError
-from . import _state_dicts
 from ._scale import scale_fault
 
 PyTree = Any  # the user's: parameters, arguments, results

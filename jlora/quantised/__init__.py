@@ -1,6 +1,6 @@
 """Quantised arrays: codes and scales in place of an array, and the way to and fro.
 
-May import `errors`. Knows nothing of adapters.
+May import `_state_dicts` and `errors`. Knows nothing of adapters.
 """
 
 from ._axes import (

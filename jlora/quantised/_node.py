@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import _state_dicts
 from ..errors import TreeError
 from ._pack import Packing
 from ._typed import typed_as
@@ -60,6 +61,9 @@ class Quantized:
         default=np.dtype("float32"), metadata={"static": True}
     )
     packing: Packing | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        _state_dicts.register(Quantized)  # Flax may be imported by now
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,6 +1,8 @@
 """Each benchmark runs at a tiny size and writes the figures that the report reads."""
 
+import dataclasses
 import json
+import shutil
 import sys
 
 import jax
@@ -15,8 +17,10 @@ from benchmarks import (
     growth,
     headlines,
     learnt,
+    llms,
     models,
     overheads,
+    quantised,
     report,
     tpu,
 )
@@ -190,3 +194,30 @@ def test_report(results, tmp_path):
     first = (tmp_path / "performance-growth.svg").read_bytes()
     report.write(results, tmp_path)
     assert (tmp_path / "performance-growth.svg").read_bytes() == first
+
+
+def test_the_pages_hold_the_committed_figures(tmp_path):
+    shutil.copy(report.DOCS / "quantised.md", tmp_path)
+    report.write(common.RESULTS, tmp_path)
+    for name in ("performance.md", "quantised.md"):
+        assert (tmp_path / name).read_text() == (report.DOCS / name).read_text()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4 native"])
+def test_steps_over_codes(kind):
+    """Its gradient is that of A and B alone."""
+    size = dataclasses.replace(TINY, width=64, dtype="bfloat16")
+    shape = {"scanned": True, "remat": True}
+    fn, args = quantised.steps(size, 2, [kind], **shape)[kind]()
+    _, gradient = jax.eval_shape(fn, *args)
+    assert jax.tree.structure(gradient) == jax.tree.structure(args[0])
+    assert len(jax.tree.leaves(gradient)) == 14
+
+
+def test_large_models_on_shapes():
+    shape = llms.Shape(64, 128, 2, 4, 2, 16, 100)
+    x, targets = llms.batch(2, 8)
+    with jax.numpy_rank_promotion("allow"):
+        out = jax.eval_shape(llms.logits, llms.weights(shape), x)
+    assert out.shape == (2, 8, 100)
+    assert jax.eval_shape(llms.loss, out, targets).shape == ()

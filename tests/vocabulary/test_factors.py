@@ -15,7 +15,9 @@ from flax import serialization
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
+import jlora
 from jlora import ConfigError, Factors, FusedParts, Spec, Trainable
+from tests.helpers import bits, normal
 
 SPEC = Spec(rank=2, alpha=4.0)
 ADAPTER = Trainable(
@@ -195,3 +197,15 @@ def test_a_spec_has_a_scale_that_float32_holds(fields, text):
     with pytest.raises(ConfigError, match=re.escape(text)):
         dataclasses.replace(good, **fields)
     assert Spec(rank=4, alpha=6e38, rslora=True).scale == 3e38
+
+
+@pytest.mark.parametrize("options", [{}, {"double": True}, {"kind": "int8"}])
+def test_flax_writes_and_restores_codes(options):
+    state = {
+        "w": jlora.quantize({"w": normal((128, 8))}, **options)["w"],
+        "b": jnp.ones(1),
+    }
+    template = jax.tree.map(jnp.zeros_like, state)
+    again = serialization.from_bytes(template, serialization.to_bytes(state))
+    assert bits(again) == bits(state)
+    assert jax.tree.structure(again) == jax.tree.structure(state)

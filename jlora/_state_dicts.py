@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .._tables import listed
+from ._tables import listed
 
 
 def register(*records: type) -> None:
