@@ -12,6 +12,8 @@ from jlora import adapters
 from jlora.factors import Axes, Factors, FusedParts, Spec, Trainable
 from tests.helpers import normal
 
+pytestmark = pytest.mark.once
+
 TOKENS = jnp.array([[0, 3, 4], [2, 1, 0], [4, 4, 1], [1, 2, 3]])
 
 

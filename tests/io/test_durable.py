@@ -23,6 +23,8 @@ from jlora.factors import Factors, Spec
 from tests.helpers import same
 from tests.io.helpers import adapter, orbax_fails, read_flat
 
+pytestmark = pytest.mark.once
+
 SIDE = 6
 LIKE = {f"m{i}": {"kernel": np.ones((SIDE, SIDE), np.float32)} for i in range(4)}
 SHARDS = 200  # bytes; more than one file

@@ -27,6 +27,8 @@ from tests.libraries.peft_setups import (
     moved,
 )
 
+pytestmark = pytest.mark.once
+
 FILES = {"adapter_config.json", "adapter_model.safetensors"}
 NAMES_OF_OTHERS = ("default2", "other_default", "foodefault_bar", "efaul")
 

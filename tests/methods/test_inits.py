@@ -13,6 +13,8 @@ from jlora.methods import INITS, find_init
 from jlora.methods.moments import InputMoments, Statistics
 from tests.helpers import normal
 
+pytestmark = pytest.mark.once
+
 N_IN, N_OUT, RANK = 12, 10, 4
 TAKES_A_PART = ("pissa", "pissa_niter_6", "olora", "corda", "corda_kpm", "lora_ga")
 # Leaves by shape: what is on which axis, and how the function uses it.

@@ -10,6 +10,8 @@ import pytest
 import jlora
 from tests.peft.models import FLAX, GOLDEN, OWN, call, model, tensors
 
+pytestmark = pytest.mark.once
+
 CASES = [
     (folder.parent.name, folder.name)
     for folder in sorted(GOLDEN.glob("*/*/"))

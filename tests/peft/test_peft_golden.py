@@ -14,7 +14,7 @@ import pytest
 import jlora
 from tests.helpers import update
 
-pytestmark = pytest.mark.usefixtures("standard_dtypes")
+pytestmark = [pytest.mark.usefixtures("standard_dtypes"), pytest.mark.once]
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden"
 ARRAYS = np.load(FOLDER / "peft.npz")
