@@ -130,7 +130,9 @@ def restore(
       directory: what `save` was given.
       step: which step; None is the newest.
       opt_state: a template, `tx.init(trainable)` or its `jax.eval_shape`; without one
-        the saved state is not read. Its leaves are placed as the template's are.
+        the saved state is not read. Its leaves are placed as the template's are. Shapes
+        that do not say where are placed as `shardings` says of the adapter: moments
+        beside their leaf, the rest on all its devices.
       shardings: where to place the adapter: one `jax.sharding.Sharding`, or a
         `Trainable` of them; None is the first device.
       params: the base's parameters, whole or `frozen`, or their `fingerprint`, to be

@@ -15,6 +15,7 @@ from ..factors import Trainable
 from . import tensors as tensors
 from .describe import arrays, check_whole, check_width, describe, rebuild
 from .disk import Json, Path, reading
+from .processes import first_writes, on_host
 
 FORMAT = "jlora"
 _VERSION = "1"
@@ -27,7 +28,7 @@ def save(path: Path, trainable: Trainable) -> None:
     The file is in the safetensors format: each array under its path and name
     (`blocks/0/q/kernel.a`), the settings and a checksum in the header. No pickle. It is
     written whole or not at all: a save that fails or is killed leaves the file that
-    was there.
+    was there. In a program of several processes all call it, and the first one writes.
 
     Args:
       path: the file; its directory must exist.
@@ -55,6 +56,7 @@ def save(path: Path, trainable: Trainable) -> None:
             f"jlora.save writes a jlora.Trainable, got {type(trainable).__name__}. "
             "Take it from jlora.split; export.safetensors writes whole models."
         )
+    trainable = on_host(trainable)
     check_whole(trainable)
     names = {f"{path}.{leaf}": x for _, path, leaf, x in arrays(trainable)}
     named = dict(zip(names, jax.device_get(list(names.values())), strict=True))
@@ -69,7 +71,11 @@ def save(path: Path, trainable: Trainable) -> None:
         "adapter": adapter,
         "sha256": _checksum(adapter, named.items()),
     }
-    tensors.write(path, named, lambda name: [tensors.raw(named[name])], metadata)
+    with first_writes() as first:
+        if first:
+            tensors.write(
+                path, named, lambda name: [tensors.raw(named[name])], metadata
+            )
 
 
 def load(path: Path) -> Trainable:

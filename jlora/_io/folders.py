@@ -7,13 +7,13 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from ..errors import CheckpointError
 from . import paired
 from .beside import swap, unfinished
 from .disk import Fault, Path, sync, told
 from .locks import locked
+from .processes import of_first
 from .shards import delete_others, indexed, move_tensors, with_free_names
 
 _THEN = " What was there before is still there."
@@ -104,23 +104,10 @@ def replacing_folder(
     target.parent.mkdir(parents=True, exist_ok=True)
     own = unfinished(target, folder=True) if first else contextlib.nullcontext()
     with own as new:
-        folder = pathlib.Path(_of_first(str(new)))
+        folder = pathlib.Path(of_first(str(new)))
         yield folder
-        _of_first("written")
+        of_first("written")
         if first:
             (swap if overwrite else os.rename)(folder / name, target)
             sync(target.parent)
-        _of_first("swapped")
-
-
-def _of_first(text: str) -> str:
-    """Returns the text of the first process, once all have come here."""
-    if jax.process_count() == 1:
-        return text
-    from jax.experimental import multihost_utils
-
-    data = np.zeros(4096, np.uint8)
-    mine = np.frombuffer(text.encode(), np.uint8)
-    data[: mine.size] = mine
-    shared = np.asarray(multihost_utils.broadcast_one_to_all(data))
-    return shared.tobytes().rstrip(b"\0").decode()
+        of_first("swapped")

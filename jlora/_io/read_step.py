@@ -113,11 +113,11 @@ def _read(
     check_files(pathlib.Path(manager.directory) / str(step))
     with told(f"{where} cannot be read", catch=Exception, then=then):
         about = _about(manager, step, f"{where} cannot be read", then)
-        template = numbered(opt_state)
+        template = numbered(_laid_out(opt_state, shardings))
         _check(where, about, template, params)
         wanted = {
             "adapter": _adapter_template(about, shardings),
-            "opt_state": {k: _with_place(x) for k, x in template.items()},
+            "opt_state": template,
         }
         items: Json = {k: ocp.args.StandardRestore(v) for k, v in wanted.items() if v}
         read = manager.restore(step, args=ocp.args.Composite(**items))
@@ -230,11 +230,33 @@ def _first_device() -> Place:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _with_place(x: Leaf) -> Leaf:
-    """Returns a template's leaf with a place: the devices of the save may be gone."""
-    if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_first_device())
-    return x
+def _laid_out(opt_state: PyTree, shardings: Place | Trainable | None) -> PyTree:
+    """Returns a template with a place for each leaf: those of the save may be gone.
+
+    What an optimizer keeps for each leaf of the adapter lies as that leaf does, and the
+    rest on all its devices.
+    """
+    rest = shardings if isinstance(shardings, Place) else _first_device()
+    if isinstance(shardings, Trainable):
+        meshes = [x.mesh for x in jax.tree.leaves(shardings) if hasattr(x, "mesh")]
+        rest = jax.NamedSharding(meshes[0], jax.P()) if meshes else rest
+
+    def put(x: Leaf, place: Place) -> Leaf:
+        if not isinstance(x, jax.ShapeDtypeStruct) or x.sharding is not None:
+            return x
+        try:
+            place.shard_shape(x.shape)
+        except ValueError:  # another shape than the leaf's
+            place = rest
+        return x.update(sharding=place)
+
+    def lay_out(x: PyTree) -> PyTree:
+        if jax.tree.structure(x) == jax.tree.structure(shardings):
+            return jax.tree.map(put, x, shardings)
+        return jax.tree.map(lambda leaf: put(leaf, rest), x)
+
+    is_adapter = lambda x: isinstance(x, Trainable)  # noqa: E731
+    return jax.tree.map(lay_out, opt_state, is_leaf=is_adapter)
 
 
 def _misfits(template: dict[str, Leaf], saved: Json) -> list[str]:

@@ -11,6 +11,7 @@ from .._io import coded
 from .._io.disk import Path, check_name, replacing, write_text
 from .._io.folders import replacing_folder
 from .._io.models import QUANTISED, of_tree, write
+from .._io.processes import check_here
 from ..errors import CheckpointError, TreeError
 from ..factors import Leaf, PyTree
 from ..quantised import is_quantized
@@ -96,6 +97,7 @@ def safetensors(path: Path, params: PyTree) -> None:
     References:
       https://huggingface.co/docs/safetensors
     """
+    check_here(paths.flatten(params)[0])
     write(path, of_tree(params))
 
 

@@ -15,6 +15,7 @@ from .._io.disk import Path, check_name, reading, write_text
 from .._io.folders import replacing_files
 from .._io.leaves import CodedSlot, LeafSlot, leaves_in
 from .._io.placing import Quantize, encoders_for, placed as placed_leaf
+from .._io.processes import check_here
 from .._io.shards import Pending, open_tensors, write_tensors
 from .._io.tensors import NAMES
 from .._io.torch_quantised import tell_widened
@@ -351,6 +352,7 @@ def save_base(
     check_name(directory, PeftError)
     names = names or GENERIC
     leaves, _ = flatten(params)
+    check_here(leaves, PeftError)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
     placed, nameless, wrong = _placed(arrays, names)
     wrong += [f"{path!r} is not an array" for path in leaves if path not in arrays]

@@ -12,6 +12,7 @@ from .._io import paired
 from .._io.describe import check_whole
 from .._io.disk import check_name, write_text
 from .._io.folders import replacing_files
+from .._io.processes import first_writes, on_host
 from .._io.shards import pending, write_tensors
 from .._io.torch_models import facts_of, is_torch_named
 from ..errors import PeftError
@@ -56,7 +57,7 @@ def save(
     leads to. They appear whole or not at all: a save that is killed leaves the former
     adapter or the new one, and other files in `directory` stay. Methods that PEFT has
     in another form (AdaLoRA, VeRA) are written as the plain LoRA that computes the
-    same.
+    same. In a program of several processes all call it, and the first one writes.
 
     Args:
       directory: made if it does not exist.
@@ -102,6 +103,7 @@ def save(
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
     check_name(directory, PeftError)
+    trainable, params = on_host((trainable, params))
     check_whole(trainable, PeftError)
     if (
         portable
@@ -122,15 +124,15 @@ def save(
     text = json.dumps(fields, indent=2) + "\n"
     metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
     folder = pathlib.Path(directory)
-    with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
-        write_tensors(
-            new,
-            STEM,
-            {PREFIX + name: pending(x) for name, x in out.tensors.items()},
-            metadata=metadata,
-            max_bytes=max_shard_bytes,
-        )
-        write_text(new / CONFIG, text)
+    named = {PREFIX + name: pending(x) for name, x in out.tensors.items()}
+    with first_writes(PeftError) as first:
+        if not first:
+            return
+        with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
+            write_tensors(
+                new, STEM, named, metadata=metadata, max_bytes=max_shard_bytes
+            )
+            write_text(new / CONFIG, text)
 
 
 def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str | None:

@@ -602,6 +602,10 @@ def test_a_checkpoint_is_read_onto_other_devices(folder):
     wanted = jlora.Trainable(
         {"w": Factors(over(4, "x"), over(4, None, "x"), spec)}, {"head": over(4)}
     )
+    read = checkpoint.restore(folder, opt_state=like, shardings=wanted)
+    same((read.trainable, read.opt_state), (trainable, state))
+    (moments,) = [x for x in read.opt_state if hasattr(x, "trace")]
+    assert moments.trace.lora["w"].b.sharding == over(4, None, "x")
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over(4)), like
     )
