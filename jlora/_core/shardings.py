@@ -1,7 +1,8 @@
 """Lays factors, and codes, out over devices like the axes that they share."""
 
 import collections
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import jax
@@ -19,10 +20,12 @@ Placement = Sharding | PartitionSpec
 
 
 @overload
-def shardings(base_shardings: PyTree, tree: Trainable) -> Trainable: ...
+def shardings(
+    base_shardings: PyTree, tree: Trainable, *, spread: bool = False
+) -> Trainable: ...
 @overload
-def shardings(base_shardings: PyTree, tree: Tree) -> Tree: ...
-def shardings(base_shardings: PyTree, tree: PyTree) -> PyTree:
+def shardings(base_shardings: PyTree, tree: Tree, *, spread: bool = False) -> Tree: ...
+def shardings(base_shardings: PyTree, tree: PyTree, *, spread: bool = False) -> PyTree:
     """Returns a sharding for each leaf of `tree`, from those of the dense base.
 
     A is laid out like the batch and fan-in axes of its weight, and B like the batch and
@@ -40,6 +43,9 @@ def shardings(base_shardings: PyTree, tree: PyTree) -> PyTree:
         quantised.
       tree: the `Trainable` from `split`, or its `jax.eval_shape`; or the parameters, or
         `frozen`, with quantised leaves.
+      spread: whether A and B are also cut over the mesh axes that they would leave
+        unused. They and their moments then take less memory on each device, and each
+        use gathers a factor. Needs `NamedSharding`s.
 
     Returns:
       A tree like `tree` of `NamedSharding`s (`PartitionSpec`s where the base has those)
@@ -77,7 +83,7 @@ def shardings(base_shardings: PyTree, tree: PyTree) -> PyTree:
         return known.get(path)
 
     lora = {
-        path: _laid_out(path, base(path), factors, wrong)
+        path: _laid_out(path, base(path), factors, wrong, spread)
         for path, factors in tree.lora.items()
     }
     full = {path: base(path) for path in tree.full}
@@ -153,7 +159,11 @@ def _placement(leaf: Leaf) -> Placement | None:
 
 
 def _laid_out(
-    path: str, base: Placement | None, factors: Factors, wrong: list[str]
+    path: str,
+    base: Placement | None,
+    factors: Factors,
+    wrong: list[str],
+    spread: bool,
 ) -> Factors:
     """Returns `factors` with a sharding at each leaf."""
     if base is None:
@@ -170,11 +180,42 @@ def _laid_out(
     if spec.parts is not None:
         mesh_axes[spec.parts.axis] = None  # B holds only one part's length of this axis
 
+    if spread and isinstance(base, PartitionSpec):
+        wrong.append(f"{path!r}: spread=True needs a NamedSharding, got {base}")
+        return factors
+
     def place(leaf: str) -> Placement:
-        own = PartitionSpec(*(None if i is None else mesh_axes[i] for i in axes[leaf]))
+        own = [None if i is None else mesh_axes[i] for i in axes[leaf]]
         if isinstance(base, PartitionSpec):
-            return own
-        return NamedSharding(base.mesh, own, memory_kind=base.memory_kind)
+            return PartitionSpec(*own)
+        if spread:
+            shape = getattr(factors, leaf).shape
+            last = [(i in spec.axes.batch, i is None) for i in axes[leaf]]
+            own = _spread(own, shape, last, dict(base.mesh.shape))
+        where = PartitionSpec(*own)
+        return NamedSharding(base.mesh, where, memory_kind=base.memory_kind)
 
     placed = {leaf: place(leaf) for leaf in axes}
     return Factors(placed.get("a"), placed["b"], spec, placed.get("magnitude"))
+
+
+def _spread(
+    entries: Sequence[Any],
+    shape: Sequence[int],
+    last: Sequence[tuple[bool, bool]],
+    sizes: Mapping[str, int],
+) -> list[Any]:
+    """Returns `entries` with each mesh axis that they leave unused, where one fits.
+
+    The longest axis comes first. `last` says of each whether it is stacked, or the rank
+    axis: a loop over layers would gather all of a stack at each step.
+    """
+    named = [e if isinstance(e, tuple) else (e,) * (e is not None) for e in entries]
+    free = [name for name in sizes if not any(name in own for own in named)]
+    order = sorted(range(len(shape)), key=lambda i: (*last[i], -shape[i]))
+    for name in free:
+        for i in order:
+            if shape[i] % math.prod(sizes[n] for n in (*named[i], name)) == 0:
+                named[i] = (*named[i], name)
+                break
+    return [own[0] if len(own) == 1 else own or None for own in named]

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jlora
+from tests.helpers import close
 
 SHAPES = {
     "embed": (16, 8),
@@ -131,3 +132,26 @@ def test_what_has_no_sharding_is_named():
         jlora.shardings(trainable, PLACES)
     with pytest.raises(jlora.TreeError, match="'heads' has 3 axes"):
         jlora.shardings({"heads": P(None, None, None, "data"), "out": P()}, trainable)
+
+
+def test_factors_spread_over_the_axes_that_they_leave_unused():
+    """Each mesh axis goes to the longest axis that it divides, stacks last."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params, plan = setup()
+    placed = {
+        k: jax.device_put(x, NamedSharding(mesh, PLACES[k])) for k, x in params.items()
+    }
+    frozen, trainable = jlora.split(jax.random.key(1), placed, plan)
+    own = jlora.shardings(placed, trainable, spread=True)
+    found = {k: (f.a.spec, f.b.spec) for k, f in own.lora.items()}
+    assert found == {
+        "embed": (P(("model", "data"), None), P(None, ("data", "model"))),
+        "layers": (P(None, ("data", "model"), None), P(None, None, ("model", "data"))),
+        "heads": (P(("data", "model"), None), P(None, "model", "data")),
+        "out": (P("model", "data", None), P(None, ("data", "model"))),
+    }
+    lora = jax.jit(jlora.apply_lora(model, on_merge="error"))
+    spread = jax.device_put(trainable, own)
+    close(lora(frozen, spread, IDS), model(params, IDS), rtol=1e-4, atol=1e-4)
+    with pytest.raises(jlora.TreeError, match="spread=True needs a NamedSharding"):
+        jlora.shardings(PLACES, trainable, spread=True)
