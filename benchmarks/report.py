@@ -20,6 +20,7 @@ from . import (
     methods,
     overheads,
     quantised,
+    scale,
     tpu,
 )
 from .page import markdown, picture, source
@@ -316,6 +317,22 @@ def fits_section(found: common.Figures) -> str:
     )
 
 
+def scale_section(found: common.Figures) -> str:
+    """Returns the text on `scale`."""
+    return "\n".join(
+        (
+            "## Large models on slices of TPUs\n",
+            f"{source(found['environment'])}\nOne step of AdamW on A and B of all "
+            f"linear weights, rank {found['rank']}, over a bfloat16 base whose layers "
+            "are scanned and rematerialised. *Spread* is "
+            "`jlora.shardings(..., spread=True)`: A, B and their moments are also cut "
+            "over the mesh axes that they would leave unused. GiB a chip, by the TPU's "
+            "own compiler; nothing ran.\n",
+            markdown(scale.columns(found["rows"]), left=3),
+        )
+    )
+
+
 def quantised_summary(found: common.Figures) -> str:
     """Returns the peaks of memory on each target, for the page on quantised bases."""
     titles = {
@@ -350,6 +367,7 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "overheads": overheads_section,
     "quantised": quantised_section,
     "fits": fits_section,
+    "scale": scale_section,
     "adapters": adapters_section,
     "methods": methods_section,
     "quality": learnt.section,

@@ -34,19 +34,13 @@ MODEL = models.Size(
 STEPS = tuple(name for name in common.STEPS if name != common.STRICT)
 
 
-def chips(n: int) -> list[Any]:
-    """Returns described TPU v5e chips: 4 of one host, or 8 of two."""
+def one_chip() -> jax.sharding.Sharding:
+    """Returns the placement on one chip of a described TPU v5e host."""
     from jax.experimental import topologies
 
     os.environ.update(HOST)
-    name = "v5e:2x2" if n <= 4 else "v5e:2x4"
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    return list(topology.devices)
-
-
-def one_chip() -> jax.sharding.Sharding:
-    """Returns the placement on one chip of a described TPU v5e host."""
-    return jax.sharding.SingleDeviceSharding(chips(1)[0])
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
 def placed(step: common.Step, sharding: jax.sharding.Sharding) -> common.Step:
