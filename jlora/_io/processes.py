@@ -24,6 +24,8 @@ def on_host(tree: PyTree) -> PyTree:
 
     Every process must call it, with the same tree. Other arrays stay where they are.
     """
+    if not any(map(_is_elsewhere, jax.tree.leaves(tree))):
+        return tree  # JAX's map would sort the keys of mappings
     return jax.tree.map(_fetched, tree)
 
 
@@ -43,7 +45,11 @@ def _is_elsewhere(x: Any) -> bool:
 
 def check_here(leaves: dict[str, Any], fault: Fault = CheckpointError) -> None:
     """Raises `fault` if arrays of a whole model lie on devices of other processes."""
-    away = [path for path, x in leaves.items() if any(map(_is_elsewhere, _parts(x)))]
+    away = [
+        path
+        for path, x in leaves.items()
+        if any(map(_is_elsewhere, jax.tree.leaves(x)))
+    ]
     if away:
         raise fault(
             f"Not written: {listed(map(repr, away), 3, ', ')} lie on devices of other "
@@ -51,10 +57,6 @@ def check_here(leaves: dict[str, Any], fault: Fault = CheckpointError) -> None:
             "shards; or gather them in all processes with "
             "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
         )
-
-
-def _parts(x: Any) -> list[Any]:
-    return jax.tree.leaves(x)
 
 
 @contextlib.contextmanager

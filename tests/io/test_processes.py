@@ -49,7 +49,7 @@ for write in (
     assert "export.orbax" in told and "'up/kernel'" in told, told
 assert "cannot be written" in wrong(lambda: jlora.save(folder / "no" / "x", adapter))
 jlora.export.orbax(folder / "orbax", params)
-print("done", sorted(p.name for p in folder.iterdir()))
+print("done", sorted(p.name for p in folder.iterdir() if p.name[0] != "."))
 """
 
 
