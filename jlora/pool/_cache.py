@@ -187,15 +187,24 @@ class Cache:
         Args:
           names: for each batch row an adapter's name, or None for the base model.
         """
-        from concurrent.futures import wait
-
         names = list(names)
         wanted: list[str] = list(
             dict.fromkeys(name for name in names if name is not None)
         )
-        failed: dict[str, Exception] = {}
         claim = Claim(wanted)
-        self._claims.add(claim)  # until this call ends, however it does
+        with self._lock:
+            self._claims.add(claim)
+        try:
+            return self._acquired(names, wanted)
+        finally:
+            with self._lock:
+                self._claims.discard(claim)
+                self._forget_oldest()
+
+    def _acquired(self, names: list[str | None], wanted: list[str]) -> Batch:
+        from concurrent.futures import wait
+
+        failed: dict[str, Exception] = {}
         while True:
             missing = [name for name in wanted if name not in failed]
             self.prefetch(missing)

@@ -223,6 +223,19 @@ def test_prefetched_adapters_that_nobody_asks_for_are_bounded():
             pool.Cache(load, LIKE, 2, waiting=wrong)
 
 
+def test_an_error_that_is_kept_holds_no_adapters_in_memory(monkeypatch):
+    """Its traceback holds the frame of the call that waited for them."""
+
+    def fails(*_, **__):
+        raise PoolError("no room")
+
+    with pool.Cache(load, LIKE, capacity=2, waiting=1) as cache:
+        monkeypatch.setattr(cache, "_write", fails)
+        kept = cache.acquire(["1", "2"]).errors
+        assert len(kept) == 2
+        assert not list(cache._claims)
+
+
 def test_failures_that_nobody_asks_for_are_bounded():
     with pool.Cache(load, LIKE, capacity=2) as cache:
         cache.prefetch(["missing", "exit", "large", "nan", *map(str, range(100))])
