@@ -12,7 +12,7 @@ from .._plan.weight import weight_of
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
 from ..factors import PyTree, Trainable
-from ..quantised import is_quantized
+from ..quantised import has_quantized, is_quantized
 from ..transform.compat import Equation
 from ..transform.cost import Form
 from ..transform.rewrite import rewrite, why_merged, why_widened
@@ -136,7 +136,7 @@ def apply_lora(
         params = combine(frozen, trainable)
         if lora_key is not None:
             check_key("lora_key", lora_key)
-        if not trainable.lora and not _has_codes((params, args, kwargs)):
+        if not trainable.lora and not has_quantized((params, args, kwargs)):
             return fn(params, *args, **kwargs)
         staged = stage(fn, params, args, kwargs)
         values = [
@@ -169,10 +169,6 @@ def apply_lora(
     # `functools.wraps` copies the signature of `fn`, which differs from this one.
     del lora_fn.__wrapped__
     return lora_fn
-
-
-def _has_codes(tree: PyTree) -> bool:
-    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
 
 
 def _tell(

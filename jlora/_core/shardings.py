@@ -13,7 +13,7 @@ from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of
-from ..quantised import is_quantized, shard_specs
+from ..quantised import has_quantized, is_quantized, shard_specs
 from .tree import Missing, Tree, check_trainable, flatten_frozen
 
 Placement = Sharding | PartitionSpec
@@ -72,7 +72,7 @@ def shardings(base_shardings: PyTree, tree: PyTree, *, spread: bool = False) -> 
     """
     leaves, _ = paths.flatten(base_shardings, is_leaf=_is_placement)
     known = {path: _placement(leaf) for path, leaf in leaves.items()}
-    if not isinstance(tree, Trainable) and _has_codes(tree):
+    if not isinstance(tree, Trainable) and has_quantized(tree):
         return _of_codes(known, tree)
     check_trainable(tree)
     wrong: list[str] = []
@@ -99,10 +99,6 @@ def shardings(base_shardings: PyTree, tree: PyTree, *, spread: bool = False) -> 
 
 def _is_placement(x: object) -> bool:
     return isinstance(x, Placement | Missing)
-
-
-def _has_codes(tree: PyTree) -> bool:
-    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
 
 
 def _of_codes(known: Mapping[str, Placement | None], tree: PyTree) -> PyTree:

@@ -14,7 +14,7 @@ from .._io.models import QUANTISED, of_tree, write
 from .._io.processes import check_here
 from ..errors import CheckpointError, TreeError
 from ..factors import Leaf, PyTree
-from ..quantised import is_quantized
+from ..quantised import has_quantized, is_quantized
 
 _EMBED_LIMIT = 2**31 - 2**24  # bytes in a serialized function
 
@@ -170,7 +170,7 @@ def stablehlo(
             jax.jit(lambda *args: fn(fixed, *args)), platforms=platforms
         )(*shapes)
     else:
-        if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        if has_quantized(params):
             raise TreeError(
                 "A serialized function takes arrays, not quantised weights: pass "
                 "embed=True, or merge them first."

@@ -18,6 +18,7 @@ from ._encode import (
 from ._kinds import KINDS as KINDS, NF4 as NF4
 from ._node import (
     Quantized as Quantized,
+    has_quantized as has_quantized,
     is_quantized as is_quantized,
     like_dense as like_dense,
 )

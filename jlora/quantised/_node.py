@@ -143,6 +143,11 @@ def is_quantized(x: object) -> TypeGuard[Quantized]:
     return isinstance(x, Quantized)
 
 
+def has_quantized(tree: Any) -> bool:
+    """Returns whether a leaf of `tree` is a quantised array."""
+    return any(map(is_quantized, jax.tree.leaves(tree, is_leaf=is_quantized)))
+
+
 def like_dense(x: Any) -> Any:
     """Returns the shape and dtype that a quantised array stands for; else `x`."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_quantized(x) else x
