@@ -1,0 +1,1 @@
+"""A language model from the Hub, fine-tuned on conversations; see `README.md`."""
