@@ -50,9 +50,17 @@ class Examples(NamedTuple):
     mask: np.ndarray
 
 
-def read_pairs(news: Path, reviews: Path) -> dict[str, list[Pair]]:
-    """Returns the pairs of each task, shuffled, the same each time."""
-    stories: dict[str, tuple[str, str, str]] = {}
+class Story(NamedTuple):
+    """A news story: what it is about, its headline, its first paragraph."""
+
+    topic: str
+    headline: str
+    text: str
+
+
+def read_stories(news: Path) -> list[Story]:
+    """Returns one of each story of `NEWS`, shuffled, the same each time."""
+    stories: dict[str, Story] = {}
     with zipfile.ZipFile(io.BytesIO(news.read_bytes())) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith(NEWS.prefix) and name.endswith(".txt"):
@@ -60,14 +68,19 @@ def read_pairs(news: Path, reviews: Path) -> dict[str, list[Pair]]:
                 lines = [line.strip() for line in text.splitlines() if line.strip()]
                 topic = name.removeprefix(NEWS.prefix).split("/")[0]
                 if len(lines) > 1:  # one of each text: some stories are there twice
-                    stories[text] = (topic, lines[0], lines[1])
-    mixed = _shuffled(list(stories.values()), 0)
+                    stories[text] = Story(topic, lines[0], lines[1])
+    return _shuffled(list(stories.values()), 0)
+
+
+def read_pairs(news: Path, reviews: Path) -> dict[str, list[Pair]]:
+    """Returns the pairs of each task, shuffled, the same each time."""
+    mixed = read_stories(news)
     half = len(mixed) // 2
     moods = ("bad", "good")
     sentences = _shuffled(read_sentences(reviews), 1)
     return {
-        "headline": [Pair(text, line) for _, line, text in mixed[:half]],
-        "topic": [Pair(text, topic) for topic, _, text in mixed[half:]],
+        "headline": [Pair(story.text, story.headline) for story in mixed[:half]],
+        "topic": [Pair(story.text, story.topic) for story in mixed[half:]],
         "mood": [Pair(s.text, moods[s.label]) for s in sentences],
     }
 
