@@ -53,10 +53,9 @@ class DecoderConfig:
       embed_scale: multiplies the embeddings.
       query_scale: multiplies the attention scores; None is `head ** -0.5`.
       attention_cap, logit_cap: scores and logits become `cap * tanh(x / cap)`.
-      windows: for each layer, how many tokens it sees; None for all before it. `()`
-        is all for every layer.
-      ropes: for each layer, its rotary positions; None for none. `()` is the default
-        for every layer.
+      windows: for each layer, how many tokens it sees; None is all before it.
+      ropes: for each layer, its rotary positions; None is none. One of either is for
+        all layers.
       scan: whether layers are one leaf each and one `scan`, `model/layers/...` with a
         first axis for the layer; otherwise they are `model/layers/0/...` and so on.
       remat: whether the backward pass computes each layer again, to save memory.
@@ -82,8 +81,8 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_cap: float | None = None
     logit_cap: float | None = None
-    windows: tuple[int | None, ...] = ()
-    ropes: tuple[Rope | None, ...] = ()
+    windows: tuple[int | None, ...] = (None,)
+    ropes: tuple[Rope | None, ...] = (Rope(),)
     scan: bool = True
     remat: bool = False
 
@@ -240,7 +239,6 @@ def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
         raise ValueError(f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}.")
     types = _layer_types(get, kind)
     window = get.get("sliding_window")
-    ropes = _ropes(get, kind, types)
     bias = bool(get.get("attention_bias"))
     scalar = get.get("query_pre_attn_scalar")
     return {
@@ -264,8 +262,8 @@ def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
         "query_scale": scalar and scalar**-0.5,
         "attention_cap": get.get("attn_logit_softcapping"),
         "logit_cap": get.get("final_logit_softcapping"),
-        "windows": tuple(window if t == _LOCAL else None for t in types),
-        "ropes": ropes,
+        "windows": _one([window if t == _LOCAL else None for t in types]),
+        "ropes": _one(_ropes(get, kind, types)),
     }
 
 
@@ -342,7 +340,12 @@ def _with_rope(get: Json) -> list[bool]:
     return [(i + 1) % get["no_rope_layer_interval"] != 0 for i in layers]
 
 
-def _ropes(get: Json, kind: str, types: Sequence[str]) -> tuple[Rope | None, ...]:
+def _one(each: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns one for all layers where they are alike."""
+    return (each[0],) if len({*each}) == 1 else tuple(each)
+
+
+def _ropes(get: Json, kind: str, types: Sequence[str]) -> list[Rope | None]:
     """Returns the rotary positions of each layer."""
     said = get["rope_scaling"] or get["rope_parameters"] or {}
     nested = {_LOCAL, _GLOBAL} & {*said}
@@ -353,9 +356,7 @@ def _ropes(get: Json, kind: str, types: Sequence[str]) -> tuple[Rope | None, ...
         own[_LOCAL] = own[_LOCAL] if nested else {}
     ropes = {t: _rope(own[t], theta[t], get["max_position_embeddings"]) for t in theta}
     has_rope = _with_rope(get) if kind == "smollm3" else [True] * len(types)
-    return tuple(
-        ropes[t] if has else None for t, has in zip(types, has_rope, strict=True)
-    )
+    return [ropes[t] if has else None for t, has in zip(types, has_rope, strict=True)]
 
 
 _ROPE_KEYS = {

@@ -414,14 +414,15 @@ def windows(config: DecoderConfig) -> np.ndarray | None:
     """Returns how many tokens each layer sees, None if all see everything before."""
     if not any(config.windows):
         return None
-    return np.array([w or np.iinfo(np.int32).max for w in config.windows], np.int32)
+    each = [w or np.iinfo(np.int32).max for w in config.windows]
+    return np.broadcast_to(np.array(each, np.int32), config.layers)
 
 
 def rates(config: DecoderConfig, positions: Array) -> Array:
     """Returns `[layers, head / 2]`, the angles a position; 0 in layers without."""
-    ropes = config.ropes or (Rope(),) * config.layers
-    kinds = {rope: _rates(rope, config.head, positions) for rope in {*ropes}}
-    return jnp.stack([kinds[rope] for rope in ropes])
+    kinds = {rope: _rates(rope, config.head, positions) for rope in {*config.ropes}}
+    each = jnp.stack([kinds[rope] for rope in config.ropes])
+    return jnp.broadcast_to(each, (config.layers, config.head // 2))
 
 
 def _rates(rope: Rope | None, head: int, positions: Array) -> Array:
