@@ -3,11 +3,17 @@
 import importlib.metadata
 import pathlib
 import re
+import sys
 from typing import Any
 
 from sphinx.application import Sphinx
 
-ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(pathlib.Path(__file__).parent))
+
+import address
+
+DOCS = pathlib.Path(__file__).resolve().parent
+ADDRESS = address.read()
 
 project = "jlora"
 html_title = "jlora"
@@ -54,7 +60,13 @@ html_static_path = ["_static"]
 html_css_files = ["jlora.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_theme_options: dict[str, Any] = {"show_toc_level": 2}
+html_theme_options: dict[str, Any] = {"show_toc_level": 2, "navbar_persistent": []}
+html_baseurl = ADDRESS.site
+if ADDRESS.repository:
+    html_theme_options |= {
+        "repository_url": ADDRESS.repository,
+        "use_repository_button": True,
+    }
 # Not the prompts and the outputs of doctests.
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -79,7 +91,25 @@ def plural(found: re.Match[str]) -> str:
     return f"{found[1]}\\ s" if found[2] else found[1]
 
 
+def relink(app: Sphinx, name: str, source: list[str]) -> None:
+    """Makes links out of `docs/` lead to the repository, if it has an address."""
+    folder = (DOCS / name).parent.resolve()  # notebooks/ lies beside docs/
+
+    def replaced(link: re.Match[str]) -> str:
+        target = (folder / link[2]).resolve()
+        if target.is_relative_to(DOCS):
+            return link[0]
+        path = target.relative_to(DOCS.parent)
+        if ADDRESS.repository:
+            return f"[{link[1]}]({ADDRESS.file(str(path))}{link[3] or ''})"
+        return f"{link[1]} (`{path}`)"
+
+    link = r"\[([^\[\]]+)\]\((\.\./[^)#]+)(#[^)]*)?\)"
+    source[0] = re.sub(link, replaced, source[0])
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("source-read", relink)
     app.connect("autodoc-skip-member", is_plain_field)
     app.connect("autodoc-process-docstring", separate_plurals)

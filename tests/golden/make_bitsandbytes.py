@@ -1,6 +1,6 @@
 """Writes models quantised by bitsandbytes itself, and what it widens them to.
 
-In an environment of its own (`pip install jlora[golden]`):
+In an environment of its own (`pip install -e '.[golden]'`):
 
     python tests/golden/make_bitsandbytes.py
 
