@@ -130,8 +130,13 @@ def init(key: Array, config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     `key` is consumed.
     """
     tokens = jnp.zeros((1, 2), jnp.int32)
-    params = Decoder(config).init(key, tokens, tokens, tokens)["params"]
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    @jax.jit
+    def drawn(key: Array) -> Params:
+        params = Decoder(config).init(key, tokens, tokens, tokens)["params"]
+        return jax.tree.map(lambda x: x.astype(dtype), params)
+
+    return drawn(key)
 
 
 def shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
