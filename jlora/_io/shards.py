@@ -72,9 +72,9 @@ class Slot:
 def find_tensors(folder: pathlib.Path, stem: str = "*") -> pathlib.Path | None:
     """Returns the file or the index in `folder` that holds all tensors, if one does.
 
-    Where an index has one file of the same name beside it, the file counts. Hidden
-    files do not, and neither do shards by themselves: a save that was killed may have
-    left them.
+    Where an index has one file of the same name beside it, the file counts. Among
+    several, `model.safetensors` does. Hidden files do not count, and neither do shards
+    by themselves: a save that was killed may have left them.
 
     Args:
       folder: a directory.
@@ -85,6 +85,8 @@ def find_tensors(folder: pathlib.Path, stem: str = "*") -> pathlib.Path | None:
     if len(indices) == 1:
         single = folder / (indices[0].name.removesuffix(_INDEX) + _FILE)
         return single if single in files else indices[0]
+    usual = [file for file in files if file.name == f"model{_FILE}"]
+    files = usual or files
     return files[0] if len(files) == 1 and not indices else None
 
 
@@ -266,8 +268,9 @@ def write_tensors(
         sums[name] = zlib.crc32(data)
         return [data]
 
+    metadata = {key: text for key, text in metadata.items() if key != _SAVE}
     if len(shards) > 1:
-        metadata = {**metadata, _SAVE: _UNKNOWN}
+        metadata[_SAVE] = _UNKNOWN
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         which = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""

@@ -50,7 +50,9 @@ _PREFIXES = {
         for name in ("bert", "distilbert", "electra", "vit", "gpt_neox")
     },
 }
-_TIED = "tie_word_embeddings"
+CONFIG = "config.json"
+TIED = "tie_word_embeddings"
+_WRAPPED = "language_model.model."  # of LLaVA, Gemma 3 with images, and their like
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -106,12 +108,12 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
       CheckpointError: if there is one that cannot be read.
     """
     place = pathlib.Path(model)
-    file = (place if inside or place.is_dir() else place.parent) / "config.json"
+    file = (place if inside or place.is_dir() else place.parent) / CONFIG
     if not os.path.lexists(file):
         return Facts()
     fields = read_json(file)
     types = {str(found["model_type"]) for found in _objects(fields, "model_type")}
-    ties = [found[_TIED] for found in _objects(fields, _TIED)]
+    ties = [found[TIED] for found in _objects(fields, TIED)]
     tied = ties[0] if ties and type(ties[0]) is bool else None
     names = fields.get("architectures")
     names = list(map(str, names)) if isinstance(names, list) else []
@@ -129,6 +131,11 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
         prefix,
         *_storage(fields),
     )
+
+
+def has_config(model: Path) -> bool:
+    """Returns whether `model` is a directory with a `config.json`."""
+    return os.path.isfile(os.path.join(model, CONFIG))
 
 
 def _storage(fields: Json) -> tuple[str, str, tuple[int, int]]:
@@ -175,6 +182,28 @@ def is_torch_named(names: Iterable[str]) -> bool:
     return not flax and any("." in name for name in names)
 
 
+def is_wrapped(name: str) -> bool:
+    """Returns whether a file has this name for the body of a text model in another."""
+    return name.startswith(_WRAPPED)
+
+
+def name_in_memory(name: str) -> str:
+    """Returns what `transformers` calls a tensor of a model with a wrapped text model.
+
+    Since version 4.52 its classes have other names than their files.
+
+    Examples:
+      >>> name_in_memory("language_model.model.norm.weight")
+      'model.language_model.norm.weight'
+      >>> name_in_memory("language_model.lm_head.weight")
+      'lm_head.weight'
+    """
+    if is_wrapped(name):
+        return f"model.language_model.{name.removeprefix(_WRAPPED)}"
+    head = name.removeprefix("language_model.")
+    return head if head != name else f"model.{name}"
+
+
 def is_table(module: str) -> bool:
     """Returns whether a module is an embedding table, by its name."""
     return _TABLE.fullmatch(module.rpartition(".")[2]) is not None
@@ -205,6 +234,19 @@ def head_of(module: str, names: Collection[str] = ()) -> str | None:
         begins = (b for b in _ENCODER_HEADS if any(n.startswith(b) for n in names))
         head = next((f"{begin}decoder" for begin in begins), None)
     return None if head is None or f"{head}.weight" in names else head
+
+
+def stored_ties(names: Collection[str]) -> dict[str, str]:
+    """Returns the tables whose output head is stored too, each with that head.
+
+    Examples:
+      >>> stored_ties(["model.embed_tokens.weight", "lm_head.weight"])
+      {'model.embed_tokens.weight': 'lm_head.weight'}
+    """
+    last = {n: n.removesuffix(".weight").rpartition(".")[2] for n in names}
+    heads = {word: name for name, word in last.items() if is_head(word)}
+    found = {name: heads.get(_HEADS.get(word, "")) for name, word in last.items()}
+    return {table: head for table, head in found.items() if head is not None}
 
 
 def tie_of(names: Collection[str], facts: Facts) -> bool | None:

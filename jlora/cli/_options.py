@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import TypedDict
 
@@ -39,6 +40,34 @@ class _PathType(click.Path):
 
 
 PATH = _PathType()
+
+
+class _SizeType(click.ParamType):
+    """A number of bytes, as 5GB, 500MB or 2GiB."""
+
+    name = "size"
+
+    def convert(
+        self,
+        value: str | int,
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?)B?", value.upper())
+        size = 0
+        if found:
+            number, prefix, binary = found.groups()
+            size = float(number) * (1024 if binary else 1000) ** " KMGT".index(
+                prefix or " "
+            )
+        if size < 1:
+            self.fail(f"{value!r} is not a size, such as 5GB or 500MB.", param, ctx)
+        return int(size)
+
+
+SIZE = _SizeType()
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

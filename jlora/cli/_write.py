@@ -1,6 +1,7 @@
 """Commands that write: merge, quantize, convert, extract."""
 
 import os
+import pathlib
 from typing import Any, Unpack
 
 import click
@@ -9,7 +10,14 @@ from .. import export, files
 from .._io.clash import clash
 from .._io.disk import Json
 from .._io.models import open_model
-from .._io.torch_models import facts_of, is_torch_named, tie_of
+from .._io.torch_models import (
+    facts_of,
+    has_config,
+    is_torch_named,
+    is_wrapped,
+    name_in_memory,
+    tie_of,
+)
 from ..config import LoraConfig
 from ..errors import CheckpointError
 from ..factors import Trainable
@@ -19,12 +27,19 @@ from ._inputs import config_of, name_map, planned, read
 from ._output import bar, counts, done
 
 
-@click.command(epilog="Example: jlora merge base.safetensors run merged.safetensors")
-@click.argument("base", type=options.PATH)
+@click.command(epilog="Example: jlora merge llama adapter merged")
+@click.argument("base", metavar="MODEL", type=options.PATH)
 @click.argument("adapter", type=options.PATH)
 @click.argument("out", type=options.PATH)
 @click.option(
-    "--requantize", is_flag=True, help="Write a quantised base as codes again."
+    "--shard-size",
+    type=options.SIZE,
+    help="Most bytes of a file in a directory; 5GB if absent.",
+)
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="In a file: write a quantised model as codes again.",
 )
 @options.how("step", "names", "tied")
 @options.overwrite
@@ -33,24 +48,53 @@ def merge(
     base: str,
     adapter: str,
     out: str,
+    shard_size: int | None,
     requantize: bool,
     overwrite: bool,
     as_json: bool,
     **how: Unpack[options.How],
 ) -> None:
-    """Write the model BASE with ADAPTER merged to the safetensors file OUT.
+    """Write MODEL with ADAPTER merged to OUT.
+
+    If MODEL is a directory with config.json, OUT is one that transformers and servers
+    open: config, tokenizer and whatever else MODEL has, and the tensors in shards. For
+    any other MODEL, or if the name of OUT ends in .safetensors, OUT is one file.
 
     Leaf by leaf: memory is bounded by a few times the largest leaf. A PEFT adapter
     merges into a model of Hugging Face as it is, and by --names into one with Flax's
-    names. A quantised BASE becomes dense.
+    names. A quantised MODEL becomes dense.
     """
+    one_file = out.endswith(".safetensors") or not has_config(base)
+    if requantize and not one_file:
+        raise click.UsageError(
+            f"--requantize: servers do not read jlora's codes. Write {out}.safetensors."
+        )
+    if shard_size is not None and one_file:
+        raise click.UsageError(
+            "--shard-size is for a directory, which needs a MODEL with config.json and "
+            "an OUT that does not end in .safetensors."
+        )
     _check_free(out, overwrite, base, adapter)
+    _check_model(base)
     trainable = read(adapter, base=base, **how)
-    export.merge_files(
-        base, trainable, out, requantize=requantize, progress=bar("merging")
-    )
-    size = os.path.getsize(out)
-    done({"out": out, **counts(trainable), "bytes": size}, as_json)
+    fields: Json = {"out": out, **counts(trainable)}
+    if one_file:
+        export.merge_files(
+            base, trainable, out, requantize=requantize, progress=bar("merging")
+        )
+        sizes = [os.path.getsize(out)]
+    else:
+        export.merge_directory(
+            base,
+            trainable,
+            out,
+            overwrite=overwrite,
+            progress=bar("merging"),
+            **({} if shard_size is None else {"max_shard_bytes": shard_size}),
+        )
+        sizes = [x.stat().st_size for x in pathlib.Path(out).glob("*.safetensors")]
+        fields["files"] = len(sizes)
+    done({**fields, "bytes": sum(sizes)}, as_json)
 
 
 @click.command(epilog="Example: jlora quantize base.safetensors small.safetensors")
@@ -77,9 +121,7 @@ def quantize(
     function says which weights are those of linear operations, and along which axes.
     """
     _check_free(out, overwrite, base)
-    kind = files.detect(base)
-    if kind != "model":
-        raise CheckpointError(f"{base!r} is an adapter ({kind}): give its model.")
+    _check_model(base)
     plan = None if model is None else planned(model, {"config": None})
     own: Json = {**scheme, "targets": scheme.get("targets") or None}
     export.quantize_files(base, out, plan, **own, progress=bar("quantising"))
@@ -206,15 +248,25 @@ def _as_loaded(trainable: Trainable, base: str) -> Trainable:
 
     Some files of whole models lack the prefix of the body.
     """
-    prefix = facts_of(base).prefix
-    names = [*trainable.lora, *trainable.full]
-    if not prefix or not is_torch_named(names):
+    prefix, shapes = facts_of(base).prefix, open_model(base).shapes
+    if not is_torch_named([*trainable.lora, *trainable.full]):
         return trainable
-    if any(name.startswith(prefix) for name in open_model(base).shapes):
+    if any(map(is_wrapped, shapes)):
+        rename = name_in_memory
+    elif prefix and not any(name.startswith(prefix) for name in shapes):
+        rename = prefix.__add__
+    else:
         return trainable
-    lora = {prefix + name: factors for name, factors in trainable.lora.items()}
-    full = {prefix + name: leaf for name, leaf in trainable.full.items()}
+    lora = {rename(name): factors for name, factors in trainable.lora.items()}
+    full = {rename(name): leaf for name, leaf in trainable.full.items()}
     return Trainable(lora, full)
+
+
+def _check_model(path: str) -> None:
+    """Raises a CheckpointError for an adapter in the place of a model."""
+    kind = files.detect(path)
+    if kind != "model":
+        raise CheckpointError(f"{path!r} is an adapter ({kind}): give its model.")
 
 
 def _check_free(out: str, overwrite: bool, *inputs: str | None) -> None:

@@ -3,6 +3,7 @@
 May import `_io`, `_core`, `_plan` and what is below them.
 """
 
+from ._directory import merge_directory as merge_directory
 from ._files import (
     extract_files as extract_files,
     merge_files as merge_files,

@@ -17,7 +17,7 @@ from .._core.tree import check, check_plan
 from .._io import tensors as tensors
 from .._io.clash import clash
 from .._io.disk import Path, Progress, check_name
-from .._io.models import open_model, write
+from .._io.models import Model, open_model, write
 from .._io.placing import encoded
 from .._io.torch_models import is_torch_named
 from .._io.torch_quantised import tell_widened
@@ -87,10 +87,40 @@ def merge_files(
       array([[2., 2., 2.],
              [2., 2., 2.]], dtype=float32)
     """
-    _check_out(out, base)
+    check_out(out, base)
+    model, rounded = merged_model(base, trainable, requantize=requantize)
+    write(out, model, progress)
+    if rounded:
+        warnings.warn(
+            "These weights are quantised again, which rounds the sum: "
+            f"{listed(rounded, 5, ', ')}. Leave out requantize for dense weights, or "
+            "keep the adapter beside the codes.",
+            stacklevel=2,
+        )
+
+
+def merged_model(
+    base: Path, trainable: Trainable, *, requantize: bool = False
+) -> tuple[Model, list[str]]:
+    """Returns the merged model, each leaf of which is merged when it is read.
+
+    Args:
+      base: see `merge_files`.
+      trainable: see `merge_files`.
+      requantize: see `merge_files`.
+
+    Returns:
+      The model, and a list that gets in words what is lost where a leaf that was read
+      is quantised again.
+
+    Raises:
+      TreeError: see `merge_files`.
+      MergeError: see `merge_files`; where a sum is too large, when it is read.
+      CheckpointError: see `merge_files`.
+    """
     model = open_model(base)
     changed = [*trainable.lora, *trainable.full]
-    _check_readable(
+    check_readable(
         base, [model.refused[name] for name in changed if name in model.refused]
     )
     check(dict(model.dense_shapes()), trainable)
@@ -128,14 +158,7 @@ def merge_files(
         return [tensors.raw(read(name))]
 
     made = dataclasses.replace(model, shapes=shapes, read=read, pieces=pieces)
-    write(out, made, progress)
-    if rounded:
-        warnings.warn(
-            "These weights are quantised again, which rounds the sum: "
-            f"{listed(rounded, 5, ', ')}. Leave out requantize for dense weights, or "
-            "keep the adapter beside the codes.",
-            stacklevel=2,
-        )
+    return made, rounded
 
 
 def _dense(w: Any) -> Any:
@@ -195,9 +218,9 @@ def quantize_files(
       ...     jlora.files.read_params(out)["w"]
       Quantized(int8 of float32[128,4], blocks (128, 1), 528 bytes)
     """
-    _check_out(out, base)
+    check_out(out, base)
     model = open_model(base)
-    _check_readable(base, model.unreadable())
+    check_readable(base, model.unreadable())
     if plan is None and is_torch_named(model.shapes):
         plan = Plan(LoraConfig(), assumed_rows(base))
     chosen = encoders(
@@ -220,7 +243,8 @@ def quantize_files(
     write(out, dataclasses.replace(model, shapes=shapes, read=read), progress)
 
 
-def _check_out(out: Path, base: Path) -> None:
+def check_out(out: Path, base: Path) -> None:
+    """Raises a CheckpointError if `out` is not a name, or writing it changes `base`."""
     check_name(out)
     found = clash(out, [base])
     if found:
@@ -287,7 +311,7 @@ def extract_files(
     )
 
 
-def _check_readable(base: Path, wrong: Sequence[str]) -> None:
+def check_readable(base: Path, wrong: Sequence[str]) -> None:
     """Raises a CheckpointError for leaves of formats that are not read."""
     if wrong:
         raise CheckpointError(f"{str(base)!r}: {listed(wrong, 3)}.")

@@ -18,6 +18,7 @@ from .._io.placing import Quantize, encoders_for, placed as placed_leaf
 from .._io.processes import check_here
 from .._io.shards import Pending, open_tensors, write_tensors
 from .._io.tensors import NAMES
+from .._io.torch_models import CONFIG
 from .._io.torch_quantised import tell_widened
 from .._numerics import narrowed
 from .._plan.plan import Plan
@@ -35,7 +36,6 @@ from .names import GENERIC, NameMap, unnamed
 from .report import LoadReport, check
 
 STEM = "model"
-_CONFIG = "config.json"
 
 
 def load_base(
@@ -385,7 +385,7 @@ def save_base(
         metadata = {"format": "pt"}
         write_tensors(new, STEM, tensors, metadata=metadata, max_bytes=max_shard_bytes)
         if about is not None:
-            write_text(new / _CONFIG, about)
+            write_text(new / CONFIG, about)
 
 
 def _pending(path: str, place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:

@@ -23,6 +23,7 @@ _TABLE_A, _TABLE_B = ENDS["embedding"]
 _ENDS = (_A, _B, _TABLE_A, _TABLE_B, *LENGTHS, TOKENS)
 _OUT = ".base_layer.out_proj."  # inside of packed attention
 _INNER = ".base_layer"
+_WRAPPERS = ("model", "language_model", "vision_model", "module", "_orig_mod")
 _Shape = tuple[int, ...]
 _Slots = Mapping[str, Slot]
 _OPEN = (
@@ -201,7 +202,8 @@ def _in_file(paths: Collection[str], slots: _Slots) -> dict[str, str]:
     """Returns what each tensor of the model is called in the adapter.
 
     A model without a head has no prefix before its names, and its adapter may have
-    one; or the other way round.
+    one; or the other way round. What has a text model inside of it is in files
+    `language_model.model.layers...`, and in memory `model.language_model.layers...`.
     """
     wholes = (
         n for n in slots if n.endswith((".weight", ".bias")) and ".lora_" not in n
@@ -222,7 +224,35 @@ def _in_file(paths: Collection[str], slots: _Slots) -> dict[str, str]:
         }
         for first, cut in tried
     ]
-    return {name: name for name in paths} | max(moved, key=len, default={})
+    moved.append(_rewrapped(lost, there))
+    return {name: name for name in paths} | max(moved, key=len)
+
+
+def _rewrapped(lost: Sequence[str], there: Collection[str]) -> dict[str, str]:
+    """Returns new names of those that differ from the adapter's only by wrappers.
+
+    A name that would have two new ones, or share one with another, keeps its own.
+
+    Examples:
+      >>> _rewrapped(["language_model.model.0.q.weight"], ["model.language_model.0.q"])
+      {'language_model.model.0.q.weight': 'model.language_model.0.q.weight'}
+    """
+    by_core: dict[str, set[str]] = {}
+    for name in there:
+        by_core.setdefault(_core(name), set()).add(name)
+    found: dict[str, list[str]] = {}  # by what each would be called
+    for name in lost:
+        module, _, last = name.rpartition(".")
+        new = {f"{own}.{last}" for own in by_core.get(_core(module), ())}
+        new |= by_core.get(_core(name), set())
+        if len(new) == 1:
+            found.setdefault(new.pop(), []).append(name)
+    return {names[0]: new for new, names in found.items() if len(names) == 1}
+
+
+def _core(name: str) -> str:
+    """Returns a name without the modules that only hold the model's body."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _renamed(name: str, first: str, cut: bool) -> str:

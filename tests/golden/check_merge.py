@@ -7,7 +7,8 @@ In an environment with jlora, `torch`, `peft` and `transformers` 5 (the extra `g
 Tiny random models and adapters go to a temporary directory, or to DIR, a folder for
 each. A NAME is a glob over the names in merge_cases.py and merge_broken.py; PYTHONPATH
 chooses the tree of jlora. Each adapter goes through every command that reads PEFT:
-`merge`, `validate`, `inspect`, `convert` to a file and back, `diff`.
+`merge` to a file and to a directory in shards, `validate`, `inspect`, `convert` to a
+file and back, `diff`.
 
 The table has, for each adapter: how many tensors the merged model has, how far PEFT's
 merge moves them, the largest error of a tensor and of the model's outputs, relative to
@@ -204,6 +205,11 @@ def read_base(folder: pathlib.Path) -> dict[str, torch.Tensor]:
     return {k: v for file in files for k, v in load_file(file).items()}
 
 
+def read_out(out: pathlib.Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a merged model, a directory or a file."""
+    return read_base(out) if out.is_dir() else load_file(out)
+
+
 def off(x: torch.Tensor, wanted: torch.Tensor) -> float:
     """Returns the largest difference, relative to the largest number."""
     if x.shape != wanted.shape:
@@ -224,7 +230,7 @@ def beyond_rounding(x: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def compare(out: pathlib.Path, base: pathlib.Path, wanted: Wanted) -> tuple:
     """Returns how many tensors there are, the largest error, and what differs."""
-    found, stored = load_file(out), read_base(base)
+    found, stored = read_out(out), read_base(base)
     wrong = [f"{name} is missing" for name in stored if name not in found]
     worst, at, limit = 0.0, "", TOLERANCE
     for name, x in found.items():
@@ -246,6 +252,8 @@ def compare(out: pathlib.Path, base: pathlib.Path, wanted: Wanted) -> tuple:
 
 def outputs_of(case: Case, out: pathlib.Path, base: pathlib.Path) -> torch.Tensor:
     """Returns the outputs of the model that jlora wrote."""
+    if out.is_dir():
+        return run(case, fresh(case, out, torch.float32))
     with tempfile.TemporaryDirectory() as folder:
         here = pathlib.Path(folder)
         shutil.copy(out, here / "model.safetensors")
@@ -256,7 +264,7 @@ def outputs_of(case: Case, out: pathlib.Path, base: pathlib.Path) -> torch.Tenso
 
 def judge(case: Case, out: pathlib.Path, base: pathlib.Path, wanted: Wanted) -> tuple:
     """Returns the columns of the table for a merged model, and what is to be said."""
-    count, worst, wrong = len(load_file(out)), float("nan"), []
+    count, worst, wrong = len(read_out(out)), float("nan"), []
     if wanted.tensors is not None:
         count, worst, wrong = compare(out, base, wanted)
     try:
@@ -364,12 +372,18 @@ def check(name: str, here: pathlib.Path) -> tuple[list[str], dict[str, Said]]:
     out = here / "merged.safetensors"
     merged, warned = command("merge", base, adapter, out)
     said = {"merge": merged, **ways(case, here)}
+    served = here / "served"
+    if (base / "config.json").exists():
+        words = ("merge", base, adapter, served, "--shard-size", "8KB")
+        said["merge to a directory"], _ = command(*words)
     if case.refuse:
         return [name, "", "", "", ""], refused(case, said, warned)
     row = [name, str(len(read_base(base))), f"{wanted.effect:.2f}", "", ""]
     if out.exists():
         count, worst, error, said["merge"] = judge(case, out, base, wanted)
         row = [name, str(count), row[2], f"{worst:.1e}", f"{error:.1e}"]
+        if served.exists():
+            *_, said["merge to a directory"] = judge(case, served, base, wanted)
     elif "tied" in merged.text:
         for flag in ("--tied", "--untied"):
             out = here / f"merged{flag}.safetensors"

@@ -15,6 +15,8 @@ LLAMA = {**TEXT, **HEADS, "num_key_value_heads": 2, "max_position_embeddings": 1
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 16}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2}
+VISION = {**HEADS, "hidden_size": 16, "num_hidden_layers": 1}
+VISION |= {"image_size": 16, "patch_size": 8}
 MOE = {"num_experts_per_tok": 2}
 
 
@@ -98,6 +100,24 @@ def _llama(**fields: Any) -> Callable[[], nn.Module]:
     return _hf("LlamaForCausalLM", "LlamaConfig", **{**LLAMA, **fields})
 
 
+def _vision(name: str, **fields: Any) -> Callable[[], nn.Module]:
+    """Returns what makes a text model with a vision tower beside it."""
+
+    def build() -> nn.Module:
+        text = dict(LLAMA) if name == "Gemma3" else {"model_type": "llama", **LLAMA}
+        vision = (
+            {**VISION}
+            if name == "Gemma3"
+            else {"model_type": "clip_vision_model", **VISION}
+        )
+        config = getattr(transformers, f"{name}Config")(
+            text_config=text, vision_config=vision, **fields
+        )
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+    return build
+
+
 def _gpt2(head: str, **fields: Any) -> Callable[[], nn.Module]:
     return _hf(f"GPT2{head}", "GPT2Config", **{**GPT2, **ENDS, **fields})
 
@@ -154,6 +174,8 @@ BASES: dict[str, Callable[[], nn.Module]] = {
         decoder_start_token_id=0,
         feed_forward_proj="gated-gelu",
     ),
+    "gemma3_vision": _vision("Gemma3", mm_tokens_per_image=4),
+    "llava": _vision("Llava"),
     "mha": Mixed,
     "convs": Convs,
     "square": Square,

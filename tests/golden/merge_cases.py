@@ -236,6 +236,13 @@ CASES: dict[str, Case] = {
     "llama_bias_all": Case("llama", qv(bias="all")),
     "gpt2_bias_all": Case("gpt2", on("c_attn", bias="all", **TURNED)),
     "mha_bias_all": Case("mha", on("attn", "head", bias="all")),
+    # A text model inside of another: in files under other names than in memory.
+    "gemma3_vision": Case("gemma3_vision", on("q_proj", "down_proj")),
+    "gemma3_vision_regex": Case(
+        "gemma3_vision", qv(target_modules=r".*language_model\..*\.(q|v)_proj")
+    ),
+    "llava": Case("llava", qv(target_modules="all-linear")),
+    "llava_head": Case("llava", on("lm_head", "q_proj")),
     # Other models.
     "bert": Case("bert", on("query", "value", modules_to_save=["classifier"])),
     "bert_new_head": Case("bert_bare", on("query", task_type="SEQ_CLS"), model="bert"),

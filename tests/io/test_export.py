@@ -323,17 +323,25 @@ lora = {f"{i}": factors for i in range(4)}
 small = {"0": Factors(jnp.ones((8, 2)), jnp.ones((2, 8)), spec)}
 jlora.export.safetensors("small", {"0": np.ones((8, 8), np.float32)})
 jlora.export.merge_files("small", jlora.Trainable(small), "small_out")
+def merge(own):
+    if sys.argv[1] == "file":
+        return jlora.export.merge_files("base", own, "out")
+    jlora.export.merge_directory("base", own, "out", max_shard_bytes=60_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-jlora.export.merge_files("base", jlora.Trainable(lora), "out")
+merge(jlora.Trainable(lora))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_memory_is_bounded_by_a_few_leaves(tmp_path):
+@pytest.mark.parametrize("out", ["file", "directory"])
+def test_memory_is_bounded_by_a_few_leaves(tmp_path, out):
     leaf = np.ones((1024, 1024), np.float32)  # 4 MiB
-    export.safetensors(tmp_path / "base", {f"{i}": leaf for i in range(40)})
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    base = tmp_path / "base" / "model.safetensors"
+    export.safetensors(base, {f"{i}": leaf for i in range(40)})
     done = subprocess.run(
-        [sys.executable, "-c", MERGE],
+        [sys.executable, "-c", MERGE, out],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
