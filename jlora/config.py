@@ -10,7 +10,7 @@ import numpy as np
 
 from ._text.json_text import parse_json
 from .errors import ConfigError
-from .factors import Axes, FusedParts, tuples
+from .factors import FORMS, Axes, Form, FusedParts, tuples
 from .factors._scale import scale_fault
 from .methods import INITS, METHODS, find_init, init_name
 
@@ -37,6 +37,8 @@ class Rule:
       parts: LoRA on some slices of a fused weight, each with its rank, see
         `FusedParts`. The scale of a part is `alpha` over its rank. `alpha` is the
         highest rank if it is not given.
+      form: how the value of a product is computed, in place of the `form` that
+        `apply_lora` is given. The plan's uses show it.
 
     Examples:
       >>> Rule("**/mlp/**", rank=4).rank
@@ -51,6 +53,7 @@ class Rule:
     dropout: float | None
     axes: Axes | None
     parts: FusedParts | None
+    form: Form | None
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Rule:
         dropout: float | None = None,
         axes: Axes | None = None,
         parts: FusedParts | None = None,
+        form: Form | None = None,
         **unknown: Never,
     ):
         _refuse(Rule, unknown)
@@ -92,6 +96,10 @@ class Rule:
                 f"Rule({pattern!r}): parts must be an axis, and tuples of sizes and "
                 f"ranks, got {parts!r}."
             )
+        if form is not None and form not in FORMS:
+            raise ConfigError(
+                f"Rule({pattern!r}): form must be one of {FORMS}, got {form!r}."
+            )
         _set(
             self,
             pattern=pattern,
@@ -102,6 +110,7 @@ class Rule:
             dropout=dropout,
             axes=axes,
             parts=parts,
+            form=form,
         )
         _check(f"Rule({pattern!r})", self)
 

@@ -49,15 +49,10 @@ def delta(factors: Factors, dtype: DTypeLike = jnp.float32) -> jax.Array:
     return jnp.transpose(product, [axes.order.index(i) for i in range(product.ndim)])
 
 
-def lora_spec(like: Spec, rank: int, dropout: float | None = None) -> Spec:
+def lora_spec(like: Spec, rank: int, **changes: Any) -> Spec:
     """Returns the spec of plain LoRA with a scale of 1, for the weight of `like`."""
-    return Spec(
-        op=like.op,
-        axes=like.axes,
-        rank=rank,
-        alpha=float(rank),
-        dropout=like.dropout if dropout is None else dropout,
-    )
+    kept = {name: getattr(like, name) for name in ("op", "axes", "dropout", "form")}
+    return Spec(rank=rank, alpha=float(rank), **{**kept, **changes})
 
 
 def matrices(factors: Factors) -> tuple[Array, Array]:
@@ -131,7 +126,7 @@ def join(several: Sequence[Factors], weights: Sequence[ArrayLike]) -> Factors:
     return Factors(
         jnp.concatenate([f.a.astype(a_dtype) for f in several], axis=-1),
         jnp.concatenate(columns, axis=n).astype(b_dtype),
-        lora_spec(spec, rank, common_dropout(several)),
+        lora_spec(spec, rank, **common_settings(several)),
     )
 
 
@@ -145,10 +140,14 @@ def widest(dtypes: Sequence[DTypeLike]) -> DTypeLike:
     return dtypes[0] if len(set(dtypes)) == 1 else at_least_float32(*dtypes)
 
 
-def common_dropout(several: Sequence[Factors]) -> float:
-    """Returns the drop rate if all agree, else 0."""
-    rates = {f.spec.dropout for f in several}
-    return rates.pop() if len(rates) == 1 else 0.0
+def common_settings(several: Sequence[Factors]) -> dict[str, Any]:
+    """Returns the drop rate and the form, each its default unless all agree."""
+    found: dict[str, Any] = {"dropout": 0.0, "form": "auto"}
+    for name in found:
+        values = {getattr(f.spec, name) for f in several}
+        if len(values) == 1:
+            (found[name],) = values
+    return found
 
 
 def decompose(factors: Factors) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -200,12 +199,12 @@ def recompose(
     vt: jax.Array,
     rank: int,
     like: Factors,
-    dropout: float | None = None,
+    **settings: Any,
 ) -> Factors:
     """Returns the leading `rank` terms of an SVD as factors of plain LoRA.
 
-    A and B share the singular values evenly. Axes and dtypes, and the drop rate if none
-    is given, are those of `like`.
+    A and B share the singular values evenly. Axes, dtypes and the settings that are not
+    given are those of `like`.
     """
     n = len(like.spec.axes.batch)
     batch, fan_in, fan_out = like.a.shape[:n], like.a.shape[n:-1], like.b.shape[n + 1 :]
@@ -213,7 +212,7 @@ def recompose(
     return Factors(
         a.reshape(*batch, *fan_in, rank).astype(like.a.dtype),
         b.reshape(*batch, rank, *fan_out).astype(like.b.dtype),
-        lora_spec(like.spec, rank, dropout),
+        lora_spec(like.spec, rank, **settings),
     )
 
 

@@ -11,10 +11,9 @@ from .._checks import check_function, check_key
 from .._plan.weight import weight_of
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
-from ..factors import PyTree, Trainable
+from ..factors import FORMS, Form, PyTree, Trainable
 from ..quantised import has_quantized, is_quantized
 from ..transform.compat import Equation
-from ..transform.cost import Form
 from ..transform.rewrite import rewrite, why_merged, why_widened
 from ..transform.stage import stage
 from ..transform.values import leaf
@@ -81,11 +80,13 @@ def apply_lora(
       on_merge: what to do where the factored route does not exist and the weight is
         merged on the fly, which is correct but slower: `"warn"` once for each trace,
         `"allow"` it, or raise an `"error"`.
-      form: how the value of a matrix product is computed; for experiments.
+      form: how the value of a matrix product is computed, where no `Rule` says it.
         `"factored"` adds the low-rank term to the activations. `"merged"` adds it to a
         temporary weight, which moves fewer bytes where many tokens meet a small weight.
-        `"auto"` chooses by shapes, dtype and platform. Gradients are factored with all
-        three.
+        `"auto"` chooses by shapes, dtype and platform; of a mesh's tokens it counts
+        those of one device. Gradients are factored with all three. Where the dtypes of
+        activation, weight and result differ, under explicit axes, inside `shard_map`
+        and over codes, the value is factored in any case.
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of
@@ -121,8 +122,8 @@ def apply_lora(
         raise ConfigError(
             f"on_merge must be 'allow', 'warn' or 'error', got {on_merge!r}."
         )
-    if form not in ("auto", "factored", "merged"):
-        raise ConfigError(f"form must be 'auto', 'factored' or 'merged', got {form!r}.")
+    if form not in FORMS:
+        raise ConfigError(f"form must be one of {FORMS}, got {form!r}.")
 
     @functools.wraps(fn)
     def lora_fn(

@@ -11,7 +11,7 @@ from .._checks import misshapen, not_floating
 from .._core.tree import check_trainable
 from .._tables import listed
 from ..errors import CheckpointError, ConfigError
-from ..factors import Factors, Leaf, Spec, Trainable
+from ..factors import FORMS, Factors, Leaf, Spec, Trainable
 from ..methods import METHODS, low_rank_pair
 from ..quantised import is_quantized
 from .disk import Fault, Json
@@ -194,6 +194,7 @@ def _off(spec: Spec) -> list[str]:
         "init": isinstance(spec.init, str),
         "axes": _are_counts(axes.order)
         and sorted(axes.order) == list(range(len(axes.order))),
+        "form": spec.form in FORMS,
         "shape": _are_counts(spec.shape),
         "seed": type(spec.seed) is int,
         "rows": _are_counts(spec.rows),

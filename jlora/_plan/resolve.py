@@ -10,11 +10,11 @@ from .. import paths
 from .._tables import listed
 from ..config import LoraConfig, Rule
 from ..errors import TargetError
-from ..factors import Axes, FusedParts, Spec
+from ..factors import Axes, Form, FusedParts, Spec
 from ..factors._scale import scale_fault
 from ..methods import METHODS, find_init, init_clashes, init_name, method_of
 from ..transform import LINEAR
-from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED
+from ..transform.discover import DERIVED, ELEMENTWISE, FACTORED, Use
 from ..transform.primitives import OPERATIONS
 from .row import Row
 
@@ -283,7 +283,23 @@ def _adapted(row: Row, config: LoraConfig, settings: Settings, wrong: list[str])
         row.path, row.shape, spec, init, METHODS[spec.method], row.route
     )
     found = find_init(init) if method_of(spec).init is None else None
-    return dataclasses.replace(row, status="adapted", spec=spec, init=found)
+    uses = _in_form(row, spec.form, wrong)
+    return dataclasses.replace(row, status="adapted", uses=uses, spec=spec, init=found)
+
+
+def _in_form(row: Row, form: Form, wrong: list[str]) -> tuple[Use, ...]:
+    """Returns the uses of `row`; its products have the form that a rule says."""
+    if form == "auto":
+        return row.uses
+    if form == "merged" and not any(use.forms for use in row.uses):
+        wrong.append(
+            f"form: {row.path!r} has no product that a temporary weight can serve: it "
+            "needs one dtype of activation, weight and result, and neither codes nor "
+            "explicit axes nor shard_map. Leave form= out"
+        )
+    return tuple(
+        dataclasses.replace(use, forms=(form,) * len(use.forms)) for use in row.uses
+    )
 
 
 def _settings(config: LoraConfig, every: Sequence[str]) -> dict[str, Settings]:
@@ -339,6 +355,7 @@ def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) ->
         init=init_name(init),
         shape=row.shape if method == "vera" else (),
         parts=parts,
+        form=settings["form"] or "auto",
     )
 
 

@@ -23,7 +23,7 @@ def adapted_leaf(
         for role in (axes.batch, axes.fan_in, axes.fan_out)
     )
     a_labels, b_labels = (*batch, *fan_in, RANK), (*batch, RANK, *fan_out)
-    term = Term(a, b, a_labels, b_labels, spec.scale, spec.dropout)
+    term = Term(a, b, a_labels, b_labels, spec.scale, spec.dropout, spec.form)
     weight = leaf(path, w, (term,))
     if gain is None:
         return weight

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from .._checks import check_key
 from .._core.algebra import (
-    common_dropout,
+    common_settings,
     dense,
     factor_dtypes,
     largest_rank,
@@ -255,7 +255,7 @@ def _merged_factors(
     u, s, vt = jnp.linalg.svd(combined, full_matrices=False)
     total = sum(f.rank for f in several) if rank is None else rank
     limit = min(total, largest_rank(like))
-    return recompose(u, s, vt, limit, like, common_dropout(several))
+    return recompose(u, s, vt, limit, like, **common_settings(several))
 
 
 def _merged_changes(

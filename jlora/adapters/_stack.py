@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from .._core.algebra import common_dropout, factor_dtypes, lora_spec, widest
+from .._core.algebra import common_settings, factor_dtypes, lora_spec, widest
 from .._core.merge import merge
 from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
@@ -124,7 +124,7 @@ def _stack_factors(path: str, found: Sequence[Trainable], base: Base) -> Factors
     like = padded(present[0], rank, a_dtype, b_dtype)
     empty = Factors(jnp.zeros_like(like.a), jnp.zeros_like(like.b), like.spec)
     each = [empty if f is None else padded(f, rank, a_dtype, b_dtype) for f in plain]
-    spec = lora_spec(present[0].spec, rank, common_dropout(present))
+    spec = lora_spec(present[0].spec, rank, **common_settings(present))
     if magnitude is not None:
         spec = dataclasses.replace(spec, method="dora")
     if changed_base(present[0]):

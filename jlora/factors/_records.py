@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from ._scale import scale_fault
 
 PyTree = Any  # the user's: parameters, arguments, results
 Array = jax.Array | np.ndarray  # on a device, or on the host
+Form = Literal["auto", "factored", "merged"]  # of the value of an adapted product
+FORMS: tuple[str, ...] = get_args(Form)
 Leaf = Any  # an array, or what a tree_map put there: a shape, a PartitionSpec, None
 
 
@@ -129,6 +131,7 @@ class Spec:
       seed: of VeRA's shared matrices.
       rows: the ids of the trained rows, for token rows.
       parts: slices of a fused weight. `rank` is then the sum of their ranks.
+      form: how the value of a product is computed, see `apply_lora`.
 
     Raises:
       ConfigError: if rank and alpha give no scale: it must be a positive number that
@@ -154,6 +157,7 @@ class Spec:
     seed: int = 0
     rows: tuple[int, ...] = ()
     parts: FusedParts | None = None
+    form: Form = "auto"
 
     def __post_init__(self) -> None:
         fault = scale_fault(self.alpha, self._highest_rank, self.rslora)

@@ -93,7 +93,7 @@ def create(like: Trainable, capacity: int) -> Pool:
         return jnp.zeros((capacity, *x.shape), x.dtype)
 
     lora = {
-        path: Factors(zeros(f.a), zeros(f.b), lora_spec(f.spec, f.rank, 0.0))
+        path: Factors(zeros(f.a), zeros(f.b), lora_spec(f.spec, f.rank, dropout=0.0))
         for path, f in like.lora.items()
     }
     return Pool(Trainable(lora), jnp.zeros(capacity, bool))

@@ -22,7 +22,7 @@ from jax import lax
 from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
-from ..factors import Leaf
+from ..factors import Form, Leaf
 from . import cost
 from .atoms import OTHER, Atom, Group, Labels
 from .coded import Coded
@@ -52,7 +52,7 @@ class Static:
     gain_labels: Labels
     dims: tuple[Group, ...]
     numbers: Dims
-    form: cost.Form
+    form: Form
 
     def weight(self, w: Leaf, terms: tuple[Term, ...], gain: Sequence[Leaf]) -> Weight:
         """Returns a weight of these settings; `gain` is empty if it has none."""
@@ -62,7 +62,7 @@ class Static:
 
 
 def adapted_dot(
-    x: jax.Array, weight: Weight, site: Site, numbers: Dims, form: cost.Form
+    x: jax.Array, weight: Weight, site: Site, numbers: Dims, form: Form
 ) -> jax.Array:
     """Returns `x . gain * (w + s a b)` for a weight with one term."""
     (term,) = weight.terms
@@ -87,24 +87,32 @@ def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
     return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
 
 
-def form_of(
-    x: jax.Array, weight: Weight, site: Site, form: cost.Form
-) -> cost.Form | None:
+def has_forms(x: jax.Array, w: Leaf, site: Site) -> bool:
+    """Returns whether a product can take a sum with its weight in place of the weight.
+
+    Codes have none, sums in another dtype would be rounded, and shards or explicit
+    axes have collectives of their own.
+    """
+    if isinstance(w, Coded) or has_typed_placement(x) or has_typed_placement(w):
+        return False
+    return x.dtype == w.dtype == site.dtype
+
+
+def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None:
     """Returns the form of the `adapted_dot` to use, or None where it does not help.
 
     It helps where some platform uses a temporary weight, and where the gradient of a
     gain keeps less.
     """
     w = weight.w
-    if isinstance(w, Coded):
+    if has_forms(x, w, site):
+        forms = (form,)
+        if form == "auto":
+            forms = cost.forms(site.tokens, site.fan_in, x.dtype)
+        if "merged" in forms:
+            return form
+    elif isinstance(w, Coded) or has_typed_placement(x) or has_typed_placement(w):
         return None
-    if has_typed_placement(x) or has_typed_placement(w):
-        return None
-    forms = (form,)
-    if form == "auto":
-        forms = cost.forms(site.tokens, site.fan_in, x.dtype, w.dtype)
-    if "merged" in forms and x.dtype == w.dtype == site.dtype:
-        return form
     return None if weight.gain is None else "factored"
 
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-Form = Literal["auto", "factored", "merged"]
 PLATFORMS = ("cpu", "accelerator")
 
 
@@ -35,12 +34,11 @@ def form(
     return "merged" if tokens > fan_in else "factored"
 
 
-def forms(tokens: object, fan_in: int, x_dtype: object, w_dtype: object) -> list[str]:
+def forms(tokens: object, fan_in: int, dtype: object) -> list[str]:
     """Returns the form on each of `PLATFORMS`.
 
-    It is factored where `tokens` is unknown (a program exported for any number of them)
-    and where the activation and the weight differ in dtype.
+    It is factored where `tokens` is unknown: a program exported for any number of them.
     """
-    if not isinstance(tokens, int) or x_dtype != w_dtype:
+    if not isinstance(tokens, int):
         return ["factored"] * len(PLATFORMS)
-    return [form(tokens, fan_in, x_dtype, platform) for platform in PLATFORMS]
+    return [form(tokens, fan_in, dtype, platform) for platform in PLATFORMS]

@@ -38,7 +38,7 @@ class Use:
       where: the user's source line, or an empty text.
       scope: the name stack, as profilers show it.
       forms: how a product's value gets the low-rank term on a CPU and on an
-        accelerator, see `cost`; empty for other operations.
+        accelerator, see `cost`; empty where there is no choice.
       mixed: whether an array was added to the leaf before, so it may be an activation.
       doubtful: whether the leaf's axes decide if a factor serves this use.
     """

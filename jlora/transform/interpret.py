@@ -8,9 +8,9 @@ from typing import Any, Concatenate
 import jax
 import jax.numpy as jnp
 
+from ..factors import Form
 from . import compat, share
 from .compat import Equation, Literal, Var
-from .cost import Form
 from .primitives import SEPARATE
 from .values import Derived, Value, Weight, array_of, is_coded
 
@@ -45,7 +45,7 @@ class Context:
       constant: `array -> value` for literals, what the code closes over, and what is
         computed from these.
       hoist: whether a weight that a loop would merge is merged before the loop.
-      form: how to compute a product, see `cost`.
+      form: how to compute a product whose term does not say it, see `cost`.
       share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
       varies: the mesh axes along which each variable differs inside a `shard_map`.

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 
 from .._numerics import at_least_float32, cast, dtype_of_activation, dtype_of_sums
 from . import cost
-from .adapted import adapted_dot, form_of
+from .adapted import adapted_dot, form_of, has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, bind, kind, placed_like
 from .interpret import Context
@@ -70,7 +70,9 @@ def dot_general(
         fan_in=[atom for i in contracted[side] for atom in whole.dims[i]],
         batch=[atom for i in batch[side] for atom in whole.dims[i]],
         eqn=eqn,
-        forms=cost.forms(site.tokens, site.fan_in, x.dtype, weight.w.dtype),
+        forms=cost.forms(site.tokens, site.fan_in, x.dtype)
+        if has_forms(x, weight.w, site)
+        else (),
     )
     if not weight.terms:
         operands[side] = weight.w
@@ -168,7 +170,8 @@ def _adapted_product(
     `dims` are the groups of the frozen array's axes.
     """
     (first, *more) = weight.terms
-    form = form_of(x, weight, site, ctx.form)
+    wanted = ctx.form if first.form == "auto" else first.form
+    form = form_of(x, weight, site, wanted)
     if form is not None and not more and not ctx.drops(first.dropout):
         return adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
     side = int(site.x_first)

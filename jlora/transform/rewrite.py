@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
+from ..factors import Form
 from . import RULES, compat
 from .compat import Equation
-from .cost import Form
 from .interpret import Context, interpret
 from .shards import varied_axes
 from .values import Value, Weight, array_of, dense, is_coded

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._numerics import add_rounded, at_least_float32
-from ..factors import Leaf
+from ..factors import Form, Leaf
 from ..quantised import is_quantized
 from .atoms import (
     BROADCAST,
@@ -48,6 +48,7 @@ class Term:
     b_labels: Labels = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(metadata={"static": True})
     dropout: float = dataclasses.field(metadata={"static": True})
+    form: Form = dataclasses.field(default="auto", metadata={"static": True})
     product: Leaf = None
 
     def swapped(self) -> "Term":

