@@ -144,8 +144,8 @@ def test_no_entry_twice():
     assert len(ENTRIES) == len(set(ENTRIES))
 
 
-WITH_EXAMPLES = [page for page in METHODS if ">>>" in page.read_text()]
-WITH_EXAMPLES.append(API.parent / "quantised.md")
+PAGES = sorted(API.parent.glob("*.md")) + METHODS
+WITH_EXAMPLES = [page for page in PAGES if ">>>" in page.read_text()]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -162,3 +162,41 @@ def test_examples_of_pages_run(page):
 def test_every_method_has_a_page():
     pages = {page.stem for page in METHODS}
     assert {*jlora.methods.METHODS, "rslora", "rows", "parts", "optimizers"} <= pages
+
+
+def template(node: ast.AST) -> str:
+    """The text of a literal, with … for what is known only when it is made."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(template, node.values))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return template(node.left) + template(node.right)
+    return "…"
+
+
+def message_templates() -> set[str]:
+    """Every text that jlora's code holds, docstrings left out."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        texts = [n for n in ast.walk(tree) if isinstance(n, ast.Expr)]
+        docs = {n.value for n in texts if isinstance(n.value, ast.Constant)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant | ast.JoinedStr) and node not in docs:
+                found.add(re.sub("…+", "…", template(node)))
+    return found
+
+
+def test_quoted_errors_exist():
+    page = (API.parent / "troubleshooting.md").read_text()
+    quotes = re.findall(r"^```text\n(.*?)\n```$", page, re.MULTILINE | re.DOTALL)
+    assert len(quotes) > 30
+    templates = message_templates()
+    patterns = {q: ".*".join(map(re.escape, q.split("…"))) for q in quotes}
+    absent = [
+        quote
+        for quote, pattern in patterns.items()
+        if not any(re.search(pattern, text, re.DOTALL) for text in templates)
+    ]
+    assert not absent, "No text in jlora/ is like this:\n" + "\n".join(absent)
