@@ -32,11 +32,12 @@ def is_told(diagnostic: dict[str, Any]) -> bool:
     """Whether an error is jlora's.
 
     What JAX, Flax and optax leave untyped is theirs. So is the type of optax's
-    parameters, which refuses every dataclass, an Equinox module too.
+    parameters, which refuses every dataclass, an Equinox module too, and that of
+    Linen's `apply`, which may also return variables.
     """
     if diagnostic["severity"] != "error":
         return False
-    if re.search(r'"Params"|"hyperparams"', diagnostic["message"]):
+    if re.search(r'"Params"|"hyperparams"|FrozenVariableDict', diagnostic["message"]):
         return False
     if not diagnostic.get("rule", "").startswith(("reportUnknown", "reportMissingP")):
         return True
