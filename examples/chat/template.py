@@ -1,14 +1,15 @@
 """Conversations as tokens, and which of the tokens are answers to learn."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .data import Conversation, DataError, raise_all
 
+TAIL = 16  # characters of an answer that a template does not change
 EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 
 
@@ -24,8 +25,12 @@ class Document(NamedTuple):
     learnt: np.ndarray
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+def load_tokenizer(directory: Path, chat_template: Path | None = None) -> Any:
     """Returns the tokenizer of a Hub directory, read with `transformers`.
+
+    Args:
+      directory: has the tokenizer's files.
+      chat_template: a file to use in place of the tokenizer's own template.
 
     Raises:
       DataError: if it does not tell where its tokens lie in the text.
@@ -39,6 +44,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
             "tokens lie in the text. Save it once with transformers: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text()
     return tokenizer
 
 
@@ -48,14 +55,17 @@ def encode_all(
     """Returns the documents of all conversations, and counts of what became of them.
 
     A document longer than `length` is cut at its end; one whose answers are cut away is
-    left out.
+    left out. An answer is endless if it ends in no special token: a model that learns
+    it does not learn to stop.
 
     Raises:
       DataError: lists the conversations that the template refuses, and those without
         anything to learn.
     """
     documents, faults = [], []
-    counts = {"conversations": len(conversations), "cut": 0, "left_out": 0}
+    counts = {"conversations": len(conversations)}
+    counts |= dict.fromkeys(("cut", "left_out", "endless"), 0)
+    special = {*tokenizer.all_special_ids}
     for conversation in conversations:
         try:
             found = encode(tokenizer, conversation, **options)
@@ -65,10 +75,13 @@ def encode_all(
         for document in found:
             cut = len(document.tokens) > length + 1  # the last one is only a target
             document = Document(*(field[: length + 1] for field in document))
-            kept = bool(document.learnt[1:].any())
+            if not document.learnt[1:].any():
+                counts["left_out"] += 1
+                continue
+            last = int(document.tokens[document.learnt][-1])
             counts["cut"] += cut
-            counts["left_out"] += not kept
-            documents += [document] if kept else []
+            counts["endless"] += not cut and last not in special
+            documents.append(document)
     raise_all(faults)
     if not documents:
         raise DataError(
@@ -112,16 +125,21 @@ def encode(
 
 def prompt(tokenizer: Any, conversation: Conversation, **options: Any) -> list[int]:
     """Returns the tokens after which the model writes the first answer to learn."""
-    i = next(
-        i
-        for i, message in enumerate(conversation.messages)
-        if i >= conversation.first and message["role"] == "assistant"
-    )
+    i = first_answer(conversation)
     if not has_template(tokenizer):
         return tokenizer(conversation.messages[0]["content"])["input_ids"]
     render = _renderer(tokenizer, conversation, options)
     text = render(conversation.messages[:i], add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def first_answer(conversation: Conversation) -> int:
+    """Returns which message is the first answer to learn."""
+    return next(
+        i
+        for i, message in enumerate(conversation.messages)
+        if i >= conversation.first and message["role"] == "assistant"
+    )
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -149,9 +167,11 @@ def _marked(
         asked = render(messages[:i], add_generation_prompt=True)
         whole = render(messages[: i + 1]).rstrip()
         first = _alike(asked, whole)
-        answer = whole.rfind(str(message.get("content") or "").strip())
-        if answer >= 0 and not whole.startswith(asked):
-            first = min(first, answer)  # "<think>" and "<b>" begin alike
+        answer = str(message.get("content") or "").strip()
+        if answer[-TAIL:] not in whole:
+            raise DataError(f"the chat template leaves out the answer {answer!r:.40}")
+        if answer in whole and not whole.startswith(asked):
+            first = min(first, whole.rfind(answer))  # "<think>", "<b>" begin alike
         for thought in EMPTY_THOUGHT.finditer(whole):
             if thought.end() > first and not whole[first : thought.start()].strip():
                 first = thought.end()

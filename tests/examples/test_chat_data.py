@@ -191,11 +191,23 @@ def test_what_the_template_refuses_is_told_with_its_place():
 def test_long_documents_are_cut_and_counted():
     talks = [said("one", "two"), said("one", "t" * 90), said("o" * 90, "two")]
     documents, counts = template.encode_all(tokenizer(), talks, 64)
-    assert counts == {"conversations": 3, "cut": 2, "left_out": 1}
+    assert counts == {"conversations": 3, "cut": 1, "left_out": 1, "endless": 0}
     assert len(documents) == 2
     assert len(documents[1].tokens) == 65
     with pytest.raises(DataError, match="No answer begins within 8 tokens"):
         template.encode_all(tokenizer(), talks, 8)
+
+
+def test_answers_without_an_end_token_are_counted():
+    tok = tokenizer(CHATML.replace("<|im_end|>", ""))
+    _, counts = template.encode_all(tok, [said("one", "two")], 64)
+    assert counts["endless"] == 1
+
+
+def test_an_answer_that_the_template_leaves_out_is_told():
+    tok = tokenizer("{% for m in messages %}{{ m.content[0] }}{% endfor %}")
+    with pytest.raises(DataError, match=r"here:1: .* leaves out the answer 'two'"):
+        template.encode_all(tok, [said("one", "two")], 64)
 
 
 def documents(count, seed=0):
