@@ -178,31 +178,24 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# Keys that do not change the logits of these models.
+# Keys that do not change the logits of these models, whatever they say.
 _HARMLESS = {
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "cache_implementation",
-    "do_sample",
-    "dtype",
-    "initializer_range",
-    "is_llama_config",
-    "max_length",
-    "model_type",
-    "pretraining_tp",
-    "quantization_config",
-    "repetition_penalty",
-    "task_specific_params",
-    "temperature",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
+    *("architectures", "auto_map", "dtype", "model_type", "name_or_path"),
+    *("task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version"),
+    *("transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    *("attention_dropout", "initializer_range", "is_llama_config", "pretraining_tp"),
+    *("attn_implementation", "cache_implementation", "gradient_checkpointing"),
+    *("quantization_config", "use_cache", "chunk_size_feed_forward", "return_dict"),
+    *("output_attentions", "output_hidden_states", "sliding_window_size"),
+    *("finetuning_task", "id2label", "label2id", "num_labels", "problem_type"),
+    *("do_sample", "max_length", "repetition_penalty", "temperature", "top_k", "top_p"),
+}
+# Keys of switches that these models do not have: they may be there, and off.
+_OFF = {
+    *("attention_bias", "mlp_bias", "rope_interleaved", "use_mrope", "use_qk_norm"),
+    *("use_bidirectional_attention", "use_sliding_window", "qk_layernorm"),
+    *("add_cross_attention", "cross_attention_hidden_size", "is_decoder"),
+    *("is_encoder_decoder", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
 ACTIVATIONS = {
     "silu": "silu",
@@ -270,7 +263,7 @@ def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
 def _check_keys(found: Json, kind: str, ignore: Sequence[str]) -> None:
     """Raises a ValueError for sizes that are absent, and for keys that are not known.
 
-    An unknown key that is null or false is off, whatever it is.
+    An unknown key that is null is off, whatever it is. One that is false need not be.
     """
     absent = [key for key in _SIZES if found.get(key) is None]
     if absent:
@@ -281,7 +274,7 @@ def _check_keys(found: Json, kind: str, ignore: Sequence[str]) -> None:
         for key, value in found.items()
         if key not in known
         and value is not None
-        and value is not False
+        and not (key in _OFF and value is False)
         and not key.startswith("_")
         and not key.endswith(("_token_id", "_token_ids"))
     ]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +226,26 @@ def test_a_model_is_loaded_onto_a_mesh_and_into_codes(directory):
     assert np.abs(got - LOGITS["qwen3"]).max() < 0.1
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
+    """Beside what is on the device; numpy tells what it allocates."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    about = {**SMALL, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    config = DecoderConfig.from_hub(about)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes(config))
+    jlora.peft.save_base(tmp_path, params, names=hub.names(config), config=about)
+    leaves = [x.nbytes for x in jax.tree.leaves(params)]
+    tracemalloc.start()
+    try:
+        hub.load(tmp_path, dtype="float32", quantize=quantize)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * max(leaves) < sum(leaves) / 1.5
+
+
 SMALL = {**golden.SIZES, "model_type": "llama"}
 
 
@@ -234,6 +255,8 @@ SMALL = {**golden.SIZES, "model_type": "llama"}
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not known here, only llama, "),
         ({"hidden_size": None}, "of a llama model lacks hidden_size"),
         ({"residual_multiplier": 0.5}, r"known for llama: residual_multiplier = 0\.5"),
+        ({"is_causal": False}, "is_causal = False. If they do not change"),
+        ({"model_type": "qwen2", "attention_bias": True}, "attention_bias = True"),
         ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not one of silu"),
         ({"num_key_value_heads": 3}, "4 query heads of 6 features and 3 key heads"),
         ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' is not known here"),
@@ -264,6 +287,20 @@ def test_keys_that_change_nothing_are_taken():
     more = {"residual_multiplier": 1.0, "rope_interleaved": False, "_name": "x"}
     config = DecoderConfig.from_hub({**SMALL, **more}, ignore=["residual_multiplier"])
     assert config == DecoderConfig.from_hub(SMALL)
+
+
+def test_leaves_of_another_dtype_do_not_change_that_of_the_model(model):
+    """Adapters and norms trained in float32 on a base in bfloat16, in a scan."""
+    config, params = model("gemma3")
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    fn = functools.partial(forward, config=config)
+    lora = jlora.LoraConfig(rank=2, train="**/scale", dtype="float32")
+    plan = jlora.plan(fn, params, TOKENS, config=lora)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    got = jax.jit(jlora.apply_lora(fn))(frozen, wide, TOKENS)
+    wanted = LOGITS["gemma3"]
+    assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_random_models_can_be_made_without_a_file():
