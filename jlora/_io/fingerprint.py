@@ -51,7 +51,7 @@ def fingerprint(params: PyTree) -> Fingerprint:
     """
     leaves, _ = flatten(params)
     arrays = {path: _arrays(x) for path, x in leaves.items() if is_array(x)}
-    words = jax.device_get([[_hash(_bits(x)) for x in own] for own in arrays.values()])
+    words = jax.device_get([[*map(_words, own)] for own in arrays.values()])
     hashes = dict(zip(arrays, map(_joined, words), strict=True))
     return Fingerprint(
         {
@@ -72,6 +72,17 @@ def _arrays(x: Any) -> list[Any]:
         codes = codes.astype(jnp.uint8)
     rest = [y for y in (x.scales, x.offset) if y is not None]
     return [codes, *(own for y in rest for own in _arrays(y))]
+
+
+def _words(x: Any) -> jax.Array:
+    """Returns the hash of an array.
+
+    It waits for a sum over several devices. On CPUs, sums that are under way at the
+    same time can wait for each other for ever, within a process and between several.
+    """
+    words = _hash(_bits(x))
+    several = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    return jax.block_until_ready(words) if several else words
 
 
 def _joined(words: Sequence[Any]) -> str:

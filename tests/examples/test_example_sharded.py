@@ -1,15 +1,35 @@
 """`examples/sharded`: meshes and layouts; the run, its resume and its export."""
 
+import re
+import socket
+import subprocess
+import sys
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from jax import P
 
+import jlora
+from examples.chat.model import DecoderConfig, shapes
+from examples.sharded.data import batch_at, sequences
 from examples.sharded.layout import batch_sharding, layout, parse_mesh
+from examples.sharded.loop import State
+from examples.sharded.report import digest
+from examples.sharded.train import main
 
 pytestmark = pytest.mark.once
+SIZES = {"vocab": 32, "width": 16, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2}
+RUN = SIZES | {"rank": 2, "batch": 8, "length": 8, "every": 2}
+
+
+def flags(**options):
+    """Flags with values, of a tiny model."""
+    named = [(k.replace("_", "-"), v) for k, v in {**RUN, **options}.items()]
+    return [f"--{name}={value}" for name, value in named]
 
 
 def shapes_of(**leaves):
@@ -105,3 +125,116 @@ def test_what_lies_whole_is_told():
     assert found["layers"]["q"].spec == P(None, "fsdp", None, None)
     with warnings.catch_warnings(action="error"):
         layout(tree, parse_mesh(""))
+
+
+@pytest.mark.filterwarnings("error")
+@jax.numpy_rank_promotion("allow")
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_leaf_of_the_decoder_has_a_rule(scan):
+    like = shapes(DecoderConfig(**SIZES, head=4, qk_norm=True, scan=scan))
+    places = layout(like, parse_mesh("fsdp=4,tensor=2"))
+    where, _ = jlora.paths.flatten(places)
+    for path, x in jlora.paths.flatten(like)[0].items():
+        is_cut = where[path].shard_shape(x.shape) != x.shape
+        assert is_cut == ("norm" not in path), path
+
+
+def test_a_batch_depends_on_seed_and_step_only():
+    words = {"rows": 8, "length": 6, "vocab": 32, "seed": 3}
+    one = batch_at(5, **words, sharding=batch_sharding(parse_mesh("")))
+    more = batch_at(5, **words, sharding=batch_sharding(parse_mesh("data=4,tensor=2")))
+    assert more.sharding.shard_shape(more.shape) == (2, 6)
+    np.testing.assert_array_equal(one, more)
+    np.testing.assert_array_equal(one[:, 1:], (5 * one[:, :-1] + 3) % 32)
+    part = sequences(range(2, 4), 5, length=6, vocab=32, seed=3)
+    np.testing.assert_array_equal(one[2:4], part)
+    assert (one != batch_at(6, **words, sharding=one.sharding)).any()
+
+
+def run(capsys, *more, **options):
+    """What a run prints."""
+    main([*flags(**options), *more])
+    return capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_dtypes")
+@jax.numpy_rank_promotion("allow")
+def test_a_run_goes_on_bit_equal_on_another_mesh(tmp_path, capsys):
+    out = run(capsys, out=tmp_path, mesh="fsdp=4,tensor=2", steps=2)
+    assert "8 × cpu, fsdp=4,tensor=2" in out
+    row = r"gate_proj/kernel +2×16×32 +512 B +- fsdp tensor +- fsdp - +- - tensor\n"
+    assert re.search(row, out)
+    saved = re.search(r"step 2, state (\w{12})", out)[1]
+
+    out = run(capsys, "--resume", out=tmp_path, mesh="data=2,tensor=2", steps=20)
+    assert f"step 2, saved on fsdp=4,tensor=2: state {saved}" in out
+    before, after = map(float, re.findall(r"held-out loss.* ([\d.]+)\n", out)[-2:])
+    assert after < before - 0.5
+
+    found = jlora.checkpoint.restore(tmp_path / "checkpoints")
+    assert found.step == 20
+    adapter = jlora.load(tmp_path / "adapter.safetensors")
+    assert jlora.checkpoint.fingerprint(adapter) == jlora.checkpoint.fingerprint(
+        found.trainable
+    )
+    like = shapes(DecoderConfig(**SIZES, head=4))
+    where = layout(like, parse_mesh("fsdp=2"))
+    like = jax.tree.map(lambda x, s: x.update(sharding=s), like, where)
+    merged = jlora.files.read_params(tmp_path / "merged", like)
+    head = merged["lm_head"]["kernel"]
+    assert head.sharding.spec == P("fsdp", None)
+    np.testing.assert_array_equal(head, adapter.full["lm_head/kernel"])
+
+
+@pytest.mark.usefixtures("standard_dtypes")
+@jax.numpy_rank_promotion("allow")
+def test_a_quantised_base_with_dropout_and_spread_factors(tmp_path, capsys):
+    words = {"quantize": "nf4", "dropout": 0.2, "dtype": "bfloat16", "steps": 1}
+    out = run(capsys, "--spread", out=tmp_path, mesh="fsdp=2,tensor=2", **words)
+    assert "nf4 of bfloat16[2,16,32]" in out
+    assert re.search(r"gate_proj/kernel .* - fsdp\+tensor - +- - tensor\+fsdp\n", out)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_told(tmp_path):
+    with pytest.raises(SystemExit, match="Give a multiple of 4"):
+        main(["--mesh", "fsdp=4", "--batch", "6", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="needs 16 devices"):
+        main(["--mesh", "fsdp=16", "--out", str(tmp_path)])
+
+
+PROGRAM = """
+import sys, jax
+me, port = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
+from examples.sharded.train import main
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_what_one_reads(tmp_path, standard_dtypes):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = flags(steps=2, out=tmp_path, mesh="fsdp=2,tensor=2")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(i), port, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    ends = [process.communicate(timeout=200) for process in both]
+    for process, (_, errors) in zip(both, ends, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    saved = re.search(r"step 2, state (\w{12})", ends[0][0])[1]
+    assert "── " not in ends[1][0]
+    found = jlora.checkpoint.restore(tmp_path / "checkpoints")
+    like = jax.eval_shape(optax.adamw(0.1).init, found.trainable)
+    found = jlora.checkpoint.restore(tmp_path / "checkpoints", opt_state=like)
+    assert digest(State(found.trainable, found.opt_state)) == saved
