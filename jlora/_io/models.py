@@ -305,8 +305,12 @@ def _groups(
     return {name: tuple(group) for group in found for name in group}
 
 
-def of_tree(params: PyTree) -> Model:
+def of_tree(params: PyTree, leaf: Callable[[str], Leaf] | None = None) -> Model:
     """Returns parameters in memory as a model; leaves come to the host one by one.
+
+    Args:
+      params: any pytree of arrays.
+      leaf: returns the leaf of a path when it is read; None takes that of `params`.
 
     Raises:
       CheckpointError: for leaves that are not arrays.
@@ -314,7 +318,8 @@ def of_tree(params: PyTree) -> Model:
     leaves, _ = paths.flatten(params)
 
     def read(name: str) -> Any:
-        return jax.tree.map(np.asarray, jax.device_get(coded.for_file(leaves[name])))
+        x = leaves[name] if leaf is None else leaf(name)
+        return jax.tree.map(np.asarray, jax.device_get(coded.for_file(x)))
 
     shapes = _shapes(leaves, "Not saved")
     shapes = {name: coded.for_file(x) for name, x in shapes.items()}

@@ -5,18 +5,18 @@ writes, and the others wait for it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from .._tables import listed
 from ..errors import CheckpointError
 from ..factors import PyTree
 from .disk import Fault
 
 _MOST = 4096  # bytes of a text that the first process tells the others
+_LEAF = "leaf "  # with its number: the one to gather next
 
 
 def on_host(tree: PyTree) -> PyTree:
@@ -43,22 +43,6 @@ def _is_elsewhere(x: Any) -> bool:
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def check_here(leaves: dict[str, Any], fault: Fault = CheckpointError) -> None:
-    """Raises `fault` if arrays of a whole model lie on devices of other processes."""
-    away = [
-        path
-        for path, x in leaves.items()
-        if any(map(_is_elsewhere, jax.tree.leaves(x)))
-    ]
-    if away:
-        raise fault(
-            f"Not written: {listed(map(repr, away), 3, ', ')} lie on devices of other "
-            "processes. Write with jlora.export.orbax, where each process writes its "
-            "shards; or gather them in all processes with "
-            "jax.experimental.multihost_utils.process_allgather(params, tiled=True)."
-        )
-
-
 @contextlib.contextmanager
 def first_writes(fault: Fault = CheckpointError) -> Iterator[bool]:
     """Yields whether this process writes; all go on once the first has written.
@@ -76,6 +60,43 @@ def first_writes(fault: Fault = CheckpointError) -> Iterator[bool]:
     why = of_first("")
     if why and not first:
         raise fault(f"The first process has not written: {why}")
+
+
+def write_in_first(
+    write: Callable[[Callable[[str], Any]], None],
+    leaves: Mapping[str, Any],
+    fault: Fault = CheckpointError,
+) -> None:
+    """Calls `write(read)` in the first process; all go on once it has written.
+
+    `read(path)` returns a leaf whose arrays lie on this process's devices, or on the
+    host: the other processes gather each leaf with the first one when it is read. So no
+    process has more than a leaf of a model that many share.
+
+    Raises:
+      fault: in the other processes, if the first one raised an error.
+    """
+    if jax.process_count() == 1:
+        return write(leaves.__getitem__)
+    order = list(leaves)
+    if jax.process_index() == 0:
+
+        def read(path: str) -> Any:
+            if not any(map(_is_elsewhere, jax.tree.leaves(leaves[path]))):
+                return leaves[path]
+            of_first(f"{_LEAF}{order.index(path)}")
+            return on_host(leaves[path])
+
+        with first_writes(fault):
+            write(read)
+        return None
+    told = of_first("")
+    while told.startswith(_LEAF):
+        on_host(leaves[order[int(told.removeprefix(_LEAF))]])
+        told = of_first("")
+    if told:
+        raise fault(f"The first process has not written: {told}")
+    return None
 
 
 def of_first(text: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from .._io.disk import Json, Path, Progress, read_json, reading, told, write_text
 from .._io.folders import replacing_folder
 from .._io.models import Model, open_model
+from .._io.processes import first_writes, on_host
 from .._io.shards import Pending, write_tensors
 from .._io.torch_models import CONFIG, TIED, has_config, stored_ties
 from .._tables import listed
@@ -95,11 +96,25 @@ def merge_directory(
             "Give one that does, or write one file: merge_files, or `jlora merge` to a "
             "name that ends in .safetensors."
         )
-    _check_free(pathlib.Path(out), overwrite)
+    adapter = on_host(trainable)
+    with first_writes() as first:
+        if first:
+            _check_free(pathlib.Path(out), overwrite)
+            _write(folder, adapter, out, max_shard_bytes, overwrite, progress)
+
+
+def _write(
+    base: pathlib.Path,
+    trainable: Trainable,
+    out: Path,
+    max_shard_bytes: int | None,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
     before = open_model(base)
     model, _ = merged_model(base, trainable)
     changed = {*trainable.lora, *trainable.full}
-    config = _config_text(folder, before, model, changed)
+    config = _config_text(base, before, model, changed)
     turns = iter(progress(list(model.shapes)))
     tensors = {
         name: Pending(np.dtype(x.dtype), tuple(x.shape), _read(model, name, turns))
@@ -111,8 +126,8 @@ def merge_directory(
     ):
         new = made / "new"
         new.mkdir()
-        for file in _companions(folder):
-            _copy(file, new / file.relative_to(folder))
+        for file in _companions(base):
+            _copy(file, new / file.relative_to(base))
         write_text(new / CONFIG, config)
         about = {"format": "pt", **model.metadata}
         write_tensors(new, _STEM, tensors, metadata=about, max_bytes=max_shard_bytes)

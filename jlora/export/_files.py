@@ -19,6 +19,7 @@ from .._io.clash import clash
 from .._io.disk import Path, Progress, check_name
 from .._io.models import Model, open_model, write
 from .._io.placing import encoded
+from .._io.processes import first_writes, on_host
 from .._io.torch_models import is_torch_named
 from .._io.torch_quantised import tell_widened
 from .._numerics import not_finite
@@ -88,8 +89,10 @@ def merge_files(
              [2., 2., 2.]], dtype=float32)
     """
     check_out(out, base)
-    model, rounded = merged_model(base, trainable, requantize=requantize)
-    write(out, model, progress)
+    model, rounded = merged_model(base, on_host(trainable), requantize=requantize)
+    with first_writes() as first:
+        if first:
+            write(out, model, progress)
     if rounded:
         warnings.warn(
             "These weights are quantised again, which rounds the sum: "
@@ -240,7 +243,9 @@ def quantize_files(
         return encoded(name, x, chosen[name]) if name in chosen else x
 
     shapes = {n: chosen[n](x) if n in chosen else x for n, x in model.shapes.items()}
-    write(out, dataclasses.replace(model, shapes=shapes, read=read), progress)
+    with first_writes() as first:
+        if first:
+            write(out, dataclasses.replace(model, shapes=shapes, read=read), progress)
 
 
 def check_out(out: Path, base: Path) -> None:

@@ -11,7 +11,7 @@ from .._io import coded
 from .._io.disk import Path, check_name, replacing, write_text
 from .._io.folders import replacing_folder
 from .._io.models import QUANTISED, of_tree, write
-from .._io.processes import check_here
+from .._io.processes import first_writes, on_host, write_in_first
 from ..errors import CheckpointError, TreeError
 from ..factors import Leaf, PyTree
 from ..quantised import has_quantized, is_quantized
@@ -72,7 +72,8 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
 def safetensors(path: Path, params: PyTree) -> None:
     """Writes parameters to one safetensors file, each leaf under its path.
 
-    Leaves come to the host one by one. The file is written whole or not at all. A
+    Leaves come to the host one by one, also of a model that several processes share:
+    all call this, and the first writes. The file is written whole or not at all. A
     quantised leaf `w` is the tensors `w.codes` and `w.scales`, described in the
     metadata; `jlora.files.read_params` reads it. For names and axes as `transformers`
     wants them, see `jlora.peft.save_base`.
@@ -97,8 +98,8 @@ def safetensors(path: Path, params: PyTree) -> None:
     References:
       https://huggingface.co/docs/safetensors
     """
-    check_here(paths.flatten(params)[0])
-    write(path, of_tree(params))
+    leaves, _ = paths.flatten(params)
+    write_in_first(lambda read: write(path, of_tree(params, read)), leaves)
 
 
 def stablehlo(
@@ -165,7 +166,7 @@ def stablehlo(
                 "less than two gigabytes. Pass embed=False and save them beside it."
             )
         # On the host: a sharded constant would fix the number of devices.
-        fixed = jax.device_get(params)
+        fixed = jax.device_get(on_host(params))
         exported = export.export(
             jax.jit(lambda *args: fn(fixed, *args)), platforms=platforms
         )(*shapes)
@@ -179,6 +180,8 @@ def stablehlo(
         exported = export.export(jax.jit(fn), platforms=platforms)(first, *shapes)
     data = bytes(exported.serialize())
     if path is not None:
-        with replacing(path) as file:
-            file.write(data)
+        with first_writes() as first:
+            if first:
+                with replacing(path) as file:
+                    file.write(data)
     return data

@@ -1,9 +1,10 @@
 """Whole models as Hugging Face safetensors: `load_base` and `save_base`."""
 
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from .._io.disk import Path, check_name, reading, write_text
 from .._io.folders import replacing_files
 from .._io.leaves import CodedSlot, LeafSlot, leaves_in
 from .._io.placing import Quantize, encoders_for, placed as placed_leaf
-from .._io.processes import check_here
+from .._io.processes import write_in_first
 from .._io.shards import Pending, open_tensors, write_tensors
 from .._io.tensors import NAMES
 from .._io.torch_models import CONFIG
@@ -23,7 +24,7 @@ from .._io.torch_quantised import tell_widened
 from .._numerics import narrowed
 from .._plan.plan import Plan
 from ..errors import PeftError
-from ..factors import PyTree
+from ..factors import Leaf, PyTree
 from ..paths import flatten
 from ..quantised import is_quantized
 from . import layers
@@ -36,6 +37,7 @@ from .names import GENERIC, NameMap, unnamed
 from .report import LoadReport, check
 
 STEM = "model"
+Read = Callable[[str], Leaf]  # of the leaf of a path
 
 
 def load_base(
@@ -321,7 +323,8 @@ def save_base(
     """Writes a model, merged or not, as safetensors that `transformers` loads.
 
     One leaf at a time is transposed and written, so memory is bounded by the largest
-    leaf. The files appear whole or not at all. Quantised leaves are written dense:
+    leaf, also of a model that several processes share: all call this, and the first
+    writes. The files appear whole or not at all. Quantised leaves are written dense:
     `export.safetensors` writes codes.
 
     Args:
@@ -352,11 +355,38 @@ def save_base(
     check_name(directory, PeftError)
     names = names or GENERIC
     leaves, _ = flatten(params)
-    check_here(leaves, PeftError)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
-    placed, nameless, wrong = _placed(arrays, names)
-    wrong += [f"{path!r} is not an array" for path in leaves if path not in arrays]
-    wrong += nameless
+    wrong = [f"{path!r} is not an array" for path in leaves if path not in arrays]
+    read: Read = arrays.__getitem__
+    tensors = functools.partial(_tensors, arrays, names=names, tied=tied, dtype=dtype)
+    tensors(read, wrong)
+    if wrong:
+        raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
+    about = _config_text(config)
+
+    def write(read: Read) -> None:
+        own = tensors(read, [])
+        with replacing_files(pathlib.Path(directory), STEM, PeftError) as new:
+            metadata = {"format": "pt"}
+            write_tensors(new, STEM, own, metadata=metadata, max_bytes=max_shard_bytes)
+            if about is not None:
+                write_text(new / CONFIG, about)
+
+    write_in_first(write, arrays, PeftError)
+
+
+def _tensors(
+    arrays: Mapping[str, Shaped],
+    read: Read,
+    wrong: list[str],
+    *,
+    names: NameMap,
+    tied: bool,
+    dtype: DTypeLike | None,
+) -> dict[str, Pending]:
+    """Returns torch's tensors, whose leaves `read` returns; tells `wrong` misfits."""
+    placed, nameless, faults = _placed(arrays, names)
+    wrong += faults + nameless
     tensors: dict[str, Pending] = {}
     shares: dict[str, dict[Cut, Pending]] = {}
     for path, places in zip(placed, untied(placed.values()), strict=True):
@@ -365,7 +395,10 @@ def save_base(
             wrong.append(f"{path!r} is {own}, which torch files do not have")
             continue
         for place in places:
-            tensor = _pending(path, place, arrays[path], own)
+            shape = place.shape(tuple(arrays[path].shape))
+            tensor = Pending(
+                own, shape, functools.partial(_made, path, place, read, own)
+            )
             if place.cut is not None:
                 shares.setdefault(place.name, {})[place.cut] = tensor
                 continue
@@ -378,22 +411,12 @@ def save_base(
         absent = gaps(list(found))
         wrong += [f"no leaf has {absent} of {name}"] if absent else []
         tensors[name] = _beside(found)
-    if wrong:
-        raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
-    about = _config_text(config)
-    with replacing_files(pathlib.Path(directory), STEM, PeftError) as new:
-        metadata = {"format": "pt"}
-        write_tensors(new, STEM, tensors, metadata=metadata, max_bytes=max_shard_bytes)
-        if about is not None:
-            write_text(new / CONFIG, about)
+    return tensors
 
 
-def _pending(path: str, place: Place, leaf: Shaped, dtype: np.dtype) -> Pending:
-    def make() -> np.ndarray:
-        own = narrowed(path, on_host(leaf), dtype, PeftError)
-        return layers.weight_out(place, own)
-
-    return Pending(dtype, place.shape(tuple(leaf.shape)), make)
+def _made(path: str, place: Place, read: Read, dtype: np.dtype) -> np.ndarray:
+    own = narrowed(path, on_host(read(path)), dtype, PeftError)
+    return layers.weight_out(place, own)
 
 
 def _beside(shares: Mapping[Cut, Pending]) -> Pending:

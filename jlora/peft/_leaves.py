@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._io import processes
 from .._io.shards import Slot
 from .._plan.plan import Plan
 from .._plan.resolve import axes_of
@@ -26,7 +27,11 @@ def is_shaped(x: Leaf) -> TypeGuard[Shaped]:
 
 
 def on_host(leaf: Leaf) -> np.ndarray:
-    """Returns a leaf as a dense array on the host; a quantised one is widened."""
+    """Returns a leaf as a dense array on the host; a quantised one is widened.
+
+    Every process must call it where processes share the leaf.
+    """
+    leaf = processes.on_host(leaf)
     return np.asarray(leaf.dense() if is_quantized(leaf) else leaf)
 
 

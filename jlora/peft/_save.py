@@ -103,7 +103,7 @@ def save(
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
     check_name(directory, PeftError)
-    trainable, params = on_host((trainable, params))
+    trainable = on_host(trainable)
     check_whole(trainable, PeftError)
     if (
         portable

@@ -173,6 +173,17 @@ def placed_like(
     return placed(*args)
 
 
+def in_this_mesh(x: jax.Array) -> jax.Array:
+    """Returns `x`, whole on each device, under the mesh of the code that is traced.
+
+    Axes that are explicit outside may be automatic in a part of a function.
+    """
+    own, here = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if own == here or own.empty or here.empty or here.manual_axes:
+        return x
+    return jax.sharding.reshard(x, jax.P())
+
+
 def shaped(shape: Sequence[int], dtype: DTypeLike) -> core.ShapedArray:
     """Returns the abstract value of an array."""
     return core.ShapedArray(tuple(shape), dtype)

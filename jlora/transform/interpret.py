@@ -1,6 +1,7 @@
 """The driver: evaluates a jaxpr in which some values are weights with factors."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate
@@ -75,7 +76,8 @@ class Context:
         """Returns a new key for a place that draws random numbers; None without one."""
         if self.key is None:
             return None
-        return jax.random.fold_in(self.key, next(self.sites))
+        key = compat.in_this_mesh(self.key)
+        return jax.random.fold_in(key, next(self.sites))
 
     def drops(self, rate: float) -> bool:
         """Returns whether `drop` at `rate` changes anything."""
@@ -97,7 +99,8 @@ class Context:
             return x
         for axis in sorted(self.axes_of(source)):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
-        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x.shape)
+        kept = compat.placed_like(x, draw, key)
         return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
 
     def varied_axes(self, atom: Var | Literal) -> tuple[int, ...] | None:

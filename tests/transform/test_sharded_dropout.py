@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import P, lax
+from jax.sharding import AxisType, NamedSharding
 
 import jlora
 from jlora.transform import compat
@@ -272,6 +273,53 @@ def test_a_data_parallel_step_trains_with_dropout():
     rows = jnp.repeat(x.reshape(4, 1, 2, N), 2, axis=1).reshape(-1, N)
     plain = jlora.apply_lora(product)
     close((value, grads), jax.value_and_grad(loss)(trainable, plain, rows * mask), 1e-4)
+
+
+def layers(p, x):
+    step = jax.checkpoint(lambda x, _: (x, x @ p["w"]))
+    return lax.scan(step, x, None, 3)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        (AxisType.Auto, P("data", "model")),
+        (AxisType.Auto, P(None, "model")),
+        (AxisType.Explicit, P("data", None)),
+    ],
+)
+def test_masks_do_not_depend_on_how_the_arrays_lie(kind, spec):
+    """One device and eight compute one function, to the bit."""
+    run, frozen, trainable = sees(layers)
+    key = jax.random.key(3)
+    want = np.asarray(jax.jit(run)(frozen, trainable, ONES, lora_key=key))
+    assert set(np.unique(want)) == {0.0, 2.0}
+    assert any((want[0] != other).any() for other in want[1:])
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    columns = "model" if kind == AxisType.Explicit else None
+    with jax.set_mesh(mesh):
+        w = NamedSharding(mesh, P(spec[1], columns))
+        frozen = {"w": jax.device_put(frozen["w"], w)}
+        own = jlora.shardings(frozen, trainable)
+        args = frozen, jax.device_put(trainable, own)
+        x = jax.device_put(ONES, NamedSharding(mesh, spec))
+        got = jax.jit(run)(*args, x, lora_key=key)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_lookup_under_explicit_axes_drops():
+    """JAX looks up under automatic axes, where the key has to come too."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def fn(p, ids):
+        return p["w"].at[ids].get(out_sharding=P("data", None, None))
+
+    ids = jnp.zeros((8, 20), int)
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(ids, NamedSharding(mesh, P("data", None)))
+        run, frozen, trainable = sees(fn, ids)
+        seen = jax.jit(run)(frozen, trainable, ids, lora_key=jax.random.key(3))
+    assert set(np.unique(seen)) == {0.0, 2.0}
 
 
 def test_axes_of_values_by_their_collectives(monkeypatch):
