@@ -27,7 +27,7 @@ class Options:
 
     data: Path | None = None
     test_data: Path | None = None
-    held_out: int = 64
+    held_out: int | None = None
     length: int = 512
     template: Path | None = None
     template_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -147,7 +147,10 @@ _FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "data": {
         "data": {**_PATH, "help": "JSON lines; none is BBC headlines"},
         "test_data": {**_PATH, "help": "JSON lines to measure on; none holds some out"},
-        "held_out": {"type": _COUNT, "help": "conversations held out of --data"},
+        "held_out": {
+            "type": _COUNT,
+            "help": "conversations held out of --data; none is a tenth, at most 64",
+        },
         "length": {"type": _COUNT, "help": "tokens of a row; longer ones are cut"},
         "template": {**_PATH, "help": "chat template (Jinja) instead of the model's"},
         "template_args": {

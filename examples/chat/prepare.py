@@ -72,7 +72,8 @@ def conversations(options: Options) -> tuple[list[Conversation], list[Conversati
             show(f"in {options.data} these keys mean nothing: {', '.join(unknown)}")
     if options.test_data is not None:
         return talks, data.read_json_lines(options.test_data)[0]
-    return data.held_out(talks, options.held_out, options.seed)
+    count = options.held_out or min(max(len(talks) // 10, 1), 64)
+    return data.held_out(talks, count, options.seed)
 
 
 def encoded(

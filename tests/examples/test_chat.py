@@ -4,6 +4,8 @@ import functools
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -388,3 +390,35 @@ def test_the_rate_rises_and_falls():
     assert [round(float(rate(i)), 2) for i in range(11)] == [
         *(0.33, 0.67, 1.0, 0.88, 0.75, 0.62, 0.5, 0.38, 0.25, 0.12, 0.0)
     ]
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "docs" / "fine_tune_llm.md", ROOT / "examples" / "chat" / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_shows_runs(page, base, tmp_path, monkeypatch):
+    """Its data, its commands with a tiny model, and its Python."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").symlink_to(base)
+    text = page.read_text()
+    (found,) = re.findall(r"^```json\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "talks.jsonl").write_text(found)
+    commands = re.findall(r"^python -m examples.chat (--.*)", text, re.MULTILINE)
+    assert commands
+    small = ["--steps", "1", "--length", "128", "--rank", "2", "--samples", "0"]
+    for command in commands:
+        flags = re.sub(r"--fake-devices \d+", "", command)  # there are eight
+        train.main([*shlex.split(flags), *small])
+        about = Path(command.partition("--out ")[2] or "runs/chat") / "adapter"
+        assert (about / "adapter_config.json").exists()
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, {"jax": jax, "jlora": jlora, "optax": optax})
+        position = jlora.checkpoint.restore("run").position
+        assert position["parent"]
+        assert Path("adapter/adapter_model.safetensors").exists()
+
+
+def test_readme_names_each_flag():
+    named = {*re.findall(r"`--([a-z-]+)", PAGES[1].read_text())}
+    assert {name.replace("_", "-") for name in vars(parse([]))} <= named
