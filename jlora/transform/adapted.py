@@ -27,8 +27,10 @@ from . import cost
 from .atoms import OTHER, Atom, Group, Labels
 from .coded import Coded
 from .compat import Primitive, has_typed_placement, partitions, policies_see, shaped
+from .kept import added
 from .low_rank import Site, first_product, gained, oriented, second_product
 from .thin import Dims
+from .trail import Source
 from .values import Term, Weight, dense, rescaled
 
 
@@ -62,12 +64,17 @@ class Static:
 
 
 def adapted_dot(
-    x: jax.Array, weight: Weight, site: Site, numbers: Dims, form: Form
+    x: jax.Array,
+    weight: Weight,
+    site: Site,
+    numbers: Dims,
+    form: Form,
+    source: Source | None = None,
 ) -> jax.Array:
     """Returns `x . gain * (w + s a b)` for a weight with one term."""
     (term,) = weight.terms
     term = oriented(term, site)
-    t, t_labels = first_product(x, term, site)
+    t, t_labels = first_product(x, term, site, source)
     bare = dataclasses.replace(term, a=None, b=None, product=None)
     static = Static(
         site, bare, t_labels, weight.gain_labels, weight.dims, numbers, form
@@ -139,7 +146,7 @@ def _expand(
 
 def _factored(*operands: jax.Array, static: Static) -> jax.Array:
     x, w, _, b, t, *gain = operands
-    return _dot(x, w, gain, static) + _expand(t, b, gain, static)
+    return added(_dot(x, w, gain, static), _expand(t, b, gain, static))
 
 
 def _lowered(

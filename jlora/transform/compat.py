@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import ad_checkpoint, core
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core as jex_core, source_info_util
 from jax.interpreters import partial_eval
 from jax.typing import DTypeLike
@@ -201,6 +202,12 @@ def partitions(ctx: Any) -> int:
     It is 1 where the program already says what each device does, as in `shard_map`.
     """
     return getattr(ctx.module_context.axis_context, "num_devices", 1)
+
+
+def kept_call(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """Returns `fun(*args)`, as a call that XLA's CPU compiler does not inline."""
+    with set_xla_metadata(inlineable="false"):
+        return jax.jit(fun)(*args)
 
 
 def is_staging(*trees: Any) -> bool:

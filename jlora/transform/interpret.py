@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from ..factors import Form
 from . import compat, share
 from .compat import Equation, Literal, Var
-from .primitives import SEPARATE
+from .primitives import CHEAP, KEPT, SEPARATE
+from .trail import Source, Trail, has_only
 from .values import Derived, Value, Weight, array_of, is_coded
 
 # Takes `(ctx, eqn, *operands)` and returns the results of the equation, or
@@ -53,6 +54,7 @@ class Context:
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
       made: the equation that made each variable of the code being interpreted.
+      trail: the cheap equations so far, or None where no derivative may follow.
     """
 
     rules: Mapping[str, Rule]
@@ -71,6 +73,7 @@ class Context:
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
     made: Mapping[Var, Equation] = dataclasses.field(default_factory=dict)
+    trail: Trail | None = None
 
     def next_key(self) -> jax.Array | None:
         """Returns a new key for a place that draws random numbers; None without one."""
@@ -88,20 +91,27 @@ class Context:
         own = None if isinstance(atom, Literal) else self.varies.get(atom)
         return frozenset() if own is None else own
 
-    def drop(self, x: jax.Array, rate: float, source: Var | Literal) -> jax.Array:
-        """Returns `x` with entries dropped at `rate`, and the others scaled up.
+    def drop(
+        self, x: jax.Array, rate: float, var: Var | Literal, source: Source | None
+    ) -> tuple[jax.Array, Source | None]:
+        """Returns `x` with entries dropped at `rate`, the others scaled up, and source.
 
         Without a key nothing is dropped. Devices draw the same mask, except along mesh
-        axes over which `source`, the variable of `x`, is sharded.
+        axes over which `var`, the variable of `x`, is sharded.
         """
         key = self.next_key() if self.drops(rate) else None
         if key is None:
-            return x
-        for axis in sorted(self.axes_of(source)):
+            return x, source
+        for axis in sorted(self.axes_of(var)):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x.shape)
         kept = compat.placed_like(x, draw, key)
-        return jnp.where(kept, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))
+
+        def dropped(x: jax.Array, kept: jax.Array) -> jax.Array:
+            scaled = x / jnp.asarray(1 - rate, x.dtype)
+            return jnp.where(kept, scaled, jnp.zeros_like(x))
+
+        return dropped(x, kept), source and source.then(dropped, kept)
 
     def varied_axes(self, atom: Var | Literal) -> tuple[int, ...] | None:
         """Returns the axes along which a broadcast array can vary; None if unknown."""
@@ -116,7 +126,16 @@ class Context:
 
     def within(self, key: jax.Array | None) -> "Context":
         """Returns the context for code that is traced separately, with its own key."""
-        return dataclasses.replace(self, key=key, sites=itertools.count(), calls={})
+        trail = None if self.trail is None else Trail()
+        return dataclasses.replace(
+            self, key=key, sites=itertools.count(), calls={}, trail=trail
+        )
+
+    def source(self, x: jax.Array) -> Source | None:
+        """Returns how `x` follows from its roots; None if that is not known."""
+        if self.trail is None or compat.has_typed_placement(x):
+            return None
+        return self.trail.source(x)
 
 
 def is_special(value: Value) -> bool:
@@ -154,7 +173,7 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
         operands = [read(v) for v in eqn.invars]
         with compat.at(eqn):
             if uses and i not in shared:
-                shared |= share.products(i, eqns, uses, env)
+                shared |= share.products(i, eqns, uses, env, ctx.source)
             if i in shared:
                 own = shared.pop(i)
                 operands = [own if isinstance(v, Weight) else v for v in operands]
@@ -192,7 +211,13 @@ def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence
     Where a weight or a constant meets a literal, the literal is a constant too.
     """
     if not any(map(is_special, operands)):
+        if ctx.trail is not None and eqn.primitive.name == "jit":
+            code = compat.inner_code(eqn)
+            if has_only(code, CHEAP | KEPT):  # the roots of its result are inside
+                return interpret(ctx, code, operands)
         results = compat.bind(eqn, *operands)
+        if ctx.trail is not None:
+            ctx.trail.note(eqn, operands, results)
         if any(isinstance(v, Var) for v in eqn.invars):
             return results
         return [ctx.constant(x) for x in results]

@@ -20,9 +20,11 @@ from .adapted import adapted_dot, form_of, has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, bind, kind, placed_like
 from .interpret import Context
+from .kept import added, product
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
 from .quantised_linear import base_product
 from .thin import thin_dot
+from .trail import Source
 from .values import Derived, Operand, Term, Value, Weight, rescaled
 
 
@@ -172,19 +174,29 @@ def _adapted_product(
     (first, *more) = weight.terms
     wanted = ctx.form if first.form == "auto" else first.form
     form = form_of(x, weight, site, wanted)
+    source = ctx.source(x)
     if form is not None and not more and not ctx.drops(first.dropout):
-        return adapted_dot(x, weight, site, eqn.params["dimension_numbers"], form)
+        numbers = eqn.params["dimension_numbers"]
+        return adapted_dot(x, weight, site, numbers, form, source)
     side = int(site.x_first)
     operands = (x, weight.w) if site.x_first else (weight.w, x)
     y = base_product(eqn, operands, side, dims)
     y = rescaled(y, weight, site.want)
-    product = functools.partial(low_rank_product, site=site)
-    x = x.astype(site.compute)
+    source, x = _cast(ctx, x, site.compute)
+    var = eqn.invars[0 if site.x_first else 1]
     for term in weight.terms:
-        own = gained(term, weight)
-        kept = ctx.drop(x, term.dropout, eqn.invars[0 if site.x_first else 1])
-        y = y + placed_like(y, product, kept, own)
+        kept, own = ctx.drop(x, term.dropout, var, source)
+        product = functools.partial(low_rank_product, site=site, source=own)
+        y = added(y, placed_like(y, product, kept, gained(term, weight)))
     return y
+
+
+def _cast(
+    ctx: Context, x: jax.Array, dtype: DTypeLike
+) -> tuple[Source | None, jax.Array]:
+    """Returns `x` in `dtype`, after how it follows from its roots."""
+    source = ctx.source(x)
+    return source and source.then(lambda x: x.astype(dtype)), x.astype(dtype)
 
 
 def conv_general_dilated(
@@ -224,13 +236,17 @@ def conv_general_dilated(
         eqn=eqn,
     )
     base = base_product(eqn, (x, weight.w), 1, weight.dims)
-    compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
+    source, x = _cast(ctx, x, dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
     for term, a, b in factors:
+        kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
         product = functools.partial(
-            _conv_product, scale=term.scale, dtype=base.dtype, params=params
+            _conv_product,
+            scale=term.scale,
+            dtype=base.dtype,
+            params=params,
+            source=own,
         )
-        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
-        base = base + placed_like(base, product, kept, a, b)
+        base = added(base, placed_like(base, product, kept, a, b))
     channels = params["dimension_numbers"].out_spec[1]
     shown = [
         atom
@@ -297,12 +313,14 @@ def ragged_dot_general(
     )
     compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     wide, sums = at_least_float32(compute), dtype_of_sums(compute, base.dtype)
+    source, x = _cast(ctx, x, compute)
+    thin = functools.partial(ragged_dot, preferred_element_type=wide)
     for term, (a, b) in zip(joined.terms, factors, strict=True):
-        kept = ctx.drop(x.astype(compute), term.dropout, eqn.invars[0])
-        t = ragged_dot(kept, a.astype(compute), preferred_element_type=wide)
+        kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
+        t = product(thin, kept, a.astype(compute), own)
         t = (t * term.scale).astype(compute)
         y = ragged_dot(t, b.astype(compute), preferred_element_type=sums)
-        base = base + cast(y, base.dtype)
+        base = added(base, cast(y, base.dtype))
     if gain is not None:
         rows = jnp.repeat(gain, sizes, axis=0, total_repeat_length=base.shape[0])
         wide = at_least_float32(base.dtype, rows.dtype)
@@ -372,6 +390,7 @@ def _conv_product(
     scale: float,
     dtype: DTypeLike,
     params: Mapping[str, Any],
+    source: Source | None,
 ) -> jax.Array:
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
@@ -381,17 +400,21 @@ def _conv_product(
     compute, wide = x.dtype, at_least_float32(x.dtype)
     sums = dtype_of_sums(compute, dtype)
     place = [numbers.rhs_spec.index(i) for i in range(len(window) + 1)]
-    kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
-    t = lax.conv_general_dilated(
-        x,
-        lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
-        dimension_numbers=numbers,
-        preferred_element_type=wide,
-        precision=params["precision"],
-        feature_group_count=groups,
-        **{k: params[k] for k in ("window_strides", "padding")},
-        **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
-    )
+
+    def with_kernel(x: jax.Array, a: jax.Array) -> jax.Array:
+        kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
+        return lax.conv_general_dilated(
+            x,
+            lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
+            dimension_numbers=numbers,
+            preferred_element_type=wide,
+            precision=params["precision"],
+            feature_group_count=groups,
+            **{k: params[k] for k in ("window_strides", "padding")},
+            **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
+        )
+
+    t = product(with_kernel, x, a, source)
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
     if stack * repeats == 1 and channels == t.ndim - 1:

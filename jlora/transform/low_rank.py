@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from .._numerics import at_least_float32, cast, dtype_of_sums
 from .atoms import RANK, Atom, Group, Labels, lay_out, regroup, size
 from .thin import PrecisionLike, thin_dot
+from .trail import Source
 from .values import Term, Weight, contract, rescaled, sum_out
 
 
@@ -52,13 +53,15 @@ class Site:
         return size(tuple(s for s in self.x_labels if s not in self.want))
 
 
-def low_rank_product(x: jax.Array, term: Term, site: Site) -> jax.Array:
+def low_rank_product(
+    x: jax.Array, term: Term, site: Site, source: Source | None = None
+) -> jax.Array:
     """Returns `scale * (x . a) . b` in the layout of `site`.
 
     The products are in the dtype that the site computes in, and sum in float32.
     """
     term = oriented(term, site)
-    t, t_labels = first_product(x, term, site)
+    t, t_labels = first_product(x, term, site, source)
     return second_product(t, t_labels, term, site)
 
 
@@ -87,26 +90,30 @@ def gained(term: Term, weight: Weight) -> Term:
     return dataclasses.replace(term, b=rescaled(term.b, weight, term.b_labels))
 
 
-def first_product(x: jax.Array, term: Term, site: Site) -> tuple[jax.Array, Labels]:
+def first_product(
+    x: jax.Array, term: Term, site: Site, source: Source | None = None
+) -> tuple[jax.Array, Labels]:
     """Returns `scale * x . a` in the site's dtype, and the labels of its axes."""
     compute = site.compute
     if term.product is not None:
         t = term.product
         t_labels = (*(s for s in site.x_labels if s in site.want), RANK)
     else:
-        if any(len(group) != 1 for group in site.x_groups):
-            x = lax.reshape(x, [atom.size for atom in site.x_labels])
+        keep, a_labels = (*site.want, *term.b_labels), term.a_labels
+
+        def prepared(x: jax.Array) -> jax.Array:
+            if any(len(group) != 1 for group in site.x_groups):
+                x = lax.reshape(x, [atom.size for atom in site.x_labels])
+            return sum_out(x.astype(compute), site.x_labels, keep, a_labels)[0]
+
         dot = functools.partial(
-            thin_dot, dtype=at_least_float32(compute), precision=site.precision
+            thin_dot,
+            dtype=at_least_float32(compute),
+            precision=site.precision,
+            source=None if source is None else source.then(prepared),
         )
-        t, t_labels = contract(
-            dot,
-            x.astype(compute),
-            site.x_labels,
-            term.a,
-            term.a_labels,
-            keep=[*site.want, *term.b_labels],
-        )
+        x_labels = tuple(s for s in site.x_labels if s in keep or s in a_labels)
+        t, t_labels = contract(dot, prepared(x), x_labels, term.a, a_labels, keep=keep)
     t = (t * term.scale).astype(compute)
     return sum_out(t, t_labels, site.want, term.b_labels)
 

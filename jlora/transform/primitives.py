@@ -47,3 +47,12 @@ SEPARATE = CALLS | MAPPED_CALLS | {"cond", "optimization_barrier", "scan", "whil
 
 # The plan's word for the operation of a use; for all other primitives it is "linear".
 OPERATIONS = {"gather": "embedding", "conv_general_dilated": "conv"}
+
+# Cheap steps from arrays that the gradient keeps anyway to an activation, see `trail`.
+ARITHMETIC = frozenset(["add", "add_any", "div", "integer_pow", "max", "min", "mul"])
+ARITHMETIC |= {"neg", "select_n", "square", "sub"}
+CHEAP = ARITHMETIC | {"broadcast_in_dim", "convert_element_type", "reshape", "squeeze"}
+
+# Elementwise steps whose result the gradient keeps, or computes again, anyway.
+KEPT = frozenset(["erf", "erfc", "exp", "exp2", "log", "log1p", "logistic", "pow"])
+KEPT |= {"rsqrt", "sqrt", "tanh"}

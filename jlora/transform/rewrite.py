@@ -10,6 +10,7 @@ from . import RULES, compat
 from .compat import Equation
 from .interpret import Context, interpret
 from .shards import varied_axes
+from .trail import Trail
 from .values import Value, Weight, array_of, dense, is_coded
 
 
@@ -69,6 +70,7 @@ def rewrite(
         hoist=True,
         form=form,
         share=key is None,  # with dropout each weight meets an activation of its own
+        trail=Trail() if compat.is_staging(arrays) else None,
     )
     return [materialise(v, None) for v in interpret(ctx, code, values)]
 

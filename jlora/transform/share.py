@@ -7,7 +7,7 @@ copy, so they stay separate where the activation is smaller, as with a single to
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from .atoms import RANK, Group, regroup
 from .compat import Equation, Literal, Var, has_typed_placement, kind
 from .primitives import PREPARES
 from .thin import PrecisionLike, thin_dot
+from .trail import Source
 from .values import Term, Weight
 
 # An activation, the axes of it that are summed over, and the precision.
@@ -59,7 +60,11 @@ def _site(eqn: Equation, side: int) -> Site:
 
 
 def products(
-    i: int, eqns: Sequence[Equation], uses: Uses, env: Mapping[Any, Any]
+    i: int,
+    eqns: Sequence[Equation],
+    uses: Uses,
+    env: Mapping[Any, Any],
+    source_of: Callable[[jax.Array], Source | None],
 ) -> dict[int, Weight]:
     """Returns the weights that meet the activation of equation `i`, there and later.
 
@@ -95,12 +100,14 @@ def products(
     factors = [a for _, _, a in ready.values()]
     if not _pays(x, summed, factors):
         return {}
+    source = source_of(x)
     together = thin_dot(
         x.astype(compute),
         jnp.concatenate(factors, axis=-1),
         ((summed, range(len(summed))), ((), ())),
         dtype=at_least_float32(compute),
         precision=site[2],
+        source=source and source.then(lambda x: x.astype(compute)),
     )
     filled, start = {}, 0
     for j, (weight, term, a) in ready.items():

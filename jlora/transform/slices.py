@@ -312,7 +312,8 @@ def _drop_rows(
     if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
         return after
     a = after.a
-    kept = ctx.drop(jnp.ones(a.shape[:n], a.dtype), after.dropout, source)
+    ones = jnp.ones(a.shape[:n], a.dtype)
+    kept, _ = ctx.drop(ones, after.dropout, source, None)
     kept = jnp.expand_dims(kept, range(n, a.ndim))
     return dataclasses.replace(
         after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0

@@ -7,6 +7,7 @@ transposed: `db = x^T dy` or `db = (dy^T x)^T`. All other derivatives are the us
 ones, so forward mode and higher orders work.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from jax.typing import DTypeLike
 
 from .._numerics import cast, dtype_of_sums
 from .compat import Primitive, has_typed_placement, policies_see, shaped
+from .kept import product
+from .trail import Source
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Dims = tuple[Pair, Pair]
@@ -32,6 +35,7 @@ def thin_dot(
     dtype: DTypeLike,
     precision: PrecisionLike,
     x_first: bool = True,
+    source: Source | None = None,
 ) -> jax.Array:
     """Returns the product of `x` and `b`, in the dtype of `x`, summed in `dtype`.
 
@@ -45,6 +49,7 @@ def thin_dot(
       dtype: dtype of the result.
       precision: as in `dot_general`.
       x_first: whether the free axes of `x` stand before those of `b` in the result.
+      source: how `x` follows from its roots, if that is known.
     """
     (cx, cb), (bx, bb) = numbers
     numbers = (
@@ -54,7 +59,9 @@ def thin_dot(
     params = {"dtype": jnp.dtype(dtype), "precision": precision, "x_first": x_first}
     if has_typed_placement(x) or has_typed_placement(b):
         return _dot(x, b, numbers=numbers, **params)
-    return thin_dot_p.bind(x, b, numbers=numbers, **params)
+    bound = functools.partial(thin_dot_p.bind, numbers=numbers, **params)
+    seen = functools.partial(_seen, numbers=numbers, **params)
+    return product(bound, x, b, source, seen)
 
 
 def _dot(x, b, *, numbers, dtype, precision, x_first):
@@ -161,29 +168,31 @@ def _batch(operands, axes, *, numbers, x_first, **params):
     return thin_dot(x, b, ((cx, cb), (bx, bb)), x_first=x_first, **params), at
 
 
-def _thin_product(eqn):
+def _seen(types, out, **params):
     """Returns what a policy sees: a product, if the result is the thin array.
 
     A wide result is a summand of the base product's, which a policy saves or not.
     Saving both would take twice the memory.
     """
-    types = [v.aval for v in eqn.invars]
-    if math.prod(eqn.outvars[0].aval.shape) > math.prod(types[0].shape):
-        return thin_dot_p, types, eqn.params
+    if math.prod(out.shape) > math.prod(types[0].shape):
+        return thin_dot_p, types, params
     return (
         lax.dot_general_p,
         types,
         {
-            "dimension_numbers": eqn.params["numbers"],
-            "precision": eqn.params["precision"],
-            "preferred_element_type": eqn.params["dtype"],
+            "dimension_numbers": params["numbers"],
+            "precision": params["precision"],
+            "preferred_element_type": params["dtype"],
             "out_sharding": None,
         },
     )
 
 
 thin_dot_p = Primitive("thin_dot")
-policies_see(thin_dot_p, _thin_product)
+policies_see(
+    thin_dot_p,
+    lambda eqn: _seen([v.aval for v in eqn.invars], eqn.outvars[0].aval, **eqn.params),
+)
 thin_dot_p.def_impl(_dot)
 thin_dot_p.def_abstract_eval(_abstract)
 mlir.register_lowering(thin_dot_p, mlir.lower_fun(_dot, multiple_results=False))

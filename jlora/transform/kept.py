@@ -1,0 +1,172 @@
+"""Work that XLA's CPU compiler is kept from taking apart, to save memory.
+
+That compiler drops `optimization_barrier`, but it keeps a call that is marked so. Two
+things are done in such calls. A sum `x w + t b` is one array: otherwise both products
+are kept for the gradient, and each reader adds them again. And the gradient of A is
+computed from the roots of its activation (see `trail`), so the activation is not kept.
+
+On other platforms, and in a program that is divided over devices, both are the plain
+operations.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+from .compat import Primitive, has_typed_placement, kept_call, partitions, policies_see
+from .trail import Source
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def added(y: jax.Array, z: jax.Array) -> jax.Array:
+    """Returns `y + z` of two arrays of one shape and dtype, as one array."""
+    if has_typed_placement(y) or has_typed_placement(z):
+        return y + z
+    return added_p.bind(y, z)
+
+
+def _lower_added(ctx: Any, y: Any, z: Any) -> Any:
+    def run(y: jax.Array, z: jax.Array) -> jax.Array:
+        return kept_call(jax.lax.add, y, z) if partitions(ctx) == 1 else y + z
+
+    return mlir.lower_fun(run, multiple_results=False)(ctx, y, z)
+
+
+def _add(y: jax.Array, z: jax.Array) -> jax.Array:
+    return y + z
+
+
+def _add_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    dy, dz = tangents
+    return added(*primals), ad.add_tangents(dy, dz)
+
+
+def _add_transpose(ct: Any, y: Any, z: Any) -> Any:
+    return tuple(ct if ad.is_undefined_primal(v) else None for v in (y, z))
+
+
+def _batch_added(operands: Sequence[Any], axes: Sequence[Any]) -> Any:
+    y, z = (
+        jnp.broadcast_to(v, (n, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
+        for v, axis in zip(operands, axes, strict=True)
+        for n in [_batch_size(operands, axes)]
+    )
+    return added_p.bind(y, z), 0
+
+
+def _batch_size(operands: Sequence[Any], axes: Sequence[Any]) -> int:
+    pairs = zip(operands, axes, strict=True)
+    return next(v.shape[axis] for v, axis in pairs if axis is not None)
+
+
+added_p = Primitive("added")
+added_p.def_impl(_add)
+added_p.def_abstract_eval(lambda y, z: y)
+ad.primitive_jvps[added_p] = _add_jvp
+ad.primitive_transposes[added_p] = _add_transpose
+batching.primitive_batchers[added_p] = _batch_added
+mlir.register_lowering(added_p, mlir.lower_fun(_add, multiple_results=False))
+mlir.register_lowering(added_p, _lower_added, platform="cpu")
+
+
+def product(
+    fn: Product,
+    x: jax.Array,
+    b: jax.Array,
+    source: Source | None,
+    seen: Callable[..., Any] | None = None,
+) -> jax.Array:
+    """Returns `fn(x, b)`, linear in both, whose derivative in `b` needs only roots.
+
+    Args:
+      fn: the product.
+      x: an activation.
+      b: a factor.
+      source: how `x` follows from its roots, or None.
+      seen: `(types of x and b, type of the result) -> ` what a policy of
+        `jax.checkpoint` sees, see `policies_see`; None for a primitive of its own.
+    """
+    if source is None:
+        return fn(x, b)
+    return product_p.bind(
+        x, b, *source.roots, fn=fn, chain=source.chain, late=False, seen=seen
+    )
+
+
+def _product(x: Any, b: Any, *_: Any, fn: Product, **__: Any) -> jax.Array:
+    return fn(x, b)
+
+
+def _abstract(x: Any, b: Any, *_: Any, fn: Product, **__: Any) -> Any:
+    return jax.make_jaxpr(fn)(x, b).out_avals[0]
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+    x, b, *roots = primals
+    dx, db, *_ = tangents
+    out = product_p.bind(x, b, *roots, **params)
+    parts = []
+    if type(dx) is not ad.Zero:
+        parts.append(params["fn"](dx, b))
+    if type(db) is not ad.Zero:
+        parts.append(product_p.bind(x, db, *roots, **params))
+    return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
+
+
+def _transpose(ct: Any, x: Any, b: Any, *roots: Any, fn: Product, **params: Any) -> Any:
+    none = [None for _ in roots]
+    if ad.is_undefined_primal(x):
+        (dx,) = jax.linear_transpose(lambda x: fn(x, b), x.aval)(ct)
+        return dx, None, *none
+    shape = b.aval
+
+    def transposed(x: jax.Array, ct: jax.Array) -> jax.Array:
+        return jax.linear_transpose(functools.partial(fn, x), shape)(ct)[0]
+
+    params |= {"fn": transposed, "late": True, "seen": None}
+    return None, product_p.bind(x, ct, *roots, **params), *none
+
+
+def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+    at_x, at_b, *at_roots = axes
+    fn = jax.vmap(params.pop("fn"), (at_x, at_b))
+    of_roots = any(axis is not None for axis in at_roots)
+    if of_roots != (at_x is not None):
+        return fn(*operands[:2]), 0
+    chain = params.pop("chain")
+    if of_roots:
+        chain = jax.vmap(chain, at_roots, at_x)
+    return product_p.bind(*operands, fn=fn, chain=chain, **params), 0
+
+
+def _lower(ctx: Any, *operands: Any, fn: Product, chain: Any, late: bool, seen: Any):
+    def run(x: jax.Array, b: jax.Array, *roots: jax.Array) -> jax.Array:
+        if not late or partitions(ctx) > 1:
+            return fn(x, b)
+        return kept_call(lambda b, *roots: fn(chain(*roots), b), b, *roots)
+
+    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+
+
+def _seen(eqn: Any) -> Any:
+    types = [v.aval for v in eqn.invars]
+    if eqn.params["seen"] is None:
+        return product_p, types, eqn.params
+    return eqn.params["seen"](types[:2], eqn.outvars[0].aval)
+
+
+product_p = Primitive("product_of_roots")
+policies_see(product_p, _seen)
+product_p.def_impl(_product)
+product_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[product_p] = _jvp
+ad.primitive_transposes[product_p] = _transpose
+batching.primitive_batchers[product_p] = _batch
+mlir.register_lowering(product_p, mlir.lower_fun(_product, multiple_results=False))
+mlir.register_lowering(product_p, _lower, platform="cpu")
