@@ -80,17 +80,20 @@ class Trail:
         return Source(functools.partial(_run, tuple(steps)), tuple(roots))
 
     def _is_wide_sum(self, eqn: Equation, operands: Sequence[Any]) -> bool:
-        """Returns whether `eqn` adds arrays of several wide roots.
+        """Returns whether `eqn` adds wide arrays that have different wide roots.
 
         The gradient keeps such a sum, as the residual stream, and not its parts.
         """
         if eqn.primitive.name not in JOINS:
             return False
         size = math.prod(compat.kind(eqn.outvars[0]).shape)
-        return len(self._wide_roots(_variables(eqn, operands), size)) > 1
+        roots = [self._wide_roots(v, size) for v in _variables(eqn, operands)]
+        wide = [own for own in roots if own]
+        return len(wide) > 1 and len(set().union(*wide)) > 1
 
-    def _wide_roots(self, values: Sequence[Any], size: int) -> set[int]:
-        found, seen, todo = set(), set(), list(values)
+    def _wide_roots(self, v: Any, size: int) -> set[int]:
+        """Returns the roots of `v`, by id, that have `size` entries or more."""
+        found, seen, todo = set(), set(), [v]
         while todo:
             v = todo.pop()
             if id(v) in seen or math.prod(v.shape) < size:
