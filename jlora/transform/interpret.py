@@ -94,9 +94,9 @@ class Context:
     def drop(
         self, x: jax.Array, rate: float, var: Var | Literal, source: Source | None
     ) -> tuple[jax.Array, Source | None]:
-        """Returns `x` with entries dropped at `rate`, the others scaled up, and source.
+        """Returns `x` with entries dropped at `rate`, and how that follows from roots.
 
-        Without a key nothing is dropped. Devices draw the same mask, except along mesh
+        The other entries are scaled up. Without a key nothing is dropped. Devices draw the same mask, except along mesh
         axes over which `var`, the variable of `x`, is sharded.
         """
         key = self.next_key() if self.drops(rate) else None
