@@ -96,8 +96,9 @@ class Context:
     ) -> tuple[jax.Array, Source | None]:
         """Returns `x` with entries dropped at `rate`, and how that follows from roots.
 
-        The other entries are scaled up. Without a key nothing is dropped. Devices draw the same mask, except along mesh
-        axes over which `var`, the variable of `x`, is sharded.
+        The other entries are scaled up. Without a key nothing is dropped. Devices draw
+        the same mask, except along mesh axes over which `var`, the variable of `x`, is
+        sharded.
         """
         key = self.next_key() if self.drops(rate) else None
         if key is None:
