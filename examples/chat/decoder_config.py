@@ -282,7 +282,8 @@ def _check_keys(found: Json, kind: str, ignore: Sequence[str]) -> None:
         said = ", ".join(f"{key} = {found[key]!r}" for key in unknown)
         raise ValueError(
             f"config.json has keys that are not known for {kind}: {said}. If they do "
-            f"not change the model's maths, pass ignore={unknown}."
+            f"not change the model's maths, pass ignore={unknown}, or take them out of "
+            "config.json."
         )
     if kind == "gemma3_text" and found.get("attn_logit_softcapping"):
         raise ValueError(
@@ -352,17 +353,15 @@ def _ropes(get: Json, kind: str, types: Sequence[str]) -> list[Rope | None]:
     return [ropes[t] if has else None for t, has in zip(types, has_rope, strict=True)]
 
 
+# For each rope type, the keys that it needs.
 _ROPE_KEYS = {
     "default": set(),
     "linear": {"factor"},
-    "dynamic": {"factor", "original_max_position_embeddings"},
-    "llama3": {
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    },
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
 }
+# Those that may be there. As in transformers, only llama3 reads the trained length.
+_ROPE_EXTRA = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
 
 
 def _rope(said: Json, theta: float, longest: int | None) -> Rope:
@@ -372,15 +371,14 @@ def _rope(said: Json, theta: float, longest: int | None) -> Rope:
         raise ValueError(
             f"rope type {kind!r} is not known here, only {', '.join(_ROPE_KEYS)} are."
         )
-    known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
+    known = _ROPE_KEYS[kind] | _ROPE_EXTRA
     off = {"partial_rotary_factor": 1.0}
     wrong = [
         f"{key} = {value!r}"
         for key, value in said.items()
         if key not in known and value is not None and off.get(key) != value
     ]
-    need = _ROPE_KEYS[kind] - {"original_max_position_embeddings"}
-    wrong += [f"{key} is missing" for key in sorted(need - {*said})]
+    wrong += [f"{key} is missing" for key in sorted(_ROPE_KEYS[kind] - {*said})]
     # As in transformers: dynamic scaling begins at `max_position_embeddings`.
     trained = longest
     if kind == "llama3":

@@ -41,8 +41,14 @@ def generate(
         `logits / temperature`.
       key: for drawing; it is consumed.
       dtype: of the cache.
+
+    Raises:
+      ValueError: if there is no prompt, or one is empty.
     """
-    longest = max(map(len, prompts))
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or not min(lengths):
+        raise ValueError(f"Each prompt needs a token; the lengths are {lengths}.")
+    longest = max(lengths)
     shape = (len(prompts), -(-longest // MULTIPLE) * MULTIPLE)
     tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for row, prompt in enumerate(prompts):

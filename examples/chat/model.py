@@ -106,7 +106,8 @@ def decode(
     """Returns the logits `[batch, last, vocab]`, float32, and the cache with `tokens`.
 
     The first call takes the prompts, those that follow a token a row. Prompts of
-    several lengths are padded on the left.
+    several lengths are padded on the left. Where the cache has no room for the tokens,
+    the logits are NaN.
 
     Args:
       params: see `forward`.
@@ -121,7 +122,11 @@ def decode(
     before = (cache.segments > 0).sum(axis=1, keepdims=True)
     positions = before + jnp.maximum(jnp.cumsum(segments > 0, axis=1) - 1, 0)
     model = Decoder(config, stream)
-    return model.apply({"params": params}, tokens, positions, segments, cache, last)
+    logits, added = model.apply(
+        {"params": params}, tokens, positions, segments, cache, last
+    )
+    has_room = added.start <= cache.segments.shape[1]
+    return jnp.where(has_room, logits, jnp.nan), added
 
 
 def init(key: Array, config: DecoderConfig, dtype: Any = jnp.float32) -> Params:

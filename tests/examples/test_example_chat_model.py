@@ -160,6 +160,18 @@ def test_prompts_of_any_lengths_go_on_as_if_alone(model):
     assert cut[0] == got[0][: got[0].index(end)]
 
 
+def test_what_can_not_be_written_is_told(model):
+    config, params = model("gemma3")
+    with pytest.raises(ValueError, match=r"needs a token; the lengths are \[1, 0\]"):
+        generate(decode, (params,), [[1], []], config, count=1)
+    step = jax.jit(functools.partial(decode, config=config))
+    _, cache = step(params, TOKENS[:, :3], empty_cache(config, 1, 4))
+    logits, cache = step(params, TOKENS[:, 3:4], cache)
+    assert jnp.isfinite(logits).all()
+    logits, _ = step(params, TOKENS[:, 4:5], cache)
+    assert jnp.isnan(logits).all()
+
+
 def test_drawn_tokens_follow_the_key_and_the_logits(model):
     config, params = model("gemma3")
     step = functools.partial(decode, config=config)
@@ -237,13 +249,15 @@ def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
     params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes(config))
     jlora.peft.save_base(tmp_path, params, names=hub.names(config), config=about)
     leaves = [x.nbytes for x in jax.tree.leaves(params)]
+    load = functools.partial(hub.load, tmp_path, dtype="float32", quantize=quantize)
+    load()  # what is traced and compiled stays
     tracemalloc.start()
     try:
-        hub.load(tmp_path, dtype="float32", quantize=quantize)
+        load()
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 2.5 * max(leaves) < sum(leaves) / 1.5
+    assert peak < 3 * max(leaves) < sum(leaves) / 1.3
 
 
 SMALL = {**golden.SIZES, "model_type": "llama"}
@@ -316,6 +330,6 @@ def test_random_models_can_be_made_without_a_file():
         windows=(2, None),
     )
     params = init(jax.random.key(0), config, jnp.bfloat16)
-    logits = forward(params, TOKENS % 16, config=config, last=3)
+    logits = run(params, TOKENS % 16, config=config, last=3)
     assert (logits.shape, logits.dtype) == ((1, 3, 16), jnp.float32)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
