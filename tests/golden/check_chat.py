@@ -104,7 +104,7 @@ def main() -> None:
                 form = "scanned" if scan else "unrolled"
                 told = " ".join(f"{x:8.1e}" for x in off)
                 print(f"{case:20} {method:7} {form:9} {moved:7.2f} {told}", flush=True)
-    sys.exit(wrong > 0)
+    sys.exit(int(wrong > 0))
 
 
 if __name__ == "__main__":
