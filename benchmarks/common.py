@@ -194,14 +194,31 @@ def compile_step(step: Step) -> tuple[Any, Figures]:
     """Returns a step compiled, and what the compiler says of it."""
     fn, state, rest = step
     compiled = fn.lower(state, *rest).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}  # XLA gives none for a GPU
     return compiled, {
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
+        "flops": cost.get("flops"),
+        "bytes": cost.get("bytes accessed"),
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": peak_bytes(compiled),
         "optimizer_bytes": nbytes(state[1]),
     }
+
+
+def memory_of(program: Any) -> Figures:
+    """Returns the memory of a program, in bytes a device."""
+    memory = program.memory_analysis()
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": peak_bytes(program),
+    }
+
+
+def memory_cells(row: Figures, digits: int, unit: float) -> tuple[str, ...]:
+    """Returns what `memory_of` gave for a table: argument, temp and peak."""
+    names = ("argument_bytes", "temp_bytes", "peak_bytes")
+    return tuple(fixed(row[name], digits, unit) for name in names)
 
 
 def peak_bytes(compiled: Any) -> int:

@@ -15,7 +15,6 @@ import jax
 from . import common, llms, scale, tpu
 from .scale import Case
 
-V5E_BYTES = 16 * 2**30  # of which the runtime leaves about 15.75 GiB
 CASES = (
     Case("Gemma-7B", kind="nf4"),
     Case("Llama-3-8B", kind="nf4"),
@@ -26,15 +25,14 @@ CASES = (
 
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table."""
-    fields = ("argument_bytes", "temp_bytes", "peak_bytes")
     lines = [
         (
             row["model"],
             row["kind"],
             str(row["data"]),
             f"{row['rows']} × {row['length']}",
-            *(common.fixed(row[field], 2, 2**30) for field in fields),
-            "yes" if row["peak_bytes"] < V5E_BYTES else "no",
+            *common.memory_cells(row, 2, scale.GIB),
+            "yes" if row["peak_bytes"] < scale.ROOM["v5e"] else "no",
         )
         for row in rows
     ]
@@ -48,15 +46,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--models", nargs="*", default=sorted(llms.SHAPES))
     options = parser.parse_args()
-    if find_spec("libtpu") is None:
+    if find_spec(tpu.COMPILER) is None:
         print(tpu.MISSING)
         return
     jax.config.update("jax_platforms", "cpu")
     rows = []
     for case in CASES:
         if case.model in options.models:
-            step = scale.lora_step(case, options.rank, "bfloat16")
-            figures = scale.compiled(step)
+            plan = scale.plan_of(case, options.rank, "bfloat16")
+            figures = scale.compiled(scale.lora_step(case, plan))
             rows.append({**dataclasses.asdict(case), "rank": options.rank, **figures})
             print(f"compiled: {case}", flush=True)
     print(common.show(columns(rows)))

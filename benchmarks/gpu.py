@@ -1,12 +1,21 @@
-"""One H100, described: XLA compiles for it ahead of time, on a machine without a GPU.
+"""What memory does a LoRA training step take on one H100, by its compiler's figures?
 
+    python -m benchmarks.gpu
+
+Nothing runs: XLA compiles ahead of time for a described card, on a machine without one.
 Needs `pip install --no-deps jax-cuda12-pjrt jax-cuda12-plugin`, of JAX's version.
 """
 
+import dataclasses
+from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
 
+from . import common, models, tpu
+
+COMPILER = "jax_cuda12_plugin"
 MISSING = (
     "The CUDA plugin is not installed: pip install --no-deps jax-cuda12-pjrt "
     "jax-cuda12-plugin."
@@ -39,12 +48,78 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def one_card() -> jax.sharding.Sharding:
-    """Returns the placement on one described H100."""
+STEPS = (common.FLOOR, common.JLORA, "side path, autodiff", "full fine-tune")
+
+
+def cards(count: int = 1) -> Sequence[Any]:
+    """Returns the cards of a described host."""
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {"target_config": H100, "topology": "1x1x1"}
-    topology = topologies.get_topology_desc(
+    options: dict[str, Any] = {"target_config": H100, "topology": f"1x1x{count}"}
+    return topologies.get_topology_desc(
         platform="cuda", topology_name="h100", **options
-    )
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    ).devices
+
+
+def one_card() -> jax.sharding.Sharding:
+    """Returns the placement on one described H100."""
+    return jax.sharding.SingleDeviceSharding(cards()[0])
+
+
+def columns(cases: Sequence[common.Figures]) -> common.Columns:
+    """Returns a line for each model: the floor's memory, and each step's beside it."""
+    lines = []
+    for case in cases:
+        low, *others = case["rows"]
+        lines.append(
+            (
+                f"{case['kind']}, {case['batch']} × {case['length']}",
+                common.fixed(low["temp_bytes"], 1, 2**20),
+                common.fixed(low["peak_bytes"], 1, 2**20),
+                *(common.ratio(row, low, "temp_bytes") for row in others),
+                *(common.ratio(row, low, "peak_bytes") for row in others),
+            )
+        )
+    names = STEPS[1:]
+    head = ("model, tokens", "floor: temp MiB", "peak MiB")
+    return (
+        *head,
+        *(f"temp: {n}" for n in names),
+        *(f"peak: {n}" for n in names),
+    ), lines
+
+
+def main() -> None:
+    """Compiles the steps of each model, on short and on long sequences."""
+    parser = common.parser("gpu", __doc__)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--length", type=int, nargs="*", default=(128, 1024))
+    options = parser.parse_args()
+    if find_spec(COMPILER) is None:
+        print(MISSING)
+        return
+    jax.config.update("jax_platforms", "cpu")
+    card, cases = one_card(), []
+    for kind, make in models.KINDS.items():
+        for length in options.length:
+            size = models.Size(
+                options.width, options.layers, length=length, dtype="bfloat16"
+            )
+            steps = common.training_steps(
+                make(size), options.rank, names=STEPS, abstract=True
+            )
+            rows = [
+                {"step": name, **common.compile_step(tpu.placed(step, card))[1]}
+                for name, step in steps.items()
+            ]
+            cases.append({"kind": kind, **dataclasses.asdict(size), "rows": rows})
+            print(f"compiled: {kind}, {length}", flush=True)
+    print(common.show(columns(cases)))
+    env = common.environment("one H100, compiled ahead of time")
+    common.write(options.json, env, rank=options.rank, cases=cases)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Decoders with the shapes of public language models, in plain JAX: RMSNorm, rotary
-positions, grouped-query attention, a gated feed-forward part, layers scanned and
-rematerialised. Only shapes matter here: weights are never made.
+positions, grouped-query attention, a gated feed-forward part or experts, layers scanned
+and rematerialised. Only shapes matter here: weights are never made.
 """
 
 import dataclasses
@@ -26,13 +26,16 @@ class Shape:
     head: int
     vocab: int
     tied: bool = False
+    experts: int = 0  # 0: one feed-forward part for all tokens
 
 
 SHAPES = {
     "Gemma-2B": Shape(2048, 16384, 18, 8, 1, 256, 256_000, tied=True),
     "Gemma-7B": Shape(3072, 24576, 28, 16, 16, 256, 256_000, tied=True),
+    "Llama-3-1B": Shape(2048, 8192, 16, 32, 8, 64, 128_256, tied=True),
     "Llama-3-8B": Shape(4096, 14336, 32, 32, 8, 128, 128_256),
     "Llama-3-70B": Shape(8192, 28672, 80, 64, 8, 128, 128_256),
+    "Mixtral-8x7B": Shape(4096, 14336, 32, 32, 8, 128, 32_000, experts=8),
 }
 
 
@@ -43,6 +46,7 @@ def weights(shape: Shape, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     n, d, f = shape.layers, shape.width, shape.hidden
+    each = (n, shape.experts) if shape.experts else (n,)
     layers = {
         "norm_1": of(n, d),
         "q": of(n, d, shape.heads, shape.head),
@@ -50,10 +54,12 @@ def weights(shape: Shape, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
         "v": of(n, d, shape.kv_heads, shape.head),
         "o": of(n, shape.heads, shape.head, d),
         "norm_2": of(n, d),
-        "gate": of(n, d, f),
-        "up": of(n, d, f),
-        "down": of(n, f, d),
+        "gate": of(*each, d, f),
+        "up": of(*each, d, f),
+        "down": of(*each, f, d),
     }
+    if shape.experts:
+        layers["router"] = of(n, d, shape.experts)
     head = {} if shape.tied else {"head": of(d, shape.vocab)}
     return {"embed": of(shape.vocab, d), "layers": layers, "norm": of(d), **head}
 
@@ -74,6 +80,33 @@ def _turned(x: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def fed(h: Array, w: Any) -> Array:
+    """Returns the gated feed-forward part."""
+    return (jax.nn.silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"]
+
+
+def routed(h: Array, w: Any) -> Array:
+    """Returns what two experts of each token give, weighted by the router.
+
+    An expert has room for a quarter more than its share of a row's tokens, and drops
+    the others: the dispatch of GShard, https://arxiv.org/abs/2006.16668, algorithm 1.
+    """
+    rows, length, _ = h.shape
+    experts = w["router"].shape[-1]
+    room = 5 * length // (2 * experts)
+    gates = jax.nn.softmax((h @ w["router"]).astype(jnp.float32))
+    gates, chosen = lax.top_k(gates, 2)
+    chosen = jax.nn.one_hot(chosen, experts, dtype=jnp.int32)
+    queue = jnp.cumsum(chosen.reshape(rows, 2 * length, experts), axis=1) - 1
+    seats = jax.nn.one_hot(queue.reshape(chosen.shape), room, dtype=h.dtype)
+    seats = seats * chosen[..., None].astype(h.dtype)
+    sent = jnp.einsum("btkec,btd->becd", seats, h)
+    gated = jax.nn.silu(jnp.einsum("becd,edf->becf", sent, w["gate"]))
+    gated = gated * jnp.einsum("becd,edf->becf", sent, w["up"])
+    out = jnp.einsum("becf,efd->becd", gated, w["down"])
+    return jnp.einsum("btkec,btk,becd->btd", seats, gates.astype(h.dtype), out)
+
+
 def logits(
     params: Any, ids: Array, place: Callable[[Array], Array] = lambda x: x
 ) -> Array:
@@ -85,8 +118,7 @@ def logits(
         a = jax.nn.dot_product_attention(_turned(q), _turned(k), v, is_causal=True)
         x = place(x + jnp.einsum("btnh,nhd->btd", a, w["o"]))
         h = _normed(x, w["norm_2"])
-        gated = jax.nn.silu(h @ w["gate"]) * (h @ w["up"])
-        return place(x + gated @ w["down"]), None
+        return place(x + (routed if "router" in w else fed)(h, w)), None
 
     x = place(params["embed"][ids])
     body = jax.checkpoint(layer, prevent_cse=False)
@@ -112,7 +144,7 @@ def batch(rows: int, length: int) -> tuple[Any, Any]:
 
 def layout(shape: Shape, data: str | None, model: str | None) -> dict[str, Any]:
     """Returns a `PartitionSpec` for each parameter: FSDP over `data`, heads and hidden
-    units over `model`.
+    units, or experts, over `model`.
     """
     p = jax.P
     layers = {
@@ -126,5 +158,8 @@ def layout(shape: Shape, data: str | None, model: str | None) -> dict[str, Any]:
         "up": p(None, data, model),
         "down": p(None, model, data),
     }
+    if shape.experts:
+        cut = {"router": p(), "down": p(None, model, None, data)}
+        layers |= cut | dict.fromkeys(("gate", "up"), p(None, model, data))
     head = {} if shape.tied else {"head": p(data, model)}
     return {"embed": p(model, data), "layers": layers, "norm": p(), **head}

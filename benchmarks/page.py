@@ -1,12 +1,14 @@
 """What the sections of the performance page share."""
 
-from . import common, growth
+from . import common, growth, scale
 
 COLORS = {
     common.FLOOR: "#64748b",
     common.STRICT: "#94a3b8",
     common.JLORA: "#ea580c",
     growth.ADDED: "#0d9488",
+    scale.SPREAD: "#fb923c",
+    scale.COPIED: "#9333ea",
     "side path, autodiff": "#2563eb",
     "merge on the fly": "#7c3aed",
     "full fine-tune": "#0f172a",

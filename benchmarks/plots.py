@@ -1,12 +1,12 @@
-"""The plots of docs/performance.md."""
+"""The plots of the pages with figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import common, floor, growth, learnt
+from . import common, floor, growth, learnt, scale
 from .page import COLORS
 
 # Readable on a light and on a dark page: the figures bring their own ground.
@@ -27,32 +27,54 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def multiples(axes: Axes, cases: Sequence[common.Figures]) -> None:
-    """Draws step times as multiples of the floor, a group of bars for each model."""
-    names = [n for n in common.STEPS if n not in (common.FLOOR, common.STRICT)]
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        widths = []
-        for case in cases:
-            rows = case["training"]
-            low, own = common.row_of(rows, common.FLOOR), common.row_of(rows, name)
-            widths.append(own["seconds"] / low["seconds"])
-        places = [y + (i - (len(names) - 1) / 2) * height for y in range(len(cases))]
+def grouped_bars(
+    axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]
+) -> None:
+    """Draws a group of bars for each label, a bar for each of the named series."""
+    height = 0.8 / len(series)
+    for i, (name, widths) in enumerate(series.items()):
+        places = [y + (i - (len(series) - 1) / 2) * height for y in range(len(labels))]
         bars = axes.barh(places, widths, height, color=COLORS[name], label=name)
         axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-    axes.set_yticks(range(len(cases)), [floor.label(case["case"]) for case in cases])
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.axvline(1, color=COLORS[common.FLOOR], linestyle="--", label="floor")
-    axes.set_xlabel("step time as a multiple of the floor")
 
 
 def floor_plot(found: common.Figures) -> Figure | None:
-    """Returns the plot of step times, if steps were timed."""
+    """Returns the plot of step times as multiples of the floor, if steps were timed."""
     cases = [c for c in found["cases"] if "seconds" in c["training"][0]]
     if not cases:
         return None
     figure = Figure(figsize=(9, 1.2 + 0.9 * len(cases)), layout="constrained")
-    multiples(figure.subplots(), cases)
+    axes = figure.subplots()
+    names = [n for n in common.STEPS if n not in (common.FLOOR, common.STRICT)]
+
+    def seconds(case: common.Figures, name: str) -> float:
+        return common.row_of(case["training"], name)["seconds"]
+
+    times = {
+        n: [seconds(c, n) / seconds(c, common.FLOOR) for c in cases] for n in names
+    }
+    grouped_bars(axes, [floor.label(c["case"]) for c in cases], times)
+    axes.axvline(1, color=COLORS[common.FLOOR], linestyle="--", label="floor")
+    axes.set_xlabel("step time as a multiple of the floor")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    return figure
+
+
+def scale_plot(found: common.Figures) -> Figure:
+    """Returns the plot of peak memory on each chip."""
+    groups = scale.grouped(found["rows"])
+    figure = Figure(figsize=(9, 1.2 + 0.9 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+
+    def peak(rows: Sequence[common.Figures], name: str) -> float:
+        own = [row["peak_bytes"] for row in rows if row["step"] == name]
+        return own[0] / scale.GIB if own and own[0] else float("nan")
+
+    peaks = {n: [peak(rows, n) for rows in groups.values()] for n in scale.STEPS}
+    grouped_bars(axes, [name.split(",")[0] for name in groups], peaks)
+    axes.set_xlabel("peak memory of a chip, GiB")
     figure.legend(loc="outside upper center", ncols=5, frameon=False)
     return figure
 
@@ -105,5 +127,6 @@ PLOTS: dict[str, Callable[[Any], Figure | None]] = {
     "floor": floor_plot,
     "tpu": tpu_plot,
     "growth": growth_plot,
+    "scale": scale_plot,
     "quality": learnt.plot,
 }

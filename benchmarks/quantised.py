@@ -128,11 +128,9 @@ def compiled(
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     program = jax.jit(fn).lower(*jax.tree.map(place, args)).compile()
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    cost = program.cost_analysis() or {}
     return program, {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": common.peak_bytes(program),
+        **common.memory_of(program),
         "bytes": cost.get("bytes accessed"),
         "flops": cost.get("flops"),
     }
@@ -155,12 +153,11 @@ def steps(
 
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table."""
-    fields = ("argument_bytes", "temp_bytes", "peak_bytes")
     base = common.row_of(rows, "bf16") if any(r["step"] == "bf16" for r in rows) else {}
     lines = [
         (
             row["step"],
-            *(common.fixed(row[field], 1, 2**20) for field in fields),
+            *common.memory_cells(row, 1, 2**20),
             common.fixed(row["bytes"], 2, 1e9),
             common.ratio(row, base, "peak_bytes") if base else "–",
             common.ratio(row, base, "bytes") if base and row["bytes"] else "–",

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and its plots from the figures in benchmarks/results."""
+"""Writes the figures of benchmarks/results into pages of docs, and plots of them."""
 
 import argparse
 import json
@@ -15,12 +15,14 @@ from . import (
     common,
     fits,
     floor,
+    gpu,
     growth,
     learnt,
     methods,
     overheads,
     quantised,
     scale,
+    slices,
     tpu,
 )
 from .page import markdown, picture, source
@@ -304,34 +306,49 @@ def quantised_section(found: common.Figures) -> str:
     return "\n".join(parts)
 
 
-def fits_section(found: common.Figures) -> str:
-    """Returns the text on `fits`."""
+def gpu_section(found: common.Figures) -> str:
+    """Returns the text on `gpu`."""
+    size = found["cases"][0]
     return "\n".join(
         (
-            "### Large models on small chips\n",
-            f"{source(found['environment'])}\nOne step of AdamW on A and B of all "
-            f"linear weights, rank {found['rows'][0]['rank']}, layers scanned and "
-            "rematerialised, over eight chips with the base cut along the model's "
-            "width. GiB a chip; a chip has 16 GB.\n",
-            markdown(fits.columns(found["rows"]), left=2),
+            "## A training step on one H100\n",
+            f"{source(found['environment'])}\nXLA compiled each step for a described "
+            "card; nothing ran, so there are no times. The models are those of the CPU "
+            f"table, of width {size['width']}, {size['layers']} layers, "
+            f"{size['dtype']}, rank {found['rank']}. Memory is a multiple of the "
+            "floor's.\n",
+            markdown(gpu.columns(found["cases"])),
         )
     )
 
 
-def scale_section(found: common.Figures) -> str:
-    """Returns the text on `scale`."""
-    return "\n".join(
-        (
-            "## Large models on slices of TPUs\n",
-            f"{source(found['environment'])}\nOne step of AdamW on A and B of all "
-            f"linear weights, rank {found['rank']}, over a bfloat16 base whose layers "
-            "are scanned and rematerialised. *Spread* is "
-            "`jlora.shardings(..., spread=True)`: A, B and their moments are also cut "
-            "over the mesh axes that they would leave unused. GiB a chip, by the TPU's "
-            "own compiler; nothing ran.\n",
-            markdown(scale.columns(found["rows"]), left=3),
-        )
-    )
+def fits_table(found: common.Figures) -> str:
+    """Returns the table of `fits`."""
+    return f"{source(found['environment'])}\n{markdown(fits.columns(found['rows']), 2)}"
+
+
+def scale_tables(found: common.Figures) -> str:
+    """Returns the tables of `scale`: memory and what is sent, for each model."""
+    parts = []
+    for name, rows in scale.grouped(found["rows"]).items():
+        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        parts += [
+            f"### {name}\n",
+            f"*JAX {found['environment']['jax']}, commit {commits}.*\n",
+        ]
+        parts.append(markdown(scale.memory_columns(rows)))
+        if any(map(scale.sent, rows)):
+            parts.append(markdown(scale.sent_columns(rows)))
+    return "\n".join(parts)
+
+
+def slices_sections(found: common.Figures) -> str:
+    """Returns a section for each part of `slices` that was measured."""
+    parts = []
+    for name, text in slices.PARTS.items():
+        if rows := found["parts"].get(name):
+            parts += [text, markdown(slices.table(name, rows), 0)]
+    return "\n".join([*parts, source(found["environment"])])
 
 
 def quantised_summary(found: common.Figures) -> str:
@@ -363,41 +380,47 @@ def fill(page: Path, name: str, text: str) -> None:
 SECTIONS: dict[str, Callable[[Any], str]] = {
     "floor": floor_section,
     "tpu": tpu_section,
+    "gpu": gpu_section,
     "peers": peers_section,
     "growth": growth_section,
     "overheads": overheads_section,
     "quantised": quantised_section,
-    "fits": fits_section,
-    "scale": scale_section,
     "adapters": adapters_section,
     "methods": methods_section,
     "quality": learnt.section,
     "headlines": learnt.headlines_section,
 }
 
+# Pages that are written by hand, and what stands between their marks.
+FILLED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("quantised.md", "quantised", "quantised", quantised_summary),
+    ("scale.md", "scale", "scale", scale_tables),
+    ("scale.md", "fits", "fits", fits_table),
+    ("scale.md", "slices", "slices", slices_sections),
+)
+
 
 def write(results: Path, docs: Path) -> None:
-    """Writes the page and its plots into `docs`, of the results that there are."""
-    texts = [TOP]
-    for name, section in SECTIONS.items():
-        file = results / f"{name}.json"
-        if not file.exists():
-            continue
-        found = json.loads(file.read_text())
-        texts.append(section(found))
+    """Writes pages and plots into `docs`, of the results that there are."""
+    names = {*SECTIONS, *PLOTS, *(name for _, _, name, _ in FILLED)}
+    files = {name: results / f"{name}.json" for name in names}
+    found = {
+        n: json.loads(file.read_text()) for n, file in files.items() if file.exists()
+    }
+    texts = [
+        section(found[name]) for name, section in SECTIONS.items() if name in found
+    ]
+    (docs / "performance.md").write_text("\n".join([TOP, *texts, REASONS]))
+    for page, mark, name, text in FILLED:
+        if name in found and (docs / page).exists():
+            fill(docs / page, f"figures: {mark}", text(found[name]))
+    for name, plot in PLOTS.items():
         with mpl.rc_context(STYLE):
-            figure = PLOTS[name](found) if name in PLOTS else None
+            figure = plot(found[name]) if name in found else None
             if figure is not None:
+                path = docs / f"performance-{name}.svg"
                 # Without a date, the same figures give the same file.
-                figure.savefig(
-                    docs / f"performance-{name}.svg", metadata={"Date": None}
-                )
-    (docs / "performance.md").write_text("\n".join([*texts, REASONS]))
-    page, file = docs / "quantised.md", results / "quantised.json"
-    if page.exists() and file.exists():
-        fill(
-            page, "figures: quantised", quantised_summary(json.loads(file.read_text()))
-        )
+                figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

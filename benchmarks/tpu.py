@@ -20,6 +20,7 @@ HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+COMPILER = "libtpu"
 MISSING = "libtpu is not installed: pip install '.[tpu-aot]' on Python 3.12 or newer."
 MODEL = models.Size(
     width=2048,
@@ -34,13 +35,17 @@ MODEL = models.Size(
 STEPS = tuple(name for name in common.STEPS if name != common.STRICT)
 
 
-def one_chip() -> jax.sharding.Sharding:
-    """Returns the placement on one chip of a described TPU v5e host."""
+def chips(topology: str = "v5e:2x2") -> Sequence[Any]:
+    """Returns the chips of a described slice."""
     from jax.experimental import topologies
 
     os.environ.update(HOST)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def one_chip() -> jax.sharding.Sharding:
+    """Returns the placement on one chip of a described TPU v5e host."""
+    return jax.sharding.SingleDeviceSharding(chips()[0])
 
 
 def placed(step: common.Step, sharding: jax.sharding.Sharding) -> common.Step:
@@ -82,7 +87,7 @@ def main() -> None:
         )
     parser.add_argument("--steps", nargs="*", choices=common.STEPS, default=STEPS)
     options = parser.parse_args()
-    if find_spec("libtpu") is None:
+    if find_spec(COMPILER) is None:
         print(MISSING)
         return
     jax.config.update("jax_platforms", "cpu")

@@ -14,6 +14,7 @@ from benchmarks import (
     adapters,
     common,
     floor,
+    gpu,
     growth,
     headlines,
     learnt,
@@ -22,6 +23,8 @@ from benchmarks import (
     overheads,
     quantised,
     report,
+    scale,
+    slices,
     tpu,
 )
 
@@ -174,12 +177,14 @@ def test_adapters(monkeypatch, tmp_path):
     assert "| 32 | all linear | 4 × 2 |" in text
 
 
-def test_tpu_without_libtpu(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tpu, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["tpu", "--json", str(tmp_path / "tpu.json")])
-    tpu.main()
-    assert "tpu-aot" in capsys.readouterr().out
-    assert not (tmp_path / "tpu.json").exists()
+@pytest.mark.parametrize("script", [gpu, scale, slices, tpu])
+def test_without_the_compiler(script, monkeypatch, tmp_path, capsys):
+    for own in (gpu, scale, tpu):
+        monkeypatch.setattr(own, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["any", "--json", str(tmp_path / "any.json")])
+    script.main()
+    assert "not installed: pip install" in capsys.readouterr().out
+    assert not (tmp_path / "any.json").exists()
 
 
 @pytest.mark.slow
@@ -214,10 +219,99 @@ def test_steps_over_codes(kind):
     assert len(jax.tree.leaves(gradient)) == 14
 
 
-def test_large_models_on_shapes():
-    shape = llms.Shape(64, 128, 2, 4, 2, 16, 100)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_large_models_on_shapes(experts):
+    shape = llms.Shape(64, 128, 2, 4, 2, 16, 100, experts=experts)
     x, targets = llms.batch(2, 8)
     with jax.numpy_rank_promotion("allow"):
         out = jax.eval_shape(llms.logits, llms.weights(shape), x)
     assert out.shape == (2, 8, 100)
     assert jax.eval_shape(llms.loss, out, targets).shape == ()
+
+
+def test_experts_give_what_each_would_give_alone():
+    shape = llms.Shape(16, 32, 1, 2, 2, 8, 10, experts=4)
+    layers = common.filled(llms.weights(shape, jnp.float32))["layers"]
+    w = jax.tree.map(lambda x: x[0], layers)
+    h = jax.random.normal(jax.random.key(0), (2, 32, 16))
+    own = [
+        llms.fed(h, {name: w[name][i] for name in ("gate", "up", "down")})
+        for i in range(4)
+    ]
+    gates = jax.nn.softmax(h @ w["router"])
+    gates = jnp.where(gates >= jnp.sort(gates)[..., 2:3], gates, 0)
+    want = sum(gates[..., i, None] * own[i] for i in range(4))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = llms.routed(h, w)
+    kept = jnp.isclose(found, want, atol=1e-4).all(-1).mean()
+    assert 0.9 < kept <= 1  # an expert that is full drops a token
+
+
+@pytest.fixture
+def tiny_slice(monkeypatch):
+    """The large models become one of 4 experts, on the CPU's devices."""
+    shape = llms.Shape(64, 128, 2, 4, 2, 16, 128, experts=4)
+    monkeypatch.setitem(llms.SHAPES, "tiny", shape)
+    monkeypatch.setattr(slices, "MODEL", "tiny")
+    monkeypatch.setattr(slices, "LENGTH", 16)
+    monkeypatch.setattr(slices, "TOPOLOGIES", dict.fromkeys(range(65), "cpu:8"))
+    case = scale.Case("tiny", "cpu:8", data=4, model_axis=2, rows=8, length=16)
+    monkeypatch.setattr(scale, "CASES", [case])
+    with jax.numpy_rank_promotion("allow"):
+        yield case
+
+
+def run(monkeypatch, script, path, *args):
+    """Runs a script, and returns what it wrote."""
+    name = script.__name__.rpartition(".")[2]
+    monkeypatch.setattr(
+        sys, "argv", [name, "--json", str(path / f"{name}.json"), *args]
+    )
+    script.main()
+    return read(path, name)
+
+
+def test_scale(tiny_slice, monkeypatch, tmp_path):
+    names = (common.FLOOR, common.JLORA, scale.SPREAD, scale.COPIED)
+    ranks = ("--rank", "2")
+    run(monkeypatch, scale, tmp_path, *ranks, "--steps", *names[1:])
+    found = run(monkeypatch, scale, tmp_path, *ranks, "--steps", common.FLOOR)
+    rows = {row["step"]: row for row in found["rows"]}
+    assert tuple(rows) == names  # the second run kept those of the first
+    state = [rows[name]["state_bytes"] for name in names]
+    assert state[0] < state[2] < state[1] < state[3]
+    sends = [scale.sent(rows[name]) for name in names]
+    assert sends[0] < sends[1] < sends[2]
+    _, lines = scale.memory_columns(found["rows"])
+    assert lines[0][4] == "1.00"
+
+
+def test_full_fine_tuning_trains_every_parameter(tiny_slice):
+    step, extra = scale.make_step(tiny_slice, scale.FULL, rank=2)
+    weights = common.nbytes(llms.weights(llms.SHAPES["tiny"]))
+    assert common.nbytes(step[1]) == pytest.approx(3 * weights, abs=8)
+    assert not extra
+
+
+def test_slices(tiny_slice, monkeypatch, tmp_path):
+    argv = ("--rank", "2", "--parts", "adapters", "--at", "8")
+    found = run(monkeypatch, slices, tmp_path, *argv)
+    (row,) = found["parts"]["adapters"]
+    assert (row["data"], row["adapters"], row["rows"]) == (8, 8, 64)
+    _, (line,) = slices.columns([row])
+    assert line[:3] == ("8", "64 × 16", "8")
+    shutil.copy(report.DOCS / "scale.md", tmp_path)
+    report.write(tmp_path, tmp_path)
+    assert "| 8 | 64 × 16 | 8 |" in (tmp_path / "scale.md").read_text()
+
+
+def test_gpu(monkeypatch, tmp_path):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    monkeypatch.setattr(gpu, "one_card", lambda: device)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: True)
+    monkeypatch.setattr(models, "KINDS", {"scan": models.scanned})
+    argv = ("--width", "64", "--layers", "1", "--length", "16")
+    found = run(monkeypatch, gpu, tmp_path, *argv)
+    assert [row["step"] for row in found["cases"][0]["rows"]] == list(gpu.STEPS)
+    report.write(tmp_path, tmp_path)
+    assert "| scan, 4 × 16 |" in (tmp_path / "performance.md").read_text()
