@@ -44,7 +44,7 @@ class DecoderConfig:
       kv_heads: number of key and value heads, a divisor of `heads`.
       head: features of a head.
       eps: added to the mean square in a norm.
-      activation: of the MLP's gate, a key of `ACTIVATIONS`.
+      activation: of the MLP's gate, a key of `model.ACTIVATIONS`.
       tied: whether the output head is the embedding table.
       qkv_bias, out_bias, mlp_bias: whether these linear layers have one.
       qk_norm: whether queries and keys are normalised, head by head.
@@ -197,7 +197,8 @@ _OFF = {
     *("add_cross_attention", "cross_attention_hidden_size", "is_decoder"),
     *("is_encoder_decoder", "tie_encoder_decoder", "torchscript", "use_bfloat16"),
 }
-ACTIVATIONS = {
+# Names of the Hub, and those of `model.ACTIVATIONS`.
+_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -205,7 +206,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
-_GELU_OF_GEMMA = {"gelu": "gelu_pytorch_tanh"}
 
 
 def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
@@ -226,10 +226,12 @@ def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
             f"{heads} query heads of {head} features and {kv_heads} key heads: the key "
             "heads must divide the query heads, and the features be even."
         )
-    act = (gemma and get["hidden_activation"]) or get["hidden_act"]
-    act = _GELU_OF_GEMMA.get(act, act) if gemma else act
-    if act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {act!r} is not one of {', '.join(ACTIVATIONS)}.")
+    act = get["hidden_act"]
+    if gemma:  # whose first files say "gelu" and mean its approximation
+        approximate = "gelu_pytorch_tanh" if act == "gelu" else act
+        act = get["hidden_activation"] or approximate
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act {act!r} is not one of {', '.join(_ACTIVATIONS)}.")
     types = _layer_types(get, kind)
     window = get.get("sliding_window")
     bias = bool(get.get("attention_bias"))
@@ -243,7 +245,7 @@ def _fields(found: Json, ignore: Sequence[str]) -> dict[str, Any]:
         "kv_heads": kv_heads,
         "head": head,
         "eps": get["rms_norm_eps"],
-        "activation": ACTIVATIONS[act],
+        "activation": _ACTIVATIONS[act],
         "tied": get["tie_word_embeddings"],
         "qkv_bias": bias or kind == "qwen2",
         "out_bias": bias,
@@ -329,6 +331,8 @@ def _with_rope(get: Json) -> list[bool]:
     """Returns for each layer of SmolLM3 whether it has rotary positions."""
     layers = range(get["num_hidden_layers"])
     stated = get["no_rope_layers"]
+    if stated is not None and len(stated) < len(layers):
+        raise ValueError(f"no_rope_layers {stated}: there are {len(layers)} layers.")
     if stated is not None:
         return [bool(stated[i]) for i in layers]  # 1 is *with*, despite its name
     return [(i + 1) % get["no_rope_layer_interval"] != 0 for i in layers]

@@ -287,6 +287,10 @@ SMALL = {**golden.SIZES, "model_type": "llama"}
             "a sliding_window that is in use",
         ),
         (
+            {"model_type": "smollm3", "no_rope_layers": [1]},
+            r"no_rope_layers \[1\]: there are 3 layers",
+        ),
+        (
             {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
             r"gemma3_text with attn_logit_softcapping = 50\.0",
         ),
