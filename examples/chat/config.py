@@ -11,7 +11,7 @@ import platformdirs
 
 from examples.sentiment.config import QUANTIZE
 
-DEFAULT_STEPS = 40  # on the default data
+DEFAULT_STEPS = 20  # on the default data
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

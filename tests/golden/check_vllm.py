@@ -10,9 +10,13 @@ then `unzip`); it need not be installed. Real is all that reads an adapter, from
 `WorkerLoRAManager._load_adapter` on: `PEFTHelper`, the parsing and checking of names,
 `LoRAModel`, and the packing of q, k and v. The rest of vLLM is stubs.
 
+    python tests/golden/check_vllm.py run RUN VLLM         # after `examples.chat`
+
 The first step writes each adapter as `peft.save` does, and notes whether
 `portable=True` refuses it. The second loads all of them, and exits with 1 where the two
-disagree, or where the update that vLLM holds is not jlora's to a part in 1e5.
+disagree, or where the update that vLLM holds is not jlora's to a part in 1e5. The third
+reads the base and the merged model of a run as vLLM reads weights, and asks that their
+difference is the update that vLLM holds of the run's adapter.
 """
 
 import ast
@@ -32,7 +36,11 @@ REAL = {
         "worker_manager",
     )
 }  # fmt: skip
+LOADER = "vllm.model_executor.model_loader.weight_utils"
+REAL |= {LOADER, "vllm.model_executor.model_loader.ep_weight_filter"}
+INDEX = "model.safetensors.index.json"
 STUBS = ("vllm", "huggingface_hub", "transformers")
+STUBS += ("fastsafetensors", "runai_model_streamer")
 PACKED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -305,18 +313,53 @@ def load(root: pathlib.Path, here: pathlib.Path, linear: list[str]):
     return held
 
 
-def check(folder: pathlib.Path, root: pathlib.Path) -> int:
-    from safetensors.torch import load_file
-
+def set_up(root: pathlib.Path) -> None:
+    """Makes the modules of vLLM importable."""
     sys.meta_path.insert(0, Stubs(root))
     import vllm.logger
+    import vllm.tracing
     import vllm.utils.torch_utils
 
     vllm.logger.init_logger = lambda name: Quiet()
+    vllm.tracing.instrument = lambda **_: lambda function: function
     vllm.utils.torch_utils.PIN_MEMORY = False
     from vllm.lora import worker_manager
 
     worker_manager.get_adapter_absolute_path = lambda path: path
+
+
+def weights(folder: pathlib.Path) -> dict:
+    """Returns the tensors of a model, found and read by vLLM's own functions."""
+    loader = importlib.import_module(LOADER)
+    loader._get_available_ram_bytes = lambda: 2**40
+    files = [str(file) for file in folder.glob("*.safetensors")]
+    files = loader.filter_duplicate_safetensors_files(files, str(folder), INDEX)
+    return dict(loader.safetensors_weights_iterator(files, use_tqdm_on_load=False))
+
+
+def check_run(run: pathlib.Path, root: pathlib.Path) -> int:
+    set_up(root)
+    about = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    linear = sorted({name.rpartition(".")[2] for name in about["target_modules"]})
+    held = load(root, run / "adapter", linear)
+    base = weights(pathlib.Path(about["base_model_name_or_path"]))
+    merged = weights(run / "merged")
+    bad, worst = int(base.keys() != merged.keys()), 0.0
+    for name, tensor in base.items():
+        gain = merged[name].double() - tensor.double()
+        scaling, a, b = held.pop(name.removesuffix(".weight"), (0, gain * 0, gain * 0))
+        update = scaling * (b @ a) if scaling else gain * 0
+        off = (update - gain).abs().max().item()
+        worst = max(worst, off / tensor.double().abs().max().item())
+    print(f"{len(merged)} tensors, {len(about['target_modules'])} adapted modules")
+    print(f"update and merged - base differ by {worst:.1e} of the largest weight")
+    return int(bad or held or worst > 1e-6)
+
+
+def check(folder: pathlib.Path, root: pathlib.Path) -> int:
+    from safetensors.torch import load_file
+
+    set_up(root)
     bad, compared, worst = 0, 0, 0.0
     for here in sorted(folder.glob("*/")):
         about = json.loads((here / "about.json").read_text())
@@ -354,4 +397,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(pathlib.Path(sys.argv[2]))
     else:
-        sys.exit(check(*map(pathlib.Path, sys.argv[2:])))
+        step = check_run if sys.argv[1] == "run" else check
+        sys.exit(step(*map(pathlib.Path, sys.argv[2:])))
