@@ -67,7 +67,8 @@ def save(
       step: number of the step, at least 0.
       opt_state: the optimizer's state, any pytree of arrays.
       key: a random key, or an array of them, new style or old.
-      position: where in the data training is, any JSON value.
+      position: where in the data training is, any JSON value, such as the state that a
+        grain iterator's `get_state` returns.
       config: the config; None takes that of `plan`.
       plan: the plan.
       params: the base's parameters, whole or `frozen`, or their `fingerprint`. Only the

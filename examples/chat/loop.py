@@ -7,20 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jlora
+from examples.sharded.loop import State
 
 from .packing import Batch
 
 Apply = Callable[..., jax.Array]  # (frozen, trainable, tokens, positions, segments)
-
-
-class State(NamedTuple):
-    """What changes with each step: A and B, and the optimizer's moments."""
-
-    trainable: jlora.Trainable
-    opt_state: Any
 
 
 class Metrics(NamedTuple):
@@ -29,24 +23,6 @@ class Metrics(NamedTuple):
     loss: jax.Array
     norm: jax.Array
     learnt: jax.Array
-
-
-def create_state(
-    trainable: jlora.Trainable, tx: optax.GradientTransformation, mesh: Mesh
-) -> State:
-    """Returns the state before the first step, with moments beside their leaf.
-
-    It holds copies: each step donates the state's buffers, and a leaf trained in full
-    is still the base model's own array. `tx.init` runs outside `jax.jit`, where zeros
-    lie as the leaf that they are like; a counter is put on every device.
-    """
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def on_mesh(x: jax.Array) -> jax.Array:
-        return x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, whole)
-
-    trainable = jax.tree.map(jnp.copy, trainable)
-    return State(trainable, jax.tree.map(on_mesh, tx.init(trainable)))
 
 
 def learning_rate(
@@ -90,10 +66,10 @@ def make_step(apply: Apply, tx: optax.GradientTransformation, like: State) -> An
         (loss, grads), _ = jax.lax.scan(add, zero, parts)
         learnt = jnp.maximum(parts.learnt.sum(), 1).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / learnt.astype(g.dtype), grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        updates, moments = tx.update(grads, state.moments, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = Metrics(loss / learnt, optax.tree.norm(grads), learnt)
-        return State(trainable, opt_state), metrics
+        return State(trainable, moments), metrics
 
     where = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(step, donate_argnums=1, out_shardings=(where, None))

@@ -14,12 +14,12 @@ import jlora
 from examples.many_adapters.data import NEWS
 from examples.sentiment import assets
 from examples.sharded.layout import batch_sharding, layout, parse_mesh
+from examples.sharded.report import show
 
 from . import data, hub, model, packing, report, smollm2, template
 from .config import Options
 from .data import Conversation
 from .model import DecoderConfig
-from .report import show
 from .run import RunError, Task
 from .template import Document
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,18 +21,6 @@ class Sample(NamedTuple):
     before: str
     after: str
     data: str
-
-
-def stage(title: str) -> None:
-    """Prints a title, in the first process only."""
-    if jax.process_index() == 0:
-        print(f"\n── {title}", flush=True)
-
-
-def show(text: str) -> None:
-    """Prints `text` below the title of its stage, in the first process only."""
-    if jax.process_index() == 0:
-        print(textwrap.indent(text, "   "), flush=True)
 
 
 def documents(counts: Mapping[str, int], made: int, epoch: Epoch, length: int) -> str:

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 import jlora
 from examples.sharded.layout import batch_sharding
+from examples.sharded.loop import State
 
 from .config import Options
-from .loop import Apply, State, evaluate, in_parts, make_step, placed
+from .loop import Apply, evaluate, in_parts, make_step, placed
 from .metrics import Log
 from .packing import Batch
 
@@ -120,6 +121,27 @@ def start(
     data.set_state(found.position)
     state = State(found.trainable, found.opt_state)
     return Start(found.step, state, data, found.metadata["before"])
+
+
+def saver(
+    checkpoints: jlora.checkpoint.Checkpoints, metadata: Any, *, last: int
+) -> Callable[[int, State, Any], Any]:
+    """Returns what begins to write a checkpoint, if it is time for one.
+
+    State and position in the data are one checkpoint: both are there, or neither.
+    """
+
+    def save(step: int, state: State, position: Any) -> None:
+        checkpoints.save(
+            state.trainable,
+            step=step,
+            opt_state=state.moments,
+            position=position,
+            metadata=metadata,
+            force=step == last,
+        )
+
+    return save
 
 
 def fit(

@@ -5,18 +5,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jlora
 from examples.sentiment.assets import AssetError
 from examples.sharded.layout import fake_devices
+from examples.sharded.loop import create_state
+from examples.sharded.report import show, stage
 
 from . import packing, report, run, template
 from .config import DEFAULT_STEPS, Options, parse
 from .data import DataError
-from .loop import create_state, learning_rate, make_optimizer
+from .loop import learning_rate, make_optimizer
 from .metrics import Log
 from .model import DecoderConfig
 from .out import save_adapter, save_merged
@@ -29,7 +31,6 @@ from .prepare import (
     mesh_of,
     planned,
 )
-from .report import show, stage
 from .run import RunError
 from .samples import answerer, side_by_side
 
@@ -77,7 +78,8 @@ def train(options: Options) -> None:
         options.lr, steps, warmup=options.warmup, schedule=options.schedule
     )
     tx = make_optimizer(rate, clip=options.clip, weight_decay=options.weight_decay)
-    state = create_state(trainable, tx, mesh)
+    # Copies: a step donates them, and a leaf trained in full is still the base's own.
+    state = create_state(jax.tree.map(jnp.copy, trainable), tx, mesh)
     settings = options.settings() | {"data": digest(documents)}
     answer = answerer(options, config, base, tokenizer, tests)
     with run.checkpoints_of(task, options) as checkpoints:
@@ -87,17 +89,7 @@ def train(options: Options) -> None:
             "answers": answer(task.frozen, state.trainable),
         }
         about = {"settings": settings, "before": before}
-
-        def save(step: int, state: Any, position: Any) -> None:
-            checkpoints.save(
-                state.trainable,
-                step=step,
-                opt_state=state.opt_state,
-                position=position,
-                metadata=about,
-                force=step == steps,
-            )
-
+        save = run.saver(checkpoints, about, last=steps)
         show(f"held-out perplexity {math.exp(before['loss']):.2f} before")
         with Log(
             options.out,
