@@ -72,7 +72,8 @@ def scale_plot(found: common.Figures) -> Figure:
         own = [row["peak_bytes"] for row in rows if row["step"] == name]
         return own[0] / scale.GIB if own and own[0] else float("nan")
 
-    peaks = {n: [peak(rows, n) for rows in groups.values()] for n in scale.STEPS}
+    compiled = [n for n in scale.STEPS if any(n == r["step"] for r in found["rows"])]
+    peaks = {n: [peak(rows, n) for rows in groups.values()] for n in compiled}
     grouped_bars(axes, [name.split(",")[0] for name in groups], peaks)
     axes.set_xlabel("peak memory of a chip, GiB")
     figure.legend(loc="outside upper center", ncols=5, frameon=False)

@@ -48,11 +48,11 @@ figures. All steps use AdamW and donate their state.
 REASONS = """\
 ## What is left above the floor
 
-- *Memory.* The gradient of A is `x^T u` and needs the input `x` of each adapted layer. On
-  a CPU `x` is computed again from arrays that the frozen model's gradient keeps too, such
-  as a GELU's input. An `x` that is itself a product, such as attention's result, is kept.
-  On an accelerator each `x` is kept, unless `jax.checkpoint` computes the layer again.
-  Nothing weight-sized is kept.
+- *Memory.* The gradient of A is `x^T u` and needs the input `x` of each adapted
+  layer. On a CPU `x` is computed again from arrays that the frozen model's gradient
+  keeps too, such as a GELU's input. An `x` that is itself a product, such as
+  attention's result, is kept. On an accelerator each `x` is kept, unless
+  `jax.checkpoint` computes the layer again. Nothing weight-sized is kept.
 - *Bytes on a TPU.* The rank-sized products read each `x` twice (`x A`, and the gradient
   of A) and each `dy` twice (`dy B^T`, and the gradient of B). That is one more pass
   over the activations than the model makes. Weights that share an input share those

@@ -274,18 +274,21 @@ def run(monkeypatch, script, path, *args):
 
 
 def test_scale(tiny_slice, monkeypatch, tmp_path):
-    names = (common.FLOOR, common.JLORA, scale.SPREAD, scale.COPIED)
     ranks = ("--rank", "2")
-    run(monkeypatch, scale, tmp_path, *ranks, "--steps", *names[1:])
+    run(monkeypatch, scale, tmp_path, *ranks, "--steps", scale.SPREAD)
     found = run(monkeypatch, scale, tmp_path, *ranks, "--steps", common.FLOOR)
-    rows = {row["step"]: row for row in found["rows"]}
-    assert tuple(rows) == names  # the second run kept those of the first
-    state = [rows[name]["state_bytes"] for name in names]
-    assert state[0] < state[2] < state[1] < state[3]
-    sends = [scale.sent(rows[name]) for name in names]
-    assert sends[0] < sends[1] < sends[2]
-    _, lines = scale.memory_columns(found["rows"])
-    assert lines[0][4] == "1.00"
+    low, own = found["rows"]  # the second run kept the row of the first
+    assert (low["step"], own["step"]) == (common.FLOOR, scale.SPREAD)
+    assert 0 < scale.sent(low) < scale.sent(own)
+    _, (line, _) = scale.memory_columns(found["rows"])
+    assert line[4] == "1.00"
+
+
+def test_layouts_of_what_is_trained(tiny_slice):
+    names = (common.FLOOR, scale.SPREAD, common.JLORA, scale.COPIED, scale.FULL)
+    steps = [scale.make_step(tiny_slice, name, rank=2)[0] for name in names]
+    taken = [scale.chip_bytes(step[1]) for step in steps]
+    assert taken == sorted({*taken})
 
 
 def test_full_fine_tuning_trains_every_parameter(tiny_slice):
@@ -311,6 +314,7 @@ def test_gpu(monkeypatch, tmp_path):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     monkeypatch.setattr(gpu, "one_card", lambda: device)
     monkeypatch.setattr(gpu, "find_spec", lambda name: True)
+    monkeypatch.setattr(gpu, "STEPS", (common.FLOOR, common.JLORA))
     monkeypatch.setattr(models, "KINDS", {"scan": models.scanned})
     argv = ("--width", "64", "--layers", "1", "--length", "16")
     found = run(monkeypatch, gpu, tmp_path, *argv)
