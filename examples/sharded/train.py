@@ -76,9 +76,7 @@ def run(options: Options, mesh: Mesh) -> None:
     apply = jlora.apply_lora(model.fn, on_merge="error")
     loss, held_out = make_loss(apply), batch(HELD_OUT)
     with checkpoints_of(options, model.plan, frozen) as checkpoints:
-        first = 0
-        if options.resume and checkpoints.newest is not None:
-            state, first = resume(checkpoints, tx, state, own)
+        state, first = begin(options, checkpoints, tx, state, own)
         before = float(loss(frozen, state.trainable, held_out))
         state, losses, seconds = fit(
             compiled(make_step(apply, tx, state), state, frozen, batch, options),
@@ -135,19 +133,32 @@ def checkpoints_of(
     )
 
 
-def resume(
+def begin(
+    options: Options,
     checkpoints: jlora.checkpoint.Checkpoints,
     tx: optax.GradientTransformation,
     state: State,
     shardings: jlora.Trainable,
 ) -> tuple[State, int]:
-    """Returns the newest state that was saved, laid out like `state`, and its step."""
+    """Returns where to begin: `state`, or what was saved last, laid out like it."""
+    newest = checkpoints.newest
+    if newest is None:
+        if options.resume:
+            report.show(f"nothing is saved in {options.out} yet, so this is step 0")
+        return state, 0
+    if not options.resume:
+        sys.exit(
+            f"{options.out} holds step {newest} of an earlier run. Give --resume to go "
+            "on from it, or another --out."
+        )
+    if newest >= options.steps:
+        sys.exit(f"{options.out} is at step {newest} already. Give more --steps.")
     like = jax.eval_shape(tx.init, state.trainable)
     found = checkpoints.restore(opt_state=like, shardings=shardings)
     state = State(found.trainable, found.opt_state)
     mesh = found.metadata["mesh"]
-    report.show(f"step {found.step}, saved on {mesh}: state {report.digest(state)}")
-    return state, found.step
+    report.show(f"step {newest}, saved on {mesh}: state {report.digest(state)}")
+    return state, newest
 
 
 def compiled(

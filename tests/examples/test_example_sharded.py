@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -15,11 +16,12 @@ from jax import P
 
 import jlora
 from examples.chat.model import DecoderConfig, shapes
+from examples.sharded.config import parse
 from examples.sharded.data import batch_at, sequences
 from examples.sharded.layout import batch_sharding, layout, parse_mesh
 from examples.sharded.loop import State
 from examples.sharded.report import digest
-from examples.sharded.train import main
+from examples.sharded.train import begin, main
 
 pytestmark = pytest.mark.once
 SIZES = {"vocab": 32, "width": 16, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2}
@@ -196,6 +198,21 @@ def test_a_quantised_base_with_dropout_and_spread_factors(tmp_path, capsys):
     assert re.search(r"gate_proj/kernel .* - fsdp\+tensor - +- - tensor\+fsdp\n", out)
 
 
+def test_an_earlier_run_is_not_overwritten(capsys):
+    def begin_with(newest, *words):
+        options = parse(["--steps", "40", *words])
+        saved = types.SimpleNamespace(newest=newest)
+        return begin(options, saved, None, "state", None)
+
+    assert begin_with(None) == ("state", 0)
+    assert begin_with(None, "--resume") == ("state", 0)
+    assert "nothing is saved in runs/sharded yet" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"holds step 10 .* Give --resume"):
+        begin_with(10)
+    with pytest.raises(SystemExit, match=r"step 40 already\. Give more --steps"):
+        begin_with(40, "--resume")
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_told(tmp_path):
     with pytest.raises(SystemExit, match="Give a multiple of 4"):
         main(["--mesh", "fsdp=4", "--batch", "6", "--out", str(tmp_path)])
@@ -209,7 +226,7 @@ me, port = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
-from examples.sharded.train import main
+from examples.sharded.train import begin, main
 main(sys.argv[3:])
 """
 

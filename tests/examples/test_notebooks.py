@@ -161,3 +161,27 @@ def test_quickstart_runs(tmp_path, monkeypatch):
     # Restored and exported, it is the model that was trained.
     assert number(out["save"], after="in the mirror") == after
     assert number(out["export"], after="in the mirror") == after
+
+
+@pytest.mark.slow
+@pytest.mark.once
+def test_eight_chips_runs(tmp_path, monkeypatch):
+    file = ROOT / "notebooks" / "05-eight-chips.ipynb"
+    notebook = execute(file, tmp_path, monkeypatch)
+    out, kept = printed(notebook), printed(read(file))
+    assert out["imports"] == "8 × cpu\n"
+    assert plots(notebook) == plots(read(file)) == {"plot"}
+    for cell in ("mesh", "plan", "split"):
+        assert out[cell] == kept[cell], "Run the notebook again and keep its outputs."
+
+    assert number(out["train"], after="loss") > 4
+    assert number(out["train"], after="30 steps") < 1
+    lora, full = out["memory"].splitlines()
+    assert number(lora, after="arguments") < number(full, after="arguments") / 2
+    assert "the same bits: True" in out["resume"]
+    assert number(out["resume"], after="40 steps") < 0.5
+    assert number(out["merge"], after="differ by") < 1e-3
+    assert "2 devices" in out["merge"]
+    dense, codes, loss = out["quantise"].splitlines()[1:]
+    assert number(codes, after="codes") < number(dense, after="dense") / 3
+    assert number(loss, after="over codes") < 1
