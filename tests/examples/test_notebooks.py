@@ -177,7 +177,7 @@ def test_eight_chips_runs(tmp_path, monkeypatch):
     assert number(out["train"], after="loss") > 4
     assert number(out["train"], after="30 steps") < 1
     lora, full = out["memory"].splitlines()
-    assert number(lora, after="arguments") < number(full, after="arguments") / 2
+    assert number(lora, after="arguments") < number(full, after="arguments") * 0.7
     assert "the same bits: True" in out["resume"]
     assert number(out["resume"], after="40 steps") < 0.5
     assert number(out["merge"], after="differ by") < 1e-3
