@@ -24,7 +24,9 @@ LOGITS = np.load(GOLDEN / "decoders.npz")
 CONFIGS = json.loads((GOLDEN / "decoders.json").read_text())["configs"]
 TOKENS = jnp.asarray(golden.tokens(), jnp.int32)
 # Windows, two kinds of rotary positions and none: what a cache can get wrong.
-VARIED = ("llama_llama3", "mistral", "smollm3_sliding", "gemma2", "gemma3")
+VARIED = ("llama_llama3", "mistral", "smollm3_sliding", "gemma2")
+ONCE = pytest.mark.once
+SCAN = pytest.mark.parametrize("scan", [True, pytest.param(False, marks=ONCE)])
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +77,7 @@ def run(params, tokens, positions=None, segments=None, *, config, last=None):
     return forward(params, tokens, positions, segments, config=config, last=last)
 
 
-@pytest.mark.once
+@ONCE
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("case", golden.CASES)
 def test_logits_are_those_of_transformers(model, case, scan):
@@ -83,7 +85,7 @@ def test_logits_are_those_of_transformers(model, case, scan):
     near(run(params, TOKENS, config=config), LOGITS[case])
 
 
-@pytest.mark.once
+@ONCE
 @pytest.mark.parametrize("case", golden.CASES)
 def test_old_and_new_forms_of_a_config_say_the_same(case):
     assert DecoderConfig.from_hub(golden.CASES[case]) == DecoderConfig.from_hub(
@@ -92,7 +94,12 @@ def test_old_and_new_forms_of_a_config_say_the_same(case):
 
 
 @pytest.mark.parametrize(
-    ("case", "scan"), [*((case, True) for case in VARIED), ("gemma3", False)]
+    ("case", "scan"),
+    [
+        ("gemma3", True),
+        pytest.param("gemma3", False, marks=ONCE),
+        *(pytest.param(case, True, marks=ONCE) for case in VARIED),
+    ],
 )
 def test_tokens_with_a_cache_have_the_logits_of_the_whole(model, case, scan):
     """Prompts of two lengths, padded on the left, then a token at a time."""
@@ -112,7 +119,9 @@ def test_tokens_with_a_cache_have_the_logits_of_the_whole(model, case, scan):
         near(logits[:, 0], whole[[asked + i, short + i]])
 
 
-@pytest.mark.parametrize("case", ["smollm3_sliding", "gemma3"])
+@pytest.mark.parametrize(
+    "case", ["gemma3", pytest.param("smollm3_sliding", marks=ONCE)]
+)
 def test_a_document_does_not_see_the_one_before_it(model, case):
     config, params = model(case)
     first, second = jnp.split(TOKENS, [11], axis=1)
@@ -129,7 +138,7 @@ def test_a_document_does_not_see_the_one_before_it(model, case):
     np.testing.assert_array_equal(said[:, :21], packed[:, :21])
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.once)])
+@SCAN
 def test_remat_changes_no_gradient(model, scan):
     config, params = model("gemma3", scan)
 
@@ -194,7 +203,7 @@ def test_drawn_tokens_follow_the_key_and_the_logits(model):
     assert np.abs(found - wanted).max() < 0.06
 
 
-@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+@SCAN
 def test_an_adapter_has_the_names_of_the_hub(model, tmp_path, scan):
     """It comes back, and its plan has no leaf that is merged or has no name."""
     config, params = model("qwen3_sliding", scan)
@@ -238,7 +247,7 @@ def test_a_model_is_loaded_onto_a_mesh_and_into_codes(directory):
     assert np.abs(got - LOGITS["qwen3"]).max() < 0.1
 
 
-@pytest.mark.once
+@ONCE
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
     """Beside what is on the device; numpy tells what it allocates."""
