@@ -60,4 +60,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             parser.add_argument(
                 name, type=field.type, default=field.default, **field.metadata
             )
-    return Options(**vars(parser.parse_args(argv)))
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.width % (2 * options.heads) or options.heads % options.kv_heads:
+        parser.error(
+            f"--width {options.width}, --heads {options.heads}, --kv-heads "
+            f"{options.kv_heads}: each head needs an even part of the width, and the "
+            "key heads must divide the query heads."
+        )
+    return options

@@ -213,6 +213,13 @@ def test_an_earlier_run_is_not_overwritten(capsys):
         begin_with(40, "--resume")
 
 
+def test_sizes_that_do_not_fit_are_told(capsys):
+    for words in (["--heads", "6"], ["--kv-heads", "3"]):
+        with pytest.raises(SystemExit):
+            parse(words)
+        assert "each head needs an even part of the width" in capsys.readouterr().err
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_told(tmp_path):
     with pytest.raises(SystemExit, match="Give a multiple of 4"):
         main(["--mesh", "fsdp=4", "--batch", "6", "--out", str(tmp_path)])
