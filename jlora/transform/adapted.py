@@ -153,12 +153,9 @@ def _lowered(
     *operands: jax.Array, static: Static, platform: str, devices: int
 ) -> jax.Array:
     x, w, a, b, _, *gain = operands
-    form = static.form
+    form, site = static.form, static.site
     if form == "auto":
-        # How a mesh divides the tokens is not known here. Where it divides them over
-        # all devices, `w` is gathered for its product, and for a sum once more.
-        tokens = static.site.tokens // devices
-        form = cost.form(tokens, static.site.fan_in, x.dtype, platform)
+        form = cost.form(site.tokens, site.fan_in, x.dtype, platform, devices)
     if form == "factored":
         return _factored(*operands, static=static)
     term = dataclasses.replace(static.term, a=a, b=b)

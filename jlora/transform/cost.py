@@ -14,7 +14,7 @@ PLATFORMS = ("cpu", "accelerator")
 
 
 def form(
-    tokens: int, fan_in: int, dtype: object, platform: str
+    tokens: int, fan_in: int, dtype: object, platform: str, devices: int = 1
 ) -> Literal["factored", "merged"]:
     """Returns the cheaper form for the product of `tokens` rows and a weight.
 
@@ -25,13 +25,17 @@ def form(
       fan_in: entries of a row.
       dtype: dtype of the activation and the weight.
       platform: one of `PLATFORMS`.
+      devices: over how many devices XLA divides the program. How it divides this
+        product is not known before, so tokens count as divided over all.
     """
     if platform == "cpu":
         # Measured: where rows fit the cache, the thin products are nearly free. A CPU
         # emulates low precision, and rounding the sum costs digits.
-        exact = jnp.finfo(dtype).bits >= 32
-        return "merged" if exact and tokens >= 4 * fan_in else "factored"
-    return "merged" if tokens > fan_in else "factored"
+        # Where devices share a weight, they would gather the sum and the weight.
+        if devices > 1 or jnp.finfo(dtype).bits < 32:
+            return "factored"
+        return "merged" if tokens >= 4 * fan_in else "factored"
+    return "merged" if tokens // devices > fan_in else "factored"
 
 
 def forms(tokens: object, fan_in: int, dtype: object) -> list[str]:
