@@ -2,11 +2,11 @@
 
     config, params = hub.load("Llama-3.2-1B", dtype="bfloat16")
     config, params = hub.load(directory, dtype="bfloat16", quantize="nf4",
-                              shardings=lambda like: layout.shardings(like, mesh))
+                              shardings=lambda like: layout(like, mesh))
     jlora.peft.save("adapter", trainable, names=hub.names(config),
                     base_model=str(directory), tied=config.tied)
 
-`generate.generate` writes tokens with the result.
+`layout` is that of `examples/sharded`. `generate.generate` writes tokens with the result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
