@@ -6,7 +6,8 @@
     jlora.peft.save("adapter", trainable, names=hub.names(config),
                     base_model=str(directory), tied=config.tied)
 
-`layout` is that of `examples/sharded`. `generate.generate` writes tokens with the result.
+`layout` is that of `examples/sharded`. `generate.generate` writes tokens with what
+comes back.
 """
 
 from collections.abc import Callable, Mapping, Sequence
