@@ -1,5 +1,6 @@
 """The plots of the pages with figures."""
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,19 @@ from matplotlib.figure import Figure
 from . import common, floor, growth, learnt, scale
 from .page import COLORS
 
-# Readable on a light and on a dark page: the figures bring their own ground.
+# What each colour becomes where the reader prefers a dark page.
+DARK = {
+    "#f8fafc": "#1e293b",
+    "#0f172a": "#f1f5f9",
+    "#475569": "#cbd5e1",
+    "#e2e8f0": "#334155",
+    "#94a3b8": "#64748b",
+    COLORS[common.FLOOR]: "#94a3b8",
+    COLORS[common.JLORA]: "#fb923c",
+    COLORS[growth.ADDED]: "#2dd4bf",
+    COLORS["side path, autodiff"]: "#60a5fa",
+    COLORS["merge on the fly"]: "#a78bfa",
+}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jlora",
@@ -122,6 +135,19 @@ def growth_plot(found: common.Figures) -> Figure:
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
     return figure
+
+
+def svg(figure: Figure) -> str:
+    """Returns a figure as SVG, whose colours follow a light or a dark scheme."""
+    file = io.StringIO()
+    # Without a date, the same figures give the same file.
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    for color in DARK:
+        text = text.replace(f": {color}", f": var(--{color[1:]}, {color})")
+    dark = " ".join(f"--{old[1:]}: {new};" for old, new in DARK.items())
+    rule = f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    return text.replace("</style>", f"\n{rule}</style>", 1)
 
 
 PLOTS: dict[str, Callable[[Any], Figure | None]] = {

@@ -27,7 +27,7 @@ from . import (
 )
 from .page import markdown, picture, source
 from .peers import runner
-from .plots import PLOTS, STYLE
+from .plots import PLOTS, STYLE, svg
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOP = f"""\
@@ -419,8 +419,7 @@ def write(results: Path, docs: Path) -> None:
             figure = plot(found[name]) if name in found else None
             if figure is not None:
                 path = docs / f"performance-{name}.svg"
-                # Without a date, the same figures give the same file.
-                figure.savefig(path, metadata={"Date": None})
+                path.write_text(svg(figure))
 
 
 def main() -> None:
