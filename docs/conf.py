@@ -91,6 +91,13 @@ def plural(found: re.Match[str]) -> str:
     return f"{found[1]}\\ s" if found[2] else found[1]
 
 
+def shorten(
+    app: Sphinx, what: str, name: str, x: object, options: object, *shown: str | None
+) -> tuple[str | None, ...]:
+    """Takes modules off the types of a signature that Sphinx does not parse."""
+    return tuple(text and re.sub(r"~(?:\w+\.)*", "", text) for text in shown)
+
+
 def relink(app: Sphinx, name: str, source: list[str]) -> None:
     """Makes links out of `docs/` lead to the repository, if it has an address."""
     folder = (DOCS / name).parent.resolve()  # notebooks/ lies beside docs/
@@ -112,4 +119,5 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", relink)
     app.connect("autodoc-skip-member", is_plain_field)
+    app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-process-docstring", separate_plurals)
