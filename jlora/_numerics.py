@@ -1,5 +1,6 @@
 """Numbers: the dtype and precision of sums, random keys by path, finiteness."""
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -42,6 +43,13 @@ def dtype_of_sums(operands: Any, out: Any) -> Any:
     return out if same_kind else at_least_float32(operands)
 
 
+@functools.lru_cache(maxsize=256)
+def is_inexact(dtype: Any) -> bool:
+    """Returns whether `dtype` is a real or complex floating-point dtype."""
+    return bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+@functools.lru_cache(maxsize=256)
 def dtype_of_activation(x: Any, w: Any, out: Any) -> Any:
     """Returns the dtype in which an activation meets factors.
 
@@ -54,8 +62,8 @@ def dtype_of_activation(x: Any, w: Any, out: Any) -> Any:
       w: dtype of the weight.
       out: dtype of their product.
     """
-    among = [x, w] if jnp.issubdtype(x, jnp.inexact) else [w, out]
-    inexact = {jnp.dtype(d) for d in among if jnp.issubdtype(d, jnp.inexact)}
+    among = [x, w] if is_inexact(x) else [w, out]
+    inexact = {jnp.dtype(d) for d in among if is_inexact(d)}
     usable = {d for d in inexact if d.itemsize >= 2}
     return usable.pop() if len(usable) == 1 else at_least_float32(*usable)
 

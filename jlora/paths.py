@@ -20,6 +20,8 @@ from .errors import TreeError
 from .factors import Leaf, PyTree
 from .quantised import is_quantized
 
+_MARGIN = 60  # levels
+
 
 def flatten(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
@@ -46,8 +48,12 @@ def flatten(
       {'dense/bias': 2, 'dense/kernel': 1, 'heads/0': 3}
     """
     try:
-        # Too deep a tree breaks Python's count of calls if that is found in `is_leaf`.
-        jax.tree.structure([[[[tree]]]])
+        # Too deep a tree breaks Python's count of calls if that is found in `is_leaf`,
+        # or later, in a call further down. So it is looked for here, with a margin.
+        nested = tree
+        for _ in range(_MARGIN):
+            nested = [nested]
+        jax.tree.structure(nested)
         keyed, treedef = jax.tree_util.tree_flatten_with_path(
             tree, lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
         )

@@ -1,8 +1,10 @@
 """`plan`: what will be adapted, how, and at what cost, from one abstract trace."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .. import paths
 from .._checks import check_function
@@ -144,7 +146,7 @@ def plan(
         Row(
             path,
             tuple(leaf.shape) if is_array(leaf) else (),
-            str(leaf.dtype) if is_array(leaf) else type(leaf).__name__,
+            _named(leaf.dtype) if is_array(leaf) else type(leaf).__name__,
             tuple(uses[path]),
             head=path in heads,
             storage=leaf.kind if is_quantized(leaf) else "",
@@ -156,6 +158,11 @@ def plan(
     rows = resolve(rows, config)
     rows = check_routes(rows, staged, slots, config.dtype or "float32")
     return Plan(config, leave_merged(rows, config))
+
+
+@functools.cache
+def _named(dtype: Any) -> str:
+    return str(dtype)
 
 
 def _nbytes(leaf: Leaf) -> int:

@@ -1,6 +1,7 @@
 """What a config means for the leaves of a model: status, spec and note of each."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -175,16 +176,17 @@ def _targets(
     if both:
         wrong.append(f"{listed(map(repr, both), 3, ', ')} in both targets and train")
     chosen = [row for row in rows if row.path in hits and row.path not in taken]
-    able = [row.path for row in rows if _can_adapt(row)]
+    able = dict.fromkeys(row.path for row in rows if _can_adapt(row))
     for row in chosen:
-        if not _can_adapt(row):
-            near = paths.nearest(row.path, able, n=1) if len(wrong) < _HINTS else ()
+        if row.path not in able:
+            few = len(wrong) < _HINTS
+            near = paths.nearest(row.path, tuple(able), n=1) if few else ()
             wrong.append(
                 f"targets: {row.path!r} ({row.dtype}{list(row.shape)}) "
                 f"{_what(row)}, so it takes no factors"
                 + (f"; nearest that does: {near[0]!r}" if near else "")
             )
-    return {row.path for row in chosen if _can_adapt(row)}
+    return {row.path for row in chosen if row.path in able}
 
 
 def _can_adapt(row: Row) -> bool:
@@ -193,8 +195,13 @@ def _can_adapt(row: Row) -> bool:
 
 def is_float(row: Row) -> bool:
     """Returns whether a leaf is a floating-point array."""
+    return _names_float(row.dtype)
+
+
+@functools.cache
+def _names_float(dtype: str) -> bool:
     try:
-        return bool(jnp.issubdtype(jnp.dtype(row.dtype), jnp.floating))
+        return bool(jnp.issubdtype(jnp.dtype(dtype), jnp.floating))
     except TypeError:
         return False
 

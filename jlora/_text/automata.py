@@ -57,13 +57,36 @@ def first_match(automaton: Automaton, text: str) -> int | None:
       >>> first_match(machine, "a"), first_match(machine, "aa")
       (7, None)
     """
-    nodes = reached(automaton, 1, at_start=True, at_end=not text)
-    last = len(text) - 1
-    for i, char in enumerate(text):
-        nodes = _step(automaton, nodes, char, i == last)
-        if not nodes:
-            return None
+    nodes = _started(automaton, not text)
+    *pieces, last = _PIECE.findall(text) or [""]
+    for piece in pieces:
+        nodes = _walk(automaton, nodes, piece, False)
+    return _lowest(automaton, _walk(automaton, nodes, last, True))
+
+
+# Paths of one model share most of their components.
+_PIECE = re.compile("[^/]+/?|/")
+
+
+@functools.lru_cache(maxsize=1024)
+def _started(automaton: Automaton, at_end: bool) -> int:
+    return reached(automaton, 1, at_start=True, at_end=at_end)
+
+
+@functools.lru_cache(maxsize=1024)
+def _lowest(automaton: Automaton, nodes: int) -> int | None:
     return min((tag for node, tag in automaton.ends if nodes >> node & 1), default=None)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _walk(automaton: Automaton, nodes: int, piece: str, at_end: bool) -> int:
+    """Returns the nodes that `piece` leads to from any of `nodes`."""
+    last = len(piece) - 1
+    for i, char in enumerate(piece):
+        if not nodes:
+            break
+        nodes = _step(automaton, nodes, char, at_end and i == last)
+    return nodes
 
 
 @functools.lru_cache(maxsize=2**14)

@@ -94,7 +94,7 @@ def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
     return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
 
 
-def has_forms(x: jax.Array, w: Leaf, site: Site) -> bool:
+def has_forms(x: jax.Array, w: Leaf, dtype: DTypeLike) -> bool:
     """Returns whether a product can take a sum with its weight in place of the weight.
 
     Codes have none, sums in another dtype would be rounded, and shards or explicit
@@ -102,7 +102,7 @@ def has_forms(x: jax.Array, w: Leaf, site: Site) -> bool:
     """
     if isinstance(w, Coded) or has_typed_placement(x) or has_typed_placement(w):
         return False
-    return x.dtype == w.dtype == site.dtype
+    return x.dtype == w.dtype == dtype
 
 
 def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None:
@@ -112,7 +112,7 @@ def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None
     gain keeps less.
     """
     w = weight.w
-    if has_forms(x, w, site):
+    if has_forms(x, w, site.dtype):
         forms = (form,)
         if form == "auto":
             forms = cost.forms(site.tokens, site.fan_in, x.dtype)

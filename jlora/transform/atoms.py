@@ -4,6 +4,7 @@ Every axis of a factor is one `Atom`. Every axis of a weight is a group of atoms
 one, several after a reshape joined axes, none for an axis of size one.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ Labels = tuple[Atom, ...]
 Step = Callable[[Any, Labels], tuple[Any, Labels]]  # on an array and its labels
 
 
-def leaf_dims(shape: Sequence[int]) -> tuple[Group, ...]:
+@functools.lru_cache(maxsize=1024)
+def leaf_dims(shape: tuple[int, ...]) -> tuple[Group, ...]:
     """Returns the groups of an untouched leaf."""
     return tuple((Atom((i,), n),) for i, n in enumerate(shape))
 

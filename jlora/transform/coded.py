@@ -16,7 +16,7 @@ from jax import lax
 from .. import quantised
 from ..quantised import Quantized
 from .atoms import Atom, Group, Labels, lay_out, leaf_dims
-from .compat import Equation, bind, kind
+from .compat import Equation, Type, kind, shaped
 
 Positions = Mapping[Atom, jax.Array]  # negative where there is no entry
 # `(array, labels, positions, empty) -> (array, labels)`: picks entries along some axes.
@@ -63,7 +63,10 @@ def coded_leaf(q: Quantized) -> Coded:
 
 
 def widened(coded: Coded, dims: Sequence[Group]) -> jax.Array:
-    """Returns the array, whose axes are the groups `dims`."""
+    """Returns the array, whose axes are the groups `dims`; of types, its type."""
+    x: Any = shaped(coded.shape, coded.dtype)
+    if isinstance(coded.q.codes, Type):
+        return x
     x = coded.q.dense()
     for dtype in coded.casts:
         x = x.astype(dtype)
@@ -72,13 +75,18 @@ def widened(coded: Coded, dims: Sequence[Group]) -> jax.Array:
     return lay_out(x, atoms, [atom for group in dims for atom in group], coded.shape)
 
 
-def moved(eqn: Equation, w: Any) -> Any:
-    """Returns what `eqn`, which moves or adds axes, casts or copies, makes of `w`."""
-    if not isinstance(w, Coded):
-        return bind(eqn, w)[0]
+def retyped(eqn: Equation, coded: Coded) -> Coded:
+    """Returns it after `eqn`, which moves or adds axes, casts or copies."""
     out = kind(eqn.outvars[0])
-    casts = w.casts if out.dtype == w.dtype else (*w.casts, out.dtype)
-    return w.replace(shape=tuple(out.shape), casts=casts)
+    same = out.dtype == coded.dtype
+    casts = coded.casts if same else (*coded.casts, out.dtype)
+    return coded.replace(shape=tuple(out.shape), casts=casts)
+
+
+def with_axis(w: Any, axis: int) -> Any:
+    """Returns the type of `w` with a new axis of size one; codes stay codes."""
+    shape = (*w.shape[:axis], 1, *w.shape[axis:])
+    return w.replace(shape=shape) if isinstance(w, Coded) else shaped(shape, w.dtype)
 
 
 def relabelled(w: Any, names: Mapping[Atom, Group]) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ..quantised import Quantized, has_own_entries
 from .atoms import STACKED, Atom, Labels
 from .coded import Coded, placed, relabelled
-from .compat import Equation, bind, kind, mesh_axes, rebind, varying_axes
+from .compat import Equation, kind, mesh_axes, rebind, varying_axes
 from .interpret import Context
 from .values import Weight, new_atom
 
@@ -45,7 +45,7 @@ def reshard(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
         ]
         w = tree.unflatten(moved)
     else:
-        (w,) = bind(eqn, w)
+        (w,) = ctx.run.bind(eqn, w)
     return [weight.map(move, w=w)]
 
 
@@ -57,7 +57,7 @@ def all_gather(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """
     axis, n = eqn.params["all_gather_dimension"], eqn.params["axis_size"]
     if not eqn.params["tiled"]:
-        return _gathered_apart(eqn, weight, axis, n)
+        return _gathered_apart(ctx, eqn, weight, axis, n)
     if len(weight.dims[axis]) != 1:
         return NotImplemented
     (old,) = weight.dims[axis]
@@ -76,12 +76,14 @@ def all_gather(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
         if w is None:
             return NotImplemented
     else:
-        (w,) = bind(eqn, w)
+        (w,) = ctx.run.bind(eqn, w)
     dims = tuple(tuple(new if a == old else a for a in g) for g in weight.dims)
     return [weight.map(gather, w=w, dims=dims)]
 
 
-def _gathered_apart(eqn: Equation, weight: Weight, axis: int, n: int) -> list[Weight]:
+def _gathered_apart(
+    ctx: Context, eqn: Equation, weight: Weight, axis: int, n: int
+) -> list[Weight]:
     """Returns the shards of all devices along a new axis."""
     new = new_atom(weight, STACKED, n)
     differs = _differs(eqn, weight)
@@ -100,7 +102,7 @@ def _gathered_apart(eqn: Equation, weight: Weight, axis: int, n: int) -> list[We
         labels = ((new,), *w.labels)
         w = w.replace(q=jax.tree.map(stack, w.q), labels=labels, shape=shape)
     else:
-        (w,) = bind(eqn, w)
+        (w,) = ctx.run.bind(eqn, w)
     dims = (*weight.dims[:axis], (new,), *weight.dims[axis:])
     return [weight.map(gather, w=w, dims=dims)]
 

@@ -6,6 +6,7 @@ supported, 0.10 to 0.12. The rest of the transform sees only what this file retu
 
 import contextlib
 import contextvars
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ Primitive = jex_core.Primitive
 Equation = jex_core.JaxprEqn
 Var = jex_core.Var
 Jaxpr = jex_core.Jaxpr
+Type = core.ShapedArray
 
 # The lines in a traceback that are the user's are not those of this package.
 source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]) + "/")
@@ -101,20 +103,44 @@ def rebind(eqn: Equation, x: Any, **changes: Any) -> jax.Array:
     return bind(eqn.replace(params={**eqn.params, **changes}), x)[0]
 
 
+def result_types(eqn: Equation) -> list[Type]:
+    """Returns the types of the results of `eqn`."""
+    return list(map(kind, eqn.outvars))
+
+
+def types_of(fun: Callable[..., Any], *args: Any) -> Any:
+    """Returns the result of `fun` with a type in place of each array, as in `args`."""
+    staged, tree = jax.make_jaxpr(fun, return_shape=True)(*args)
+    types = [kind(v) for v in code(staged).outvars]
+    return jax.tree.unflatten(jax.tree.structure(tree), types)
+
+
 @contextlib.contextmanager
 def at(eqn: Equation) -> Iterator[None]:
     """Makes equations bound inside have the source line, names and context of `eqn`."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    token = _around.set((*_around.get(), eqn))
-    try:
-        with (
-            source_info_util.user_context(info.traceback, name_stack=stack),
-            eqn.ctx.manager,
-        ):
-            yield
-    finally:
-        _around.reset(token)
+    with (
+        Inside(eqn),
+        source_info_util.user_context(info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+class Inside:
+    """Makes `where` and `scope` of what is inside look at `eqn` too."""
+
+    __slots__ = ("_eqn", "_token")
+
+    def __init__(self, eqn: Equation):
+        self._eqn = eqn
+
+    def __enter__(self) -> None:
+        self._token = _around.set((*_around.get(), self._eqn))
+
+    def __exit__(self, *_: object) -> None:
+        _around.reset(self._token)
 
 
 def where(eqn: Equation) -> str:
@@ -123,13 +149,20 @@ def where(eqn: Equation) -> str:
     JAX's own functions have no line of the user inside. Then it is the line of the call
     around it. The text is empty if there is none, as in code that was read from a file.
     """
-    return source_info_util.summarize(located(eqn).source_info).rsplit("/", 1)[-1]
+    return _line(located(eqn).source_info.traceback).rsplit("/", 1)[-1]
+
+
+@functools.lru_cache(maxsize=256)
+def _line(traceback: Any) -> str:
+    """Returns the innermost line of the user; code in a loop has equal tracebacks."""
+    info = source_info_util.SourceInfo(traceback, source_info_util.new_name_stack())
+    return source_info_util.summarize(info)
 
 
 def located(eqn: Equation) -> Equation:
     """Returns `eqn` with the source line that `where` finds, to be named later."""
     for one in (eqn, *reversed(_around.get())):
-        if source_info_util.summarize(one.source_info):
+        if _line(one.source_info.traceback):
             return eqn if one is eqn else eqn.replace(source_info=one.source_info)
     return eqn
 
@@ -185,13 +218,13 @@ def in_this_mesh(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, jax.P())
 
 
-def shaped(shape: Sequence[int], dtype: DTypeLike) -> core.ShapedArray:
-    """Returns the abstract value of an array."""
-    return core.ShapedArray(tuple(shape), dtype)
+def shaped(shape: Sequence[int], dtype: DTypeLike) -> Type:
+    """Returns the type of an array."""
+    return Type(tuple(shape), dtype)
 
 
-def kind(var: Var | Literal) -> core.ShapedArray:
-    """Returns the abstract value of the array that `var` stands for."""
+def kind(var: Var | Literal) -> Type:
+    """Returns the type of the array that `var` stands for."""
     aval: Any = var.aval
     return aval
 
@@ -243,7 +276,8 @@ def has_typed_placement(x: jax.Array) -> bool:
 
     It does inside `shard_map` and under meshes with explicit axes.
     """
-    mesh = jax.typeof(x).sharding.mesh
+    kind_of: Any = x if isinstance(x, Type) else jax.typeof(x)
+    mesh = kind_of.sharding.mesh
     return not (mesh.empty or mesh.are_all_axes_auto)
 
 

@@ -6,12 +6,11 @@ pytrees. Weights that a loop or a branch returns are materialised first.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from . import compat
 from .atoms import Labels
@@ -26,31 +25,17 @@ from .values import Value, Weight, array_of, is_coded
 def call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     """A nested `jit` keeps its name and shardings, and stays one where called twice."""
     code = compat.inner_code(eqn)
-    if not compat.is_staging(values):
+    if not ctx.run.stages(values):
         return interpret(ctx, code, values)
     signature = (id(code.jaxpr), jax.tree.structure(values))
     if signature not in ctx.calls:
-        ins, outs = compat.call_shardings(eqn)
 
         def inner(key: jax.Array | None, *values: Value) -> list[Value]:
-            placed = [_place(v, s) for v, s in zip(values, ins, strict=True)]
-            results = interpret(ctx.within(key), code, placed)
-            return [_place(v, s) for v, s in zip(results, outs, strict=True)]
+            return interpret(ctx.within(key), code, values)
 
-        inner.__name__ = compat.call_name(eqn)
         # The jaxpr is kept alive, so that no other object gets its id.
-        ctx.calls[signature] = (jax.jit(inner), code)
+        ctx.calls[signature] = (ctx.run.jit(eqn, inner), code)
     return ctx.calls[signature][0](ctx.next_key(), *values)
-
-
-def _place(value: Value, sharding: jax.sharding.Sharding | None) -> Value:
-    if sharding is None:
-        return value
-    if isinstance(value, Weight):
-        if is_coded(value):
-            return value  # codes stay where they are
-        return value.replace(w=lax.with_sharding_constraint(value.w, sharding))
-    return lax.with_sharding_constraint(value, sharding)
 
 
 def closed_call(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
@@ -65,9 +50,7 @@ def remat(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     def inner(key: jax.Array | None, *values: Value) -> list[Value]:
         return interpret(ctx.within(key), code, values)
 
-    return jax.checkpoint(
-        inner, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]
-    )(ctx.next_key(), *values)
+    return ctx.run.checkpoint(eqn, inner)(ctx.next_key(), *values)
 
 
 def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
@@ -79,7 +62,6 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
     """
     code = compat.inner_code(eqn)
     n_consts, n_carry = compat.scan_counts(eqn)
-    length = eqn.params["length"]
     materialised = _merge_before(ctx, eqn, scan, values, n_consts + n_carry)
     consts, carry, xs = _cut(materialised, n_consts, n_carry)
     fixed = _hoist(ctx, eqn, code, carry, n_consts)
@@ -92,7 +74,7 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
             if is_special(stack):
                 fixed[j] = stack
     key = ctx.next_key()
-    keys = None if key is None else jax.random.split(key, length)
+    keys = None if key is None else jax.random.split(key, eqn.params["length"])
 
     def body(state: list[Any], slices: tuple[Any, Any]) -> tuple[list[Any], list[Any]]:
         key, scanned = slices
@@ -108,14 +90,8 @@ def scan(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
         ]
         return plain[:n_carry], plain[n_carry:]
 
-    final, ys = lax.scan(
-        body,
-        init,
-        (keys, [_unstack(x) if isinstance(x, Weight) else x for x in xs]),
-        length=length,
-        reverse=eqn.params["reverse"],
-        unroll=eqn.params["unroll"],
-    )
+    scanned = [_unstack(x) if isinstance(x, Weight) else x for x in xs]
+    final, ys = ctx.run.scan(eqn, body, init, (keys, scanned))
     return [fixed.get(i, v) for i, v in enumerate([*final, *ys])]
 
 
@@ -152,41 +128,15 @@ def while_loop(ctx: Context, eqn: Equation, *values: Value) -> list[Any]:
         (out,) = interpret(inner, cond, [*cond_consts, *fill(state)])
         return inner.materialise(out, eqn)
 
-    start = (ctx.next_key(), init)
-    if compat.kind(cond.outvars[0]).ndim == 0:
-        _, final = lax.while_loop(goes_on, step, start)
-    else:
-        _, final = _loop_of_each(goes_on, step, start)
+    of_each = compat.kind(cond.outvars[0]).ndim > 0
+    loop = ctx.run.while_loop_of_each if of_each else ctx.run.while_loop
+    _, final = loop(goes_on, step, (ctx.next_key(), init))
     return [fixed.get(i, v) for i, v in enumerate(final)]
-
-
-def _loop_of_each(
-    goes_on: Callable[[Any], jax.Array], step: Callable[[Any], Any], start: Any
-) -> Any:
-    """A loop whose `(key, state)` has a predicate for each example.
-
-    An example that has stopped stays so. With dropout its next predicate might hold.
-    """
-
-    def step_of_each(loop: Any) -> Any:
-        (key, state), runs = loop
-        key, new = step((key, state))
-        kept = jax.tree.map(functools.partial(_where, runs), new, state)
-        return (key, kept), runs & goes_on((key, kept))
-
-    init = (start, goes_on(start))
-    return lax.while_loop(lambda loop: jnp.any(loop[1]), step_of_each, init)[0]
 
 
 def _split(key: jax.Array | None) -> Sequence[jax.Array | None]:
     """Returns the keys of the next step, of this step and of its predicate."""
     return (None, None, None) if key is None else tuple(jax.random.split(key, 3))
-
-
-def _where(holds: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns `new` where `holds`, which has the first axes of both, else `old`."""
-    spread = lax.broadcast_in_dim(holds, new.shape, range(holds.ndim))
-    return lax.select(spread, new, old)
 
 
 def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Value]:
@@ -202,7 +152,7 @@ def cond(ctx: Context, eqn: Equation, index: Value, *values: Value) -> list[Valu
         return run
 
     branches = [branch(compat.code(closed)) for closed in eqn.params["branches"]]
-    return lax.switch(index, branches, key, *values)
+    return ctx.run.switch(index, branches, key, *values)
 
 
 def _merge_before(
@@ -372,7 +322,7 @@ def _scannable(ctx: Context, eqn: Equation, x: Value) -> Value:
         return ctx.materialise(x, eqn)
     if not isinstance(x.w, Coded) or not holds(x.w, x.dims[0]):
         return x
-    coded = stacked_first(x.w, x.dims[0])
+    coded = ctx.run.apply(functools.partial(stacked_first, group=x.dims[0]), x.w)
     return ctx.widen(x, eqn) if coded is None else x.replace(w=coded)
 
 

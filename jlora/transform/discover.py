@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
+from ..quantised import is_quantized
 from . import CONTROL, LINEAR, STRUCTURE, compat
 from .atoms import Atom
-from .compat import Equation
+from .compat import Equation, kind
 from .interpret import Context, Rule, interpret
 from .linear import is_elementwise
-from .primitives import JOINS, POINTWISE, SCALES
+from .primitives import JOINS, POINTWISE, PREPARES, SCALES
+from .running import ON_ARRAYS, ON_TYPES
 from .values import Derived, Part, Value, Weight, array_of, is_coded, leaf
 
 FACTORED, MERGED, WIDENED = "factored", "merged", "widened"
@@ -75,17 +77,17 @@ def discover(
     """
     shapes = {p: x.shape for p, x in zip(paths, inputs, strict=True) if p is not None}
     found = _Discovery(shapes)
-    ctx = found.context()
-
-    def run(arrays: Sequence[Any]) -> list[Any]:
-        values = [
-            x if path is None else leaf(path, x)
-            for x, path in zip(arrays, paths, strict=True)
-        ]
-        outs = interpret(ctx, code, values)
-        return [found.materialise(v, None) for v in outs]
-
-    jax.eval_shape(run, list(inputs))
+    # The code has the types of dense arguments, and `types_of` those of codes.
+    types: list[Any] = list(map(kind, code.invars))
+    codes = {i: x for i, x in enumerate(inputs) if is_quantized(x)}
+    for i, x in compat.types_of(lambda codes: codes, codes).items():
+        types[i] = x
+    values = [
+        x if path is None else leaf(path, x)
+        for x, path in zip(types, paths, strict=True)
+    ]
+    for value in interpret(found.context(), code, values):
+        found.materialise(value, None)
     return list(found.uses)
 
 
@@ -103,9 +105,12 @@ class _Discovery:
 
     def context(self) -> Context:
         """Returns the context that makes `interpret` report uses to this object."""
-        guarded = {k: self.unless_derived(r) for k, r in (LINEAR | STRUCTURE).items()}
+        rules = LINEAR | {name: _on_codes(rule) for name, rule in STRUCTURE.items()}
+        guarded = {name: self.unless_derived(rule) for name, rule in rules.items()}
+        shard_map = {"shard_map": _traced(CONTROL["shard_map"])}
         return Context(
-            rules=guarded | CONTROL,
+            run=ON_TYPES,
+            rules=guarded | CONTROL | shard_map,
             used=self.used,
             fallback=self.fallback,
             materialise=self.materialise,
@@ -192,7 +197,7 @@ class _Discovery:
         ]
         operands = [self.widen(v, eqn) if is_coded(v) else v for v in operands]
         sources = dict.fromkeys(path for v in operands for path in _sources(v))
-        results = compat.bind(eqn, *map(array_of, operands))
+        results = ctx.run.bind(eqn, *map(array_of, operands))
         name = eqn.primitive.name
         if _has_data(eqn, operands):
             pointwise = name in POINTWISE or is_elementwise(eqn, operands)
@@ -234,12 +239,15 @@ class _Discovery:
         def guarded(ctx: Context, eqn: Equation, *operands: Value) -> Sequence[Value]:
             name = eqn.primitive.name
             combines = name in SCALES or name in JOINS
-            derived = [v for v in operands if isinstance(v, Derived) and v.paths]
-            if derived and not combines and name not in LINEAR:
-                return NotImplemented
-            values = [v.w if isinstance(v, Derived) else v for v in operands]
-            if not any(isinstance(v, Weight) for v in values):
-                return NotImplemented
+            values: Sequence[Any] = operands
+            derived = [v for v in operands if isinstance(v, Derived)]
+            if derived:
+                derived = [v for v in derived if v.paths]
+                if derived and not combines and name not in LINEAR:
+                    return NotImplemented
+                values = [v.w if isinstance(v, Derived) else v for v in operands]
+                if not any(isinstance(v, Weight) for v in values):
+                    return NotImplemented
             results = rule(ctx, eqn, *values)
             if results is NotImplemented:
                 return results
@@ -278,6 +286,39 @@ class _Discovery:
         ]
 
 
+def _traced(rule: Rule) -> Rule:
+    """Returns `rule`, which computes with arrays, for types: JAX traces what it does.
+
+    Types of codes, and those of the shards of an array, are JAX's to find.
+    """
+
+    def traced(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
+        own = dataclasses.replace(ctx, run=ON_ARRAYS)
+        holds = []
+
+        def run(*values: Value) -> Sequence[Value]:
+            results = rule(own, eqn, *values)
+            holds.append(results is not NotImplemented)
+            return results if holds[0] else []
+
+        results = compat.types_of(run, *values)
+        return results if holds[0] else NotImplemented
+
+    return traced
+
+
+def _on_codes(rule: Rule) -> Rule:
+    """Returns `rule`, traced where it computes with codes."""
+    traced = _traced(rule)
+
+    def on_codes(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
+        computes = eqn.primitive.name not in PREPARES and any(map(is_coded, values))
+        own = traced if ctx.run is ON_TYPES and computes else rule
+        return own(ctx, eqn, *values)
+
+    return on_codes
+
+
 def _sources(value: Value) -> tuple[str, ...]:
     """Returns the leaves that `value` is made of."""
     if isinstance(value, Weight):
@@ -295,7 +336,7 @@ def _has_data(eqn: Equation, operands: Sequence[Value]) -> bool:
     chosen = operands[1:] if eqn.primitive.name == "select_n" else operands
     vectors = any(isinstance(v, Weight) and _is_vector(v) for v in operands)
     return any(
-        vectors and not v.paths and jnp.ndim(v.w) > 0
+        vectors and not v.paths and np.ndim(v.w) > 0
         if isinstance(v, Derived)
         else not isinstance(v, Weight)
         for v in chosen
@@ -321,19 +362,17 @@ def _roles(
     looked up it is the fan-in.
     """
     axis = dict(part.roots)
-    present = {axis.get(atom.root) for group in weight.dims for atom in group}
-    summed, shared = ({axis.get(a.root) for a in atoms} for atoms in (fan_in, batch))
+    held = [(axis.get(atom.root), atom) for group in weight.dims for atom in group]
+    present = {i for i, _ in held}
+    summed = {i for i, atom in held if atom in fan_in}
+    shared = {i for i, atom in held if atom in batch}
+    free = {i for i, atom in held if atom not in fan_in and atom not in batch}
     batch_axes, in_axes, out_axes = [], [], []
     for i, n in enumerate(shape):
-        free = any(
-            axis.get(a.root) == i and a not in fan_in and a not in batch
-            for group in weight.dims
-            for a in group
-        )
         gone = i not in present and n > 1
         if i in summed or (gone and rows):
             in_axes.append(i)
-        elif gone or (i in shared and not free):
+        elif gone or (i in shared and i not in free):
             batch_axes.append(i)
         else:
             out_axes.append(i)

@@ -5,11 +5,11 @@ the logits goes into the embedding of the next step of a decode loop, and the we
 that gives the logits is still a head.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
+from .._numerics import is_inexact
 from . import LINEAR, compat
 from .control import source
 from .primitives import BIASES, CALLS, MAPPED_CALLS
@@ -30,6 +30,8 @@ class Way(NamedTuple):
         """Returns how two values together reach the results."""
         return Way(self.bare or other.bare, self.acts or other.acts)
 
+
+_NEITHER = Way()
 
 Known = dict[compat.Var, frozenset[str]]
 Ways = dict[compat.Var, Way]
@@ -68,12 +70,12 @@ def _walk(
             return
         if not _has_derivative(var):
             way = way._replace(acts=False)
-        ways[var] = way.either(ways.get(var, Way()))
+        ways[var] = way.either(ways[var]) if var in ways else way
 
     for var, way in zip(code.outvars, after, strict=True):
         mark(var, way)
     for eqn in reversed(code.jaxpr.eqns):
-        reached = [ways.get(v, Way()) for v in eqn.outvars]
+        reached = [ways.get(v, _NEITHER) for v in eqn.outvars]
         if not any(map(any, reached)):
             continue
         if eqn.primitive.name in _INSIDE:
@@ -87,8 +89,8 @@ def _walk(
 
 
 def _has_derivative(var: compat.Var) -> bool:
-    dtype = getattr(compat.kind(var), "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+    dtype = getattr(var.aval, "dtype", None)
+    return dtype is not None and is_inexact(dtype)
 
 
 def _made_of_parameters(code: compat.Code, made_of: Known) -> Known:
@@ -97,17 +99,15 @@ def _made_of_parameters(code: compat.Code, made_of: Known) -> Known:
     made_of.update((var, frozenset()) for var in compat.constvars(code.jaxpr))
     for eqn in code.jaxpr.eqns:
         sources = [v for v in eqn.invars if not isinstance(v, compat.Literal)]
-        if all(v in made_of for v in sources):
-            union = frozenset().union(*(made_of[v] for v in sources))
+        known = [made_of[v] for v in sources if v in made_of]
+        if len(known) == len(sources):
+            union = frozenset().union(*known)
             made_of.update((v, union) for v in eqn.outvars)
     return made_of
 
 
 def _union(ways: Iterable[Way]) -> Way:
-    total = Way()
-    for way in ways:
-        total = total.either(way)
-    return total
+    return functools.reduce(Way.either, ways)
 
 
 Before = tuple[Sequence[Way], frozenset[str]]  # the operands' ways, and the heads
@@ -115,9 +115,8 @@ Before = tuple[Sequence[Way], frozenset[str]]  # the operands' ways, and the hea
 
 def _through(eqn: compat.Equation, made_of: Known, way: Way) -> Before:
     """Returns the ways through one operation whose result has `way`."""
-    params = frozenset().union(
-        *(made_of.get(v, ()) for v in eqn.invars if isinstance(v, compat.Var))
-    )
+    own = [made_of[v] for v in eqn.invars if isinstance(v, compat.Var) and v in made_of]
+    params = frozenset().union(*own)
     name = eqn.primitive.name
     is_head = name in LINEAR and way.bare and not way.acts
     if params and name not in BIASES:

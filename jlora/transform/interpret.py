@@ -13,6 +13,7 @@ from ..factors import Form
 from . import compat, share
 from .compat import Equation, Literal, Var
 from .primitives import CHEAP, KEPT, SEPARATE
+from .running import ON_ARRAYS, Run
 from .trail import Source, Trail, has_only
 from .values import Derived, Value, Weight, array_of, is_coded
 
@@ -24,7 +25,7 @@ Rule = Callable[Concatenate["Context", Equation, ...], Sequence[Value]]
 def _bind_arrays(
     ctx: "Context", eqn: Equation, operands: Sequence[Value]
 ) -> list[jax.Array]:
-    return compat.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
+    return ctx.run.bind(eqn, *(ctx.materialise(v, eqn) for v in operands))
 
 
 def _widened(weight: Weight, eqn: Equation) -> Value:
@@ -46,6 +47,7 @@ class Context:
       fallback: `(ctx, eqn, operands) -> results` where no rule holds.
       constant: `array -> value` for literals, what the code closes over, and what is
         computed from these.
+      run: what equations run on: arrays or types.
       hoist: whether a weight that a loop would merge is merged before the loop.
       form: how to compute a product whose term does not say it, see `cost`.
       share: whether weights that meet the same activation share a product with it.
@@ -65,6 +67,7 @@ class Context:
         _bind_arrays
     )
     constant: Callable[[jax.Array], Value] = lambda x: x
+    run: Run = ON_ARRAYS
     hoist: bool = False
     form: Form = "auto"
     share: bool = False
@@ -166,23 +169,27 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
         uses = share.sites(eqns)
     shared: dict[int, Weight] = {}
 
-    results_of = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    used = [{v for v in eqn.invars if isinstance(v, Var)} for eqn in eqns]
-    last_use = {v: i for i, own in enumerate(used) for v in own - results_of}
+    last_use: dict[Var, int] = {}
+    for i, eqn in enumerate(eqns):
+        last_use.update((v, i) for v in eqn.invars if isinstance(v, Var))
+    last_use.update((v, -1) for v in jaxpr.outvars if isinstance(v, Var))
 
     for i, eqn in enumerate(eqns):
-        operands = [read(v) for v in eqn.invars]
-        with compat.at(eqn):
-            if uses and i not in shared:
-                shared |= share.products(i, eqns, uses, env, ctx.source)
-            if i in shared:
-                own = shared.pop(i)
-                operands = [own if isinstance(v, Weight) else v for v in operands]
-            results = evaluate(ctx, eqn, operands)
+        operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        if not any(map(is_special, operands)):
+            results = _unreached(ctx, eqn, operands)
+        else:
+            with ctx.run.at(eqn):
+                if uses and i not in shared:
+                    shared |= share.products(i, eqns, uses, env, ctx.source)
+                if i in shared:
+                    own = shared.pop(i)
+                    operands = [own if isinstance(v, Weight) else v for v in operands]
+                results = evaluate(ctx, eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
-        for v in used[i]:
-            if last_use.get(v) == i:
-                del env[v]
+        for v in eqn.invars:
+            if isinstance(v, Var) and last_use[v] == i:
+                env.pop(v, None)
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -193,6 +200,8 @@ def _looked_up_first(
 
     Alone they stay weights, since steps that only move axes serve their factors too.
     """
+    if len(operands) < 2:
+        return operands
     met = [v for v in operands if isinstance(v, Weight) or _is_computed(v)]
     if len(met) < 2:
         return operands
@@ -206,22 +215,28 @@ def _is_computed(value: Value) -> bool:
     return isinstance(value, Derived) and bool(value.paths)
 
 
-def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence[Value]:
-    """Returns the results of one equation.
-
-    Where a weight or a constant meets a literal, the literal is a constant too.
-    """
-    if not any(map(is_special, operands)):
-        if ctx.trail is not None and eqn.primitive.name == "jit":
-            code = compat.inner_code(eqn)
-            if has_only(code, CHEAP | KEPT):  # the roots of its result are inside
+def _unreached(
+    ctx: Context, eqn: Equation, operands: Sequence[Value]
+) -> Sequence[Value]:
+    """Returns the results of an equation that no weight and no constant reaches."""
+    if ctx.trail is not None and eqn.primitive.name == "jit":
+        code = compat.inner_code(eqn)
+        if has_only(code, CHEAP | KEPT):  # the roots of its result are inside
+            with ctx.run.at(eqn):
                 return interpret(ctx, code, operands)
-        results = compat.bind(eqn, *operands)
-        if ctx.trail is not None:
-            ctx.trail.note(eqn, operands, results)
-        if any(isinstance(v, Var) for v in eqn.invars):
-            return results
-        return [ctx.constant(x) for x in results]
+    results = ctx.run.again(eqn, *operands)
+    if ctx.trail is not None:
+        ctx.trail.note(eqn, operands, results)
+    if any(isinstance(v, Var) for v in eqn.invars):
+        return results
+    return [ctx.constant(x) for x in results]
+
+
+def evaluate(ctx: Context, eqn: Equation, operands: Sequence[Value]) -> Sequence[Value]:
+    """Returns the results of one equation that a weight or a constant reaches.
+
+    Where it meets a literal, the literal is a constant too.
+    """
     operands = [
         ctx.constant(atom.val) if isinstance(atom, Literal) else v
         for v, atom in zip(operands, eqn.invars, strict=True)

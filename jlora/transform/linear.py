@@ -6,6 +6,7 @@ product and keeps the order of its axes.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from .._numerics import at_least_float32, cast, dtype_of_activation, dtype_of_sums
+from .._numerics import (
+    at_least_float32,
+    cast,
+    dtype_of_activation,
+    dtype_of_sums,
+    is_inexact,
+)
 from . import cost
 from .adapted import adapted_dot, form_of, has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
-from .compat import Equation, bind, kind, placed_like
+from .compat import Equation, kind, placed_like
 from .interpret import Context
 from .kept import added, product
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
@@ -50,36 +57,55 @@ def dot_general(
         return NotImplemented
     sides = [i for i, v in enumerate(operands) if isinstance(v, Weight)]
     if not sides:
-        return bind(eqn, *operands)
-    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+        return ctx.run.bind(eqn, *operands)
+    if not is_inexact(kind(eqn.outvars[0]).dtype):
         return NotImplemented  # each of several products would be rounded to integers
     (side,) = sides
     if is_elementwise(eqn, operands):
         return NotImplemented
-    whole, x = operands[side], operands[1 - side]
-    weight = join_groups(whole)
+    weight, x = operands[side], operands[1 - side]
+    met = _met(eqn, weight, x, side) if weight.terms else None
+    if weight.terms and met is None:
+        return NotImplemented
+    summed = contracted[1 - side]
+    tokens, fan_in = (
+        math.prod(n for i, n in enumerate(x.shape) if (i in summed) is is_summed)
+        for is_summed in (False, True)
+    )
+    ctx.used(
+        weight,
+        "dot_general",
+        fan_in=[atom for i in contracted[side] for atom in weight.dims[i]],
+        batch=[atom for i in batch[side] for atom in weight.dims[i]],
+        eqn=eqn,
+        forms=cost.forms(tokens, fan_in, x.dtype)
+        if has_forms(x, weight.w, kind(eqn.outvars[0]).dtype)
+        else (),
+    )
+    if met is None:
+        operands[side] = weight.w
+        return [base_product(ctx.run, eqn, operands, side, weight.dims)]
+    return [_adapted_product(ctx, eqn, *met, weight.dims)]
+
+
+def _met(
+    eqn: Equation, weight: Weight, x: jax.Array, side: int
+) -> tuple[jax.Array, Weight, Site] | None:
+    """Returns the activation, the weight and the site of their product.
+
+    A gain that the product sums over scales the activation. The result is None where
+    the gain fits neither.
+    """
+    weight = join_groups(weight)
     site = _site(eqn, weight, x, side)
     if not set(weight.gain_labels) <= set(site.want):
         if not set(weight.gain_labels) <= set(site.x_labels):
-            return NotImplemented
+            return None
         x = rescaled(x.astype(site.compute), weight, site.x_labels)
         weight = weight.replace(gain=None, gain_labels=())
     if not all(gain_fits(term, weight) for term in weight.terms):
-        return NotImplemented
-    ctx.used(
-        whole,
-        "dot_general",
-        fan_in=[atom for i in contracted[side] for atom in whole.dims[i]],
-        batch=[atom for i in batch[side] for atom in whole.dims[i]],
-        eqn=eqn,
-        forms=cost.forms(site.tokens, site.fan_in, x.dtype)
-        if has_forms(x, weight.w, site)
-        else (),
-    )
-    if not weight.terms:
-        operands[side] = weight.w
-        return [base_product(eqn, operands, side, whole.dims)]
-    return [_adapted_product(ctx, eqn, x, weight, site, whole.dims)]
+        return None
+    return x, weight, site
 
 
 def _one_weight(
@@ -180,7 +206,7 @@ def _adapted_product(
         return adapted_dot(x, weight, site, numbers, form, source)
     side = int(site.x_first)
     operands = (x, weight.w) if site.x_first else (weight.w, x)
-    y = base_product(eqn, operands, side, dims)
+    y = base_product(ctx.run, eqn, operands, side, dims)
     y = rescaled(y, weight, site.want)
     source, x = _cast(ctx, x, site.compute)
     var = eqn.invars[0 if site.x_first else 1]
@@ -215,7 +241,7 @@ def conv_general_dilated(
         return NotImplemented
     if weight.looked_up or params["batch_group_count"] != 1:
         return NotImplemented
-    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+    if not is_inexact(kind(eqn.outvars[0]).dtype):
         return NotImplemented
     outs = weight.dims[out_dim]
     ins = tuple(weight.dims[i] for i in in_dims)
@@ -235,7 +261,9 @@ def conv_general_dilated(
         batch=_stacked_kernels(outs, groups),
         eqn=eqn,
     )
-    base = base_product(eqn, (x, weight.w), 1, weight.dims)
+    base = base_product(ctx.run, eqn, (x, weight.w), 1, weight.dims)
+    if not factors:
+        return [base]
     source, x = _cast(ctx, x, dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
     for term, a, b in factors:
         kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
@@ -281,7 +309,7 @@ def ragged_dot_general(
         return NotImplemented
     if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
         return NotImplemented
-    if not jnp.issubdtype(kind(eqn.outvars[0]).dtype, jnp.inexact):
+    if not is_inexact(kind(eqn.outvars[0]).dtype):
         return NotImplemented
     joined = join_groups(weight)
     if any(len(group) != 1 for group in joined.dims):
@@ -304,7 +332,9 @@ def ragged_dot_general(
         batch=weight.dims[0],
         eqn=eqn,
     )
-    base = base_product(eqn, (x, weight.w, sizes, *offset), 1, weight.dims)
+    base = base_product(ctx.run, eqn, (x, weight.w, sizes, *offset), 1, weight.dims)
+    if not factors:
+        return [base]
     ragged_dot = functools.partial(
         lax.ragged_dot,
         group_sizes=sizes,

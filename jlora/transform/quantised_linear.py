@@ -21,6 +21,7 @@ from .coded import Coded, widened
 from .compat import (
     Equation,
     Primitive,
+    Type,
     bind,
     has_typed_placement,
     kind,
@@ -28,6 +29,7 @@ from .compat import (
     policies_see,
     shaped,
 )
+from .running import Run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,19 +56,20 @@ class Static:
 
 
 def base_product(
-    eqn: Equation, operands: Sequence[Any], side: int, dims: Sequence[Group]
+    run: Run, eqn: Equation, operands: Sequence[Any], side: int, dims: Sequence[Group]
 ) -> jax.Array:
     """Returns the result of `eqn`, whose operand `side` is a weight.
 
     Args:
+      run: what runs equations.
       eqn: a product, linear in the other one of the first two operands.
       operands: its operands; the weight an array or `Coded`.
       side: 0 or 1.
       dims: the groups of the weight's axes.
     """
     w, x = operands[side], operands[1 - side]
-    if not isinstance(w, Coded):
-        return bind(eqn, *operands)[0]
+    if not isinstance(w, Coded) or isinstance(w.q.codes, Type):
+        return run.bind(eqn, *operands)[0]
 
     def fun(x: jax.Array, w: jax.Array, *rest: jax.Array) -> jax.Array:
         return bind(eqn, *((w, x) if side == 0 else (x, w)), *rest)[0]

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .._numerics import at_least_float32
 from .atoms import BROADCAST, Labels
-from .coded import Coded, moved, negated, times
-from .compat import Equation, bind, kind, marked
+from .coded import Coded, negated, times
+from .compat import Equation, kind, marked
 from .interpret import Context
 from .structure import squeeze_atoms
 from .values import Operand, Term, Weight, array_of, is_coded, new_atom
@@ -19,26 +20,30 @@ from .values import Operand, Term, Weight, array_of, is_coded, new_atom
 def mul(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w + s a b) * c` where `c` varies along axes of one factor, or is a scalar."""
     first = _scaled_side(x, y, kind(eqn.outvars[0]).shape) == 0
-    return _scale(eqn, *((x, y) if first else (y, x)), lax.mul)
+    return _scale(ctx, eqn, *((x, y) if first else (y, x)), lax.mul)
 
 
 def div(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w + s a b) / c`, as `mul`."""
     if not isinstance(x, Weight):
         return NotImplemented
-    return _scale(eqn, x, y, lax.div)
+    return _scale(ctx, eqn, x, y, lax.div)
 
 
 def neg(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """`-(w + s a b)`."""
     w = weight.w
-    w = negated(w) if isinstance(w, Coded) else moved(eqn, w)
+    w = negated(w) if isinstance(w, Coded) else ctx.run.bind(eqn, w)[0]
     terms = tuple(dataclasses.replace(t, b=-t.b) for t in weight.terms)
     return [weight.replace(w=w, terms=terms)]
 
 
 def _scale(
-    eqn: Equation, weight: Operand, other: Operand, op: Callable[..., jax.Array]
+    ctx: Context,
+    eqn: Equation,
+    weight: Operand,
+    other: Operand,
+    op: Callable[..., jax.Array],
 ) -> list[Weight]:
     """Returns `op(weight, other)`, where `other` varies along axes of one factor.
 
@@ -49,7 +54,7 @@ def _scale(
     assert isinstance(weight, Weight)
     if isinstance(other, Weight) and (other.terms or is_coded(other)):
         return NotImplemented
-    scale = jnp.asarray(array_of(other))
+    scale = array_of(other)
     if weight.w.ndim != len(shape):
         return NotImplemented
     grown = [i for i, n in enumerate(shape) if weight.w.shape[i] != n]
@@ -57,20 +62,20 @@ def _scale(
     for i in grown:
         new = (new_atom(weight, BROADCAST, shape[i]),)
         weight = weight.replace(dims=(*weight.dims[:i], new, *weight.dims[i + 1 :]))
-    varied = [i for i, n in enumerate(scale.shape) if n != 1]
+    varied = [i for i, n in enumerate(np.shape(scale)) if n != 1]
     if varied and (weight.is_lookup or not weight.is_matrix):
         # It meets the scale of a norm, or looked-up rows: an activation.
         return NotImplemented
     atoms = tuple(atom for i in varied for atom in weight.dims[i])
-    terms = [_scaled(term, scale, atoms, op) for term in weight.terms]
+    terms = [_scaled(term, jnp.asarray(scale), atoms, op) for term in weight.terms]
     kept = [term for term in terms if term is not None]
     if len(kept) < len(terms):
         return NotImplemented
     w = weight.w
     if not isinstance(w, Coded):
-        (w,) = bind(eqn, w, scale)
+        (w,) = ctx.run.bind(eqn, w, scale)
     else:
-        by = lax.reshape(scale, [atom.size for atom in atoms])
+        by = lax.reshape(jnp.asarray(scale), [atom.size for atom in atoms])
         w = times(w, by, atoms, op, kind(eqn.outvars[0]).dtype)
         if w is None:
             return NotImplemented

@@ -10,37 +10,31 @@ from jax import lax
 
 from .._numerics import at_least_float32
 from .atoms import STACKED, Atom, Group, Labels, regroup
-from .coded import Coded, relabelled, side_by_side
-from .compat import Equation, Literal, bind, kind, marked
+from .coded import Coded, relabelled, side_by_side, with_axis
+from .compat import Equation, Literal, kind, marked
 from .interpret import Context
 from .values import Operand, Part, Term, Weight, array_of, is_coded, new_atom
 
 
 def concatenate(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`[w1 + s a1 b1 | w2 + s a2 b2]`: each term is padded with zeros."""
-    return _side_by_side(eqn, values, eqn.params["dimension"])
+    return _side_by_side(ctx, eqn, values, eqn.params["dimension"])
 
 
 def stack(ctx: Context, eqn: Equation, *values: Operand) -> list[Weight]:
     """`concatenate` along a new axis."""
     axis = eqn.params["axis"]
     parts = [
-        v.replace(w=_with_axis(v.w, axis), dims=(*v.dims[:axis], (), *v.dims[axis:]))
+        v.replace(w=with_axis(v.w, axis), dims=(*v.dims[:axis], (), *v.dims[axis:]))
         if isinstance(v, Weight)
-        else jnp.expand_dims(v, axis)
+        else with_axis(v, axis)
         for v in values
     ]
-    return _side_by_side(eqn, values, axis, parts)
-
-
-def _with_axis(w: Any, axis: int) -> Any:
-    """Returns a frozen array with a new axis of size one."""
-    if isinstance(w, Coded):
-        return w.replace(shape=(*w.shape[:axis], 1, *w.shape[axis:]))
-    return jnp.expand_dims(w, axis)
+    return _side_by_side(ctx, eqn, values, axis, parts)
 
 
 def _side_by_side(
+    ctx: Context,
     eqn: Equation,
     values: Sequence[Operand],
     axis: int,
@@ -66,7 +60,7 @@ def _side_by_side(
             own = weight.dims[axis]
             terms += [_padded(t, own, atom, before, after) for t in weight.terms]
         start += shape[axis]
-    w = _joined(eqn, values, weights, axis, atom)
+    w = _joined(ctx, eqn, values, weights, axis, atom)
     if w is None:
         return NotImplemented
     dims = (*first.dims[:axis], (atom,), *first.dims[axis + 1 :])
@@ -80,6 +74,7 @@ def _side_by_side(
 
 
 def _joined(
+    ctx: Context,
     eqn: Equation,
     values: Sequence[Operand],
     weights: Sequence[Weight | None],
@@ -89,7 +84,7 @@ def _joined(
     """Returns the frozen arrays side by side; None if codes do not fit together."""
     coded = [weight.w for weight in weights if weight and isinstance(weight.w, Coded)]
     if not coded:
-        return bind(eqn, *map(array_of, values))[0]
+        return ctx.run.bind(eqn, *map(array_of, values))[0]
     if len(coded) < len(weights):
         return None
     own = [weight.dims[axis] for weight in weights if weight]
@@ -153,27 +148,29 @@ def _padded(term: Term, own: Group, atom: Atom, before: int, after: int) -> Term
 
 def add(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) + (w2 + s a2 b2)`: the terms of both."""
-    return _sum(eqn, x, y, 1)
+    return _sum(ctx, eqn, x, y, 1)
 
 
 def sub(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) - (w2 + s a2 b2)`: the terms of both, the second's negated."""
-    return _sum(eqn, x, y, -1)
+    return _sum(ctx, eqn, x, y, -1)
 
 
 def complex_(ctx: Context, eqn: Equation, x: Operand, y: Operand) -> list[Weight]:
     """`(w1 + s a1 b1) + i (w2 + s a2 b2)`: the terms of both, the second's times i."""
-    return _sum(eqn, x, y, 1j)
+    return _sum(ctx, eqn, x, y, 1j)
 
 
-def _sum(eqn: Equation, x: Operand, y: Operand, factor: complex) -> list[Weight]:
+def _sum(
+    ctx: Context, eqn: Equation, x: Operand, y: Operand, factor: complex
+) -> list[Weight]:
     aligned = _align((x, y))
     if aligned is None:
         return NotImplemented
     first, (left, right) = aligned
     if any(map(is_coded, (x, y))):
         return NotImplemented
-    (w,) = bind(eqn, array_of(x), array_of(y))
+    (w,) = ctx.run.bind(eqn, array_of(x), array_of(y))
     if any(weight and weight.gain is not None for weight in (left, right)):
         return NotImplemented
     if w.shape != first.w.shape:
@@ -226,7 +223,8 @@ def select_n(
     w = _chosen(ctx, eqn, which, cases)
     if w is None:
         return NotImplemented
-    some = which[tuple(slice(None) if i in varied else 0 for i in range(which.ndim))]
+    picked = tuple(slice(None) if i in varied else 0 for i in range(which.ndim))
+    some: Any = which[picked] if first.terms else None
 
     def choose(labels: Labels, *factors: jax.Array) -> tuple[jax.Array, Labels]:
         new = tuple(s for s in atoms if s not in labels)
@@ -254,7 +252,7 @@ def _chosen(ctx: Context, eqn: Equation, which: jax.Array, cases: Sequence[Any])
     """
     first, *others = (case.w for case in cases)
     if not isinstance(first, Coded):
-        return bind(eqn, which, first, *others)[0]
+        return ctx.run.bind(eqn, which, first, *others)[0]
     made = [_made_by(ctx, v) for v in eqn.invars[1:]]
     stops = [m is not None and m.primitive.name == "stop_gradient" for m in made]
     own = zip(eqn.invars[1:], made, stops, strict=True)

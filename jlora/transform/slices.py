@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from .atoms import INDEX, Atom, Group, Labels
-from .coded import Coded, cut_along, picked_along
-from .compat import Equation, Literal, Var, bind, kind, shaped
+from .coded import Coded, cut_along, picked_along, with_axis
+from .compat import Equation, Literal, Var, kind
 from .interpret import Context
 from .structure import squeeze_atoms
 from .values import Operand, Term, Weight, new_atom
@@ -27,7 +27,7 @@ def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     strides = eqn.params["strides"] or (1,) * len(starts)
     return _cut(
         weight,
-        _results(eqn, weight)[0],
+        _results(ctx, eqn, weight)[0],
         lambda x, axis, i: lax.slice_in_dim(
             x, starts[i], limits[i], strides[i], axis=axis
         ),
@@ -38,9 +38,9 @@ def slice_(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 def split(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Slices side by side along one axis; those of `unstack` lose the axis."""
     axis, start, pieces = eqn.params["axis"], 0, []
-    for w in _results(eqn, weight):
+    for w in _results(ctx, eqn, weight):
         loses_axis = w.ndim < weight.w.ndim
-        slab = _with_axis(w, axis) if loses_axis else w
+        slab = with_axis(w, axis) if loses_axis else w
         stop = start + slab.shape[axis]
         cut = _cut(
             weight,
@@ -73,7 +73,7 @@ def dynamic_slice(
     sizes = eqn.params["slice_sizes"]
     cut = _cut(
         weight,
-        _results(eqn, weight, *starts)[0],
+        _results(ctx, eqn, weight, *starts)[0],
         lambda x, axis, i: lax.dynamic_slice_in_dim(x, starts[i], sizes[i], axis),
         starts,
     )
@@ -85,18 +85,13 @@ def dynamic_slice(
     return [out.replace(looked_up=weight.looked_up or bool(picked))]
 
 
-def _results(eqn: Equation, weight: Weight, *others: jax.Array) -> list[Any]:
+def _results(
+    ctx: Context, eqn: Equation, weight: Weight, *others: jax.Array
+) -> list[Any]:
     """Returns the frozen array's slices; if it is quantised, only their types."""
     if isinstance(weight.w, Coded):
         return list(map(kind, eqn.outvars))
-    return list(bind(eqn, weight.w, *others))
-
-
-def _with_axis(w: Any, axis: int) -> Any:
-    """Returns an array, or its type, with a new axis of size one."""
-    if isinstance(w, jax.Array):
-        return lax.expand_dims(w, [axis])
-    return shaped((*w.shape[:axis], 1, *w.shape[axis:]), w.dtype)
+    return ctx.run.bind(eqn, weight.w, *others)
 
 
 def _cut(
@@ -175,7 +170,7 @@ def gather(
         atoms=tuple(atoms),
     )
     shape = kind(eqn.outvars[0]).shape
-    w = _looked_up(weight, eqn, indices, columns, tuple(paired.values()), pick)
+    w = _looked_up(ctx, weight, eqn, indices, columns, tuple(paired.values()), pick)
     if w is None:
         return NotImplemented
     dims: list[Group] = [()] * len(shape)
@@ -193,6 +188,7 @@ def gather(
 
 
 def _looked_up(
+    ctx: Context,
     weight: Weight,
     eqn: Equation,
     indices: jax.Array,
@@ -202,7 +198,7 @@ def _looked_up(
 ) -> Any:
     """Returns the frozen array's entries; None if codes do not have them."""
     if not isinstance(weight.w, Coded):
-        return bind(eqn, weight.w, indices)[0]
+        return ctx.run.bind(eqn, weight.w, indices)[0]
     empty = eqn.params["fill_value"]
     empty = math.nan if empty is None else empty
     if not (empty == 0 or math.isnan(empty)):

@@ -6,17 +6,24 @@ concerned, which is small. A step that no factor can express returns NotImplemen
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .._numerics import is_inexact
 from .atoms import BROADCAST, Atom, Group, Labels, Step
-from .coded import Coded, moved, placed, relabelled, reversed_along
+from .coded import Coded, placed, relabelled, retyped, reversed_along
 from .compat import Equation, bind
 from .interpret import Context
 from .primitives import PLACES
-from .values import Operand, Weight, new_atom
+from .values import Operand, Weight, is_coded, new_atom
+
+
+def moved(ctx: Context, eqn: Equation, w: Any) -> Any:
+    """Returns what `eqn`, which moves or adds axes, casts or copies, makes of `w`."""
+    return retyped(eqn, w) if isinstance(w, Coded) else ctx.run.bind(eqn, w)[0]
 
 
 def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
@@ -28,12 +35,12 @@ def keep(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     if isinstance(weight.w, Coded) and eqn.primitive.name in PLACES:
         w = _placed(eqn, weight.w, weight.dims)
     else:
-        w = moved(eqn, weight.w)
+        w = moved(ctx, eqn, weight.w)
     was_complex, is_complex = (
         jnp.issubdtype(x.dtype, jnp.complexfloating) for x in (weight.w, w)
     )
     loses_imaginary = was_complex and not is_complex
-    if loses_imaginary or not jnp.issubdtype(w.dtype, jnp.inexact):
+    if loses_imaginary or not is_inexact(w.dtype):
         return NotImplemented
     return [weight.replace(w=w)]
 
@@ -63,7 +70,8 @@ def name(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
 
 def stop_gradient(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """Derivatives stop before the factors too."""
-    w = lax.stop_gradient(weight.w)
+    w = weight.w
+    w = lax.stop_gradient(w) if isinstance(w, Coded) else moved(ctx, eqn, w)
     return [weight.map(lambda x, labels: (lax.stop_gradient(x), labels), w=w)]
 
 
@@ -71,9 +79,11 @@ def optimization_barrier(
     ctx: Context, eqn: Equation, *values: Operand
 ) -> list[Operand]:
     """The barrier applies to `w`, and not to the factors."""
-    out = lax.optimization_barrier(
-        [v.w if isinstance(v, Weight) else v for v in values]
-    )
+    whole = [v.w if isinstance(v, Weight) else v for v in values]
+    if any(map(is_coded, values)):
+        out = lax.optimization_barrier(whole)
+    else:
+        out = ctx.run.bind(eqn, *whole)
     return [
         v.replace(w=w) if isinstance(v, Weight) else w
         for v, w in zip(values, out, strict=True)
@@ -82,7 +92,7 @@ def optimization_barrier(
 
 def transpose(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     """The groups change places; the factors stay as they are."""
-    w = moved(eqn, weight.w)
+    w = moved(ctx, eqn, weight.w)
     dims = tuple(weight.dims[i] for i in eqn.params["permutation"])
     return [weight.replace(w=w, dims=dims)]
 
@@ -97,7 +107,7 @@ def reshape(ctx: Context, eqn: Equation, weight: Weight, *_: Operand) -> list[We
     if split is None:
         return NotImplemented
     weight, dims = split
-    return [weight.replace(w=moved(eqn, weight.w), dims=dims)]
+    return [weight.replace(w=moved(ctx, eqn, weight.w), dims=dims)]
 
 
 def _split_to(
@@ -166,7 +176,7 @@ def squeeze(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
     gone = eqn.params["dimensions"]
     weight = squeeze_atoms(weight, [a for i in gone for a in weight.dims[i]])
     dims = tuple(g for i, g in enumerate(weight.dims) if i not in gone)
-    return [weight.replace(w=moved(eqn, weight.w), dims=dims)]
+    return [weight.replace(w=moved(ctx, eqn, weight.w), dims=dims)]
 
 
 def broadcast_in_dim(
@@ -184,7 +194,7 @@ def broadcast_in_dim(
         else:
             known = weight.replace(dims=(*weight.dims, *dims))
             dims.append(() if n == 1 else (new_atom(known, BROADCAST, n),))
-    return [weight.replace(w=moved(eqn, weight.w), dims=tuple(dims))]
+    return [weight.replace(w=moved(ctx, eqn, weight.w), dims=tuple(dims))]
 
 
 def rev(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
@@ -198,5 +208,5 @@ def rev(ctx: Context, eqn: Equation, weight: Weight) -> list[Weight]:
         return lax.rev(x, [i for i, s in enumerate(labels) if s in atoms]), labels
 
     w = weight.w
-    w = reversed_along(w, atoms) if isinstance(w, Coded) else moved(eqn, w)
+    w = reversed_along(w, atoms) if isinstance(w, Coded) else moved(ctx, eqn, w)
     return NotImplemented if w is None else [weight.map(reverse, w=w)]

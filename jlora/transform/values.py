@@ -82,7 +82,7 @@ class Weight:
     """A leaf of the parameters, or what linear operations made of it.
 
     Attributes:
-      w: the frozen array, or `Coded` if the leaf is quantised.
+      w: the frozen array, or `Coded` if quantised; while planning, its type.
       terms: what is added to it; empty while planning.
       dims: the group of atoms of each axis of `w`.
       parts: the leaves it comes from; more than one after a concatenation or a sum.
@@ -110,7 +110,7 @@ class Weight:
 
     def replace(self, **changes: Any) -> "Weight":
         """Returns a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+        return Weight(**{**vars(self), **changes})
 
     def map(self, fun: Step, **changes: Any) -> "Weight":
         """Returns a copy with `fun(array, labels)` applied to each factor and the gain.
@@ -146,7 +146,7 @@ class Weight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Derived:
-    """While planning: an array computed from the leaves `paths` and no input data."""
+    """While planning: what is computed from the leaves `paths` and no input data."""
 
     w: Leaf
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
@@ -171,9 +171,13 @@ def is_coded(value: object) -> bool:
 
 def leaf(path: str, w: Leaf, terms: tuple[Term, ...] = ()) -> Weight:
     """Returns the untouched leaf `path`, whose axis `i` is the atom `(i,)`."""
-    roots = tuple((i, i) for i in range(w.ndim))
     array = coded_leaf(w) if is_quantized(w) else w
-    return Weight(array, terms, leaf_dims(w.shape), (Part(path, roots),))
+    return Weight(array, terms, leaf_dims(w.shape), (Part(path, _roots(w.ndim)),))
+
+
+@functools.cache
+def _roots(ndim: int) -> tuple[tuple[int, int], ...]:
+    return tuple((i, i) for i in range(ndim))
 
 
 def new_atom(weight: Weight, kind: int, n: int) -> Atom:
