@@ -1,12 +1,15 @@
 """What memory does a LoRA training step take on one H100, by its compiler's figures?
 
     python -m benchmarks.gpu
+    python -m benchmarks.gpu --kind linen --length 1024
 
 Nothing runs: XLA compiles ahead of time for a described card, on a machine without one.
+Figures that are not asked for stay in the file.
 Needs `pip install --no-deps jax-cuda12-pjrt jax-cuda12-plugin`, of JAX's version.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -95,30 +98,34 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--kind", nargs="*", choices=models.KINDS, default=models.KINDS)
     parser.add_argument("--length", type=int, nargs="*", default=(128, 1024))
     options = parser.parse_args()
     if find_spec(COMPILER) is None:
         print(MISSING)
         return
     jax.config.update("jax_platforms", "cpu")
-    card, cases = one_card(), []
-    for kind, make in models.KINDS.items():
+    found = json.loads(options.json.read_text()) if options.json.exists() else {}
+    cases = {(own["kind"], own["length"]): own for own in found.get("cases", ())}
+    card, env = one_card(), common.environment("one H100, compiled ahead of time")
+    for kind in options.kind:
         for length in options.length:
             size = models.Size(
                 options.width, options.layers, length=length, dtype="bfloat16"
             )
             steps = common.training_steps(
-                make(size), options.rank, names=STEPS, abstract=True
+                models.KINDS[kind](size), options.rank, names=STEPS, abstract=True
             )
             rows = [
                 {"step": name, **common.compile_step(tpu.placed(step, card))[1]}
                 for name, step in steps.items()
             ]
-            cases.append({"kind": kind, **dataclasses.asdict(size), "rows": rows})
+            own = {"kind": kind, **dataclasses.asdict(size), "rows": rows}
+            cases[kind, length] = own
+            kept = [cases[key] for key in sorted(cases)]
+            common.write(options.json, env, rank=options.rank, cases=kept)
             print(f"compiled: {kind}, {length}", flush=True)
-    print(common.show(columns(cases)))
-    env = common.environment("one H100, compiled ahead of time")
-    common.write(options.json, env, rank=options.rank, cases=cases)
+    print(common.show(columns(list(cases.values()))))
 
 
 if __name__ == "__main__":

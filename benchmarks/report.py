@@ -313,7 +313,7 @@ def gpu_section(found: common.Figures) -> str:
         (
             "## A training step on one H100\n",
             f"{source(found['environment'])}\nXLA compiled each step for a described "
-            "card; nothing ran, so there are no times. The models are those of the CPU "
+            "card; nothing ran, so there are no times. Models are those of the CPU's "
             f"table, of width {size['width']}, {size['layers']} layers, "
             f"{size['dtype']}, rank {found['rank']}. Memory is a multiple of the "
             "floor's.\n",
