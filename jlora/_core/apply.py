@@ -83,11 +83,11 @@ def apply_lora(
       form: how the value of a matrix product is computed, where no `Rule` says it.
         `"factored"` adds the low-rank term to the activations. `"merged"` adds it to a
         temporary weight, which moves fewer bytes where many tokens meet a small weight.
-        `"auto"` chooses by shapes, dtype and platform; of a mesh's tokens it counts
-        those of one device, and over several CPUs it is factored. Gradients are
-        factored with all three. Where the dtypes of activation, weight and result
-        differ, under explicit axes, inside `shard_map` and over codes, the value is
-        factored in any case.
+        `"auto"` chooses by shapes, dtype and platform. Over several devices it is
+        factored: a sum would be gathered beside the weight. Gradients are factored with
+        all three. Where the dtypes of activation, weight and result differ, under
+        explicit axes, inside `shard_map` and over codes, the value is factored in any
+        case.
 
     Returns:
       The adapted function. `lora_key` is a PRNG key that turns dropout on; each use of

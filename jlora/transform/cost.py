@@ -25,17 +25,17 @@ def form(
       fan_in: entries of a row.
       dtype: dtype of the activation and the weight.
       platform: one of `PLATFORMS`.
-      devices: over how many devices XLA divides the program. How it divides this
-        product is not known before, so tokens count as divided over all.
+      devices: over how many devices XLA divides the program. Of a weight that they
+        share it would gather the sum for the value, and the weight for the gradient.
     """
+    if devices > 1:
+        return "factored"
     if platform == "cpu":
         # Measured: where rows fit the cache, the thin products are nearly free. A CPU
         # emulates low precision, and rounding the sum costs digits.
-        # Where devices share a weight, they would gather the sum and the weight.
-        if devices > 1 or jnp.finfo(dtype).bits < 32:
-            return "factored"
-        return "merged" if tokens >= 4 * fan_in else "factored"
-    return "merged" if tokens // devices > fan_in else "factored"
+        exact = jnp.finfo(dtype).bits >= 32
+        return "merged" if exact and tokens >= 4 * fan_in else "factored"
+    return "merged" if tokens > fan_in else "factored"
 
 
 def forms(tokens: object, fan_in: int, dtype: object) -> list[str]:
