@@ -40,7 +40,9 @@ def shardings(base_shardings: PyTree, tree: PyTree, *, spread: bool = False) -> 
     Args:
       base_shardings: a tree like the parameters (or `frozen`) with a `NamedSharding` or
         `PartitionSpec` at each leaf, or the placed arrays themselves, some perhaps
-        quantised.
+        quantised. Flax makes it of logical axis names and rules: Linen's
+        `logical_to_mesh_sharding(get_partition_spec(variables), mesh, rules)`, NNX's
+        `get_named_sharding(state, mesh)`.
       tree: the `Trainable` from `split`, or its `jax.eval_shape`; or the parameters, or
         `frozen`, with quantised leaves.
       spread: whether A and B are also cut over the mesh axes that they would leave

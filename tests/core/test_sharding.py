@@ -1,9 +1,11 @@
 """Shardings of factors: which axis lies where, and that training does not change."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jlora
@@ -121,6 +123,40 @@ def test_a_sharded_gradient_is_the_gradient(method):
     assert jax.tree.leaves(jax.tree.map(lambda x: x.sharding, actual)) == (
         jax.tree.leaves(placed)
     )
+
+
+NAMES, RULES = ("embed", "mlp"), (("embed", "data"), ("mlp", "model"))
+LECUN = jax.nn.initializers.lecun_normal()
+
+
+def linen_places(mesh):
+    """What a Linen module's logical names mean, and its own function."""
+    init = nn.with_logical_partitioning(LECUN, NAMES)
+    module = nn.Dense(16, use_bias=False, kernel_init=init)
+    boxed = module.init(jax.random.key(0), jnp.ones((8, 8)))
+    places = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES)
+    return module.apply, nn.unbox(boxed), places, "params/kernel"
+
+
+def nnx_places(mesh):
+    init = nnx.with_partitioning(LECUN, ("data", "model"))
+    with jax.set_mesh(mesh):
+        module = nnx.Linear(8, 16, use_bias=False, kernel_init=init, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(module)
+        places = nnx.get_named_sharding(state, mesh)
+    return lambda p, x: nnx.merge(graph, p)(x), state, places, "kernel"
+
+
+@pytest.mark.parametrize("flax", [linen_places, nnx_places])
+def test_logical_names_of_flax_lay_factors_out(flax):
+    auto = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
+    fn, params, places, path = flax(mesh)
+    plan = jlora.plan(fn, params, jnp.ones((8, 8)), config=jlora.LoraConfig(rank=2))
+    _, trainable = jlora.split(jax.random.key(0), params, plan)
+    own = jlora.shardings(places, trainable).lora[path]
+    assert own.a == NamedSharding(mesh, P("data", None))
+    assert own.b == NamedSharding(mesh, P(None, "model"))
 
 
 def test_what_has_no_sharding_is_named():
