@@ -1,6 +1,6 @@
 """What peers share: shapes, weights, factors, batches, timing, and the line they print.
 
-Needs NumPy alone. A peer is a script beside this file, so it writes `import common`.
+Needs only NumPy. A peer is a script beside this file, so it writes `import common`.
 
 The model is a decoder in float32: token and position embeddings, `layers` blocks of
 RMSNorm, causal attention with heads of 64 (`q`, `k`, `v`, `o`), RMSNorm and a gelu MLP

@@ -55,7 +55,7 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def without_matrices(weights: common.Tree) -> common.Tree:
-    """Returns the embeddings and norms alone."""
+    """Returns only the embeddings and norms."""
     return {
         key: without_matrices(value) if isinstance(value, dict) else jnp.asarray(value)
         for key, value in weights.items()

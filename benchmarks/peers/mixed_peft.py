@@ -1,7 +1,7 @@
 """How does PEFT's mixed batch, a loop over adapters, grow with their number?
 
 Run in the environment that `python -m benchmarks.peers` made for PEFT. The model has
-the size of that in the serving part of `benchmarks.adapters`; the forward pass alone.
+the size of that in the serving part of `benchmarks.adapters`; only the forward pass.
 """
 
 import statistics

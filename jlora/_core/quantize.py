@@ -261,7 +261,7 @@ def _chosen(
 
 
 def _is_linear(row: Row) -> bool:
-    """Returns whether a leaf is the weight of products alone."""
+    """Returns whether a leaf is only used as the weight of products."""
     return row.op in ("linear", "conv") and row.status != "full"
 
 

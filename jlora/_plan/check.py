@@ -1,4 +1,4 @@
-"""Makes a plan say what `apply_lora` does, where the trace alone cannot tell."""
+"""Makes a plan say what `apply_lora` does, where the trace does not tell."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

@@ -149,7 +149,7 @@ def size(regex: Regex) -> int:
 
 
 def literal(regex: Regex) -> tuple[bool, str] | None:
-    """Returns the text that alone is matched, and whether `^` stands before it.
+    """Returns the only text that is matched, and whether `^` stands before it.
 
     None is returned for any other pattern.
     """

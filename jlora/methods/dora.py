@@ -72,7 +72,7 @@ def _of(spec: Spec) -> Callable[..., jax.Array]:
 def _called(spec: Spec) -> Callable[..., jax.Array]:
     """Returns `_of` as a call that XLA does not inline.
 
-    XLA-CPU widens what depends on parameters alone before all else: of a model whose
+    XLA-CPU widens what depends only on parameters before all else: of a model whose
     layers are not stacked it would hold all dense weights.
     """
 

@@ -1,6 +1,6 @@
 """A quantised weight on its way through the interpreter: it stays codes and scales.
 
-Steps that move axes change labels alone. A step that picks entries does so in the codes
+Steps that move axes change only labels. A step that picks entries does so in the codes
 and the scales, along axes on which every entry has a scale of its own. Any other step
 needs the array: then the result is None, and the weight is widened.
 """

@@ -128,7 +128,7 @@ def _differs(eqn: Equation, weight: Weight) -> Callable[[jax.Array], bool]:
 
 
 def _coded_gather(eqn: Equation, coded: Coded, old: Atom, new: Atom) -> Coded | None:
-    """Returns codes gathered along `old`; None if it is no axis of theirs alone."""
+    """Returns codes gathered along `old`; None if it is not an axis of only theirs."""
     if (old,) not in coded.labels:
         return None
     i = coded.labels.index((old,))

@@ -1,4 +1,4 @@
-"""Which form of an adapted product is cheaper, from its shapes alone.
+"""Which form of an adapted product is cheaper; only its shapes say it.
 
 The low-rank term is added to the activations, `x w + s (x a) b`, or to a temporary
 weight, `x (w + s a b)`. The first reads and writes the product once more: tokens x out

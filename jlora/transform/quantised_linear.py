@@ -231,7 +231,7 @@ mlir.register_lowering(quantised_linear_p, mlir.lower_fun(_run, multiple_results
 def _on_cpu(ctx: Any, *operands: Any, static: Static) -> Any:
     """Lowers to a call that XLA does not inline, on one device.
 
-    XLA-CPU widens what depends on parameters alone before all else, and shares it
+    XLA-CPU widens what depends only on parameters before all else, and shares it
     between the passes: an unrolled model would hold the dense weights of all layers.
     Where XLA divides the work over devices, such a call costs collectives.
     """
