@@ -64,14 +64,19 @@ def base_directory(options: Options) -> Path:
 
 def conversations(options: Options) -> tuple[list[Conversation], list[Conversation]]:
     """Returns the conversations to train on and those to measure on."""
+
+    def read(path: Path) -> list[Conversation]:
+        found, unknown = data.read_json_lines(path)
+        if unknown:
+            show(f"in {path} these keys mean nothing: {', '.join(unknown)}")
+        return found
+
     if options.data is None:
         talks = data.headlines(assets.fetch(NEWS, options.cache))
     else:
-        talks, unknown = data.read_json_lines(options.data)
-        if unknown:
-            show(f"in {options.data} these keys mean nothing: {', '.join(unknown)}")
+        talks = read(options.data)
     if options.test_data is not None:
-        return talks, data.read_json_lines(options.test_data)[0]
+        return talks, read(options.test_data)
     count = options.held_out or min(max(len(talks) // 10, 1), 64)
     return data.held_out(talks, count, options.seed)
 

@@ -112,11 +112,16 @@ def start(
     before = found.metadata["settings"]
     if changed := [k for k in settings if settings[k] != before.get(k)]:
         lines = [f"  {k}: {before.get(k)} -> {settings[k]}" for k in changed]
+        dated = (
+            "\nThe tokens of the data are others. If the file is the same, the "
+            "template writes today's date: fix it with --template-args, as "
+            '{"date_string": "26 Jul 2024"}.'
+        )
         raise RunError(
             "The checkpoint was written with other settings:\n"
             + "\n".join(lines)
-            + "\n"
-            "Give the same ones to go on, or --restart to delete it."
+            + "\nGive the same ones to go on, or --restart to delete it."
+            + (dated if "data" in changed else "")
         )
     data.set_state(found.position)
     state = State(found.trainable, found.opt_state)

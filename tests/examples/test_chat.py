@@ -346,6 +346,9 @@ def test_what_does_not_fit_is_told_without_a_traceback(start, tmp_path, monkeypa
     start("--steps", "1")
     with pytest.raises(SystemExit, match=r"other settings:\n  lr: 0.001 -> 0.5"):
         start("--steps", "1", "--lr", "0.5", "--resume")
+    other = conversations(tmp_path / "other.jsonl", 30)
+    with pytest.raises(SystemExit, match=r"tokens of the data are others. If the file"):
+        start("--steps", "1", "--data", str(other), "--resume")
     start("--steps", "1", "--lr", "0.5", "--restart")
 
 
