@@ -1,35 +1,10 @@
-"""What the leaves of common models are called in torch; each map is data.
+"""Flax classes of `transformers` 4, and models whose modules have the same names.
 
-The maps for `transformers` are for its Flax classes, with or without `params/` before
-the paths. To add or replace rules, put others in front:
-`NameMap((Entry(...), *LLAMA.entries), prefix=LLAMA.prefix)`.
+Paths may have `params/` before them.
 """
 
-from .names import Entry, NameMap
-
-
-def _norm(flax: str, torch: str) -> tuple[Entry, ...]:
-    """Returns the rules of a layer norm."""
-    return (
-        Entry(f"{flax}/scale", f"{torch}.weight"),
-        Entry(f"{flax}/bias", f"{torch}.bias"),
-    )
-
-
-def _dense(flax: str, torch: str) -> tuple[Entry, ...]:
-    """Returns the rules of a dense layer."""
-    return (
-        Entry(f"{flax}/kernel", f"{torch}.weight"),
-        Entry(f"{flax}/bias", f"{torch}.bias"),
-    )
-
-
-def _same(*modules: str) -> tuple[Entry, ...]:
-    """Returns the rules of dense layers with the same path on both sides."""
-    return tuple(
-        entry for flax in modules for entry in _dense(flax, flax.replace("/", "."))
-    )
-
+from ..names import Entry, NameMap
+from ._rules import ROTARY, dense, norm, same
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -91,103 +66,61 @@ def _decoder(layer: str, axes: str | None, vector: str | None) -> tuple[Entry, .
     )
 
 
-_ROTARY = ("[model.]layers.{i}.self_attn.rotary_emb.inv_freq",)
-
-#: Llama, Mistral, Qwen2, Gemma: decoders with q_proj, k_proj, v_proj and o_proj.
+#: FlaxLlamaForCausalLM; also any decoder whose modules have transformers' own names.
 LLAMA = NameMap(
-    _decoder("[model/]layers/{i}", None, None), prefix="model.", ignore=_ROTARY
+    _decoder("[model/]layers/{i}", None, None), prefix="model.", ignore=ROTARY
 )
-MISTRAL = QWEN2 = GEMMA = LLAMA
+
+#: FlaxMistralForCausalLM and FlaxGemmaForCausalLM, which have Llama's names.
+MISTRAL = GEMMA = LLAMA
+
+#: Decoders of your own with transformers' names for Qwen 2: transformers has no Flax
+#: class of it. For tunix's see `TUNIX_QWEN2`.
+QWEN2 = LLAMA
 
 _FUSED = (
     ("self_attn", "{part:q_proj,k_proj,v_proj}", "qkv_proj"),
     ("mlp", "{part:gate_proj,up_proj}", "gate_up_proj"),
 )
 
-#: Phi-3, which fuses q, k and v, and gate and up. For a model with fewer heads of k and
-#: v than of q, put an Entry with `sizes` in front, `(4, 1, 1)` for 40 and 10 heads.
-PHI3 = NameMap(
-    (
-        *(
-            Entry(
-                f"[model/]layers/{{i}}/{block}/{parts}/kernel",
-                f"[model.]layers.{{i}}.{block}.{fused}.weight",
-                "i o -> (part o) i",
-                "linear",
-            )
-            for block, parts, fused in _FUSED
-        ),
-        *LLAMA.entries,
-    ),
-    prefix="model.",
-    ignore=_ROTARY,
-)
+
+def phi3(heads: int = 1, kv_heads: int = 1) -> NameMap:
+    """Returns the map of a decoder whose q, k, v and gate, up are fused on the Hub.
+
+    In JAX they are leaves of their own, with the names of `LLAMA`.
+
+    Args:
+      heads: of queries, `num_attention_heads` of the model's `config.json`.
+      kv_heads: of keys and values, `num_key_value_heads`.
+
+    Examples:
+      >>> path = "model/layers/0/self_attn/k_proj/kernel"
+      >>> (place,) = phi3(40, 10).places(path, (5120, 1280))
+      >>> place.name, place.shape((5120, 1280)), place.cut.start
+      ('model.layers.0.self_attn.qkv_proj.weight', (7680, 5120), 5120)
+    """
+    sizes = {"qkv_proj": (heads, kv_heads, kv_heads)}
+    rules = (
+        Entry(
+            f"[model/]layers/{{i}}/{block}/{parts}/kernel",
+            f"[model.]layers.{{i}}.{block}.{fused}.weight",
+            "i o -> (part o) i",
+            "linear",
+            sizes=sizes.get(fused, ()),
+        )
+        for block, parts, fused in _FUSED
+    )
+    return NameMap((*rules, *LLAMA.entries), prefix="model.", ignore=ROTARY)
+
+
+#: Phi-3 and Phi-3.5 mini, where q, k and v have equally many heads; see `phi3`.
+PHI3 = phi3()
 
 #: Llama with one leaf for all layers (`nn.scan`), whose first axis is the layer.
 LLAMA_STACKED = NameMap(
     _decoder("[model/]layers", "i in out -> out in", "i d -> d"),
     prefix="model.",
-    ignore=_ROTARY,
-)
-
-#: DeepMind's `gemma` package: einsum weights with head axes, stacked gates.
-GEMMA_EINSUM = NameMap(
-    (
-        Entry(
-            "[transformer/]embedder/input_embedding",
-            "model.embed_tokens.weight",
-            "v d -> v d",
-            "embedding",
-            tied="lm_head.weight",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/attn/q_einsum/w",
-            "model.layers.{i}.self_attn.q_proj.weight",
-            "n d h -> (n h) d",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/attn/kv_einsum/w",
-            "model.layers.{i}.self_attn.{part:k_proj,v_proj}.weight",
-            "part n d h -> (n h) d",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/attn/qkv_einsum/w",
-            "model.layers.{i}.self_attn.{part:q_proj,k_proj,v_proj}.weight",
-            "part n d h -> (n h) d",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/attn/attn_vec_einsum/w",
-            "model.layers.{i}.self_attn.o_proj.weight",
-            "n h d -> d (n h)",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/mlp/gating_einsum[/w]",
-            "model.layers.{i}.mlp.{part:gate_proj,up_proj}.weight",
-            "part f d -> f d",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/mlp/linear[/w]",
-            "model.layers.{i}.mlp.down_proj.weight",
-            "f d -> d f",
-            "linear",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/pre_attention_norm/scale",
-            "model.layers.{i}.input_layernorm.weight",
-        ),
-        Entry(
-            "[transformer/]layer_{i}/pre_ffw_norm/scale",
-            "model.layers.{i}.post_attention_layernorm.weight",
-        ),
-        Entry("[transformer/]final_norm/scale", "model.norm.weight"),
-    ),
-    prefix="model.",
-    ignore=_ROTARY,
+    ignore=ROTARY,
 )
 
 _H = "[transformer/]h/{i}", "[transformer.]h.{i}"
@@ -215,9 +148,9 @@ GPT2 = NameMap(
                 Entry(f"{_H[0]}/{name}/bias", f"{_H[1]}.{module}.bias"),
             )
         ),
-        *_norm(f"{_H[0]}/ln_1", f"{_H[1]}.ln_1"),
-        *_norm(f"{_H[0]}/ln_2", f"{_H[1]}.ln_2"),
-        *_norm("[transformer/]ln_f", "[transformer.]ln_f"),
+        *norm(f"{_H[0]}/ln_1", f"{_H[1]}.ln_1"),
+        *norm(f"{_H[0]}/ln_2", f"{_H[1]}.ln_2"),
+        *norm("[transformer/]ln_f", "[transformer.]ln_f"),
         Entry("lm_head/kernel", "lm_head.weight"),
         Entry("score/kernel", "score.weight"),
     ),
@@ -240,7 +173,7 @@ def _encoder(flax: str, torch: str) -> tuple[Entry, ...]:
                 "token_type_embeddings",
             )
         ),
-        *_norm(f"{flax}embeddings/LayerNorm", f"{torch}embeddings.LayerNorm"),
+        *norm(f"{flax}embeddings/LayerNorm", f"{torch}embeddings.LayerNorm"),
         *(
             entry
             for name in (
@@ -251,16 +184,14 @@ def _encoder(flax: str, torch: str) -> tuple[Entry, ...]:
                 "intermediate/dense",
                 "output/dense",
             )
-            for entry in _dense(
-                f"{layer}/{name}", f"{layer_t}.{name.replace('/', '.')}"
-            )
+            for entry in dense(f"{layer}/{name}", f"{layer_t}.{name.replace('/', '.')}")
         ),
-        *_norm(
+        *norm(
             f"{layer}/attention/output/LayerNorm",
             f"{layer_t}.attention.output.LayerNorm",
         ),
-        *_norm(f"{layer}/output/LayerNorm", f"{layer_t}.output.LayerNorm"),
-        *_dense(f"{flax}pooler/dense", f"{torch}pooler.dense"),
+        *norm(f"{layer}/output/LayerNorm", f"{layer_t}.output.LayerNorm"),
+        *dense(f"{flax}pooler/dense", f"{torch}pooler.dense"),
     )
 
 
@@ -268,12 +199,12 @@ def _encoder(flax: str, torch: str) -> tuple[Entry, ...]:
 BERT = NameMap(
     (
         *_encoder("[bert/]", "[bert.]"),
-        *_same("classifier", "qa_outputs", "cls/predictions/transform/dense"),
-        *_norm(
+        *same("classifier", "qa_outputs", "cls/predictions/transform/dense"),
+        *norm(
             "cls/predictions/transform/LayerNorm", "cls.predictions.transform.LayerNorm"
         ),
         Entry("cls/predictions/bias", "cls.predictions.bias"),
-        *_same("cls/seq_relationship"),
+        *same("cls/seq_relationship"),
     ),
     prefix="bert.",
     ignore=(
@@ -286,14 +217,14 @@ BERT = NameMap(
 ROBERTA = NameMap(
     (
         *_encoder("[roberta/]", "[roberta.]"),
-        *_same(
+        *same(
             "classifier",
             "classifier/dense",
             "classifier/out_proj",
             "qa_outputs",
             "lm_head/dense",
         ),
-        *_norm("lm_head/layer_norm", "lm_head.layer_norm"),
+        *norm("lm_head/layer_norm", "lm_head.layer_norm"),
         Entry("lm_head/bias", "lm_head.bias"),
     ),
     prefix="roberta.",
@@ -367,17 +298,17 @@ def _vit(layers: str, modules: dict[str, str]) -> NameMap:
                 "[vit/]embeddings/position_embeddings",
                 "[vit.]embeddings.position_embeddings",
             ),
-            *_dense(f"[vit/]{patches.replace('.', '/')}", f"[vit.]{patches}"),
+            *dense(f"[vit/]{patches.replace('.', '/')}", f"[vit.]{patches}"),
             *(
                 entry
                 for flax, name in modules.items()
-                for entry in _dense(f"{layer}/{flax}", f"{torch}.{name}")
+                for entry in dense(f"{layer}/{flax}", f"{torch}.{name}")
             ),
-            *_norm(f"{layer}/layernorm_before", f"{torch}.layernorm_before"),
-            *_norm(f"{layer}/layernorm_after", f"{torch}.layernorm_after"),
-            *_norm("[vit/]layernorm", "[vit.]layernorm"),
-            *_dense("[vit/]pooler/dense", "[vit.]pooler.dense"),
-            *_same("classifier"),
+            *norm(f"{layer}/layernorm_before", f"{torch}.layernorm_before"),
+            *norm(f"{layer}/layernorm_after", f"{torch}.layernorm_after"),
+            *norm("[vit/]layernorm", "[vit.]layernorm"),
+            *dense("[vit/]pooler/dense", "[vit.]pooler.dense"),
+            *same("classifier"),
         ),
         prefix="vit.",
     )
@@ -410,49 +341,4 @@ VIT_V5 = _vit(
         "intermediate/dense": "mlp.fc1",
         "output/dense": "mlp.fc2",
     },
-)
-
-_SENTIMENT_LAYER = "encoder/layer_{i}", "[bert.]encoder.layer.{i}"
-
-#: The BERT encoder of `examples/sentiment`, Linen.
-SENTIMENT = NameMap(
-    (
-        *(
-            Entry(f"embeddings/{flax}/embedding", f"[bert.]embeddings.{torch}.weight")
-            for flax, torch in (
-                ("word", "word_embeddings"),
-                ("position", "position_embeddings"),
-                ("token_type", "token_type_embeddings"),
-            )
-        ),
-        *_norm("embeddings/norm", "[bert.]embeddings.LayerNorm"),
-        *(
-            entry
-            for flax, torch in (
-                ("attention/query", "attention.self.query"),
-                ("attention/key", "attention.self.key"),
-                ("attention/value", "attention.self.value"),
-                ("attention/output", "attention.output.dense"),
-                ("up", "intermediate.dense"),
-                ("down", "output.dense"),
-            )
-            for entry in _dense(
-                f"{_SENTIMENT_LAYER[0]}/{flax}", f"{_SENTIMENT_LAYER[1]}.{torch}"
-            )
-        ),
-        *_norm(
-            f"{_SENTIMENT_LAYER[0]}/attention_norm",
-            f"{_SENTIMENT_LAYER[1]}.attention.output.LayerNorm",
-        ),
-        *_norm(
-            f"{_SENTIMENT_LAYER[0]}/output_norm",
-            f"{_SENTIMENT_LAYER[1]}.output.LayerNorm",
-        ),
-        *_dense("head", "classifier"),
-    ),
-    prefix="bert.",
-    ignore=(
-        "[bert.]embeddings.position_ids",
-        "[bert.]pooler.dense.{leaf:weight,bias}",
-    ),
 )
