@@ -10,6 +10,7 @@ import jlora
 
 from . import hub
 from .model import DecoderConfig
+from .smollm2 import SUMS
 
 TOKENIZER = (
     "tokenizer.json",
@@ -77,6 +78,7 @@ def save_merged(
         return
     trainable = jlora.files.read(adapter, base=base)
     jlora.export.merge_directory(base, trainable, folder, overwrite=True)
+    (folder / SUMS).unlink(missing_ok=True)  # those of the base's files
     if template is not None:
         shutil.copyfile(template, folder / "chat_template.jinja")
 
