@@ -61,11 +61,13 @@ def apply_lora(
 ) -> LoraFunction[Args, Out]:
     """Returns `lora_fn(frozen, trainable, *args, lora_key=None, **kwargs)`.
 
-    `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, but adds
-    `scale * (x a) b` to the activations at every place where an adapted weight is used,
-    so it makes no array of the weight's size, forward or backward. It is pure and
-    composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it in
-    `jax.jit`. With an empty `trainable` it calls `fn` as it is. A policy of
+    `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, with a low-rank
+    term at every place where an adapted weight is used. As a rule it adds
+    `scale * (x a) b` to the activations. Where many tokens meet a weight, `x` is
+    multiplied by a temporary `w + scale * a b` instead, which moves fewer bytes; see
+    `form`. The gradient never makes an array of the weight's size. `lora_fn` is pure
+    and composes with `jit`, `grad`, `vmap`, `scan`, `checkpoint` and shardings. Wrap it
+    in `jax.jit`. With an empty `trainable` it calls `fn` as it is. A policy of
     `jax.checkpoint`, in `fn` or around `lora_fn`, saves an adapted product where it
     saves the frozen one.
 
