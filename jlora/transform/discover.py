@@ -293,6 +293,8 @@ def _traced(rule: Rule) -> Rule:
     """
 
     def traced(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
+        if ctx.run is not ON_TYPES:
+            return rule(ctx, eqn, *values)  # inside code that is traced already
         own = dataclasses.replace(ctx, run=ON_ARRAYS)
         holds = []
 
@@ -313,7 +315,7 @@ def _on_codes(rule: Rule) -> Rule:
 
     def on_codes(ctx: Context, eqn: Equation, *values: Value) -> Sequence[Value]:
         computes = eqn.primitive.name not in PREPARES and any(map(is_coded, values))
-        own = traced if ctx.run is ON_TYPES and computes else rule
+        own = traced if computes else rule
         return own(ctx, eqn, *values)
 
     return on_codes

@@ -5,8 +5,8 @@ things are done in such calls. A sum `x w + t b` is one array: otherwise both pr
 are kept for the gradient, and each reader adds them again. And the gradient of A is
 computed from the roots of its activation (see `trail`), so the activation is not kept.
 
-On other platforms, and in a program that is divided over devices, both are the plain
-operations.
+On other platforms, inside `shard_map` and on meshes with explicit axes, both are the
+plain operations.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-from .compat import Primitive, has_typed_placement, kept_call, partitions, policies_see
+from .compat import Primitive, has_typed_placement, kept_call, policies_see
 from .trail import Source
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -31,11 +31,8 @@ def added(y: jax.Array, z: jax.Array) -> jax.Array:
     return added_p.bind(y, z)
 
 
-def _lower_added(ctx: Any, y: Any, z: Any) -> Any:
-    def run(y: jax.Array, z: jax.Array) -> jax.Array:
-        return kept_call(jax.lax.add, y, z) if partitions(ctx) == 1 else y + z
-
-    return mlir.lower_fun(run, multiple_results=False)(ctx, y, z)
+def _add_kept(y: jax.Array, z: jax.Array) -> jax.Array:
+    return kept_call(jax.lax.add, y, z)
 
 
 def _add(y: jax.Array, z: jax.Array) -> jax.Array:
@@ -72,7 +69,9 @@ ad.primitive_jvps[added_p] = _add_jvp
 ad.primitive_transposes[added_p] = _add_transpose
 batching.primitive_batchers[added_p] = _batch_added
 mlir.register_lowering(added_p, mlir.lower_fun(_add, multiple_results=False))
-mlir.register_lowering(added_p, _lower_added, platform="cpu")
+mlir.register_lowering(
+    added_p, mlir.lower_fun(_add_kept, multiple_results=False), platform="cpu"
+)
 
 
 def product(
@@ -145,13 +144,12 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
     return product_p.bind(*operands, fn=fn, chain=chain, **params), 0
 
 
-def _lower(ctx: Any, *operands: Any, fn: Product, chain: Any, late: bool, seen: Any):
-    def run(x: jax.Array, b: jax.Array, *roots: jax.Array) -> jax.Array:
-        if not late or partitions(ctx) > 1:
-            return fn(x, b)
-        return kept_call(lambda b, *roots: fn(chain(*roots), b), b, *roots)
-
-    return mlir.lower_fun(run, multiple_results=False)(ctx, *operands)
+def _product_kept(
+    x: Any, b: Any, *roots: Any, fn: Product, chain: Any, late: bool, **_: Any
+) -> jax.Array:
+    if not late:
+        return fn(x, b)
+    return kept_call(lambda b, *roots: fn(chain(*roots), b), b, *roots)
 
 
 def _seen(eqn: Any) -> Any:
@@ -169,4 +167,6 @@ ad.primitive_jvps[product_p] = _jvp
 ad.primitive_transposes[product_p] = _transpose
 batching.primitive_batchers[product_p] = _batch
 mlir.register_lowering(product_p, mlir.lower_fun(_product, multiple_results=False))
-mlir.register_lowering(product_p, _lower, platform="cpu")
+mlir.register_lowering(
+    product_p, mlir.lower_fun(_product_kept, multiple_results=False), platform="cpu"
+)
