@@ -46,6 +46,7 @@ class Static:
       dims: the groups of atoms of the weight's axes.
       numbers: `dot_general`'s dimension numbers, operands in their order.
       form: the form to use, or `"auto"`.
+      kept: whether a derivative is taken, see `kept.added`.
     """
 
     site: Site
@@ -55,6 +56,7 @@ class Static:
     dims: tuple[Group, ...]
     numbers: Dims
     form: Form
+    kept: bool = False
 
     def weight(self, w: Leaf, terms: tuple[Term, ...], gain: Sequence[Leaf]) -> Weight:
         """Returns a weight of these settings; `gain` is empty if it has none."""
@@ -146,7 +148,8 @@ def _expand(
 
 def _factored(*operands: jax.Array, static: Static) -> jax.Array:
     x, w, _, b, t, *gain = operands
-    return added(_dot(x, w, gain, static), _expand(t, b, gain, static))
+    y, z = _dot(x, w, gain, static), _expand(t, b, gain, static)
+    return added(y, z, kept=static.kept)
 
 
 def _lowered(
@@ -169,6 +172,7 @@ def _lowered(
 def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
     x, w, _, b, t, *gain = primals
     dx, dw, _, db, dt, *dgain = (None if type(v) is ad.Zero else v for v in tangents)
+    static = dataclasses.replace(static, kept=True)
     out = adapted_dot_p.bind(*primals, static=static)
     parts = []
     if dx is not None:

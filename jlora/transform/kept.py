@@ -24,37 +24,40 @@ from .trail import Source
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def added(y: jax.Array, z: jax.Array) -> jax.Array:
-    """Returns `y + z` of two arrays of one shape and dtype, as one array."""
+def added(y: jax.Array, z: jax.Array, *, kept: bool = False) -> jax.Array:
+    """Returns `y + z` of two arrays of one shape and dtype.
+
+    It is one array where a derivative is taken, or if `kept`. A value alone is a plain
+    sum, which XLA may fuse with what follows.
+    """
     if has_typed_placement(y) or has_typed_placement(z):
         return y + z
-    return added_p.bind(y, z)
+    return added_p.bind(y, z, kept=kept)
 
 
-def _add_kept(y: jax.Array, z: jax.Array) -> jax.Array:
-    return kept_call(jax.lax.add, y, z)
+def _add_kept(y: jax.Array, z: jax.Array, *, kept: bool) -> jax.Array:
+    return kept_call(jax.lax.add, y, z) if kept else y + z
 
 
-def _add(y: jax.Array, z: jax.Array) -> jax.Array:
+def _add(y: jax.Array, z: jax.Array, *, kept: bool) -> jax.Array:
     return y + z
 
 
-def _add_jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-    dy, dz = tangents
-    return added(*primals), ad.add_tangents(dy, dz)
+def _add_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, kept: bool) -> Any:
+    return added(*primals, kept=True), ad.add_tangents(*tangents)
 
 
-def _add_transpose(ct: Any, y: Any, z: Any) -> Any:
+def _add_transpose(ct: Any, y: Any, z: Any, *, kept: bool) -> Any:
     return tuple(ct if ad.is_undefined_primal(v) else None for v in (y, z))
 
 
-def _batch_added(operands: Sequence[Any], axes: Sequence[Any]) -> Any:
+def _batch_added(operands: Sequence[Any], axes: Sequence[Any], *, kept: bool) -> Any:
     y, z = (
         jnp.broadcast_to(v, (n, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
         for v, axis in zip(operands, axes, strict=True)
         for n in [_batch_size(operands, axes)]
     )
-    return added_p.bind(y, z), 0
+    return added_p.bind(y, z, kept=kept), 0
 
 
 def _batch_size(operands: Sequence[Any], axes: Sequence[Any]) -> int:
@@ -64,7 +67,7 @@ def _batch_size(operands: Sequence[Any], axes: Sequence[Any]) -> int:
 
 added_p = Primitive("added")
 added_p.def_impl(_add)
-added_p.def_abstract_eval(lambda y, z: y)
+added_p.def_abstract_eval(lambda y, z, kept: y)
 ad.primitive_jvps[added_p] = _add_jvp
 ad.primitive_transposes[added_p] = _add_transpose
 batching.primitive_batchers[added_p] = _batch_added
