@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -15,6 +15,7 @@ from .._io.folders import replacing_files
 from .._io.processes import first_writes, on_host
 from .._io.shards import pending, write_tensors
 from .._io.torch_models import facts_of, is_torch_named
+from .._tables import listed
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
@@ -115,9 +116,12 @@ def save(
             "are called in torch: vLLM silently ignores tensors of other names. See "
             "jlora.peft.maps."
         )
-    out = Writing(names or GENERIC, tied, flatten(params)[0], dtype)
+    leaves = flatten(params)[0]
+    out = Writing(names or GENERIC, tied, leaves, dtype)
     config = out.write(trainable)
     task_type = _task(task_type, base_model, config)
+    if names is not None and (task_type == "CAUSAL_LM" or _has_head(leaves, out)):
+        _check_prefix(names.prefix, out.tensors)
     if portable:
         _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
@@ -133,6 +137,28 @@ def save(
                 new, STEM, named, metadata=metadata, max_bytes=max_shard_bytes
             )
             write_text(new / CONFIG, text)
+
+
+def _has_head(leaves: Iterable[str], out: Writing) -> bool:
+    """Returns whether the model, or what is written, has an output head of its own."""
+    names = [*leaves, *(name.replace(".", "/") for name in out.tensors)]
+    return any("lm_head" in name.split("/") for name in names)
+
+
+def _check_prefix(prefix: str, tensors: Iterable[str]) -> None:
+    """Raises a PeftError for names that a model with a head does not have.
+
+    PEFT and vLLM would leave these tensors out, and answer as the base does.
+    """
+    beside = ("lm_head.", "score.", "classifier.")
+    bare = [n for n in tensors if not n.startswith((prefix, *beside))]
+    if bare:
+        raise PeftError(
+            f"A model with a head calls its layers {prefix}*, but these would be "
+            f"written without {prefix!r}, and PEFT and vLLM would leave them out: "
+            f"{listed(bare, 3)}. Give the parameters below {prefix.rstrip('.')!r}, "
+            "beside the head, or a NameMap whose torch names begin so."
+        )
 
 
 def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str | None:

@@ -1086,3 +1086,16 @@ def test_a_cast_that_fits_is_what_it_was(tmp_path):
     read = peft.load_base(tmp_path, one_leaf(0), dtype="bfloat16")
     assert read["up"]["kernel"].dtype == jnp.bfloat16
     assert (read["up"]["kernel"] == jnp.bfloat16(1e4)).all()
+
+
+def test_a_layer_without_its_prefix_beside_a_head_is_refused(tmp_path):
+    adapter = Trainable(lora={"layers/0/mlp/up_proj/kernel": factors((4, 6))})
+    peft.save(tmp_path / "bare", adapter, names=maps.LLAMA)
+    for extra in (
+        {"task_type": "CAUSAL_LM"},
+        {"params": {"lm_head": {"kernel": jnp.ones((4, 6))}}},
+    ):
+        with pytest.raises(PeftError, match=r"calls its layers model\.\*.*'model'"):
+            peft.save(tmp_path / "head", adapter, names=maps.LLAMA, **extra)
+    whole = Trainable(lora={f"model/{k}": v for k, v in adapter.lora.items()})
+    peft.save(tmp_path / "head", whole, names=maps.LLAMA, task_type="CAUSAL_LM")
