@@ -264,15 +264,12 @@ def conv_general_dilated(
     base = base_product(ctx.run, eqn, (x, weight.w), 1, weight.dims)
     if not factors:
         return [base]
-    source, x = _cast(ctx, x, dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
+    # XLA's CPU compiler has no fast convolution in a call that it keeps: no roots.
+    x = x.astype(dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
     for term, a, b in factors:
-        kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
+        kept, _ = ctx.drop(x, term.dropout, eqn.invars[0], None)
         product = functools.partial(
-            _conv_product,
-            scale=term.scale,
-            dtype=base.dtype,
-            params=params,
-            source=own,
+            _conv_product, scale=term.scale, dtype=base.dtype, params=params
         )
         base = added(base, placed_like(base, product, kept, a, b))
     channels = params["dimension_numbers"].out_spec[1]
@@ -420,7 +417,6 @@ def _conv_product(
     scale: float,
     dtype: DTypeLike,
     params: Mapping[str, Any],
-    source: Source | None,
 ) -> jax.Array:
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
@@ -430,21 +426,17 @@ def _conv_product(
     compute, wide = x.dtype, at_least_float32(x.dtype)
     sums = dtype_of_sums(compute, dtype)
     place = [numbers.rhs_spec.index(i) for i in range(len(window) + 1)]
-
-    def with_kernel(x: jax.Array, a: jax.Array) -> jax.Array:
-        kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
-        return lax.conv_general_dilated(
-            x,
-            lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
-            dimension_numbers=numbers,
-            preferred_element_type=wide,
-            precision=params["precision"],
-            feature_group_count=groups,
-            **{k: params[k] for k in ("window_strides", "padding")},
-            **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
-        )
-
-    t = product(with_kernel, x, a, source)
+    kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
+    t = lax.conv_general_dilated(
+        x,
+        lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
+        dimension_numbers=numbers,
+        preferred_element_type=wide,
+        precision=params["precision"],
+        feature_group_count=groups,
+        **{k: params[k] for k in ("window_strides", "padding")},
+        **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
+    )
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
     if stack * repeats == 1 and channels == t.ndim - 1:
