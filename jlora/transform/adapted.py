@@ -96,15 +96,20 @@ def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
     return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
 
 
+def _is_plain(x: jax.Array, w: Leaf) -> bool:
+    """Returns whether `w` is not codes, and no type says where `x` and `w` lie."""
+    if isinstance(w, Coded):
+        return False
+    return not (has_typed_placement(x) or has_typed_placement(w))
+
+
 def has_forms(x: jax.Array, w: Leaf, dtype: DTypeLike) -> bool:
     """Returns whether a product can take a sum with its weight in place of the weight.
 
     Codes have none, sums in another dtype would be rounded, and shards or explicit
     axes have collectives of their own.
     """
-    if isinstance(w, Coded) or has_typed_placement(x) or has_typed_placement(w):
-        return False
-    return x.dtype == w.dtype == dtype
+    return _is_plain(x, w) and x.dtype == w.dtype == dtype
 
 
 def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None:
@@ -113,15 +118,14 @@ def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None
     It helps where some platform uses a temporary weight, and where the gradient of a
     gain keeps less.
     """
-    w = weight.w
-    if has_forms(x, w, site.dtype):
+    if not _is_plain(x, weight.w):
+        return None
+    if has_forms(x, weight.w, site.dtype):
         forms = (form,)
         if form == "auto":
             forms = cost.forms(site.tokens, site.fan_in, x.dtype)
         if "merged" in forms:
             return form
-    elif isinstance(w, Coded) or has_typed_placement(x) or has_typed_placement(w):
-        return None
     return None if weight.gain is None else "factored"
 
 

@@ -52,17 +52,10 @@ def _add_transpose(ct: Any, y: Any, z: Any, *, kept: bool) -> Any:
 
 
 def _batch_added(operands: Sequence[Any], axes: Sequence[Any], *, kept: bool) -> Any:
-    y, z = (
-        jnp.broadcast_to(v, (n, *v.shape)) if axis is None else jnp.moveaxis(v, axis, 0)
-        for v, axis in zip(operands, axes, strict=True)
-        for n in [_batch_size(operands, axes)]
-    )
+    pairs = list(zip(operands, axes, strict=True))
+    n = next(v.shape[axis] for v, axis in pairs if axis is not None)
+    y, z = (batching.bdim_at_front(v, axis, n) for v, axis in pairs)
     return added_p.bind(y, z, kept=kept), 0
-
-
-def _batch_size(operands: Sequence[Any], axes: Sequence[Any]) -> int:
-    pairs = zip(operands, axes, strict=True)
-    return next(v.shape[axis] for v, axis in pairs if axis is not None)
 
 
 added_p = Primitive("added")
@@ -77,7 +70,7 @@ mlir.register_lowering(
 )
 
 
-def product(
+def product_of_roots(
     fn: Product,
     x: jax.Array,
     b: jax.Array,
@@ -96,7 +89,7 @@ def product(
     """
     if source is None:
         return fn(x, b)
-    return product_p.bind(
+    return product_of_roots_p.bind(
         x, b, *source.roots, fn=fn, chain=source.chain, late=False, seen=seen
     )
 
@@ -112,12 +105,12 @@ def _abstract(x: Any, b: Any, *_: Any, fn: Product, **__: Any) -> Any:
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
     x, b, *roots = primals
     dx, db, *_ = tangents
-    out = product_p.bind(x, b, *roots, **params)
+    out = product_of_roots_p.bind(x, b, *roots, **params)
     parts = []
     if type(dx) is not ad.Zero:
         parts.append(params["fn"](dx, b))
     if type(db) is not ad.Zero:
-        parts.append(product_p.bind(x, db, *roots, **params))
+        parts.append(product_of_roots_p.bind(x, db, *roots, **params))
     return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
 
 
@@ -132,7 +125,7 @@ def _transpose(ct: Any, x: Any, b: Any, *roots: Any, fn: Product, **params: Any)
         return jax.linear_transpose(functools.partial(fn, x), shape)(ct)[0]
 
     params |= {"fn": transposed, "late": True, "seen": None}
-    return None, product_p.bind(x, ct, *roots, **params), *none
+    return None, product_of_roots_p.bind(x, ct, *roots, **params), *none
 
 
 def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
@@ -144,7 +137,7 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
     chain = params.pop("chain")
     if of_roots:
         chain = jax.vmap(chain, at_roots, at_x)
-    return product_p.bind(*operands, fn=fn, chain=chain, **params), 0
+    return product_of_roots_p.bind(*operands, fn=fn, chain=chain, **params), 0
 
 
 def _product_kept(
@@ -158,18 +151,22 @@ def _product_kept(
 def _seen(eqn: Any) -> Any:
     types = [v.aval for v in eqn.invars]
     if eqn.params["seen"] is None:
-        return product_p, types, eqn.params
+        return product_of_roots_p, types, eqn.params
     return eqn.params["seen"](types[:2], eqn.outvars[0].aval)
 
 
-product_p = Primitive("product_of_roots")
-policies_see(product_p, _seen)
-product_p.def_impl(_product)
-product_p.def_abstract_eval(_abstract)
-ad.primitive_jvps[product_p] = _jvp
-ad.primitive_transposes[product_p] = _transpose
-batching.primitive_batchers[product_p] = _batch
-mlir.register_lowering(product_p, mlir.lower_fun(_product, multiple_results=False))
+product_of_roots_p = Primitive("product_of_roots")
+policies_see(product_of_roots_p, _seen)
+product_of_roots_p.def_impl(_product)
+product_of_roots_p.def_abstract_eval(_abstract)
+ad.primitive_jvps[product_of_roots_p] = _jvp
+ad.primitive_transposes[product_of_roots_p] = _transpose
+batching.primitive_batchers[product_of_roots_p] = _batch
 mlir.register_lowering(
-    product_p, mlir.lower_fun(_product_kept, multiple_results=False), platform="cpu"
+    product_of_roots_p, mlir.lower_fun(_product, multiple_results=False)
+)
+mlir.register_lowering(
+    product_of_roots_p,
+    mlir.lower_fun(_product_kept, multiple_results=False),
+    platform="cpu",
 )

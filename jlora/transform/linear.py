@@ -27,7 +27,7 @@ from .adapted import adapted_dot, form_of, has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, kind, placed_like
 from .interpret import Context
-from .kept import added, product
+from .kept import added, product_of_roots
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
 from .quantised_linear import base_product
 from .thin import thin_dot
@@ -344,7 +344,7 @@ def ragged_dot_general(
     thin = functools.partial(ragged_dot, preferred_element_type=wide)
     for term, (a, b) in zip(joined.terms, factors, strict=True):
         kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
-        t = product(thin, kept, a.astype(compute), own)
+        t = product_of_roots(thin, kept, a.astype(compute), own)
         t = (t * term.scale).astype(compute)
         y = ragged_dot(t, b.astype(compute), preferred_element_type=sums)
         base = added(base, cast(y, base.dtype))

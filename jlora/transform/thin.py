@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from .._numerics import cast, dtype_of_sums
 from .compat import Primitive, has_typed_placement, policies_see, shaped
-from .kept import product
+from .kept import product_of_roots
 from .trail import Source
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -61,7 +61,7 @@ def thin_dot(
         return _dot(x, b, numbers=numbers, **params)
     bound = functools.partial(thin_dot_p.bind, numbers=numbers, **params)
     seen = functools.partial(_seen, numbers=numbers, **params)
-    return product(bound, x, b, source, seen)
+    return product_of_roots(bound, x, b, source, seen)
 
 
 def _dot(x, b, *, numbers, dtype, precision, x_first):

@@ -48,8 +48,12 @@ class Trail:
         self._made: dict[int, tuple[jax.Array, Equation, Sequence[Any]]] = {}
 
     def note(self, eqn: Equation, operands: Sequence[Any], results: Any) -> None:
-        """Notes that `eqn` made `results` of `operands`, if it is cheap."""
-        if _is_cheap(eqn):
+        """Notes that `eqn` made `results` of `operands`, if it is cheap.
+
+        A sum of different wide arrays, as the residual stream, is a root: the gradient
+        keeps it, and not its parts.
+        """
+        if _is_cheap(eqn) and not self._is_wide_sum(eqn, operands):
             (result,) = results
             self._made[id(result)] = (result, eqn, operands)
 
@@ -62,7 +66,7 @@ class Trail:
         def slot(v: Any) -> int:
             if id(v) not in slots:
                 made = self._made.get(id(v))
-                if made is None or self._is_wide_sum(*made[1:]):
+                if made is None:
                     roots.append(v)
                     slots[id(v)] = -len(roots)
                 else:
@@ -80,13 +84,13 @@ class Trail:
         return Source(functools.partial(_run, tuple(steps)), tuple(roots))
 
     def _is_wide_sum(self, eqn: Equation, operands: Sequence[Any]) -> bool:
-        """Returns whether `eqn` adds wide arrays that have different wide roots.
-
-        The gradient keeps such a sum, as the residual stream, and not its parts.
-        """
+        """Returns whether `eqn` adds wide arrays that have different wide roots."""
         if eqn.primitive.name not in JOINS:
             return False
-        size = math.prod(compat.kind(eqn.outvars[0]).shape)
+        shape = compat.kind(eqn.outvars[0]).shape
+        if not all(isinstance(n, int) for n in shape):
+            return True  # a program exported for any number of rows
+        size = math.prod(shape)
         roots = [self._wide_roots(v, size) for v in _variables(eqn, operands)]
         wide = [own for own in roots if own]
         return len(wide) > 1 and len(set().union(*wide)) > 1

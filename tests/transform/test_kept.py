@@ -243,3 +243,13 @@ def test_a_program_that_is_divided_over_devices_keeps_as_little():
         jax.jit(gradient)(trainable, frozen, divided),
         jax.jit(gradient)(trainable, frozen, x),
     )
+
+
+def test_a_program_for_any_number_of_rows_has_sums():
+    params, x = weights(jax.random.key(0)), jnp.ones((8, D))
+    frozen, trainable = adapted(forward, params, x)
+    (rows,) = jax.export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((rows, D), x.dtype)
+    gradient = jax.jit(jax.grad(losses(forward)[0]))
+    exported = jax.export.export(gradient)(trainable, frozen, shapes)
+    close(exported.call(trainable, frozen, x), gradient(trainable, frozen, x))
