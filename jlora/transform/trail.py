@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
+import numpy as np
 
 from . import compat
 from .compat import Code, Equation, Literal
@@ -100,7 +101,7 @@ class Trail:
         found, seen, todo = set(), set(), [v]
         while todo:
             v = todo.pop()
-            if id(v) in seen or math.prod(v.shape) < size:
+            if id(v) in seen or math.prod(np.shape(v)) < size:
                 continue
             seen.add(id(v))
             if id(v) in self._made:

@@ -253,3 +253,16 @@ def test_a_program_for_any_number_of_rows_has_sums():
     gradient = jax.jit(jax.grad(losses(forward)[0]))
     exported = jax.export.export(gradient)(trainable, frozen, shapes)
     close(exported.call(trainable, frozen, x), gradient(trainable, frozen, x))
+
+
+def test_a_literal_may_be_an_operand_of_a_cheap_call():
+    shift = jax.jit(lambda x, i: x + (i + i))
+
+    def fn(params, x):
+        return shift(x, 0) @ params["w"]
+
+    params, x = {"w": jnp.ones((4, 4))}, jnp.ones((2, 4))
+    frozen, trainable = adapted(fn, params, x)
+    factored, merged = losses(fn)
+    value, expected = jax.jit(factored), jax.jit(merged)
+    close(value(trainable, frozen, x), expected(trainable, frozen, x))
