@@ -387,6 +387,8 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "quantised": quantised_section,
     "adapters": adapters_section,
     "methods": methods_section,
+}
+LEARNT: dict[str, Callable[[Any], str]] = {
     "quality": learnt.section,
     "headlines": learnt.headlines_section,
 }
@@ -402,15 +404,17 @@ FILLED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 
 def write(results: Path, docs: Path) -> None:
     """Writes pages and plots into `docs`, of the results that there are."""
-    names = {*SECTIONS, *PLOTS, *(name for _, _, name, _ in FILLED)}
+    names = {*SECTIONS, *LEARNT, *PLOTS, *(name for _, _, name, _ in FILLED)}
     files = {name: results / f"{name}.json" for name in names}
     found = {
         n: json.loads(file.read_text()) for n, file in files.items() if file.exists()
     }
-    texts = [
-        section(found[name]) for name, section in SECTIONS.items() if name in found
-    ]
-    (docs / "performance.md").write_text("\n".join([TOP, *texts, REASONS]))
+
+    def texts(sections: dict[str, Callable[[Any], str]]) -> list[str]:
+        return [of(found[name]) for name, of in sections.items() if name in found]
+
+    (docs / "performance.md").write_text("\n".join([TOP, *texts(SECTIONS), REASONS]))
+    (docs / "quality.md").write_text("\n".join([learnt.TOP, *texts(LEARNT)]))
     for page, mark, name, text in FILLED:
         if name in found and (docs / page).exists():
             fill(docs / page, f"figures: {mark}", text(found[name]))

@@ -206,7 +206,7 @@ def test_the_pages_hold_the_committed_figures(tmp_path):
     for name in filled:
         shutil.copy(report.DOCS / name, tmp_path)
     report.write(common.RESULTS, tmp_path)
-    for name in ("performance.md", *filled):
+    for name in ("performance.md", "quality.md", *filled):
         assert (tmp_path / name).read_text() == (report.DOCS / name).read_text()
 
 
