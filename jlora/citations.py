@@ -63,6 +63,28 @@ PAPERS = {
         2023,
         "2303.10512",
     ),
+    "lora_xs": Paper(
+        "balazy2024loraxs",
+        "{LoRA-XS}: Low-Rank Adaptation with Extremely Small Number of Parameters",
+        "Ba{\\l}azy, Klaudia and Banaei, Mohammadreza and Aberer, Karl and "
+        "Tabor, Jacek",
+        2024,
+        "2405.17604",
+    ),
+    "mica": Paper(
+        "rudiger2026mica",
+        "{MiCA} Learns More Knowledge Than {LoRA} and Full Fine-Tuning",
+        'R{\\"u}diger, Sten and Raschka, Sebastian',
+        2026,
+        "2604.01694",
+    ),
+    "zero_a": Paper(
+        "hayou2024init",
+        "The Impact of Initialization on {LoRA} Finetuning Dynamics",
+        "Hayou, Soufiane and Ghosh, Nikhil and Yu, Bin",
+        2024,
+        "2406.08447",
+    ),
     "pissa": Paper(
         "meng2024pissa",
         "{PiSSA}: Principal Singular Values and Singular Vectors Adaptation of Large "

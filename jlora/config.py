@@ -169,12 +169,13 @@ class LoraConfig:
         single rows of an embedding table.
       method: `"lora"`; `"dora"` also trains the lengths of columns; `"vera"` trains two
         vectors and shares random factors; `"adalora"` has singular values that can be
-        pruned.
-      init: how A and B are initialised: `"kaiming"`, `"gaussian"`, `"orthogonal"`;
-        `"pissa"`, `"pissa_niter_<n>"`, `"olora"`, which take a part of the weight out
-        of the frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise it; `"eva"`,
-        `"corda"`, `"corda_kpm"`, `"lora_ga"`, which need `statistics`; or a function
-        `(key, w, spec, dtype) -> (a, b)`.
+        pruned; `"lora_xs"` trains a rank × rank matrix between singular vectors of the
+        weight; `"mica"` trains only A.
+      init: how A and B are initialised: `"kaiming"`, `"gaussian"`, `"orthogonal"`,
+        `"zero_a"`; `"pissa"`, `"pissa_niter_<n>"`, `"olora"`, which take a part of the
+        weight out of the frozen side; `"loftq"`, `"loftq_niter_<n>"`, which quantise
+        it; `"eva"`, `"corda"`, `"corda_kpm"`, `"lora_ga"`, which need `statistics`; or
+        a function `(key, w, spec, dtype) -> (a, b)`.
       rslora: scale by `alpha / sqrt(rank)`, so that high ranks learn too.
       dropout: drop rate on the input of A, in [0, 1). It is active when the function
         that `apply_lora` returns is given a `lora_key`. An embedding drops the update
@@ -414,6 +415,7 @@ def _check(owner: str, fields: LoraConfig | Rule) -> None:
         wrong.append(
             f"init must be one of {tuple(INITS)}, pissa_niter_<n>, loftq_niter_<n> or "
             f"a function, got {fields.init!r}"
+            + (f": write method={fields.init!r}" if fields.init in METHODS else "")
         )
     if callable(fields.init) and find_init(init_name(fields.init)) is not None:
         wrong.append(

@@ -259,7 +259,7 @@ def _initialised(
     method, init = method_of(spec), row.init
     kept = w if encoder is None or is_quantized(w) else encoder(w)
     if method.init is not None:
-        return method.init(key, row.shape, spec, dtype), kept
+        return method.init(key, w, spec, dtype), kept
     assert init is not None
     if init.needs == "quantize" and is_quantized(w):
         init = INITS["kaiming"]

@@ -8,7 +8,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from ..factors import Spec
-from ..methods import Init, leaf_shapes
+from ..methods import Init, leaf_shapes, method_of
 from ..transform.discover import FACTORED, MERGED, WIDENED, Use
 from ..transform.primitives import OPERATIONS
 
@@ -111,5 +111,7 @@ class Row:
     def trained(self) -> int:
         """How many numbers are trained for it: those of A and B, or its own."""
         if self.spec is not None:
-            return sum(map(math.prod, leaf_shapes(self.spec, self.shape).values()))
+            shapes = leaf_shapes(self.spec, self.shape)
+            fixed = method_of(self.spec).fixed
+            return sum(math.prod(n) for leaf, n in shapes.items() if leaf not in fixed)
         return self.size if self.status == "full" else 0

@@ -228,7 +228,8 @@ class Factors:
       b: `[*batch, rank, *fan_out]`; for VeRA `[*batch, *fan_out]`.
       spec: static; the axes, rank, alpha and so on.
       magnitude: None; for DoRA the lengths of the columns, `[*batch, *fan_out]`; for
-        AdaLoRA the singular values, `[*batch, rank]`.
+        AdaLoRA the singular values, `[*batch, rank]`; for LoRA-XS its matrix R,
+        `[*batch, rank, rank]`.
 
     Examples:
       >>> import jax.numpy as jnp

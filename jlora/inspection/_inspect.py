@@ -11,6 +11,7 @@ from .._numerics import is_finite
 from .._tables import count, listed, nbytes, table
 from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
+from ..methods import trained_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _adapted(path: str, f: Factors) -> InspectedLeaf:
         shape=" · ".join("×".join(map(str, x.shape)) for x in own),
         rank=f.rank,
         scale=f.scale,
-        trained=sum(x.size for x in own),
+        trained=sum(x.size for x in trained_leaves(f).values()),
         dtype=", ".join(sorted({str(x.dtype) for x in own})),
         norm=float(np.sqrt(np.sum(values**2))),
         effective_rank=_effective_rank(values),

@@ -11,7 +11,7 @@ from .._core.tree import Missing, check, flatten_frozen, widened
 from .._numerics import is_finite
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Leaf, PyTree, Trainable
-from ..methods import method_of
+from ..methods import method_of, trained_leaves
 from ..methods.dora import TINY, dense_gain
 from ..methods.init import like_weight
 from ..transform.stage import is_array
@@ -140,7 +140,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
     arrays = jax.tree.leaves(trainable)
     return Report(
         entries=tuple(entries),
-        trained_count=sum(x.size for x in arrays),
+        trained_count=sum(e.trained for e in entries),
         total_count=sum(x.size for x in model),
         adapter_bytes=sum(x.nbytes for x in arrays),
         model_bytes=sum(x.nbytes for x in model),
@@ -156,7 +156,7 @@ def _adapted(path: str, w: Leaf, f: Factors) -> ReportedLeaf:
         path=path,
         shape=tuple(w.shape),
         rank=f.rank,
-        trained=sum(x.size for x in jax.tree.leaves(f)),
+        trained=sum(x.size for x in trained_leaves(f).values()),
         update=moved,
         relative=moved / base if base else float("nan"),
         finite=all(map(is_finite, jax.tree.leaves(f))),

@@ -3,9 +3,11 @@
 May import the vocabulary below `config`.
 """
 
+import dataclasses
+
 import jax
 
-from ..factors import Factors, Spec
+from ..factors import Factors, Leaf, Spec
 from .adalora import adalora
 from .dora import dora
 from .fused_parts import fused_parts
@@ -16,7 +18,9 @@ from .inits import (
     init_clashes as init_clashes,
     init_name as init_name,
 )
+from .lora_xs import lora_xs
 from .method import Method as Method
+from .mica import mica
 from .token_rows import token_rows
 from .vera import vera
 
@@ -25,6 +29,8 @@ METHODS = {
     "dora": dora,
     "vera": vera,
     "adalora": adalora,
+    "lora_xs": lora_xs,
+    "mica": mica,
 }
 
 
@@ -61,7 +67,8 @@ def low_rank_pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     """Returns `(a, b)` with which the update is `scale * a @ b`, for any method.
 
     Shapes: `[*batch, *fan_in, rank]` and `[*batch, rank, *fan_out]`, differentiable
-    with respect to the leaves of `factors`. DoRA's magnitude is not part of them.
+    with respect to the leaves of `factors` that are trained. DoRA's magnitude is not
+    part of them.
 
     Args:
       factors: of any method.
@@ -78,4 +85,22 @@ def low_rank_pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
       >>> a.shape, (a @ b)[0]
       ((3, 2), Array([5., 5., 5., 5.], dtype=float32))
     """
-    return method_of(factors.spec).pair(factors)
+    method = method_of(factors.spec)
+    held = {k: jax.lax.stop_gradient(getattr(factors, k)) for k in method.fixed}
+    return method.pair(dataclasses.replace(factors, **held) if held else factors)
+
+
+def trained_leaves(factors: Factors) -> dict[str, Leaf]:
+    """Returns the leaves of `factors` that are trained, by name.
+
+    Args:
+      factors: of any method.
+
+    Examples:
+      >>> spec = Spec(rank=2, alpha=2.0, method="mica")
+      >>> list(trained_leaves(Factors((8, 2), (2, 16), spec)))
+      ['a']
+    """
+    found = {"a": factors.a, "b": factors.b, "magnitude": factors.magnitude}
+    fixed = method_of(factors.spec).fixed
+    return {k: x for k, x in found.items() if x is not None and k not in fixed}

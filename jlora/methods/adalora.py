@@ -7,8 +7,8 @@ References:
 import jax
 import jax.numpy as jnp
 
-from ..factors import Factors, Spec
-from .method import LeafAxes, Method, Shape, lora_axes
+from ..factors import Factors, Leaf, Spec
+from .method import LeafAxes, Method, lora_axes
 
 DEVIATION = 0.02  # of the initial singular vectors, as in the authors' code
 
@@ -28,9 +28,9 @@ def _axes(spec: Spec) -> LeafAxes:
     return {**lora_axes(spec), "magnitude": (*spec.axes.batch, None)}
 
 
-def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, w: Leaf, spec: Spec, dtype: jnp.dtype) -> Factors:
     """Returns normal singular vectors and singular values of zero."""
-    shapes = adalora.shapes(spec, shape)
+    shapes = adalora.shapes(spec, w.shape)
     of_a, of_b = jax.random.split(key)
     return Factors(
         DEVIATION * jax.random.normal(of_a, shapes["a"], dtype),

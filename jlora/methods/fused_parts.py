@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..factors import Factors, FusedParts, Spec
+from ..factors import Factors, FusedParts, Leaf, Spec
 from .kaiming import kaiming
 from .method import Method, Shape
 
@@ -24,8 +24,8 @@ def _parts(spec: Spec) -> FusedParts:
     return spec.parts
 
 
-def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
-    return Factors(*kaiming(key, _cut(spec, shape), spec, dtype), spec)
+def _init(key: jax.Array, w: Leaf, spec: Spec, dtype: jnp.dtype) -> Factors:
+    return Factors(*kaiming(key, _cut(spec, w.shape), spec, dtype), spec)
 
 
 def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from .._numerics import HIGHEST, add_rounded, at_least_float32
-from ..factors import Array, Axes, Spec
+from ..factors import Array, Axes, Leaf, Spec
+from ..quantised import is_quantized
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
 Base = Literal["same", "residual", "own"]
@@ -57,6 +58,11 @@ def matrices(w: Array, axes: Axes) -> jax.Array:
     """Returns `w` as `n` matrices, `[n, fan_in, fan_out]`, in float32."""
     flat = jnp.transpose(jnp.asarray(w), axes.order).reshape(axes.sizes(w.shape))
     return flat.astype(at_least_float32(w.dtype))
+
+
+def dense(w: Leaf) -> Array:
+    """Returns the array that a weight is, or that its codes stand for."""
+    return w.dense() if is_quantized(w) else w
 
 
 def like_weight(

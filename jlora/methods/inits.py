@@ -17,6 +17,7 @@ from .method import Method
 from .olora import olora
 from .orthogonal import orthogonal
 from .pissa import pissa
+from .zero_a import zero_a
 
 _LINEAR = ("linear",)
 _PISSA = Init(pissa, "weight", "residual")
@@ -27,6 +28,7 @@ INITS = {
     "kaiming": Init(kaiming),
     "gaussian": Init(gaussian),
     "orthogonal": Init(orthogonal, even=True),
+    "zero_a": Init(zero_a),
     "pissa": _PISSA,
     "olora": Init(olora, "weight", "residual"),
     "eva": Init(eva, "inputs", ops=_LINEAR),
@@ -112,13 +114,21 @@ def init_clashes(
     def instead(init: str = "kaiming") -> str:
         return f"give it Rule({path!r}, init={init!r})"
 
+    is_known = sorted(spec.axes.order) == list(range(len(shape)))
+    sides = spec.axes.sizes(shape)[1:] if is_known else ()
     if method.init is not None:
-        if init == "kaiming":
-            return []
-        return [
-            f"init {name!r} of {path!r}: method {spec.method!r} has an "
-            f"initialisation of its own, leave init out or {instead()}"
-        ]
+        if init != "kaiming":
+            wrong.append(
+                f"init {name!r} of {path!r}: method {spec.method!r} has an "
+                f"initialisation of its own, leave init out or {instead()}"
+            )
+        if method.fixed and is_known and spec.rank > min(sides):
+            wrong.append(
+                f"method {spec.method!r} takes {spec.rank} singular vectors, "
+                f"{path!r} has {min(sides)}: give it Rule({path!r}, "
+                f"rank={min(sides)})"
+            )
+        return wrong
     if found.even and spec.rank % 2:
         wrong.append(
             f"init {name!r} needs an even rank, {path!r} has {spec.rank}: give it "
@@ -134,12 +144,10 @@ def init_clashes(
             f"init {name!r} needs the inputs of {path!r}, which is used otherwise than "
             f"in matrix products ({route}): {instead()}"
         )
-    if found.rank_factor > 1 and sorted(spec.axes.order) == list(range(len(shape))):
-        _, n_in, n_out = spec.axes.sizes(shape)
-        if found.rank_factor * spec.rank > min(n_in, n_out):
-            wrong.append(
-                f"init {name!r} needs {found.rank_factor} times the rank, "
-                f"{found.rank_factor * spec.rank}, to fit into min({n_in}, {n_out}) of "
-                f"{path!r}: {instead()}"
-            )
+    least = found.rank_factor * spec.rank
+    if found.rank_factor > 1 and is_known and least > min(sides):
+        wrong.append(
+            f"init {name!r} needs {found.rank_factor} times the rank, {least}, to fit "
+            f"into min{sides} of {path!r}: {instead()}"
+        )
     return wrong

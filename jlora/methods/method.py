@@ -41,8 +41,10 @@ class Method:
       covered: `(spec, weight shape) -> shape`, the sizes of those axes.
       pair: `factors -> (a, b)`, low-rank factors of shapes `[*batch, *fan_in, rank]`
         and `[*batch, rank, *fan_out]` with which the update is `scale * a @ b`.
-      init: `(key, weight shape, spec, dtype) -> Factors` of a method with an
-        initialisation of its own; None where `LoraConfig.init` names it.
+      init: `(key, w, spec, dtype) -> Factors` of a method with an initialisation of
+        its own, `w` an array or `Quantized`; None where `LoraConfig.init` names it.
+      fixed: the leaves that are not trained, singular vectors of the weight. They
+        have a gradient of zero, and `jlora.optim.masked` keeps no state for them.
       finish: `(factors, w) -> Factors`, adds the leaves that depend on the weight, an
         array or `Quantized`; None if there are none.
       gain: `(factors, w) -> array [*batch, *fan_out]` that multiplies the sum of weight
@@ -59,7 +61,8 @@ class Method:
     axes: Callable[[Spec], LeafAxes] = lora_axes
     covered: Callable[[Spec, Shape], Shape] = same_shape
     pair: Callable[[Factors], tuple[jax.Array, jax.Array]] = lora_factors
-    init: Callable[[jax.Array, Shape, Spec, jnp.dtype], Factors] | None = None
+    init: Callable[[jax.Array, Leaf, Spec, jnp.dtype], Factors] | None = None
+    fixed: tuple[str, ...] = ()
     finish: Callable[[Factors, Leaf], Factors] | None = None
     gain: Callable[[Factors, Leaf], jax.Array] | None = None
     dense: Callable[[Factors, DTypeLike], jax.Array] | None = None

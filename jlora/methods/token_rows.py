@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..factors import Factors, Spec
-from .method import LeafAxes, Method, Shape, lora_axes
+from ..factors import Factors, Leaf, Spec
+from .method import LeafAxes, Method, lora_axes
 
 
 def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
@@ -31,9 +31,9 @@ def _axes(spec: Spec) -> LeafAxes:
     return {"b": lora_axes(spec)["b"]}
 
 
-def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, w: Leaf, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
-    return Factors(None, jnp.zeros(token_rows.shapes(spec, shape)["b"], dtype), spec)
+    return Factors(None, jnp.zeros(token_rows.shapes(spec, w.shape)["b"], dtype), spec)
 
 
 token_rows = Method(axes=_axes, pair=_pair, init=_init, dense=_dense)

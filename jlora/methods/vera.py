@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ..factors import Factors, Spec
+from ..factors import Factors, Leaf, Spec
 from .method import LeafAxes, Method, Shape
 
 INITIAL = 0.1  # of the vector along the rank; the one along the fan-out is zero
@@ -54,9 +54,9 @@ def _axes(spec: Spec) -> LeafAxes:
     return {"a": (*axes.batch, None), "b": (*axes.batch, *axes.fan_out)}
 
 
-def _init(key: jax.Array, shape: Shape, spec: Spec, dtype: jnp.dtype) -> Factors:
+def _init(key: jax.Array, w: Leaf, spec: Spec, dtype: jnp.dtype) -> Factors:
     del key
-    shapes = vera.shapes(spec, shape)
+    shapes = vera.shapes(spec, w.shape)
     return Factors(
         jnp.full(shapes["a"], INITIAL, dtype), jnp.zeros(shapes["b"], dtype), spec
     )

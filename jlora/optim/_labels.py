@@ -1,10 +1,9 @@
 """Which leaves an optimizer treats alike: labels and masks."""
 
-import dataclasses
-
 import jax
 
 from ..factors import Factors, Leaf, PyTree, Trainable
+from ..methods import trained_leaves
 
 Label = str  # "a", "b", "magnitude", "full" or "frozen"
 
@@ -18,7 +17,8 @@ def labels(tree: PyTree) -> PyTree:
 
     Returns:
       A tree of the same structure. The label of a leaf of a `Trainable` is `"a"`,
-      `"b"`, `"magnitude"` or `"full"`. All other leaves are `"frozen"`.
+      `"b"`, `"magnitude"` or `"full"`. All other leaves are `"frozen"`, and so are the
+      singular vectors that `method="mica"` and `"lora_xs"` do not train.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -28,8 +28,10 @@ def labels(tree: PyTree) -> PyTree:
     """
 
     def of_factors(factors: Factors) -> Factors:
-        named = Factors("a", "b", factors.spec, "magnitude")
-        return jax.tree.map(lambda _, name: name, factors, _prune(named, factors))
+        trained = trained_leaves(factors)
+        return jax.tree.map_with_path(
+            lambda at, _: at[0].name if at[0].name in trained else "frozen", factors
+        )
 
     def of(node: PyTree) -> PyTree:
         if not isinstance(node, Trainable):
@@ -40,13 +42,6 @@ def labels(tree: PyTree) -> PyTree:
         )
 
     return jax.tree.map(of, tree, is_leaf=is_trainable)
-
-
-def _prune(named: Factors, factors: Factors) -> Factors:
-    """Returns `named` without the leaves that `factors` does not have."""
-    a = None if factors.a is None else named.a
-    magnitude = None if factors.magnitude is None else named.magnitude
-    return Factors(a, named.b, named.spec, magnitude)
 
 
 def mask(tree: PyTree) -> PyTree:
@@ -69,9 +64,9 @@ NO_DECAY = ("b", "beta", "bias", "gain", "gamma", "offset", "scale")
 def decay_mask(tree: PyTree) -> PyTree:
     """Returns `tree` with True at the leaves that weight decay may shrink.
 
-    These are the factors, and matrices trained in full. Decay does not apply to
-    magnitudes, to the vectors of VeRA, or to leaves trained in full with fewer than two
-    axes.
+    These are the factors that are trained, and matrices trained in full. Decay does not
+    apply to magnitudes, to the vectors of VeRA, or to leaves trained in full with fewer
+    than two axes.
 
     Nor does it apply to biases and norms. Stacked layers and attention heads give them
     more axes, so the path tells: its last component ends in `bias`, or is `b`, `beta`,
@@ -90,11 +85,12 @@ def decay_mask(tree: PyTree) -> PyTree:
     """
 
     def of_factors(factors: Factors) -> Factors:
-        decays = factors.spec.method != "vera"
-        answers = jax.tree.map(lambda _: decays, factors)
-        if factors.magnitude is None:
-            return answers
-        return dataclasses.replace(answers, magnitude=False)
+        decays = trained_leaves(factors).keys()
+        if factors.spec.method == "vera":
+            decays = ()
+        elif factors.spec.method != "lora_xs":
+            decays = decays - {"magnitude"}
+        return jax.tree.map_with_path(lambda at, _: at[0].name in decays, factors)
 
     def of_full(path: str, leaf: Leaf) -> Leaf:
         *outer, last = path.lower().split("/")

@@ -363,7 +363,7 @@ class Reading:
             alpha=float(alpha),
             rslora=rslora,
             dropout=self.file.dropout,
-            method="dora" if m is not None else "lora",
+            method="dora" if m is not None else self.file.method,
         )
         own_a, own_b = self._placed(leaf, a, b)
         magnitude = None

@@ -22,7 +22,7 @@ from .config import PeftConfig, most_common, patterns
 from .layers import RAW, Layer, nested
 from .names import NameMap, unnamed
 
-_AS_IS = ("lora", "dora")  # methods that PEFT has, with the same alpha
+_AS_IS = ("lora", "dora", "mica")  # methods that PEFT has, with the same alpha
 
 
 @dataclasses.dataclass
@@ -111,6 +111,7 @@ class Writing:
             saved=tuple(self.saved),
             tokens=tuple(self.tokens.items()),
             tying=self.tying,
+            method="mica" if {s.method for s in specs} == {"mica"} else "lora",
             conv1d=self.conv1d,
         )
 

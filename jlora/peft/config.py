@@ -61,7 +61,7 @@ _LACKING = {
 }
 _OFF = (None, False, {}, [])  # what an unknown field is where it is not in use
 # Names of inits that leave the base weights as they are.
-_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_INITS = ("gaussian", "eva", "orthogonal", "mica")  # the last one fixes B
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,7 @@ class PeftConfig:
       saved: modules that are in the file whole.
       tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
       tying: whether the output head takes part in the embedding's adapter.
+      method: `"lora"`, or `"mica"` where B is fixed.
       conv1d: whether the last module that PEFT adapted keeps its weight `[in, out]`.
     """
 
@@ -100,6 +101,7 @@ class PeftConfig:
     saved: tuple[str, ...] = ()
     tokens: Pattern[tuple[int, ...]] = ()
     tying: bool = False
+    method: str = "lora"
     conv1d: bool = False
 
 
@@ -209,7 +211,6 @@ def parse_config(fields: Json) -> tuple[PeftConfig, list[str]]:
             if name in _REQUIRED:
                 raise PeftError(f"{name} is {value!r:.100}: {error}.") from error
             wrong.append(f"{name} is {value!r:.100}: {error}")
-    values.pop("", None)
     return PeftConfig(**values), wrong
 
 
@@ -288,12 +289,13 @@ def _tokens(value: object) -> Pattern[tuple[int, ...]]:
     return tuple((name, tuple(ids)) for name, ids in entries.items())
 
 
-def _init(value: object) -> None:
+def _init(value: object) -> str:
     if type(value) is not bool and value not in _INITS:
         raise ValueError(
             "such an init changes the base weights, which are not in the file. Save it "
             "in PEFT with path_initial_model_for_weight_conversion"
         )
+    return "mica" if value == "mica" else "lora"
 
 
 # PEFT's name: our name, and how it is read.
@@ -313,7 +315,7 @@ _FIELDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "ensure_weight_tying": ("tying", _flag),
     "exclude_modules": ("excluded", lambda value: _targets(value) or ()),
     "fan_in_fan_out": ("conv1d", _flag),
-    "init_lora_weights": ("", _init),
+    "init_lora_weights": ("method", _init),
 }
 _REQUIRED = ("r", "lora_alpha")
 
@@ -328,7 +330,7 @@ def config_fields(
         "bias": config.bias,
         "fan_in_fan_out": config.conv1d,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": True if config.method == "lora" else config.method,
         "lora_alpha": _plain(config.alpha),
         "lora_dropout": config.dropout,
         "modules_to_save": list(config.saved) or None,

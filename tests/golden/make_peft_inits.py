@@ -1,4 +1,4 @@
-"""Makes peft_inits.npz: what PEFT's data-driven inits make of one small layer.
+"""Makes peft_inits.npz: what PEFT's inits of data or singular vectors make of layers.
 
 Needs torch and PEFT 0.21 (extra `peft`); run from the repository's root:
 
@@ -97,6 +97,13 @@ def main() -> None:
 
     preprocess_loraga(model, lora_ga, step)
     arrays |= kept("lora_ga", get_peft_model(model, lora_ga))
+
+    model = get_peft_model(fresh(), config("mica"))
+    arrays |= kept("mica", model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.sum(torch.tanh(model(x)) ** 2).backward()
+    optimizer.step()
+    arrays |= kept("mica_step", model)
 
     path = pathlib.Path(__file__).with_name("peft_inits.npz")
     np.savez_compressed(path, **arrays)

@@ -49,6 +49,8 @@ def kinds(name: str) -> dict:
         "dora": LoraConfig(**some, method="dora"),
         "adalora": LoraConfig(**some, method="adalora"),
         "vera": LoraConfig(**some, method="vera"),
+        "lora_xs": LoraConfig(**some, method="lora_xs"),
+        "mica": LoraConfig(**some, method="mica"),
         "rules": LoraConfig(
             **some, rules=(Rule("**/1/**", rank=2), Rule("**/0/**", alpha=7))
         ),

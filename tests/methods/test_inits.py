@@ -106,7 +106,7 @@ def test_frozen_and_update_are_the_original(init, name, key):
     )
 
 
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "eva"])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "zero_a", "eva"])
 def test_base_stays_where_init_starts_at_zero(init, key):
     fn, params, plan, x = plan_of("matrix", init=init)
     frozen, trainable = split(key, fn, params, plan, x)
@@ -714,6 +714,23 @@ def test_function_with_wrong_result(init, message, key):
         jlora.split(key, params, plan)
 
 
+def test_init_that_is_a_method_says_so():
+    with pytest.raises(jlora.ConfigError, match="got 'mica': write method='mica'"):
+        jlora.LoraConfig(init="mica")
+
+
+def test_zero_a_moves_only_a_at_first(key):
+    fn, params, plan, x = plan_of("heads", init="zero_a")
+    frozen, trainable = jlora.split(key, params, plan)
+    own = trainable.lora["w"]
+    assert not own.a.any()
+    assert abs(float(jnp.std(own.b)) - RANK**-0.5 / 3**0.5) < 0.1
+    loss = lambda t: jnp.sum(jlora.apply_lora(fn)(frozen, t, x) ** 2)  # noqa: E731
+    gradient = jax.grad(loss)(trainable).lora["w"]
+    assert gradient.a.any()
+    assert not gradient.b.any()
+
+
 def test_function_named_as_a_known_init_is_refused():
     def pissa(key, w, spec, dtype):
         return w, w
@@ -739,6 +756,8 @@ def test_unknown_init_names_the_known(init):
     [
         ({"init": "orthogonal", "rank": 3}, r"'w' has 3: give it Rule\('w', rank=4\)"),
         ({"init": "lora_ga", "rank": 6}, r"12, to fit into min\(12, 10\) of 'w'"),
+        ({"method": "mica", "rank": 11}, r"11 singular.*'w' has 10.*'w', rank=10\)"),
+        ({"method": "lora_xs", "rank": 11}, r"11 singular vectors, 'w' has 10"),
     ],
 )
 def test_plan_refuses_ranks_that_an_init_cannot_have(config, message):
@@ -756,7 +775,7 @@ def test_plan_refuses_inputs_of_an_embedding():
             )
 
 
-@pytest.mark.parametrize("method", ["vera", "adalora"])
+@pytest.mark.parametrize("method", ["vera", "adalora", "lora_xs", "mica"])
 def test_methods_with_a_start_of_their_own_take_no_init(method, key):
     message = (
         rf"{method!r} has an initialisation of its own.*Rule\('w', init='kaiming'\)"

@@ -12,7 +12,7 @@ import jlora
 from jlora.methods import leaf_shapes, low_rank_pair
 from jlora.methods.vera import shared
 
-METHODS = ["lora", "dora", "vera", "adalora"]
+METHODS = ["lora", "dora", "vera", "adalora", "lora_xs", "mica"]
 
 
 def model(p, ids):
@@ -92,6 +92,17 @@ def test_factored_is_merged_in_value_and_gradient(method):
         gradient,
         expected,
     )
+    fixed = [
+        g
+        for g, name in zip(
+            jax.tree.leaves(gradient),
+            jax.tree.leaves(jlora.optim.labels(trainable)),
+            strict=True,
+        )
+        if name == "frozen"
+    ]
+    assert len(fixed) == {"lora_xs": 10, "mica": 5}.get(method, 0)
+    assert not any(x.any() for x in fixed)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,7 +114,12 @@ def test_leaves_and_counts_are_as_planned(method):
         shapes = {k: x.shape for k, x in found.items() if x is not None}
         assert row.spec is not None
         assert shapes == leaf_shapes(row.spec, row.shape)
-        assert row.trained == sum(x.size for x in jax.tree.leaves(factors))
+        trained = jax.tree.map(
+            lambda x, is_trained: x.size * is_trained,
+            factors,
+            jlora.optim.mask(jlora.Trainable({"": factors})).lora[""],
+        )
+        assert row.trained == sum(jax.tree.leaves(trained))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,6 +137,27 @@ def test_files_and_reports_know_every_method(method, tmp_path):
         entry.update, np.linalg.norm(merged - frozen["heads"]), rtol=1e-4
     )
     assert entry.trained == next(r for r in plan.rows() if r.path == "heads").trained
+
+
+def test_lora_xs_is_the_formula_of_the_paper():
+    params, plan, frozen, trainable = adapt(method="lora_xs", targets="{layers,heads}")
+    for path in ("layers", "heads"):
+        w = np.asarray(params[path], np.float64).reshape(-1, 6, 6)
+        _, fresh = jlora.split(jax.random.key(0), params, plan)
+        r = np.asarray(trainable.lora[path].magnitude, np.float64).reshape(-1, 2, 2)
+        u, s, vt = np.linalg.svd(w)
+        # The signs of singular vectors are those that split found.
+        own = np.asarray(fresh.lora[path].b).reshape(-1, 2, 6)
+        signs = np.sign(np.einsum("nro,nro->nr", own, vt[:, :2]))
+        a = u[..., :2] * (s[:, :2] * signs)[:, None]
+        change = 1.5 * a @ r @ (vt[:, :2] * signs[..., None])
+        start = dataclasses.replace(
+            fresh.lora[path], magnitude=r.reshape(trainable.lora[path].magnitude.shape)
+        )
+        merged = jlora.merge(frozen, jlora.Trainable({path: start}))[path]
+        np.testing.assert_allclose(
+            merged, (w + change).reshape(merged.shape), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_dora_is_the_formula_of_the_paper():

@@ -1,10 +1,12 @@
 """Inits beside PEFT's own results, which `golden/make_peft_inits.py` wrote."""
 
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jlora
@@ -110,3 +112,33 @@ def test_inits_from_the_weight_alone(case):
     a, b = data[f"{case}/lora_A"].T, data[f"{case}/lora_B"].T
     same_up_to_signs(np.asarray(trainable.lora["w"].a), a, atol=1e-5)
     same_up_to_signs(np.asarray(trainable.lora["w"].b).T, b.T, atol=1e-5)
+
+
+def test_mica_is_pefts_and_its_b_stays(tmp_path):
+    params = {name: jnp.asarray(DATA[f"w/{name}"].T) for name in LAYERS}
+    config = jlora.LoraConfig(rank=4, alpha=6, method="mica", targets=LAYERS)
+    plan = jlora.plan(fn, params, X, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    for layer, own in trainable.lora.items():
+        assert not own.a.any()
+        theirs = DATA[f"mica/{layer}/lora_B"]
+        same_up_to_signs(np.asarray(own.b).T, theirs, atol=1e-5)
+
+    def loss(trainable):
+        y = jlora.apply_lora(fn)(frozen, trainable, X)
+        return jnp.sum(jnp.tanh(y) ** 2)
+
+    tx = jlora.optim.masked(optax.sgd(0.1))
+    updates, _ = tx.update(jax.grad(loss)(trainable), tx.init(trainable), trainable)
+    stepped = optax.apply_updates(trainable, updates)
+    for layer, own in stepped.lora.items():
+        np.testing.assert_array_equal(own.b, trainable.lora[layer].b)
+        update = np.asarray(own.a) @ own.b  # without the sign of singular vectors
+        a, b = (DATA[f"mica_step/{layer}/lora_{k}"] for k in "AB")
+        np.testing.assert_allclose(update, (b @ a).T, atol=1e-4)
+    jlora.peft.save(tmp_path, stepped)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["init_lora_weights"] == "mica"
+    read = jlora.peft.load(tmp_path, plan)
+    assert read.lora["first"].spec == stepped.lora["first"].spec
+    jax.tree.map(np.testing.assert_array_equal, read, stepped)
