@@ -29,7 +29,7 @@ from ..quantised import (
 )
 
 _PAGES = 2**18  # bytes from which an array gets pages of its own
-_SLICE = 8 * 2**20  # bytes of an array to quantise at once
+_SLICE = 1 * 2**20  # bytes of an array to quantise at once
 
 Quantize = str | Mapping[str, Any] | None  # a kind, or options of `jlora.quantize`
 Encoder = Callable[[Any], Quantized]
