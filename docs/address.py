@@ -28,15 +28,29 @@ import jax
 
 print(jax.devices())"""
 FROM_FILES = """\
-    # jlora comes from a wheel that you uploaded, or else from the checkout that this
-    # notebook lies in.
-    wheels = sorted(pathlib.Path().glob("jlora-*.whl"))
-    source = wheels[-1].resolve() if wheels else pathlib.Path("..").resolve()
-    if not wheels and not (source / "jlora").is_dir():
+    # jlora comes from an archive of a checkout that you uploaded, or else from the
+    # checkout that this notebook lies in.
+    source = pathlib.Path("..").resolve()
+    if pathlib.Path("jlora.zip").exists():
+        source = pathlib.Path("jlora-checkout").resolve()
+        shutil.unpack_archive("jlora.zip", source)
+    if not (source / "jlora").is_dir():
         raise FileNotFoundError(
-            "Upload a wheel of jlora beside this notebook. In a checkout, "
-            "`pip wheel --no-deps .` makes one."
+            "Upload jlora.zip beside this notebook. In a checkout, "
+            "`git archive -o jlora.zip HEAD` makes it."
         )"""
+PROGRAM = """\
+import importlib.util
+import pathlib
+import sys
+
+# The program is in the checkout, not in the package.
+source = pathlib.Path("jlora-checkout").resolve()
+{checkout}
+sys.path.append(str(source))
+if importlib.util.find_spec("grain") is None:
+    %pip install -q "{requirement}"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +152,22 @@ def setup_cell(address: Address) -> str:
         parts = ["import importlib.util", condition]
         wanted = requirement(address, "{extras}")
     else:
-        parts = ["import importlib.util", "import pathlib", condition, FROM_FILES]
+        modules = ("importlib.util", "pathlib", "shutil")
+        parts = [*(f"import {name}" for name in modules), condition, FROM_FILES]
         wanted = "{source}[{extras}]"
     return "\n".join([*parts, INSTALL.format(requirement=wanted)])
+
+
+def program_cell(address: Address) -> str:
+    """Returns the cell that makes `examples` ready in a notebook that runs one."""
+    published = address.package or address.repository
+    if address.repository:
+        clone = f"!git clone -q --depth 1 {address.repository} jlora-checkout"
+        checkout = f"if not source.exists():\n    {clone}"
+    else:
+        checkout = 'source = source if source.exists() else pathlib.Path("..").resolve()'
+    wanted = requirement(address, "examples") if published else "{source}[examples]"
+    return PROGRAM.format(checkout=checkout, requirement=wanted).rstrip()
 
 
 def badge(address: Address, name: str) -> str:
@@ -152,14 +179,17 @@ def badge(address: Address, name: str) -> str:
 
 
 def with_address(text: str, address: Address, name: str) -> str:
-    """Returns the text of a notebook with its badge and its first code cell."""
+    """Returns the text of a notebook with its badge and the cells that install."""
     notebook = json.loads(text)
-    title, setup = notebook["cells"][0], notebook["cells"][1]
+    title, setup, *others = notebook["cells"]
     paragraphs = "".join(title["source"]).split("\n\n")
     kept = [p for p in paragraphs if not p.startswith("[![Open in Colab]")]
     kept[1:1] = filter(None, [badge(address, name)])
     title["source"] = "\n\n".join(kept).splitlines(keepends=True)
     setup["source"] = setup_cell(address).splitlines(keepends=True)
+    for cell in others:
+        if cell["id"] == "program":
+            cell["source"] = program_cell(address).splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 

@@ -9,7 +9,9 @@ import nbclient
 import nbformat
 import pytest
 
+import jlora
 from docs import address
+from tests.examples.chat_helpers import conversations, hub_directory
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -190,9 +192,30 @@ def test_eight_chips_runs(tmp_path, monkeypatch):
     assert number(loss, after="over codes") < 1
 
 
+@pytest.mark.slow
+@pytest.mark.once
+def test_fine_tune_an_llm_runs(tmp_path, monkeypatch):
+    """The files that the notebook takes if they lie beside it are small ones here."""
+    file = ROOT / "notebooks" / "02-fine-tune-an-llm.ipynb"
+    hub_directory(tmp_path / "my-model")
+    conversations(tmp_path / "talks.jsonl")
+    notebook = execute(file, tmp_path, monkeypatch)
+    assert notebook.cells[3].source == address.program_cell(address.read())
+    out = printed(notebook)
+    assert plots(notebook) == plots(read(file)) == {"loss"}
+    assert "adapted: 2 of 2 blocks" in out["train"]
+    losses = re.search(r"held-out loss ([\d.]+) → ([\d.]+)", out["train"])
+    assert float(losses[2]) < float(losses[1])
+    assert out["again"].startswith("step 20: ")
+    assert "adapter/adapter_model.safetensors" in out["out"]
+    assert "merged/tokenizer.json" in out["out"]
+    runs = tmp_path / "runs" / "headlines"
+    assert jlora.checkpoint.restore(runs / "checkpoints").step == 20
+
+
 # A cell that runs only where torch is installed, with the outputs of such a run.
 ONLY_WITH_TORCH = {"torch"}
-OWN_TEST = {"01-quickstart", "05-eight-chips"}
+OWN_TEST = {"01-quickstart", "02-fine-tune-an-llm", "05-eight-chips"}
 OTHERS = [file for file in NOTEBOOKS if file.stem not in OWN_TEST]
 
 
