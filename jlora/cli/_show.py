@@ -109,15 +109,38 @@ def diff(
 @click.command(epilog="Example: jlora validate run --base base.safetensors")
 @click.argument("adapter", type=options.PATH)
 @options.how("step", "base", "names", "tied")
+@click.option(
+    "--for",
+    "server",
+    type=click.Choice(["vllm", "sglang", "peft", "transformers", "llama.cpp"]),
+    help="Say what becomes of each tensor of a PEFT directory there.",
+)
+@click.option(
+    "--max-lora-rank",
+    "max_rank",
+    type=click.IntRange(1),
+    help="With --for: what the server is started with.",
+)
 @options.as_json
 def validate(
-    adapter: str, base: str | None, as_json: bool, **how: Unpack[options.How]
+    adapter: str,
+    base: str | None,
+    server: str | None,
+    max_rank: int | None,
+    as_json: bool,
+    **how: Unpack[options.How],
 ) -> None:
     """Check that an adapter is whole, finite, and fits its model; exit code 1 if not.
 
     With --base, shapes are compared, and for Orbax the fingerprint of the base that was
-    saved with it.
+    saved with it. With --for as well, only names, shapes and configs are read, of the
+    base config.json and an index: a verdict for each tensor, and exit code 1 unless the
+    server applies all of them.
     """
+    if server is not None:
+        _validate_for(server, adapter, base, max_rank, as_json, how)
+    if max_rank is not None:
+        raise click.UsageError("--max-lora-rank: only with --for.")
     problems: list[str] = []
     codes: dict[str, int] = {}
     kind = None
@@ -143,6 +166,38 @@ def validate(
             over = f" (base: {_in_words(codes)})" if codes else ""
             click.echo(f"{adapter}: {kind}, fine{over}")
     _exit(1 if problems else 0)
+
+
+def _validate_for(
+    server: str,
+    adapter: str,
+    base: str | None,
+    max_rank: int | None,
+    as_json: bool,
+    how: options.How,
+) -> None:
+    """Shows what a server does with each tensor of an adapter, and exits."""
+    given = [f"--{name}" for name, value in how.items() if value is not None]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: not with --for.")
+    if base is None:
+        raise click.UsageError("--for: give --base, the directory of the model.")
+    kind = files.detect(adapter)
+    if kind != "peft":
+        raise click.UsageError(
+            f"--for: {adapter!r} is not a PEFT directory ({kind}). Write one first, "
+            "with `jlora convert --to peft`."
+        )
+    from .. import peft
+
+    found = peft.validate(adapter, base, server=server, max_rank=max_rank)
+    if as_json:
+        print_json(
+            {"adapter": adapter, "fine": found.fine, **dataclasses.asdict(found)}
+        )
+    else:
+        click.echo(str(found))
+    _exit(0 if found.fine else 1)
 
 
 def quantised(base: str) -> dict[str, int]:

@@ -13,6 +13,11 @@ from ._base import (
 )
 from ._load import load as load, load_partial as load_partial
 from ._save import save as save
+from ._servers import (
+    ServerReport as ServerReport,
+    Verdict as Verdict,
+    validate as validate,
+)
 from .names import GENERIC as GENERIC, Entry as Entry, NameMap as NameMap
 from .report import LoadReport as LoadReport
 
@@ -21,6 +26,8 @@ __all__ = [
     "Entry",
     "LoadReport",
     "NameMap",
+    "ServerReport",
+    "Verdict",
     "load",
     "load_base",
     "load_base_partial",
@@ -28,4 +35,5 @@ __all__ = [
     "maps",
     "save",
     "save_base",
+    "validate",
 ]

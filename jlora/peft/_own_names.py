@@ -239,18 +239,18 @@ def _rewrapped(lost: Sequence[str], there: Collection[str]) -> dict[str, str]:
     """
     by_core: dict[str, set[str]] = {}
     for name in there:
-        by_core.setdefault(_core(name), set()).add(name)
+        by_core.setdefault(core_of(name), set()).add(name)
     found: dict[str, list[str]] = {}  # by what each would be called
     for name in lost:
         module, _, last = name.rpartition(".")
-        new = {f"{own}.{last}" for own in by_core.get(_core(module), ())}
-        new |= by_core.get(_core(name), set())
+        new = {f"{own}.{last}" for own in by_core.get(core_of(module), ())}
+        new |= by_core.get(core_of(name), set())
         if len(new) == 1:
             found.setdefault(new.pop(), []).append(name)
     return {names[0]: new for new, names in found.items() if len(names) == 1}
 
 
-def _core(name: str) -> str:
+def core_of(name: str) -> str:
     """Returns a name without the modules that only hold the model's body."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

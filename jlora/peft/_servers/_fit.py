@@ -1,0 +1,88 @@
+"""Whether A and B fit the weight that a server adds them to."""
+
+from collections.abc import Iterable
+
+from ..._tables import shortened
+from .._own_names import core_of
+from ._adapter import OTHER, A, Adapter, B, Piece
+from ._base import Base, Shape
+from ._report import Outcome
+from ._rules import Server
+
+Fault = tuple[Outcome, str, str]  # outcome, why, instead
+
+FACTORS = (*A, *B)
+_REMEDY = "save the adapter again where it was trained"
+_ENDS = {"a": "lora_A", "b": "lora_B"}
+_ENDS |= {"table_a": "lora_embedding_A", "table_b": "lora_embedding_B"}
+
+
+def misfit(
+    server: Server, adapter: Adapter, piece: Piece, shape: Shape | None, base: Base
+) -> Fault | None:
+    """Returns what is wrong with A or B of a module, None if nothing is.
+
+    Args:
+      server: it may take factors that are too small, and leave the rest zero.
+      adapter: for the rank, and the other factor.
+      piece: A or B; a fault of the other is its fault too.
+      shape: of the weight in the base, `[out, in]`, tables `[tokens, features]`; None
+        where it is not known.
+      base: says whether a weight may be `[in, out]`.
+    """
+    other = adapter.parts.get((piece.module, OTHER[piece.part]))
+    if other is None:
+        name = shortened(f"{piece.module}.{_ENDS[OTHER[piece.part]]}", 200)
+        return server.one_factor, f"{name} is missing", "write both factors"
+    faults = [
+        fault
+        for one in (piece, other)
+        if (fault := _misfit(server, one, adapter.rank(piece.module), shape, base))
+    ]
+    worst = [fault for fault in faults if fault[0] == "refused"]
+    return next(iter(worst or faults), None)
+
+
+def _misfit(
+    server: Server, piece: Piece, rank: int, shape: Shape | None, base: Base
+) -> Fault | None:
+    """Returns what is wrong with the sizes of one factor."""
+    if len(piece.shape) != 2:
+        return "refused", f"its shape is {list(piece.shape)}, not a matrix's", _REMEDY
+    first = piece.part in A
+    own, size = piece.shape if first else piece.shape[::-1]
+    if own != rank:
+        why = f"its rank is {own}, by the config {rank}"
+        larger = own > max(server.ranks, default=own)
+        return "refused" if larger else server.other_rank, why, _REMEDY
+    if shape is None or len(shape) != 2:
+        return None
+    turned = piece.part in ("table_a", "table_b")
+    sides = [shape[::-1] if turned else shape]
+    sides += [shape[::-1]] if base.facts.conv1d and not turned else []
+    wanted = [side[1 if first else 0] for side in sides]
+    if size in wanted:
+        return None
+    which = "inputs" if first else "outputs"
+    outcome = "refused" if size > wanted[0] else server.smaller
+    return outcome, f"it has {size} {which}, the weight {wanted[0]}", _REMEDY
+
+
+class Names:
+    """Names of modules, found by their core: without what only holds a model's body.
+
+    Examples:
+      >>> known = Names(["model.layers.0.q", "model.layers.1.q"])
+      >>> known.nearest("layers.0.q"), known.nearest("layers.7.q")
+      ("the base has 'model.layers.0.q'", '')
+    """
+
+    def __init__(self, known: Iterable[str]):
+        self._by_core: dict[str, list[str]] = {}
+        for name in known:
+            self._by_core.setdefault(core_of(name), []).append(name)
+
+    def nearest(self, module: str) -> str:
+        """Returns in words which module has the same core, if one has."""
+        found = self._by_core.get(core_of(module), [])
+        return f"the base has {found[0]!r:.200}" if len(found) == 1 else ""

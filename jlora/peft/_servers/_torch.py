@@ -1,0 +1,161 @@
+"""How PEFT and transformers look tensors up: by the model's own modules."""
+
+from collections.abc import Iterator
+
+from ..._io.torch_models import head_of, is_table, is_wrapped, name_in_memory
+from ..config import CONFIG, endings, names_module
+from ._adapter import Adapter, Piece
+from ._base import Base, Shape
+from ._fit import FACTORS, Names, misfit
+from ._report import Outcome, Verdict
+from ._rules import Server
+
+_Found = tuple[Outcome, str, str, str]
+_LINEAR_ONLY = ("lora_bias", "alora_invocation_tokens")
+_HEADS = ("classifier", "score")  # which PEFT keeps whole for a classifier
+
+
+class Lookup:
+    """Where PEFT, or transformers by itself, applies the tensors of an adapter."""
+
+    def __init__(self, server: Server, adapter: Adapter, base: Base):
+        self.server, self.adapter, self.base = server, adapter, base
+        names = tuple(base.tensors)
+        self._wrapped = any(map(is_wrapped, names))
+        prefix = base.facts.prefix
+        self._prefix = "" if any(n.startswith(prefix) for n in names) else prefix
+        self.modules: dict[str, Shape | None] = {}
+        for module, shape in base.modules.items():
+            self.modules[self._in_memory(module)] = shape
+        self.tensors = {
+            self._in_memory(name): shape for name, shape in base.tensors.items()
+        }
+        for table, shape in base.tables.items():
+            head = head_of(table, base.tensors)
+            if head is not None and base.facts.tied is not False:
+                self.modules.setdefault(head, shape)
+                self.tensors.setdefault(f"{head}.weight", shape)
+        self.parents = {n.rpartition(".")[0] for n in self.tensors}
+        self.names = Names([*self.modules, *(self.parents - self.modules.keys())])
+        entries = {*adapter.config.parameters}
+        raw = (n for n in self.tensors if entries and entries & {*endings(n)})
+        self._excluded = {*adapter.config.excluded}
+        self.raw = {name.rpartition(".")[0] for name in raw}
+
+    def _in_memory(self, name: str) -> str:
+        """Returns what the model's class calls a module of its files."""
+        return name_in_memory(name) if self._wrapped else self._prefix + name
+
+    def verdict(self, piece: Piece) -> Verdict:
+        """Returns what is done with a tensor."""
+        outcome, target, why, instead = self._found(piece)
+        return Verdict(
+            name=piece.name, outcome=outcome, target=target, why=why, instead=instead
+        )
+
+    def _found(self, piece: Piece) -> _Found:
+        if not piece.prefixed and self.server.name == "peft":
+            why = "PEFT looks for names that begin with base_model.model."
+            return "dropped", "", why, f"call it base_model.model.{piece.name}"
+        name, fields = piece.module, self.adapter.fields
+        if piece.part == "whole":
+            return self._whole(piece)
+        module = name.replace(".base_layer", "")
+        if module in self.raw and piece.part in FACTORS:
+            return "applied", module, "", ""
+        if module not in self.modules:
+            why = f"{self.base.architecture} has no module of this name"
+            return "dropped", "", why, self.names.nearest(module)
+        if piece.part == "tokens":
+            return self._tokens(piece, module)
+        if not self._adapted(module):
+            why = "target_modules does not name it"
+            return "dropped", "", why, f"add {module.rpartition('.')[2]!r:.100} to it"
+        if piece.part == "copy":
+            return self._copy(piece, module)
+        if piece.part == "magnitude" and not fields.get("use_dora"):
+            return "dropped", "", "use_dora is false", "write use_dora true"
+        if piece.part == "bias_b" and not fields.get("lora_bias"):
+            return "dropped", "", "lora_bias is false", "write lora_bias true"
+        if piece.part not in FACTORS:
+            return "applied", module, "", ""
+        shape = self.modules[module]
+        if shape is not None and len(shape) > 2:
+            return "applied", module, "", ""
+        fault = misfit(self.server, self.adapter, piece, shape, self.base)
+        return (fault[0], module, *fault[1:]) if fault else ("applied", module, "", "")
+
+    def _adapted(self, module: str) -> bool:
+        """Returns whether the config has PEFT adapt a module."""
+        config = self.adapter.config
+        if self._excluded & {*endings(module)}:
+            return False
+        if config.tying and module == head_of("model.embed_tokens"):
+            return True
+        return self.adapter.targets(module)
+
+    def _tokens(self, piece: Piece, module: str) -> _Found:
+        named = [n for n, _ in self.adapter.config.tokens]
+        if any(not n or names_module(n, module) for n in named):
+            return "applied", module, "", ""
+        why = "trainable_token_indices does not name its table"
+        return "dropped", "", why, "write the rows' numbers there"
+
+    def _copy(self, piece: Piece, module: str) -> _Found:
+        shape = self.modules[module]
+        if shape is None or shape == piece.shape:
+            return "copy", module, "the base's own", ""
+        why = f"it is {list(piece.shape)}, the base's {list(shape)}"
+        return "refused", module, why, "call resize_token_embeddings on the model first"
+
+    def _whole(self, piece: Piece) -> _Found:
+        """Returns what is done with a whole tensor: it is put over the base's own."""
+        module, last = piece.module, piece.name.rpartition(".")[2]
+        plain = module.removesuffix(".base_layer")
+        if not self._is_saved(plain) and (plain != module) != self._adapted(plain):
+            why = "target_modules names it" if plain == module else "it is not adapted"
+            return "dropped", "", why, "save the adapter with PEFT's `save_pretrained`"
+        if f"{plain}.{last}" not in self.tensors:
+            why = f"{self.base.architecture} has no tensor of this name"
+            return "dropped", "", why, self.names.nearest(plain)
+        if self.server.name != "peft" and not self._is_saved(plain):
+            why = "transformers takes only tensors of adapters"
+            return "dropped", "", why, "load it with peft.PeftModel.from_pretrained"
+        shape = self.tensors[f"{plain}.{last}"]
+        if shape is not None and shape != piece.shape:
+            why = f"it is {list(piece.shape)}, the base's {list(shape)}"
+            return "refused", plain, why, "give the base that it was trained on"
+        return "applied", plain, "", ""
+
+    def _is_saved(self, module: str) -> bool:
+        """Returns whether PEFT keeps a whole module with the adapter."""
+        task = self.adapter.fields.get("task_type")
+        heads = _HEADS if task in ("SEQ_CLS", "TOKEN_CLS") else ()
+        return any(module.endswith(e) for e in (*self.adapter.config.saved, *heads))
+
+    def of_config(self) -> Iterator[Verdict]:
+        """Yields what PEFT makes of the config before it reads a tensor."""
+        fields, config = self.adapter.fields, self.adapter.config
+        if fields.get("target_modules") is None and not config.parameters:
+            why = "without it PEFT goes by the model's type"
+            yield self._told("target_modules", "altered", why, "write it")
+        adapted = [name for name in self.modules if self._adapted(name)]
+        if not adapted and not config.parameters:
+            why = f"it names no module of {self.base.architecture}"
+            yield self._told("target_modules", "refused", why, "name its modules")
+        for field in _LINEAR_ONLY:
+            if fields.get(field) and any(map(is_table, adapted)):
+                why = "PEFT has it only for linear layers"
+                yield self._told(field, "refused", why, "leave the table out")
+        whole = {
+            p.module for p in self.adapter.pieces if p.part == "whole" and p.prefixed
+        }
+        every = {*self.parents, *self.modules}
+        absent = sorted(m for m in every - whole if self._is_saved(m))
+        if absent:
+            why = f"the file has no {absent[0]!r:.100}"
+            yield self._told("modules_to_save", "refused", why, "leave it out there")
+
+    def _told(self, field: str, outcome: Outcome, why: str, instead: str) -> Verdict:
+        name = f"{CONFIG}: {field}"
+        return Verdict(name=name, outcome=outcome, why=why, instead=instead)

@@ -1,0 +1,272 @@
+"""What vLLM's own code does with the adapters of `server_cases.py`.
+
+    python tests/golden/check_servers.py VLLM     # torch, safetensors, regex
+
+VLLM is the folder where a wheel of vLLM is unpacked, see `check_vllm.py`. Its readers
+run as they are, from `WorkerLoRAManager._load_adapter` to the loop that hands A and B
+to modules. Only the modules are made here: their names are those of the base's tensors,
+mapped by vLLM's own `WeightsMapper` with what the model's class says. The result is
+`servers.json`, with which `tests/peft/test_servers.py` compares `jlora.peft.validate`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import types
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from tests.golden import check_vllm, server_cases
+from tests.golden.make_servers import Models
+
+TABLE = pathlib.Path(__file__).parent / "servers.json"
+CLASSIFIER = "ForSequenceClassification"
+
+
+def mapper_class(root: pathlib.Path) -> type:
+    """vLLM's `WeightsMapper`, from the file that has much else."""
+    text = (root / "vllm/model_executor/models/utils.py").read_text()
+    start = text.index("@dataclass\nclass WeightsMapper")
+    source = text[start : text.index("\n\n\n", start)]
+    names = {n: getattr(dataclasses, n) for n in ("dataclass", "field", "replace")}
+    names["re"] = re
+    exec(
+        "from __future__ import annotations\nfrom collections.abc import *\n" + source,
+        names,
+    )
+    return names["WeightsMapper"]
+
+
+class Vllm:
+    """vLLM with one model."""
+
+    def __init__(self, root: pathlib.Path, base: pathlib.Path):
+        from safetensors.torch import load_file
+
+        self.root = root
+        self.config = json.loads((base / "config.json").read_text())
+        self.tensors = load_file(base / "model.safetensors")
+        name = self.config["architectures"][0]
+        self.pooling = name.endswith(CLASSIFIER)
+        models = Models(root / "vllm/model_executor/models")
+        self.about = attributes(models, name)
+        self.mapper = mapper_class(root)(**self.about.get("hf_to_vllm_mapper") or {})
+        self.packed = {
+            k: list(v) for k, v in self.about["packed_modules_mapping"].items()
+        }
+        self.modules = self._modules()
+
+    def _modules(self) -> dict[str, tuple[int, ...]]:
+        """vLLM's linear modules, tables and banks of experts, as weights name them."""
+        found: dict[str, tuple[int, ...]] = {}
+        part_of = {p: k for k, parts in self.packed.items() for p in parts}
+        for name, tensor in self.tensors.items():
+            mapped = self.mapper.map_name(name)
+            if mapped is None or tensor.ndim < 2:
+                continue
+            if ".experts." in mapped:
+                found[mapped[: mapped.index(".experts") + 8]] = ()
+                continue
+            module = mapped.removesuffix(".weight")
+            parent, _, last = module.rpartition(".")
+            last = part_of.get(last, last)
+            found[f"{parent}.{last}".strip(".")] = tuple(tensor.shape)
+        if "lm_head" in self.about["embedding_modules"]:
+            head = self.mapper.map_name("lm_head.weight").removesuffix(".weight")
+            found.setdefault(head, found.get("model.embed_tokens", ()))
+        return found
+
+    def manager(self, adapter_config: dict):
+        from vllm.lora.lora_model import LoRAModel
+        from vllm.lora.model_manager import LoRAModelManager
+        from vllm.lora.worker_manager import WorkerLoRAManager
+
+        m = object.__new__(LoRAModelManager)
+        packed = dict(self.packed)
+        m._enable_moe_shared_loras = m._enable_mixed_moe_lora_format = False
+        stacked = bool(self.about.get("is_3d_moe_weight"))
+        if any(n.endswith(".experts") for n in self.modules) and not stacked:
+            packed["experts"] = self.experts()
+        tables = set(self.about["embedding_modules"])
+        names = {
+            n: shape
+            for n, shape in self.modules.items()
+            if not n.endswith(("embed_tokens", "lm_head", "embeddings", "wte", "wpe"))
+            or n.rpartition(".")[2] in tables
+        }
+        language = re.search(r"language_model='([^']+)'", self.about.get("mm", ""))
+        m.supports_mm = language is not None
+        if language:
+            m.mm_mapping = types.SimpleNamespace(language_model=[language[1]])
+        m.supported_lora_modules = [
+            *{n.rpartition(".")[2] for n in names} - {"lm_head", "embed_tokens"},
+            *tables,
+        ]
+        m.packed_modules_mapping, m.packed_modules = packed, {}
+        m.modules = {
+            n: object() for n in names if not language or n.startswith(language[1])
+        }
+        for n in m.modules:
+            m._register_packed_modules(n)
+        m.model = types.SimpleNamespace(hf_to_vllm_mapper=self.mapper)
+        m.model.lora_skip_prefixes = self.about.get("lora_skip_prefixes") or []
+        m.moe_ep_load_spec, m.is_pooling_model = None, self.pooling
+        m._is_non_gated_moe, m._pooling_task = False, "classify"
+        m._is_3d_moe_model = stacked
+        m._classification_head = None
+        if self.pooling:
+            wrapper = types.SimpleNamespace(max_lora_cls_labels=100)
+            wrapper.input_size = self.config["hidden_size"]
+            head = "score" if "score.weight" in self.tensors else "classifier"
+            m._classification_head = head, wrapper
+        w = object.__new__(WorkerLoRAManager)
+        w._adapter_manager, w._lora_model_cls = m, LoRAModel
+        w.lora_config = types.SimpleNamespace(max_lora_rank=512, lora_dtype=None)
+        w.max_position_embeddings = None
+        w.vocab_size = self.config.get("vocab_size")
+        return w, m
+
+    def experts(self) -> list[str]:
+        found = [re.search(r"(experts\.\d+\.\w+)\.weight$", n) for n in self.tensors]
+        return list(dict.fromkeys(f[1] for f in found if f))
+
+    def shape(self, name: str, target: str) -> tuple[int, ...] | None:
+        """The base's shape of what an adapter names, by vLLM's name of it."""
+        rename = self.mapper.get_rename_mapper()
+        for key, tensor in self.tensors.items():
+            mapped = rename.map_name(key)
+            if mapped in (f"{name}.weight", f"model.{name}.weight"):
+                return tuple(tensor.shape)
+        return None
+
+    def says(self, folder: pathlib.Path) -> str | list[str]:
+        """What vLLM does: its error, or for each tensor what becomes of it."""
+        import torch
+        from safetensors import safe_open
+        from vllm.lora.utils import (
+            is_base_embedding_weights,
+            parse_fine_tuned_lora_name,
+        )
+
+        config = json.loads((folder / "adapter_config.json").read_text())
+        if self.about["packed_modules_mapping"] is None or not self.lora:
+            return "does not support LoRA yet"
+        worker, manager = self.manager(config)
+        request = types.SimpleNamespace(
+            lora_path=str(folder), lora_int_id=1, lora_name="", is_3d_lora_weight=False
+        )
+        touched: dict[str, object] = {}
+        look_up = manager._get_lora_layer_weights
+
+        def looked_up(model, name):
+            lora = look_up(model, name)
+            if lora is not None:
+                touched[lora.module_name] = name
+            return lora
+
+        try:
+            adapter = worker._load_adapter(request)
+            raw = {n: (x.lora_a, x.lora_b) for n, x in adapter.loras.items()}
+            manager._get_lora_layer_weights = looked_up
+            if manager._is_3d_moe_model:
+                for n in [n for n in manager.modules if n.endswith(".experts")]:
+                    half = look_up(adapter, n), look_up(adapter, f"{n}.base_layer")
+                    if half[0] is not None:  # `_stack_moe_lora_weights`
+                        assert half[1] is not None
+                        touched |= dict.fromkeys((n, f"{n}.base_layer"))
+            manager._create_merged_loras_inplace(adapter)
+            for name in manager.modules:
+                looked_up(adapter, name)
+            altered = set()
+            for name in touched.keys() & raw.keys():
+                altered |= (
+                    {name} if self.copied(name, *raw[name], config, torch) else set()
+                )
+        except Exception as error:  # whatever vLLM raises
+            return f"{type(error).__name__}: {error}"[:200]
+        out = []
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            for name in sorted(file.keys()):
+                if is_base_embedding_weights(name):
+                    out.append("left")
+                    continue
+                rename = self.mapper.get_rename_mapper()
+                module, _ = parse_fine_tuned_lora_name(name, rename)
+                whole = module in adapter.modules_to_save
+                used = module in touched or whole
+                out.append(
+                    "altered" if module in altered else "used" if used else "lost"
+                )
+        return out
+
+    def copied(self, name, a, b, config, torch) -> bool:
+        """`BaseLinearLayerWithLoRA.set_lora`; whether it leaves some weights out."""
+        if a is None or b is None:
+            raise TypeError(f"{name} lacks a factor")
+        shape = self.shape(name, name)
+        if name.endswith((".experts", ".experts.base_layer")):
+            return False
+        n_out, n_in = shape or (b.shape[0], a.shape[1])
+        if a.shape[1] == self.config.get("vocab_size") != n_in:  # a table's
+            n_out, n_in = n_in, n_out
+        for x, sizes in ((a, (512, n_in)), (b, (n_out, 512))):
+            slot = torch.zeros(sizes)
+            slot[: x.shape[0], : x.shape[1]].copy_(x)
+        rank = config["r"]
+        for key, value in (config.get("rank_pattern") or {}).items():
+            rank = value if re.match(rf"(.*\.)?({key})$", name) else rank
+        full = a.shape == (rank, n_in) and b.shape == (n_out, rank)
+        return not full
+
+    @property
+    def lora(self) -> bool:
+        return "SupportsLoRA" in self.about["bases"]
+
+
+def attributes(models: Models, architecture: str) -> dict:
+    """What the registry's class of an architecture says."""
+    import ast
+
+    made = architecture.replace(CLASSIFIER, "ForCausalLM")
+    for name in (architecture, made):
+        for node in models.tree("registry").body:
+            value = getattr(node, "value", None)
+            if isinstance(value, ast.Dict):
+                for key, where in zip(value.keys, value.values, strict=True):
+                    if isinstance(key, ast.Constant) and key.value == name:
+                        return {
+                            "packed_modules_mapping": {},
+                            "embedding_modules": {},
+                            **models.attributes(*ast.literal_eval(where)),
+                        }
+    raise KeyError(architecture)
+
+
+def main(root: pathlib.Path) -> None:
+    check_vllm.set_up(root)
+    found: dict[str, str | list[str]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        servers: dict[str, Vllm] = {}
+        for number, case in enumerate(server_cases.cases()):
+            if case.base not in servers:
+                base = server_cases.write_base(folder / "bases", case.base)
+                servers[case.base] = Vllm(root, base)
+            here = folder / str(number)
+            server_cases.write_adapter(here, case)
+            found[f"{number} {case.name}"] = servers[case.base].says(here)
+    text = json.dumps(found, indent=0)
+    TABLE.write_text(re.sub(r'\[\s+|,\s+(?=")(?!"\d+ )|\s+\]', _joined, text) + "\n")
+    raised = sum(isinstance(value, str) for value in found.values())
+    print(f"{len(found)} adapters, vLLM refuses {raised}")
+
+
+def _joined(match: re.Match[str]) -> str:
+    return {"[": "[", ",": ", ", "]": "]"}[match[0].strip()]
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))

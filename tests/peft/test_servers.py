@@ -1,0 +1,221 @@
+"""What `peft.validate` says of servers, beside what their own code does."""
+
+import json
+import pathlib
+
+import pytest
+
+from jlora.cli import run as run_command
+from jlora.errors import PeftError
+from jlora.peft import ServerReport, validate
+from tests.golden import server_cases
+from tests.golden.server_cases import Case
+
+pytestmark = pytest.mark.once
+GOLDEN = pathlib.Path(server_cases.__file__).parent
+SAID = json.loads((GOLDEN / "servers.json").read_text())
+WORDS = {"applied": "used", "copy": "left", "dropped": "lost", "altered": "altered"}
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, pathlib.Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {n: server_cases.write_base(folder, n) for n in server_cases.bases()}
+
+
+def test_vllm_as_its_own_code(bases, tmp_path):
+    """Of 289 adapters, 260 of them broken: is it loaded, and each tensor applied?"""
+    wrong, cases = [], server_cases.cases()
+    for number, case in enumerate(cases):
+        here = tmp_path / str(number)
+        server_cases.write_adapter(here, case)
+        said = SAID[f"{number} {case.name}"]
+        try:
+            report = validate(here, bases[case.base])
+        except PeftError:  # as of names that no file of PEFT's has
+            own: str | list[str] = "refused"
+        else:
+            own = in_vllms_words(report)
+        if isinstance(said, str) != isinstance(own, str) or (
+            not isinstance(said, str) and said != own
+        ):
+            wrong.append((case.name, said, own))
+    assert len(cases) == len(SAID) > 280
+    assert not wrong
+
+
+def in_vllms_words(report: ServerReport) -> str | list[str]:
+    outcomes = {v.name: v.outcome for v in report.verdicts}
+    if "refused" in outcomes.values():
+        return "refused"
+    copies = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
+    return [
+        "left" if name.endswith(copies) else WORDS[outcome]
+        for name, outcome in sorted(outcomes.items())
+    ]
+
+
+@pytest.fixture
+def judged(bases, tmp_path):
+    """What a server does with an adapter of llama's q_proj that a test changed."""
+
+    def judge(server: str, change=None, base: str = "gemma2", **options):
+        modules = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+        tensors: dict = {}
+        for module in modules:
+            tensors |= server_cases.factors(module, 8, 8)
+        case = Case("", base, server_cases.fields(modules), tensors)
+        if change:
+            change(case)
+        server_cases.write_adapter(tmp_path / "adapter", case)
+        return validate(tmp_path / "adapter", bases[base], server=server, **options)
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("server", "field", "outcome"),
+    [
+        ("sglang", "use_rslora", "altered"),
+        ("sglang", "use_dora", "refused"),
+        ("llama.cpp", "use_rslora", "altered"),
+        ("vllm", "use_rslora", "applied"),
+        ("peft", "use_rslora", "applied"),
+        ("transformers", "use_rslora", "applied"),
+    ],
+)
+def test_field_that_a_server_does_not_have(judged, server, field, outcome):
+    report = judged(server, lambda case: case.config.update({field: True}))
+    assert {v.outcome for v in report.verdicts} == {outcome}
+    assert report.fine is (outcome == "applied")
+
+
+def test_alpha_of_one_module(judged):
+    report = judged("sglang", lambda c: c.config.update(alpha_pattern={"k_proj": 9}))
+    assert [v.outcome for v in report.verdicts] == [
+        "altered" if "k_proj" in v.name else "applied" for v in report.verdicts
+    ]
+
+
+def test_pattern_of_targets(judged):
+    def narrow(case):
+        case.config["target_modules"] = r".*\.(q|v)_proj"
+
+    assert {v.outcome for v in judged("sglang", narrow).verdicts} == {"refused"}
+    dropped = [v for v in judged("peft", narrow).verdicts if not v.fine]
+    assert [v.outcome for v in dropped] == ["dropped"] * 2
+    assert all("k_proj" in v.name for v in dropped)
+
+
+def test_name_that_is_dropped_says_the_right_one(judged):
+    def lose(case):
+        case.tensors = {n.replace(".model.m", ".m"): x for n, x in case.tensors.items()}
+        case.tensors = {
+            n.replace("base_model.model.model.", "base_model.model."): x
+            for n, x in case.tensors.items()
+        }
+
+    for server in ("vllm", "peft", "llama.cpp"):
+        first = judged(server, lose).verdicts[0]
+        assert first.outcome == ("refused" if server == "llama.cpp" else "dropped")
+        assert first.instead.startswith("the base has 'model.layers.0.self_attn.")
+
+
+def test_sglang_needs_parts_together(judged):
+    def lose(case):
+        for end in ("lora_A", "lora_B"):
+            case.tensors.pop(f"base_model.model.{Q}.{end}.weight")
+
+    first = judged("sglang", lose).verdicts[0]
+    assert (first.outcome, first.why) == (
+        "refused",
+        "SGLang cannot make qkv_proj without q_proj",
+    )
+
+
+def test_head_that_is_tied(judged):
+    def adapt_head(case):
+        case.tensors |= server_cases.factors("lm_head", 20, 8)
+        case.config["target_modules"].append("lm_head")
+
+    told = {
+        server: {v.name: v for v in judged(server, adapt_head).verdicts}
+        for server in ("llama.cpp", "sglang", "peft")
+    }
+    name = "base_model.model.lm_head.lora_A.weight"
+    assert told["llama.cpp"][name].outcome == "refused"
+    assert "no tensor of its own" in told["llama.cpp"][name].why
+    assert told["sglang"][name].fine
+    assert told["peft"][name].fine
+
+
+def test_rank_above_the_servers(judged):
+    report = judged("vllm", max_rank=1)
+    assert report.verdicts[0].why == "rank 2 is above --max-lora-rank 1"
+    assert judged("vllm").notes == ("start vllm with --max-lora-rank 8",)
+    with pytest.raises(PeftError, match="has no --max-lora-rank 17, only 1, 8, 16"):
+        judged("vllm", max_rank=17)
+
+
+def test_index_is_enough(judged, bases):
+    shapes = server_cases.bases()["gemma2"][1]
+    index = {"weight_map": dict.fromkeys(shapes, "model-00001-of-00002.safetensors")}
+    base = bases["gemma2"]
+    (base / "model.safetensors").rename(base / "kept")
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    try:
+        assert judged("vllm").fine
+    finally:
+        (base / "model.safetensors.index.json").unlink()
+        (base / "kept").rename(base / "model.safetensors")
+
+
+def test_base_that_says_nothing(judged, tmp_path):
+    judged("vllm")
+    adapter = tmp_path / "adapter"
+    with pytest.raises(PeftError, match="There is no directory"):
+        validate(adapter, tmp_path / "nowhere")
+    base = tmp_path / "base"
+    base.mkdir()
+    with pytest.raises(PeftError, match="No such file"):
+        validate(adapter, base)
+    (base / "config.json").write_text("{}")
+    with pytest.raises(PeftError, match="has no `architectures`"):
+        validate(adapter, base)
+    (base / "config.json").write_text('{"architectures": ["OursForCausalLM"]}')
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"w": "x"}}')
+    with pytest.raises(PeftError, match="does not know what vLLM calls the modules of"):
+        validate(adapter, base)
+    with pytest.raises(PeftError, match="server must be one of vllm, sglang, peft"):
+        validate(adapter, base, server="triton")
+
+
+def test_command_exits_with_1_where_a_tensor_is_dropped(bases, tmp_path, capsys):
+    case = next(c for c in server_cases.cases() if c.name == "gemma3.plain")
+    server_cases.write_adapter(tmp_path / "good", case)
+    base = str(bases["gemma3"])
+
+    def run(*words: str) -> tuple[int, str]:
+        code = run_command(["validate", *words])
+        return code, capsys.readouterr().out
+
+    code, out = run(str(tmp_path / "good"), "--for", "vllm", "--base", base)
+    assert code == 0
+    assert "language_model.model.layers.{0..1}.self_attn.qkv_proj (q_proj)" in out
+    assert "lora_{A,B}.weight (×2)  applied" in out
+    case.tensors = {
+        n.replace("layers.1", "layers.7"): x for n, x in case.tensors.items()
+    }
+    server_cases.write_adapter(tmp_path / "bad", case)
+    words = (str(tmp_path / "bad"), "--for", "vllm", "--base", base)
+    code, out = run(*words)
+    assert code == 1
+    assert "dropped" in out
+    code, out = run(*words, "--json")
+    told = json.loads(out)
+    assert (code, told["fine"], told["server"]) == (1, False, "vllm")
+    assert {v["outcome"] for v in told["verdicts"]} == {"applied", "dropped"}
+    assert run(str(tmp_path / "bad"), "--for", "vllm")[0] == 2
+    assert run(base, "--for", "vllm", "--base", base)[0] == 2
+    assert run(str(tmp_path / "bad"), "--max-lora-rank", "8")[0] == 2
