@@ -519,6 +519,7 @@ def test_quantize_refuses(folder, call):
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 
 
+@pytest.mark.once
 def test_the_page_shows_what_the_command_prints(tmp_path, monkeypatch, call):
     monkeypatch.chdir(tmp_path)
     name = "my_model"

@@ -17,6 +17,8 @@ from jlora.cli._main import UNEXPECTED
 from jlora.factors import Axes, Factors, Spec
 from tests.helpers import normal
 
+pytestmark = pytest.mark.once
+
 PREFIX = "base_model.model.q."
 
 

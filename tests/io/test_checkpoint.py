@@ -427,6 +427,7 @@ for step in itertools.count():
 """
 
 
+@pytest.mark.once
 def test_a_killed_process_leaves_its_last_saved_step(folder):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(

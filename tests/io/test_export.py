@@ -333,6 +333,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("out", ["file", "directory"])
 def test_memory_is_bounded_by_a_few_leaves(tmp_path, out):
     leaf = np.ones((1024, 1024), np.float32)  # 4 MiB

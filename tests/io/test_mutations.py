@@ -11,6 +11,7 @@ from tests.io.helpers import orbax_fails
 COUNTS = {"Orbax checkpoint": 12, "plan": 12, "quantised models": 60}
 
 
+@pytest.mark.once
 @orbax_fails
 @pytest.mark.parametrize("name", mutations.FORMATS)
 def test_damaged_files_are_refused_or_read_as_something_valid(name, tmp_path, capfd):

@@ -527,12 +527,14 @@ def fuzz(path, n, seed):
     return refused, read
 
 
+@pytest.mark.once
 def test_two_thousand_damaged_files_are_refused_in_words(path):
     refused, read = fuzz(path, 2_000, seed=0)
     assert refused + read == 2_000
     assert refused > 1_850
 
 
+@pytest.mark.once
 def test_what_the_reader_takes_the_reference_implementation_takes(path):
     named = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 1), np.int8)}
     safetensors.numpy.save_file(named, path)
@@ -648,15 +650,23 @@ import jlora
 warnings.simplefilter("ignore")  # the children start no device
 path, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 draw = random.Random(seed)
+
+def save(n):
+    x = np.full(50_000, n, np.float32)
+    jlora.save(path, jlora.Trainable(full={"x": x, "n": np.int32(n)}))
+
+save(0)
+began = time.perf_counter()
+save(1)
+one = time.perf_counter() - began  # on a busy machine a save takes longer
 for _ in range(kills):
     child = os.fork()
     if not child:
-        n = 0
+        n = 1
         while True:
             n += 1
-            x = np.full(50_000, n, np.float32)
-            jlora.save(path, jlora.Trainable(full={"x": x, "n": np.int32(n)}))
-    time.sleep(draw.uniform(0.005, 0.06))
+            save(n)
+    time.sleep(draw.uniform(0.5, 6) * one)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if os.path.exists(path):
@@ -678,9 +688,10 @@ def kill_savers(path, kills, seed=0):
     return done.stdout.split("\n")[:-1]
 
 
+@pytest.mark.once
 def test_a_killed_save_leaves_a_whole_file(path):
     left = kill_savers(path, kills=10)
-    assert len(left) >= 5
+    assert len(left) == 10
     for file in left:
         full = jlora.load(file).full
         assert bool((full["x"] == full["n"].astype(jnp.float32)).all())

@@ -867,6 +867,7 @@ print("whole", values)
 """
 
 
+@pytest.mark.once
 def test_a_hundred_killed_saves_leave_a_whole_adapter(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

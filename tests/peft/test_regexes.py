@@ -7,6 +7,8 @@ from hypothesis import example, given, settings, strategies as st
 
 from jlora.peft import config
 
+pytestmark = pytest.mark.once
+
 LETTERS = st.sampled_from(
     (
         *("a", "b", "_", "1", r"\.", ".", r"\d", r"\w", r"\S", "[ab]", "[^a.]"),
