@@ -36,6 +36,7 @@ from ._core.statistics import (
 )
 from ._core.tree import MISSING as MISSING, combine as combine
 from ._io.adapter_file import load as load, save as save
+from ._plan.coverage import Coverage as Coverage
 from ._plan.plan import Plan as Plan, plan as plan
 from ._plan.ranks import redistribute_ranks as redistribute_ranks
 from ._plan.row import Row as Row
@@ -84,6 +85,7 @@ __all__ = [
     "Axes",
     "CheckpointError",
     "ConfigError",
+    "Coverage",
     "Factors",
     "FusedParts",
     "InputMoments",

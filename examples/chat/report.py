@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-import jlora
-
-from .model import DecoderConfig
 from .packing import Epoch
 
 
@@ -41,27 +38,6 @@ def documents(counts: Mapping[str, int], made: int, epoch: Epoch, length: int) -
             "another way than the last one"
         )
     return "\n".join(lines)
-
-
-def coverage(plan: jlora.Plan, config: DecoderConfig) -> str:
-    """Returns the shares of blocks, weights and FLOPs that are adapted, in words.
-
-    A weight of a product takes two FLOPs a token for each of its numbers; looking up an
-    embedding takes none. Attention has no weights and is not counted.
-    """
-    adapted = [row for row in plan.rows() if row.status == "adapted"]
-    inner = [row for row in adapted if "layers/" in row.path]
-    blocks = config.layers if config.scan and inner else len({r.layer for r in inner})
-
-    def share(some: Sequence[jlora.Row], all_rows: Sequence[jlora.Row]) -> str:
-        return f"{sum(r.size for r in some) / sum(r.size for r in all_rows):.1%}"
-
-    products = [r for r in plan.rows() if any(u.op == "dot_general" for u in r.uses)]
-    own = [row for row in products if row.status == "adapted"]
-    return (
-        f"adapted: {blocks} of {config.layers} blocks, {share(adapted, plan.rows())} "
-        f"of the weights, {share(own, products)} of a token's FLOPs"
-    )
 
 
 def samples(found: Sequence[Sample], width: int = 84) -> str:

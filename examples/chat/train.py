@@ -70,7 +70,6 @@ def train(options: Options) -> None:
     stage("What is adapted")
     task, trainable = planned(options, config, params, mesh, documents, held_out)
     show(str(task.plan))
-    show(report.coverage(task.plan, config))
 
     stage("Train")
     steps = steps_of(options, epoch)

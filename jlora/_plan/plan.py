@@ -16,6 +16,7 @@ from ..transform.discover import Use, discover
 from ..transform.heads import output_heads
 from ..transform.stage import is_array, stage
 from .check import check_routes
+from .coverage import Coverage, coverage_of
 from .resolve import leave_merged, resolve
 from .row import Row
 from .show import as_html, as_text
@@ -59,6 +60,13 @@ class Plan:
         return tuple(row.path for row in self.leaves if row.status == "full")
 
     @property
+    def coverage(self) -> Coverage:
+        """Which share of blocks, weights and FLOPs is adapted; linear in leaves."""
+        targets = self.config.targets
+        named = () if callable(targets) or targets == "all-linear" else targets
+        return coverage_of(self.leaves, named)
+
+    @property
     def trained_count(self) -> int:
         """How many numbers are trained."""
         return sum(row.trained for row in self.leaves)
@@ -69,10 +77,10 @@ class Plan:
         return sum(row.size for row in self.leaves)
 
     def __str__(self) -> str:
-        return as_text(self.leaves)
+        return as_text(self.leaves, self.coverage)
 
     def _repr_html_(self) -> str:
-        return as_html(self.leaves)
+        return as_html(self.leaves, self.coverage)
 
 
 def plan(

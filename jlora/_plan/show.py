@@ -6,22 +6,23 @@ from .._tables import alike, count, folded, html, nbytes, pattern_of, table
 from ..factors import Spec
 from ..transform.cost import PLATFORMS
 from ..transform.discover import FACTORED, MERGED, WIDENED
+from .coverage import Coverage
 from .row import Row
 
 _HEAD = ("leaf", "shape", "bytes", "status", "op", "in → out", "rank", "trained")
 _HEAD += ("cost", "")
 
 
-def as_text(leaves: Sequence[Row]) -> str:
+def as_text(leaves: Sequence[Row], coverage: Coverage) -> str:
     """Returns the table of a plan, with the totals below it."""
     head, lines = _table(leaves)
     shown = table(head, lines, right=("bytes", "rank", "trained", "cost"))
-    return f"{shown}\n{_summary(leaves)}"
+    return f"{shown}\n{_summary(leaves, coverage)}"
 
 
-def as_html(leaves: Sequence[Row]) -> str:
+def as_html(leaves: Sequence[Row], coverage: Coverage) -> str:
     """Returns the table as HTML, for notebooks."""
-    return html(*_table(leaves), _summary(leaves))
+    return html(*_table(leaves), _summary(leaves, coverage))
 
 
 def _table(leaves: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -46,8 +47,8 @@ def _lines(leaves: Sequence[Row]) -> list[tuple[str, ...]]:
     return [_line(rows) for rows in groups.values()]
 
 
-def _summary(leaves: Sequence[Row]) -> str:
-    """Returns the totals, and below them each weight on a slow route."""
+def _summary(leaves: Sequence[Row], coverage: Coverage) -> str:
+    """Returns the totals, and below them what is missed and each slow route."""
     trained = sum(row.trained for row in leaves)
     total = sum(row.size for row in leaves)
     share = 100 * trained / max(total, 1)
@@ -65,7 +66,8 @@ def _summary(leaves: Sequence[Row]) -> str:
         if use.route not in (FACTORED, WIDENED)
     ]
     warning = ["merged on the fly (correct, but slower):", *merges] if merges else []
-    return "\n".join([counts, *_base(leaves), *_forms(leaves), *warning])
+    shares = [str(coverage)] if any(row.status == "adapted" for row in leaves) else []
+    return "\n".join([counts, *shares, *_base(leaves), *_forms(leaves), *warning])
 
 
 def _base(leaves: Sequence[Row]) -> list[str]:

@@ -43,6 +43,7 @@ class Use:
         accelerator, see `cost`; empty where there is no choice.
       mixed: whether an array was added to the leaf before, so it may be an activation.
       doubtful: whether the leaf's axes decide if a factor serves this use.
+      stacked: the batch axes that were scanned or indexed before, one layer at a time.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Use:
     forms: tuple[str, ...] = ()
     mixed: bool = False
     doubtful: bool = False
+    stacked: tuple[int, ...] = ()
 
     @property
     def place(self) -> str:
@@ -128,12 +130,14 @@ class _Discovery:
         forms: Sequence[str] = (),
         mixed: bool = False,
         doubtful: bool = False,
+        stacked: tuple[int, ...] = (),
     ) -> None:
         """Notes one use of the leaf `path`; `eqn` is None where it is returned."""
         where, scope = "", ""
         if eqn is not None:
             where, scope = compat.where(eqn), compat.scope(eqn)
-        use = Use(path, op, route, *roles, where, scope, tuple(forms), mixed, doubtful)
+        more = tuple(forms), mixed, doubtful, stacked
+        use = Use(path, op, route, *roles, where, scope, *more)
         self.uses[use] = None
 
     def used(
@@ -149,10 +153,10 @@ class _Discovery:
         """Notes a linear use of each leaf that `weight` comes from."""
         flags = bool(weight.mixed), weight.doubtful
         for part in weight.parts:
-            roles = _roles(
-                weight, part, self.shapes[part.path], fan_in, batch, op == "gather"
-            )
-            self.record(part.path, op, FACTORED, eqn, roles, forms, *flags)
+            shape = self.shapes[part.path]
+            roles = _roles(weight, part, shape, fan_in, batch, op == "gather")
+            stacked = tuple(i for i in roles[0] if i not in _present(weight, part))
+            self.record(part.path, op, FACTORED, eqn, roles, forms, *flags, stacked)
         for path in weight.joined:
             self.record(path, op, MERGED, eqn)
 
@@ -350,6 +354,12 @@ def _is_vector(weight: Weight) -> bool:
     return len({a.root for group in weight.dims for a in group if a.root >= 0}) < 2
 
 
+def _present(weight: Weight, part: Part) -> set[int | None]:
+    """Returns the leaf's axes that `weight` still has."""
+    axis = dict(part.roots)
+    return {axis.get(atom.root) for group in weight.dims for atom in group}
+
+
 def _roles(
     weight: Weight,
     part: Part,
@@ -365,7 +375,7 @@ def _roles(
     """
     axis = dict(part.roots)
     held = [(axis.get(atom.root), atom) for group in weight.dims for atom in group]
-    present = {i for i, _ in held}
+    present = _present(weight, part)
     summed = {i for i, atom in held if atom in fan_in}
     shared = {i for i, atom in held if atom in batch}
     free = {i for i, atom in held if atom not in fan_in and atom not in batch}
