@@ -2,8 +2,10 @@
 
 import functools
 import itertools
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jlora
@@ -13,7 +15,7 @@ from examples.many_adapters.train import TARGETS
 from examples.sentiment import assets
 from jlora._tables import nbytes
 
-from . import common, quality
+from . import common
 
 TASK = "headline"
 FILE = "the file's blocks"  # Q4_1 and, for the table, Q8_0
@@ -64,6 +66,17 @@ def train(base: str, loaded: Any, options: config.Options) -> common.Figures:
     }
 
 
+def earlier(path: Path, settings: common.Figures) -> common.Figures:
+    """Returns what a file of the same settings holds, so that a run goes on.
+
+    Each later result has its own environment.
+    """
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("settings") == settings:
+        return found
+    return {"environment": common.environment(), "settings": settings, "results": []}
+
+
 def columns(results: Sequence[common.Figures]) -> common.Columns:
     """Returns a row for each base: means over seeds, and the loss of each."""
     head = ("base", "stored", "loss before", "loss", "seeds", "right before", "right")
@@ -108,7 +121,7 @@ def main() -> None:
     load = functools.cache(pretrained)
     names = ("steps", "test", "dtype", "rank", "alpha", "lr", "batch_size")
     shown = {name: getattr(base, name) for name in names}
-    file = quality.earlier(flags.json, shown)
+    file = earlier(flags.json, shown)
     results = file["results"]
     done = {(r["seed"], r["base"]) for r in results}
     for seed, name in itertools.product(flags.seed, flags.base or BASES):

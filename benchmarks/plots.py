@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from . import common, floor, growth, learnt, scale
+from . import common, floor, growth, scale
 from .page import COLORS
 
 # What each colour becomes where the reader prefers a dark page.
@@ -155,5 +155,4 @@ PLOTS: dict[str, Callable[[Any], Figure | None]] = {
     "tpu": tpu_plot,
     "growth": growth_plot,
     "scale": scale_plot,
-    "quality": learnt.plot,
 }

@@ -388,10 +388,6 @@ SECTIONS: dict[str, Callable[[Any], str]] = {
     "adapters": adapters_section,
     "methods": methods_section,
 }
-LEARNT: dict[str, Callable[[Any], str]] = {
-    "quality": learnt.section,
-    "headlines": learnt.headlines_section,
-}
 
 # Pages that are written by hand, and what stands between their marks.
 FILLED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
@@ -404,17 +400,16 @@ FILLED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
 
 def write(results: Path, docs: Path) -> None:
     """Writes pages and plots into `docs`, of the results that there are."""
-    names = {*SECTIONS, *LEARNT, *PLOTS, *(name for _, _, name, _ in FILLED)}
+    names = {*SECTIONS, *PLOTS, *(name for _, _, name, _ in FILLED)}
     files = {name: results / f"{name}.json" for name in names}
     found = {
         n: json.loads(file.read_text()) for n, file in files.items() if file.exists()
     }
-
-    def texts(sections: dict[str, Callable[[Any], str]]) -> list[str]:
-        return [of(found[name]) for name, of in sections.items() if name in found]
-
-    (docs / "performance.md").write_text("\n".join([TOP, *texts(SECTIONS), REASONS]))
-    (docs / "quality.md").write_text("\n".join([learnt.TOP, *texts(LEARNT)]))
+    texts = [
+        section(found[name]) for name, section in SECTIONS.items() if name in found
+    ]
+    (docs / "performance.md").write_text("\n".join([TOP, *texts, REASONS]))
+    (docs / "quality.md").write_text(learnt.page(learnt.load(results)))
     for page, mark, name, text in FILLED:
         if name in found and (docs / page).exists():
             fill(docs / page, f"figures: {mark}", text(found[name]))
@@ -424,6 +419,8 @@ def write(results: Path, docs: Path) -> None:
             if figure is not None:
                 path = docs / f"performance-{name}.svg"
                 path.write_text(svg(figure))
+    with mpl.rc_context(STYLE):
+        (docs / "quality-rates.svg").write_text(svg(learnt.plot()))
 
 
 def main() -> None:
@@ -433,6 +430,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args()
     write(options.results, options.docs)
+    for path in learnt.quoting():
+        fill(path, learnt.MARK, learnt.summary())
 
 
 if __name__ == "__main__":

@@ -90,24 +90,38 @@ def _shuffled(items: list, seed: int) -> list:
     return [items[i] for i in order]
 
 
-def encode(tokenizer: Tokenizer, task: str, pairs: Sequence[Pair]) -> Examples:
-    """Returns pairs in the model's chat form; long texts are cut at the end."""
+def encode(
+    tokenizer: Tokenizer,
+    task: str,
+    pairs: Sequence[Pair],
+    length: int = PROMPT,
+    answer: int = ANSWER,
+) -> Examples:
+    """Returns pairs in the model's chat form; long texts are cut at the end.
+
+    Args:
+      tokenizer: the model's.
+      task: one of `TASKS`.
+      pairs: texts and answers.
+      length: tokens of a prompt.
+      answer: tokens of an answer.
+    """
     end = tokenizer.token_to_id("<|im_end|>")
     opening, closing = (
         tokenizer.encode(text).ids
         for text in ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
     )
-    room = PROMPT - len(opening) - len(closing)
-    tokens = np.zeros((len(pairs), PROMPT + ANSWER), np.int32)
+    room = length - len(opening) - len(closing)
+    tokens = np.zeros((len(pairs), length + answer), np.int32)
     mask = np.zeros(tokens.shape, bool)
-    for row, (text, answer) in enumerate(pairs):
+    for row, (text, written) in enumerate(pairs):
         asked = tokenizer.encode(PROMPTS[task].format(text)).ids[:room]
         prompt = [*opening, *asked, *closing]
-        own = [*tokenizer.encode(answer).ids[: ANSWER - 1], end]
-        first = PROMPT - len(prompt)
-        tokens[row, first:PROMPT] = prompt
-        tokens[row, PROMPT : PROMPT + len(own)] = own
-        mask[row, first : PROMPT + len(own)] = True
+        own = [*tokenizer.encode(written).ids[: answer - 1], end]
+        first = length - len(prompt)
+        tokens[row, first:length] = prompt
+        tokens[row, length : length + len(own)] = own
+        mask[row, first : length + len(own)] = True
     return Examples(tokens, mask)
 
 

@@ -13,6 +13,7 @@ import jlora
 from benchmarks import (
     adapters,
     common,
+    earlier,
     floor,
     gpu,
     growth,
@@ -27,6 +28,7 @@ from benchmarks import (
     slices,
     tpu,
 )
+from examples.earlier_methods.counts import Size
 
 pytestmark = [pytest.mark.usefixtures("standard_dtypes"), pytest.mark.once]
 TINY = models.Size(width=16, layers=1, batch=1, length=64, vocab=32, head=8)
@@ -112,22 +114,41 @@ def test_table_of_headlines_has_means_and_seeds():
 
 def test_rows_measured_later_say_where():
     env = {"jax": "1", "processor": "x", "cores": 2, "date": "d", "device": "cpu"}
-    result = {
-        "run": "LoRA, rank 8, q and v, base in nf4",
-        "group": "base",
-        "seed": 0,
-        "trained": 1,
-        "accuracy": 0.5,
-        "test": [{"loss": 1.0}],
-        "seconds": 1.0,
-        "environment": {**env, "commit": "new"},
-    }
-    settings = {"epochs": 1, "batch": 1, "dtype": "float32"}
+    loss = {"loss": 1.0, "right": 0.5}
+    result = {"base": "nf4", "base_bytes": 1, "seed": 0, "before": loss, "after": loss}
+    result["environment"] = {**env, "commit": "new"}
+    names = ("rank", "steps", "batch_size", "lr", "test", "dtype")
+    settings = dict.fromkeys(names, 1)
     found = {"settings": settings, "results": [result]}
-    text = learnt.section({**found, "environment": {**env, "commit": "old"}})
+    text = learnt.headlines_section({**found, "environment": {**env, "commit": "old"}})
     assert "commit old" in text
-    assert "Rows *base in*: *JAX 1, x, 2 cores, d, commit new.*" in text
-    assert "base in nf4 | 1 | 0.500" in text
+    assert "The last row: *JAX 1, x, 2 cores, d, commit new.*" in text
+
+
+def test_merged_lora_costs_nothing_and_earlier_methods_do(monkeypatch):
+    some = {name: earlier.METHODS[name] for name in (earlier.LORA, "prefix")}
+    monkeypatch.setattr(earlier, "METHODS", some)
+    inputs = earlier.batch(2, 5)
+    with jax.numpy_rank_promotion("allow"):
+        found = earlier.inference(Size(64, 1))
+        programs = {
+            name: fn.lower(*trees, *inputs).as_text()
+            for name, (fn, trees) in found.items()
+        }
+    base = programs.pop(earlier.FROZEN)
+    assert [name for name, text in programs.items() if text == base] == [earlier.MERGED]
+
+
+def test_columns_of_earlier_methods_are_multiples():
+    row = {"trained": 8, "kept_bytes": 32, "temp_bytes": 2**20, "seconds": 0.1}
+    rows = [{"row": earlier.LORA, **row}, {"row": "full", **row, "seconds": 0.15}]
+    assert earlier.training_columns(rows)[1][1][3:5] == ("150", "1.50")
+    rows = [
+        {"row": name, "inputs": at, "flops": flops}
+        for name, flops in ((earlier.FROZEN, 10.0), ("prefix", 11.0))
+        for at in earlier.INPUTS
+    ]
+    assert earlier.inference_columns(rows, "flops")[1][1] == ("prefix", *["1.10"] * 4)
 
 
 def test_slope():

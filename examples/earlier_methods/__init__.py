@@ -1,0 +1,1 @@
+"""What came before LoRA, and what LoRA learns: methods and settings, measured."""

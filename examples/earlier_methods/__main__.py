@@ -1,0 +1,5 @@
+"""`python -m examples.earlier_methods TABLE` trains a table's rows; see README.md."""
+
+from .train import main
+
+main()
