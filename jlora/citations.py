@@ -78,6 +78,15 @@ PAPERS = {
         2026,
         "2604.01694",
     ),
+    "alora": Paper(
+        "greenewald2025alora",
+        "Activated {LoRA}: Fine-tuned {LLM}s for Intrinsics",
+        "Greenewald, Kristjan and Lastras, Luis and Parnell, Thomas and "
+        "Shah, Vraj and Popa, Lucian and Zizzo, Giulio and Gunasekara, Chulaka and "
+        "Rawat, Ambrish and Cox, David",
+        2025,
+        "2504.12397",
+    ),
     "zero_a": Paper(
         "hayou2024init",
         "The Impact of Initialization on {LoRA} Finetuning Dynamics",
@@ -218,11 +227,14 @@ def _names(used: LoraConfig | Plan) -> list[str]:
         specs = [row.spec for row in used.rows() if row.spec is not None]
         is_rank_stabilised = any(spec.rslora for spec in specs)
         is_quantised = any(row.storage in ("nf4", "int4") for row in used.rows())
+        config = used.config
     else:
         specs = [used, *used.rules]
         is_rank_stabilised = used.rslora
         is_quantised = False
+        config = used
     names = [spec.method for spec in specs]
+    names += ["alora"] if config.invocation else []
     names += ["rslora"] if is_rank_stabilised else []
     names += ["qlora"] if is_quantised else []
     inits = [spec.init for spec in specs]

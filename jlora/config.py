@@ -181,6 +181,8 @@ class LoraConfig:
         that `apply_lora` returns is given a `lora_key`. An embedding drops the update
         of whole positions, since the input of its A is one-hot.
       dtype: dtype name of A and B; None means float32.
+      invocation: token ids of activated LoRA: the adapter acts on them and on what
+        follows, and the base before them; see `adapters.invocation_gate`.
 
     Raises:
       ConfigError: for a value that cannot work.
@@ -192,7 +194,8 @@ class LoraConfig:
 
     References:
       Hu et al., 2021, LoRA, https://arxiv.org/abs/2106.09685;
-      Kalajdzievski, 2023, rsLoRA, https://arxiv.org/abs/2312.03732
+      Kalajdzievski, 2023, rsLoRA, https://arxiv.org/abs/2312.03732;
+      Greenewald et al., 2025, activated LoRA, https://arxiv.org/abs/2504.12397
     """
 
     rank: int
@@ -206,6 +209,7 @@ class LoraConfig:
     rslora: bool
     dropout: float
     dtype: str | None
+    invocation: tuple[int, ...]
 
     def __init__(
         self,
@@ -221,6 +225,7 @@ class LoraConfig:
         rslora: bool = False,
         dropout: float = 0.0,
         dtype: jax.typing.DTypeLike | None = None,
+        invocation: Iterable[int] = (),
         **unknown: Never,
     ):
         _refuse(LoraConfig, unknown)
@@ -228,6 +233,9 @@ class LoraConfig:
             targets = _globs("targets", targets)
         if not isinstance(rslora, bool):
             raise ConfigError(f"rslora must be True or False, got {rslora!r}.")
+        ids = tuple(invocation) if isinstance(invocation, Iterable) else ()
+        if not isinstance(invocation, Iterable) or not _are_numbers(ids):
+            raise ConfigError(f"invocation must be token ids, got {invocation!r}.")
         _set(
             self,
             rank=rank,
@@ -241,6 +249,7 @@ class LoraConfig:
             rslora=rslora,
             dropout=dropout,
             dtype=None if dtype is None else _float_name(dtype),
+            invocation=tuple(map(int, ids)),
         )
         for name in ("rank", "dropout", "method", "init"):
             if getattr(self, name) is None:
@@ -448,6 +457,10 @@ _PEFT_WORDS = {
     "use_rslora": ("rslora", "rslora=True"),
     "use_dora": ("method", 'method="dora"'),
     "peft_type": ("method", 'method="vera"'),
+    "alora_invocation_tokens": (
+        "invocation",
+        "invocation=ids, and lora_gate= at each call",
+    ),
     "init_lora_weights": ("init", 'init="pissa"'),
     "loftq_config": ("init", 'init="loftq_niter_4"'),
     "eva_config": ("init", 'init="eva", and split(..., statistics=...)'),

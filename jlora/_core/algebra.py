@@ -51,7 +51,8 @@ def delta(factors: Factors, dtype: DTypeLike = jnp.float32) -> jax.Array:
 
 def lora_spec(like: Spec, rank: int, **changes: Any) -> Spec:
     """Returns the spec of plain LoRA with a scale of 1, for the weight of `like`."""
-    kept = {name: getattr(like, name) for name in ("op", "axes", "dropout", "form")}
+    names = ("op", "axes", "dropout", "form", "invocation")
+    kept = {name: getattr(like, name) for name in names}
     return Spec(rank=rank, alpha=float(rank), **{**kept, **changes})
 
 

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, overload
 
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from .._checks import check_function, check_key
 from .._plan.weight import weight_of
 from .._tables import alike, folded, listed
 from ..errors import ConfigError, MergeError, MergeWarning
 from ..factors import FORMS, Form, PyTree, Trainable
+from ..methods import method_of
 from ..quantised import has_quantized, is_quantized
 from ..transform.compat import Equation
 from ..transform.rewrite import rewrite, why_merged, why_widened
@@ -29,7 +32,7 @@ class LoraFunction(Protocol[Args, Out_co]):
     """What `apply_lora` returns, for type checkers.
 
     A signature cannot say "the arguments of `fn` and `lora_key` too", so with a
-    `lora_key` the arguments are not checked.
+    `lora_key` or a `lora_gate` the arguments are not checked.
     """
 
     @overload
@@ -49,6 +52,17 @@ class LoraFunction(Protocol[Args, Out_co]):
         /,
         *args: Any,
         lora_key: jax.Array | None,
+        lora_gate: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> Out_co: ...
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        trainable: Trainable,
+        /,
+        *args: Any,
+        lora_gate: ArrayLike | None,
         **kwargs: Any,
     ) -> Out_co: ...
 
@@ -59,7 +73,7 @@ def apply_lora(
     on_merge: OnMerge = "warn",
     form: Form = "auto",
 ) -> LoraFunction[Args, Out]:
-    """Returns `lora_fn(frozen, trainable, *args, lora_key=None, **kwargs)`.
+    """Returns `lora_fn(frozen, trainable, *args, lora_key=, lora_gate=, **kwargs)`.
 
     `lora_fn` computes `fn(merge(frozen, trainable), *args, **kwargs)`, with a low-rank
     term at every place where an adapted weight is used. As a rule it adds
@@ -99,9 +113,18 @@ def apply_lora(
       what is sharded: fold `jax.lax.axis_index` into the key yourself. A weight that is
       merged on the fly has no input to drop.
 
+      `lora_gate` is an array that multiplies the low-rank term: booleans, or numbers of
+      a float dtype. Its axes are the leading axes of the activations in `fn`, such as
+      `[batch, tokens]`; True is for all tokens. Where it is zero, the operations of the
+      base give their own bits. An activated adapter (`LoraConfig.invocation`) needs a
+      gate, see `adapters.invocation_gate`.
+
     Raises:
       ConfigError: if `fn` is a module or not a function, or `on_merge` or `form` is
-        not one of the above; (when called) if `lora_key` is not a PRNG key.
+        not one of the above; (when called) if `lora_key` is not a PRNG key, if an
+        activated adapter has no `lora_gate`, or if the gate does not reach a weight: it
+        meets an activation with other leading axes, a convolution or a ragged product,
+        is merged on the fly, rescaled (DoRA) or trained in full.
       TreeError: (when called) if frozen and trainable do not fit together.
       MergeError: (when called) if a weight is merged and `on_merge="error"`.
 
@@ -135,9 +158,11 @@ def apply_lora(
         /,
         *args: Any,
         lora_key: jax.Array | None = None,
+        lora_gate: ArrayLike | None = None,
         **kwargs: Any,
     ) -> Out:
         params = combine(frozen, trainable)
+        gate = _gate(lora_gate, trainable)
         if lora_key is not None:
             check_key("lora_key", lora_key)
         if not trainable.lora and not has_quantized((params, args, kwargs)):
@@ -166,13 +191,44 @@ def apply_lora(
             widenings.setdefault(path, why_widened(eqn))
 
         hooks = {"merged": merged, "widened": widened}
-        outs = rewrite(staged.code, values, key=lora_key, form=form, **hooks)
+        outs = rewrite(staged.code, values, key=lora_key, gate=gate, form=form, **hooks)
         _tell(merges, widenings, on_merge)
         return staged.rebuild(outs)
 
     # `functools.wraps` copies the signature of `fn`, which differs from this one.
     del lora_fn.__wrapped__
     return lora_fn
+
+
+def _gate(gate: ArrayLike | None, trainable: Trainable) -> jax.Array | None:
+    """Returns the gate as an array, or raises if the adapter has none, or needs one."""
+    if gate is None:
+        activated = [p for p, f in trainable.lora.items() if f.spec.invocation]
+        if activated:
+            raise ConfigError(
+                f"{listed(map(repr, activated), 3, ', ')} are activated LoRA, which "
+                "acts only from its invocation on: give lora_gate=, from "
+                "jlora.adapters.invocation_gate(trainable, tokens), or lora_gate=True "
+                "if all tokens come after it."
+            )
+        return None
+    if gate is True:
+        return None
+    found = jnp.asarray(gate)
+    if found.dtype != bool and not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ConfigError(
+            f"lora_gate must hold booleans or floating-point numbers, got "
+            f"{found.dtype}."
+        )
+    whole = [f"{path!r} is trained in full" for path in trainable.full]
+    whole += [
+        f"{path!r} is {f.spec.method!r}, which rescales the whole weight"
+        for path, f in trainable.lora.items()
+        if method_of(f.spec).gain is not None
+    ]
+    if whole:
+        raise ConfigError(f"lora_gate cannot act on these leaves: {listed(whole)}.")
+    return found
 
 
 def _tell(

@@ -58,8 +58,8 @@ def merge(
 
     Raises:
       TreeError: if the two do not fit together; lists every misfit.
-      MergeError: with `check`, if a number of a weight was finite and is no longer;
-        lists the leaves.
+      MergeError: for activated LoRA. With `check`, also if a number of a weight was
+        finite and is no longer; lists the leaves.
 
     Warns:
       UserWarning: names weights of eight bits or fewer, with the share of the update
@@ -76,6 +76,13 @@ def merge(
       True
     """
     whole = combine(frozen, trainable)
+    gated = [repr(path) for path, f in trainable.lora.items() if f.spec.invocation]
+    if gated:
+        raise MergeError(
+            f"{listed(gated, 3, ', ')} are activated LoRA: they act only from some "
+            "tokens on, so no merged weight equals them. Keep the adapter beside the "
+            "base, and call jlora.apply_lora(fn) with lora_gate=."
+        )
     merged = _shift(whole, trainable, sign=1, dense=not requantize)
     if check:
         _check_finite(whole, merged, trainable)

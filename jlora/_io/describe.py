@@ -198,6 +198,7 @@ def _off(spec: Spec) -> list[str]:
         "shape": _are_counts(spec.shape),
         "seed": type(spec.seed) is int,
         "rows": _are_counts(spec.rows),
+        "invocation": _are_counts(spec.invocation),
         "parts": parts is None
         or (
             type(parts.axis) is int

@@ -363,6 +363,7 @@ def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) ->
         shape=row.shape if method == "vera" else (),
         parts=parts,
         form=settings["form"] or "auto",
+        invocation=config.invocation,
     )
 
 

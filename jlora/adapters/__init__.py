@@ -18,6 +18,7 @@ from ._combine import (
     to_lora as to_lora,
     truncate as truncate,
 )
+from ._invocation import invocation_gate as invocation_gate
 from ._measure import cosine as cosine, norms as norms, orthogonality as orthogonality
 from ._per_row import per_row as per_row
 from ._prune import dare as dare, magnitude_prune as magnitude_prune, ties as ties
@@ -30,6 +31,7 @@ __all__ = [
     "cosine",
     "dare",
     "interpolate",
+    "invocation_gate",
     "linear",
     "magnitude_prune",
     "negate",

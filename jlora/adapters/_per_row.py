@@ -37,6 +37,18 @@ class RowFunction(Protocol[Args, Out_co]):
         /,
         *args: Any,
         lora_key: jax.Array | None,
+        lora_gate: ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> Out_co: ...
+    @overload
+    def __call__(
+        self,
+        frozen: PyTree,
+        stacked: Trainable,
+        ids: ArrayLike | None,
+        /,
+        *args: Any,
+        lora_gate: ArrayLike | None,
         **kwargs: Any,
     ) -> Out_co: ...
 
@@ -48,7 +60,7 @@ def per_row(
     out_axes: PyTree = 0,
     on_merge: OnMerge = "warn",
 ) -> RowFunction[Args, Out]:
-    """Returns `row_fn(frozen, stacked, ids, *args, lora_key=None, **kwargs)`.
+    """Returns `row_fn(frozen, stacked, ids, *args, lora_key=, lora_gate=, **kwargs)`.
 
     `row_fn` runs `fn`, a function of a batch, with adapter `ids[i]` in batch row `i`,
     or with the base model where the id is -1. The product with a frozen weight is
@@ -76,7 +88,8 @@ def per_row(
       pool). `ids` is an integer array `[batch]`, or None if `stacked` already has one
       adapter for each batch row. An id that the stack does not have makes its batch
       row NaN. So does -1 where leaves are trained in full, unless `frozen` is the whole
-      model: the `frozen` of `split` has no base values for them.
+      model: the `frozen` of `split` has no base values for them. The axes of a
+      `lora_gate` are the batch and those that follow it in activations.
 
     Raises:
       ConfigError: if `fn` is not a function.
@@ -105,6 +118,7 @@ def per_row(
         /,
         *args: Any,
         lora_key: jax.Array | None = None,
+        lora_gate: ArrayLike | None = None,
         **kwargs: Any,
     ) -> Out:
         axes = _per_argument(in_axes, args)
@@ -123,13 +137,18 @@ def per_row(
         keys = None if lora_key is None else jax.random.split(lora_key, batch)
         apply = apply_lora(fn, on_merge=on_merge)
 
-        def one(row: Trainable, key: jax.Array | None, *args: PyTree) -> PyTree:
+        gate_axis = None if lora_gate is None or jnp.ndim(lora_gate) == 0 else 0
+
+        def one(row: Trainable, own: PyTree, *args: PyTree) -> PyTree:
             args = tuple(_restore(a, x) for a, x in zip(axes, args, strict=True))
-            out = apply(frozen, row, *args, lora_key=key, **kwargs)
+            key, gate = own
+            gate = gate if gate_axis is None else gate[None]
+            out = apply(frozen, row, *args, lora_key=key, lora_gate=gate, **kwargs)
             return _drop(out_axes, out)
 
-        run = jax.vmap(one, (0, None if keys is None else 0, *axes), out_axes)
-        return run(rows, keys, *args)
+        own_axes = (None if keys is None else 0, gate_axis)
+        run = jax.vmap(one, (0, own_axes, *axes), out_axes)
+        return run(rows, (keys, lora_gate), *args)
 
     return row_fn
 

@@ -89,6 +89,12 @@ def check_fit(name: str, trainables: Sequence[Trainable]) -> None:
                     f"{factors.spec.axes}, that of adapter {own[0][0]} for a "
                     f"{first.spec.op} with {first.spec.axes}"
                 )
+            elif factors.spec.invocation != first.spec.invocation:
+                wrong.append(
+                    f"{path!r} of adapter {i} acts after the tokens "
+                    f"{factors.spec.invocation}, that of adapter {own[0][0]} after "
+                    f"{first.spec.invocation}"
+                )
             elif _sizes(factors) != _sizes(first):
                 wrong.append(
                     f"{path!r} of adapter {i} is for a weight of sizes "

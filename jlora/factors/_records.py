@@ -132,6 +132,7 @@ class Spec:
       rows: the ids of the trained rows, for token rows.
       parts: slices of a fused weight. `rank` is then the sum of their ranks.
       form: how the value of a product is computed, see `apply_lora`.
+      invocation: the token ids after which an activated adapter acts, else empty.
 
     Raises:
       ConfigError: if rank and alpha give no scale: it must be a positive number that
@@ -158,6 +159,7 @@ class Spec:
     rows: tuple[int, ...] = ()
     parts: FusedParts | None = None
     form: Form = "auto"
+    invocation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         fault = scale_fault(self.alpha, self._highest_rank, self.rslora)

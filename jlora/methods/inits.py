@@ -114,21 +114,13 @@ def init_clashes(
     def instead(init: str = "kaiming") -> str:
         return f"give it Rule({path!r}, init={init!r})"
 
-    is_known = sorted(spec.axes.order) == list(range(len(shape)))
-    sides = spec.axes.sizes(shape)[1:] if is_known else ()
     if method.init is not None:
-        if init != "kaiming":
-            wrong.append(
-                f"init {name!r} of {path!r}: method {spec.method!r} has an "
-                f"initialisation of its own, leave init out or {instead()}"
-            )
-        if method.fixed and is_known and spec.rank > min(sides):
-            wrong.append(
-                f"method {spec.method!r} takes {spec.rank} singular vectors, "
-                f"{path!r} has {min(sides)}: give it Rule({path!r}, "
-                f"rank={min(sides)})"
-            )
-        return wrong
+        if init == "kaiming":
+            return []
+        return [
+            f"init {name!r} of {path!r}: method {spec.method!r} has an "
+            f"initialisation of its own, leave init out or {instead()}"
+        ]
     if found.even and spec.rank % 2:
         wrong.append(
             f"init {name!r} needs an even rank, {path!r} has {spec.rank}: give it "
@@ -144,10 +136,12 @@ def init_clashes(
             f"init {name!r} needs the inputs of {path!r}, which is used otherwise than "
             f"in matrix products ({route}): {instead()}"
         )
-    least = found.rank_factor * spec.rank
-    if found.rank_factor > 1 and is_known and least > min(sides):
-        wrong.append(
-            f"init {name!r} needs {found.rank_factor} times the rank, {least}, to fit "
-            f"into min{sides} of {path!r}: {instead()}"
-        )
+    if found.rank_factor > 1 and sorted(spec.axes.order) == list(range(len(shape))):
+        _, n_in, n_out = spec.axes.sizes(shape)
+        if found.rank_factor * spec.rank > min(n_in, n_out):
+            wrong.append(
+                f"init {name!r} needs {found.rank_factor} times the rank, "
+                f"{found.rank_factor * spec.rank}, to fit into min({n_in}, {n_out}) of "
+                f"{path!r}: {instead()}"
+            )
     return wrong

@@ -26,13 +26,7 @@ from ._contradictions import (
 from ._fused import share_of, whole_of
 from ._leaves import TargetLeaf, is_same, on_host
 from ._places import Place, untied
-from .config import (
-    FLOATS,
-    PREFIX,
-    PeftConfig,
-    names_module,
-    pattern_lookup,
-)  # fmt: skip
+from .config import FLOATS, PREFIX, PeftConfig, names_module, pattern_lookup
 from .layers import RAW, Layer, nested
 from .names import Names, unnamed, with_prefix
 from .report import LoadReport
@@ -90,6 +84,12 @@ class Reading:
 
     def read(self, leaves: Sequence[TargetLeaf]) -> None:
         """Reads what the leaves take."""
+        planned = {leaf.spec.invocation for leaf in leaves if leaf.spec}
+        self.config += [
+            f"alora_invocation_tokens is {list(self.file.invocation)}, in the plan "
+            f"{list(other)}"
+            for other in planned - {self.file.invocation}
+        ]
         named = [(leaf, found) for leaf in leaves if (found := self._places(leaf))]
         if self.file.tying:  # PEFT adapts a tied head without naming it
             tied = {place.tied for _, found in named for place in found if place.tied}
@@ -363,6 +363,7 @@ class Reading:
             alpha=float(alpha),
             rslora=rslora,
             dropout=self.file.dropout,
+            invocation=self.file.invocation,
             method="dora" if m is not None else self.file.method,
         )
         own_a, own_b = self._placed(leaf, a, b)

@@ -190,6 +190,11 @@ def _check_portable(
         wrong.append(
             "DoRA magnitudes: write the merged model with jlora.peft.save_base instead"
         )
+    if config.invocation:
+        wrong.append(
+            f"alora_invocation_tokens={list(config.invocation)}: it would adapt all "
+            "tokens"
+        )
     if config.bias != "none":
         wrong.append(f"trained biases (bias={config.bias!r})")
     heads = [m.rpartition(".")[2] for m in config.saved]

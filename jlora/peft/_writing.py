@@ -84,6 +84,12 @@ class Writing:
                 f"dropout differs between leaves ({sorted(drops)}), PEFT has one for "
                 "all"
             )
+        invocations = {spec.invocation for spec in specs}
+        if len(invocations) > 1:
+            self.wrong.append(
+                f"the invocation differs between leaves ({sorted(invocations)}), PEFT "
+                "has one for all"
+            )
         others = sorted(p for p, f in low_rank.items() if f.spec.method != "dora")
         dora = len(others) < len(low_rank)
         if dora and others:
@@ -111,6 +117,7 @@ class Writing:
             saved=tuple(self.saved),
             tokens=tuple(self.tokens.items()),
             tying=self.tying,
+            invocation=next(iter(invocations), ()),
             method="mica" if {s.method for s in specs} == {"mica"} else "lora",
             conv1d=self.conv1d,
         )

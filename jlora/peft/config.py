@@ -45,7 +45,6 @@ _NOTES = {
 }
 # Fields that jlora does not implement, and the values that switch them off.
 _LACKING = {
-    "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "corda_config": (None,),
     "kasa_config": (None,),
@@ -83,6 +82,7 @@ class PeftConfig:
       saved: modules that are in the file whole.
       tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
       tying: whether the output head takes part in the embedding's adapter.
+      invocation: the tokens after which an activated adapter acts.
       method: `"lora"`, or `"mica"` where B is fixed.
       conv1d: whether the last module that PEFT adapted keeps its weight `[in, out]`.
     """
@@ -101,6 +101,7 @@ class PeftConfig:
     saved: tuple[str, ...] = ()
     tokens: Pattern[tuple[int, ...]] = ()
     tying: bool = False
+    invocation: tuple[int, ...] = ()
     method: str = "lora"
     conv1d: bool = False
 
@@ -289,6 +290,13 @@ def _tokens(value: object) -> Pattern[tuple[int, ...]]:
     return tuple((name, tuple(ids)) for name, ids in entries.items())
 
 
+def _ids(value: object) -> tuple[int, ...]:
+    ids = tuple(value) if isinstance(value, list) else ()
+    if not ids or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError("it must be a list of token ids")
+    return ids
+
+
 def _init(value: object) -> str:
     if type(value) is not bool and value not in _INITS:
         raise ValueError(
@@ -315,6 +323,7 @@ _FIELDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "ensure_weight_tying": ("tying", _flag),
     "exclude_modules": ("excluded", lambda value: _targets(value) or ()),
     "fan_in_fan_out": ("conv1d", _flag),
+    "alora_invocation_tokens": ("invocation", _ids),
     "init_lora_weights": ("method", _init),
 }
 _REQUIRED = ("r", "lora_alpha")
@@ -343,6 +352,8 @@ def config_fields(
         "use_rslora": config.rslora,
     }
     # Older readers do not know these fields, so they are written only where needed.
+    if config.invocation:
+        fields["alora_invocation_tokens"] = list(config.invocation)
     if config.parameters:
         fields["target_parameters"] = list(config.parameters)
     if config.tokens:

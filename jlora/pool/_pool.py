@@ -211,6 +211,11 @@ def _misfit(path: str, factors: Factors, slot: Factors) -> list[str]:
             f"{path!r} is for a {spec.op} with {spec.axes}, that of the pool for a "
             f"{slot.spec.op} with {slot.spec.axes}"
         ]
+    if spec.invocation != slot.spec.invocation:
+        return [
+            f"{path!r} acts after the tokens {spec.invocation}, those of the pool "
+            f"after {slot.spec.invocation}"
+        ]
     n = len(spec.axes.batch)
     own = (*factors.a.shape[:-1], *factors.b.shape[n + 1 :])
     sizes = (*slot.a.shape[1:-1], *slot.b.shape[n + 2 :])

@@ -16,6 +16,7 @@ from . import compat
 from .atoms import Labels
 from .coded import Coded, holds, layer_of, placed, relabelled, stacked_first
 from .compat import Equation
+from .gate import no_gate
 from .interpret import Context, Rule, interpret, is_special
 from .primitives import CALLS
 from .shards import varied_axes
@@ -197,6 +198,9 @@ def shard_map(ctx: Context, eqn: Equation, *values: Value) -> list[Value]:
     low-rank one, so the collectives of the body are right for both. All devices get the
     key of dropout.
     """
+    for v in values:
+        if ctx.gate is not None and isinstance(v, Weight) and v.terms:
+            raise no_gate(v, eqn, "is divided over devices by hand")
     in_specs, out_specs = eqn.params["in_specs"], eqn.params["out_specs"]
     mesh = eqn.params["mesh"]
     code = compat.inner_code(eqn)

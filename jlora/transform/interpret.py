@@ -52,6 +52,7 @@ class Context:
       form: how to compute a product whose term does not say it, see `cost`.
       share: whether weights that meet the same activation share a product with it.
       key: PRNG key of dropout, or None.
+      gate: multiplies the low-rank term of each token, or None.
       varies: the mesh axes along which each variable differs inside a `shard_map`.
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
@@ -72,6 +73,7 @@ class Context:
     form: Form = "auto"
     share: bool = False
     key: jax.Array | None = None
+    gate: jax.Array | None = None
     varies: Mapping[Var, frozenset[str]] = dataclasses.field(default_factory=dict)
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)

@@ -26,6 +26,7 @@ from . import cost
 from .adapted import adapted_dot, form_of, has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, kind, placed_like
+from .gate import gated, no_gate
 from .interpret import Context
 from .kept import added, product_of_roots
 from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
@@ -201,15 +202,18 @@ def _adapted_product(
     wanted = ctx.form if first.form == "auto" else first.form
     form = form_of(x, weight, site, wanted)
     source = ctx.source(x)
-    if form is not None and not more and not ctx.drops(first.dropout):
-        numbers = eqn.params["dimension_numbers"]
+    numbers = eqn.params["dimension_numbers"]
+    is_whole = ctx.gate is None and not ctx.drops(first.dropout)
+    if form is not None and not more and is_whole:
         return adapted_dot(x, weight, site, numbers, form, source)
     side = int(site.x_first)
     operands = (x, weight.w) if site.x_first else (weight.w, x)
     y = base_product(ctx.run, eqn, operands, side, dims)
     y = rescaled(y, weight, site.want)
     source, x = _cast(ctx, x, site.compute)
-    var = eqn.invars[0 if site.x_first else 1]
+    var = eqn.invars[1 - side]
+    met = [i for axes in numbers for i in axes[1 - side]]
+    x, source = gated(ctx, x, source, weight, eqn, met)
     for term in weight.terms:
         kept, own = ctx.drop(x, term.dropout, var, source)
         product = functools.partial(low_rank_product, site=site, source=own)
@@ -264,6 +268,8 @@ def conv_general_dilated(
     base = base_product(ctx.run, eqn, (x, weight.w), 1, weight.dims)
     if not factors:
         return [base]
+    if ctx.gate is not None:
+        raise no_gate(weight, eqn, "mixes positions")
     # XLA's CPU compiler has no fast convolution in a call that it keeps: no roots.
     x = x.astype(dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
     for term, a, b in factors:
@@ -332,6 +338,8 @@ def ragged_dot_general(
     base = base_product(ctx.run, eqn, (x, weight.w, sizes, *offset), 1, weight.dims)
     if not factors:
         return [base]
+    if ctx.gate is not None:
+        raise no_gate(weight, eqn, "meets tokens in another order")
     ragged_dot = functools.partial(
         lax.ragged_dot,
         group_sizes=sizes,

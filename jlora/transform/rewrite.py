@@ -8,6 +8,7 @@ import jax
 from ..factors import Form
 from . import RULES, compat
 from .compat import Equation
+from .gate import no_gate
 from .interpret import Context, interpret
 from .shards import varied_axes
 from .trail import Trail
@@ -19,6 +20,7 @@ def rewrite(
     values: Sequence[Value],
     *,
     key: jax.Array | None,
+    gate: jax.Array | None = None,
     form: Form,
     merged: Callable[[str, Equation | None], object],
     widened: Callable[[str, Equation | None], object],
@@ -30,6 +32,7 @@ def rewrite(
       code: the staged function.
       values: its arguments; adapted ones are `Weight`s.
       key: PRNG key of dropout, or None.
+      gate: multiplies the low-rank term of each token, or None.
       form: how to compute a product, see `cost`.
       merged: called with `(path, eqn)` for each weight merged on the fly; `eqn` is None
         where it is returned.
@@ -42,6 +45,8 @@ def rewrite(
         if not isinstance(value, Weight):
             return value
         if not value.is_lookup:
+            if gate is not None and value.terms:
+                raise no_gate(value, eqn, "is needed as a merged array")
             for part in value.parts:
                 if is_coded(value):
                     widened(part.path, eqn)
@@ -66,10 +71,12 @@ def rewrite(
         widen=widen,
         used=used,
         key=key,
+        gate=gate,
         varies=varies,
         hoist=True,
         form=form,
-        share=key is None,  # with dropout each weight meets an activation of its own
+        # With dropout, or a gate, each weight meets an activation of its own.
+        share=key is None and gate is None,
         trail=Trail() if compat.is_staging(arrays) else None,
     )
     return [materialise(v, None) for v in interpret(ctx, code, values)]

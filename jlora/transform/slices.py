@@ -15,7 +15,8 @@ from jax import lax
 
 from .atoms import INDEX, Atom, Group, Labels
 from .coded import Coded, cut_along, picked_along, with_axis
-from .compat import Equation, Literal, Var, kind
+from .compat import Equation, kind
+from .gate import gated, no_gate
 from .interpret import Context
 from .structure import squeeze_atoms
 from .values import Operand, Term, Weight, new_atom
@@ -183,7 +184,7 @@ def gather(
         dims[j] = () if i in columns else weight.dims[i]
     out = weight.map(pick, w=w, dims=tuple(dims), looked_up=True)
     pairs = zip(weight.terms, out.terms, strict=True)
-    drop = functools.partial(_drop_rows, ctx, n=len(atoms), source=eqn.invars[1])
+    drop = functools.partial(_drop_rows, ctx, weight, eqn, n=len(atoms))
     return [out.replace(terms=tuple(drop(*pair) for pair in pairs))]
 
 
@@ -297,19 +298,24 @@ def _pick(
 
 
 def _drop_rows(
-    ctx: Context, before: Term, after: Term, *, n: int, source: Var | Literal
+    ctx: Context, weight: Weight, eqn: Equation, before: Term, after: Term, *, n: int
 ) -> Term:
-    """Returns `after`, whose A has looked-up rows, with dropout on the input of A.
+    """Returns `after`, whose A has looked-up rows, with dropout and gate on A's input.
 
     An index stands for a one-hot vector. Its one entry is dropped or kept, and with it
     a whole row of A, whose first `n` axes count the positions. Where B was picked, or
-    both factors were (experts), the input comes later. `source` holds the indices.
+    both factors were (experts), the input comes later.
     """
-    if after.a is before.a or after.b is not before.b or not ctx.drops(after.dropout):
+    if ctx.gate is not None and after.a is before.a and after.b is not before.b:
+        raise no_gate(weight, eqn, "is looked up along its fan-out")
+    if after.a is before.a or after.b is not before.b:
+        return after
+    if ctx.gate is None and not ctx.drops(after.dropout):
         return after
     a = after.a
     ones = jnp.ones(a.shape[:n], a.dtype)
-    kept, _ = ctx.drop(ones, after.dropout, source, None)
+    ones, _ = gated(ctx, ones, None, weight, eqn)
+    kept, _ = ctx.drop(ones, after.dropout, eqn.invars[1], None)
     kept = jnp.expand_dims(kept, range(n, a.ndim))
     return dataclasses.replace(
         after, a=a * jnp.broadcast_to(kept, a.shape), dropout=0.0

@@ -187,6 +187,12 @@ def main(folder: pathlib.Path) -> None:
             },
             "bfloat16": {**r, "target_modules": ["v_proj"], "dtype": torch.bfloat16},
             "float16": {**r, "target_modules": ["v_proj"], "dtype": torch.float16},
+            "alora": {
+                **r,
+                "target_modules": every,
+                "task_type": "CAUSAL_LM",
+                "alora_invocation_tokens": tokens(0)[1, 3:5].tolist(),
+            },
         },
     )
     write(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jlora
-from tests.peft.models import FLAX, GOLDEN, OWN, call, model, tensors
+from tests.peft.models import FLAX, GOLDEN, OWN, as_users, call, model, tensors
 
 pytestmark = pytest.mark.once
 
@@ -38,7 +38,13 @@ def test_base_model_gives_the_outputs_of_torch(name):
 def test_adapter_gives_the_outputs_of_peft(name, kind):
     m = model(name)
     adapter = jlora.peft.load(m.folder / kind, m.params, names=m.names, **tied(name))
-    out = call(m, jlora.merge(m.params, adapter))
+    if kind == "alora":
+        gate = jlora.adapters.invocation_gate(adapter, m.inputs["input_ids"])
+        lora_fn = jlora.apply_lora(lambda p: m.fn(p, **m.inputs), on_merge="error")
+        with as_users():
+            out = lora_fn(m.params, adapter, lora_gate=gate)
+    else:
+        out = call(m, jlora.merge(m.params, adapter))
     np.testing.assert_allclose(out, m.outputs[kind], atol=1e-4)
 
 
