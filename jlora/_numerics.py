@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,6 +146,28 @@ def wider(dtype: Any) -> str:
     if float(jnp.finfo(dtype).max) < 1e38:
         return "bfloat16 or float32"
     return "float64, and switch on jax_enable_x64"
+
+
+def filled(shape: Sequence[int], dtype: Any, pairs: Iterable[tuple[Any, Any]]) -> Any:
+    """Returns zeros with `values` at `index`, for `(index, values)` of `pairs`.
+
+    They are on a device if any of the values is.
+
+    Examples:
+      >>> filled((3,), np.float32, [(slice(1, 3), np.ones(2, np.float32))])
+      array([0., 1., 1.], dtype=float32)
+    """
+    pairs = list(pairs)
+    if any(isinstance(x, jax.Array) for _, x in pairs):
+        return functools.reduce(
+            lambda out, pair: out.at[pair[0]].set(pair[1]),
+            pairs,
+            jnp.zeros(shape, dtype),
+        )
+    out = np.zeros(shape, dtype)
+    for index, values in pairs:
+        out[index] = values
+    return out
 
 
 def on_device(name: str, x: np.ndarray, dtype: Any, fault: Fault) -> jax.Array:

@@ -18,7 +18,7 @@ from ..methods import method_of
 from ..quantised import has_quantized, is_quantized
 from ..transform.compat import Equation
 from ..transform.rewrite import rewrite, why_merged, why_widened
-from ..transform.stage import stage
+from ..transform.stage import Staged, stage
 from ..transform.values import leaf
 from .tree import combine, flatten_frozen
 
@@ -168,19 +168,7 @@ def apply_lora(
         if not trainable.lora and not has_quantized((params, args, kwargs)):
             return fn(params, *args, **kwargs)
         staged = stage(fn, params, args, kwargs)
-        values = [
-            leaf(f"argument {i}", x) if is_quantized(x) else x
-            for i, x in enumerate(staged.inputs)
-        ]
-        paths = list(flatten_frozen(frozen)[0])
-        for path, slot in zip(paths, staged.param_slots, strict=True):
-            if slot is None:
-                continue
-            if path in trainable.lora:
-                w = staged.inputs[slot]
-                values[slot] = weight_of(path, w, trainable.lora[path])
-            elif is_quantized(staged.inputs[slot]):
-                values[slot] = leaf(path, staged.inputs[slot])
+        values = _values(staged, frozen, trainable)
         merges: dict[str, str] = {}
         widenings: dict[str, str] = {}
 
@@ -198,6 +186,24 @@ def apply_lora(
     # `functools.wraps` copies the signature of `fn`, which differs from this one.
     del lora_fn.__wrapped__
     return lora_fn
+
+
+def _values(staged: Staged, frozen: PyTree, trainable: Trainable) -> list[Any]:
+    """Returns a staged function's inputs, adapted and quantised ones as weights."""
+    values = [
+        leaf(f"argument {i}", x) if is_quantized(x) else x
+        for i, x in enumerate(staged.inputs)
+    ]
+    paths = list(flatten_frozen(frozen)[0])
+    for path, slot in zip(paths, staged.param_slots, strict=True):
+        if slot is None:
+            continue
+        w = staged.inputs[slot]
+        if path in trainable.lora:
+            values[slot] = weight_of(path, w, trainable.lora[path])
+        elif is_quantized(w):
+            values[slot] = leaf(path, w)
+    return values
 
 
 def _gate(gate: ArrayLike | None, trainable: Trainable) -> jax.Array | None:

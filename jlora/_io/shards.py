@@ -9,11 +9,13 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 
 from .._tables import listed
 from ..errors import CheckpointError
+from ..factors import Array
 from . import tensors as tensors
 from .beside import remove
 from .disk import Fault, Json, Path, read_json, reading, told, write_text
@@ -27,9 +29,48 @@ _PIECE = 16 * 2**20
 _PICKLES = (".bin", ".pt", ".pth")
 
 
+class Slot(Protocol):
+    """A tensor that can be read, in a file or not."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HeldSlot:
+    """A tensor in memory, of the host or of a device."""
+
+    array: Array
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its dtype."""
+        return np.dtype(self.array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return tuple(self.array.shape)
+
+    def read(self) -> np.ndarray:
+        """Returns the tensor."""
+        return np.asarray(self.array)
+
+
 @dataclasses.dataclass(frozen=True)
-class Slot:
-    """Where one tensor lies.
+class FileSlot:
+    """Where one tensor lies in a file.
 
     Attributes:
       file: the file.
@@ -102,7 +143,7 @@ def _is_part(name: str) -> bool:
 
 def open_tensors(
     path: Path, stem: str = "*", *, fault: Fault = CheckpointError
-) -> tuple[dict[str, Slot], dict[str, str]]:
+) -> tuple[dict[str, FileSlot], dict[str, str]]:
     """Returns the tensors at `path` by name, and the metadata of all its files.
 
     No tensor is read before the header has been compared with the size of its file. All
@@ -141,7 +182,7 @@ def tensor_files(place: pathlib.Path, stem: str = "*") -> list[pathlib.Path]:
 
 def _open(
     path: Path, stem: str, fault: Fault
-) -> tuple[dict[str, Slot], dict[str, str]]:
+) -> tuple[dict[str, FileSlot], dict[str, str]]:
     with told(f"{str(path)!r} cannot be read", fault):
         place = pathlib.Path(path)
         file = find_tensors(place, stem) if os.path.isdir(path) else place
@@ -154,14 +195,14 @@ def _open(
 
 def read_header(
     path: Path, fault: Fault = CheckpointError, handles: Handles | None = None
-) -> tuple[dict[str, Slot], dict[str, str]]:
+) -> tuple[dict[str, FileSlot], dict[str, str]]:
     """Returns the tensors in one file by name, and its metadata."""
     handles = handles or Handles(fault)
     with reading(path, fault) as file:
         header = tensors.read_header(file)
         handles.keep(path, file)
     found = header.tensors.items()
-    slots = {name: Slot(path, info, handles, fault) for name, info in found}
+    slots = {name: FileSlot(path, info, handles, fault) for name, info in found}
     return slots, dict(header.metadata)
 
 
@@ -183,14 +224,14 @@ def _nothing(folder: pathlib.Path, stem: str) -> str:
 
 def _open_shards(
     index: pathlib.Path, fault: Fault
-) -> tuple[dict[str, Slot], dict[str, str]]:
+) -> tuple[dict[str, FileSlot], dict[str, str]]:
     fields = read_json(index, fault)
     weight_map = fields.get("weight_map")
     if not isinstance(weight_map, dict):
         raise fault(f"{str(index)!r} is not an index: it has no `weight_map`.")
     about = fields.get("metadata")
     saves = {"the index": about.get(_SAVE) if isinstance(about, dict) else None}
-    slots: dict[str, Slot] = {}
+    slots: dict[str, FileSlot] = {}
     metadata: dict[str, str] = {}
     wrong: list[str] = []
     handles = Handles(fault)

@@ -11,8 +11,12 @@ from ._base import (
     load_base_partial as load_base_partial,
     save_base as save_base,
 )
-from ._load import load as load, load_partial as load_partial
-from ._save import save as save
+from ._load import (
+    from_tensors as from_tensors,
+    load as load,
+    load_partial as load_partial,
+)
+from ._save import save as save, tensors as tensors
 from ._servers import (
     ServerReport as ServerReport,
     Verdict as Verdict,
@@ -28,6 +32,7 @@ __all__ = [
     "NameMap",
     "ServerReport",
     "Verdict",
+    "from_tensors",
     "load",
     "load_base",
     "load_base_partial",
@@ -35,5 +40,6 @@ __all__ = [
     "maps",
     "save",
     "save_base",
+    "tensors",
     "validate",
 ]

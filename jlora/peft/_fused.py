@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from .._numerics import filled
 from ..errors import PeftError
 from ._places import Cut, Place
 from .layers import Layer
@@ -38,7 +41,7 @@ def joined(shares: Mapping[Cut, Layer]) -> Layer:
     """Returns the layer of the whole tensor, from those of its leaves.
 
     Leaves with equal A and scale share A. Otherwise their ranks stand beside each
-    other, and B is zero where it is another leaf's.
+    other, and B is zero where it is another leaf's; so they do on a device.
 
     Raises:
       PeftError: if some leaves have a magnitude (DoRA) and others are not adapted.
@@ -50,17 +53,25 @@ def joined(shares: Mapping[Cut, Layer]) -> Layer:
     if lengths and (len(lengths) < len(cuts) or gaps(cuts)):
         raise PeftError("with DoRA all its parts must be adapted, and some are not")
     alike = all(
-        np.array_equal(layer.a, first.a) and layer.scale == first.scale
+        isinstance(layer.a, np.ndarray)
+        and np.array_equal(layer.a, first.a)
+        and layer.scale == first.scale
         for layer in layers
     )
     ranks = [layer.a.shape[0] for layer in layers]
     starts = [0 if alike else sum(ranks[:i]) for i in range(len(ranks))]
-    b = np.zeros((cuts[0].total, ranks[0] if alike else sum(ranks)), first.b.dtype)
-    for cut, layer, start in zip(cuts, layers, starts, strict=True):
-        own = layer.b * np.asarray(layer.scale / first.scale, b.dtype)
-        b[cut.start : cut.stop, start : start + layer.a.shape[0]] = own
-    a = first.a if alike else np.concatenate([layer.a for layer in layers])
-    return Layer(a, b, first.scale, np.concatenate(lengths) if lengths else None)
+    pairs = [
+        (
+            (slice(cut.start, cut.stop), slice(start, start + layer.a.shape[0])),
+            layer.b * np.asarray(layer.scale / first.scale, first.b.dtype),
+        )
+        for cut, layer, start in zip(cuts, layers, starts, strict=True)
+    ]
+    rank = ranks[0] if alike else sum(ranks)
+    b = filled((cuts[0].total, rank), first.b.dtype, pairs)
+    xp: Any = np if isinstance(first.a, np.ndarray) else jnp
+    a = first.a if alike else xp.concatenate([layer.a for layer in layers])
+    return Layer(a, b, first.scale, xp.concatenate(lengths) if lengths else None)
 
 
 def gaps(cuts: Sequence[Cut]) -> str:

@@ -1,19 +1,24 @@
-"""`load`: the adapter in a Hugging Face PEFT directory."""
+"""`load` and `from_tensors`: an adapter from PEFT's files, or from its tensors."""
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from numpy.typing import DTypeLike
 
 from .._io import paired
 from .._io.disk import Fault, Json, Path, read_json, told
 from .._io.handles import settled
-from .._io.shards import Slot, open_tensors, tensor_files
+from .._io.processes import on_host
+from .._io.shards import FileSlot, HeldSlot, Slot, open_tensors, tensor_files
 from .._io.torch_models import Facts, is_torch_named, tie_of
 from .._plan.plan import Plan
+from .._tables import listed
 from ..errors import PeftError
-from ..factors import PyTree, Trainable
+from ..factors import Array, PyTree, Trainable
+from ..transform.compat import is_staging
+from ..transform.stage import is_array
 from ._leaves import TargetLeaf, leaves_of
 from ._own_names import leaves_in, own_names, with_plain_names
 from ._reading import Reading
@@ -138,10 +143,81 @@ def read_adapter(
         if not os.path.isdir(directory):
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields, slots, metadata = open_adapter(folder)
+    what = repr(str(directory))
+    return _adapter_of(what, fields, slots, metadata, leaves, names, tied, dtype, facts)
+
+
+def from_tensors(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Array],
+    params_or_plan: PyTree | Plan,
+    *,
+    names: NameMap | None = None,
+    tied: bool | None = None,
+    dtype: DTypeLike | None = None,
+) -> Trainable:
+    """Returns the adapter that PEFT's config and tensors are, the inverse of `tensors`.
+
+    It reads as `load` does, with every check, and so on the host: arrays of a device
+    are fetched. Lay the result out with `jax.device_put` and `jlora.shardings`.
+
+    Args:
+      config: the fields of `adapter_config.json`.
+      tensors: JAX or NumPy arrays by PEFT's names, of a server or of a trainer.
+      params_or_plan: see `load`.
+      names: see `load`.
+      tied: see `load`.
+      dtype: see `load`.
+
+    Raises:
+      PeftError: if a tensor is traced; else see `load`.
+
+    Examples:
+      >>> import numpy as np, jlora
+      >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4,
+      ...           "target_modules": ["up"]}
+      >>> up = "base_model.model.up"
+      >>> a, b = np.ones((2, 4), np.float32), np.ones((6, 2), np.float32)
+      >>> arrays = {f"{up}.lora_A.weight": a, f"{up}.lora_B.weight": b}
+      >>> params = {"up": {"kernel": np.ones((4, 6))}}
+      >>> from_tensors(config, arrays, params).lora["up/kernel"].scale
+      2.0
+    """
+    wrong = [
+        f"{name!r} is {'traced' if is_staging(x) else f'a {type(x).__name__}'}"
+        for name, x in tensors.items()
+        if not is_array(x) or is_staging(x)
+    ]
+    if wrong:
+        raise PeftError(
+            "from_tensors takes arrays with known numbers, outside jit: "
+            f"{listed(wrong)}."
+        )
+    slots = {name: HeldSlot(on_host(x)) for name, x in tensors.items()}
+    leaves, what = leaves_of(params_or_plan), "These tensors"
+    trainable, report = _adapter_of(
+        what, dict(config), slots, {}, leaves, names, tied, dtype, None
+    )
+    check(report, what)
+    return trainable
+
+
+def _adapter_of(
+    what: str,
+    fields: Json,
+    slots: Mapping[str, Slot],
+    metadata: Mapping[str, str],
+    leaves: Sequence[TargetLeaf] | None,
+    names: NameMap | None,
+    tied: bool | None,
+    dtype: DTypeLike | None,
+    facts: Facts | None,
+) -> tuple[Trainable, LoadReport]:
+    """Returns what `read_adapter` does, from the config and the tensors."""
     config, odd = parse_config(fields)
     if sum(len(name) * name.count(".") for name in slots) > _MAX_NAMES:
         raise PeftError(
-            f"{str(directory)!r} cannot be read: the names of its {len(slots)} tensors "
+            f"{what} cannot be read: the names of its {len(slots)} tensors "
             f"are too long, as {max(slots, key=len)!r:.60}..."
         )
     if SIGNED in metadata and metadata[SIGNED] != signature(fields):
@@ -171,14 +247,14 @@ def read_adapter(
 
 def open_adapter(
     folder: pathlib.Path, fault: Fault = PeftError
-) -> tuple[Json, dict[str, Slot], dict[str, str]]:
+) -> tuple[Json, dict[str, FileSlot], dict[str, str]]:
     """Returns the config of a directory, its tensors and their metadata, of one save.
 
     Raises:
       fault: if a file is missing or damaged.
     """
 
-    def read() -> tuple[Json, dict[str, Slot], dict[str, str]]:
+    def read() -> tuple[Json, dict[str, FileSlot], dict[str, str]]:
         if not any(file.exists() for file in paired.places(folder, CONFIG)):
             read_json(folder / CONFIG, fault)  # says what is wrong
         slots, metadata = open_tensors(folder, STEM, fault=fault)

@@ -46,7 +46,7 @@ class Reading:
     """
 
     file: PeftConfig
-    slots: dict[str, Slot]
+    slots: Mapping[str, Slot]
     names: Names
     tied: bool | None
     dtype: DTypeLike | None
@@ -86,8 +86,7 @@ class Reading:
         """Reads what the leaves take."""
         planned = {leaf.spec.invocation for leaf in leaves if leaf.spec}
         self.config += [
-            f"alora_invocation_tokens is {list(self.file.invocation)}, in the plan "
-            f"{list(other)}"
+            f"alora_invocation_tokens is {self.file.invocation}, in the plan {other}"
             for other in planned - {self.file.invocation}
         ]
         named = [(leaf, found) for leaf in leaves if (found := self._places(leaf))]

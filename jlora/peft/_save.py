@@ -1,10 +1,12 @@
-"""`save`: an adapter as a Hugging Face PEFT directory."""
+"""`save` and `tensors`: an adapter as PEFT's files, or as its config and tensors."""
 
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -97,14 +99,119 @@ def save(
     References:
       https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
+    check_name(directory, PeftError)
+    if isinstance(trainable, Trainable):  # else the next line says what came
+        trainable = on_host(trainable)
+    fields, named = _converted(
+        trainable,
+        names=names,
+        base_model=base_model,
+        task_type=task_type,
+        tied=tied,
+        params=params,
+        portable=portable,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    text = json.dumps(fields, indent=2) + "\n"
+    metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
+    folder = pathlib.Path(directory)
+    with first_writes(PeftError) as first:
+        if not first:
+            return
+        with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
+            write_tensors(
+                new,
+                STEM,
+                {name: pending(x) for name, x in named.items()},
+                metadata=metadata,
+                max_bytes=max_shard_bytes,
+            )
+            write_text(new / CONFIG, text)
+
+
+def tensors(
+    trainable: Trainable,
+    *,
+    names: NameMap | None = None,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    tied: bool | None = None,
+    params: PyTree = None,
+    portable: bool = False,
+    dtype: DTypeLike | None = None,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Returns `(config, {name: array})`: what `save` writes, without files.
+
+    The arrays stay on their devices, and the function works under `jax.jit`: a step
+    compiles it once, however the numbers change. So the names and shapes follow from
+    the shapes only. Where `save` leaves out what is zero (padding in a stack, parts of
+    a fused leaf that are not adapted), the tensors have it; leaves that are one tensor
+    in torch do not share A. Numbers are not checked: NaN and infinity pass.
+
+    Args:
+      trainable: the adapter.
+      names: see `save`.
+      base_model: see `save`.
+      task_type: see `save`.
+      tied: see `save`.
+      params: see `save`.
+      portable: see `save`.
+      dtype: see `save`.
+
+    Returns:
+      The fields of `adapter_config.json`, and arrays by PEFT's names. A jitted function
+      returns only the arrays: `jax.jit(lambda t: jlora.peft.tensors(t)[1])`.
+
+    Raises:
+      PeftError: see `save`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, jlora
+      >>> a, b = jnp.ones((4, 2)), jnp.ones((2, 6))
+      >>> own = jlora.Factors(a, b, jlora.Spec(rank=2, alpha=4))
+      >>> adapter = jlora.Trainable({"up/kernel": own})
+      >>> config, arrays = jlora.peft.tensors(adapter)
+      >>> config["r"], {name: x.shape for name, x in arrays.items()}
+      (2, {'base_model.model.up.lora_A.weight': (2, 4),
+           'base_model.model.up.lora_B.weight': (6, 2)})
+      >>> back = jlora.peft.from_tensors(config, arrays, {"up": {"kernel": a @ b}})
+      >>> bool((back.lora["up/kernel"].a == a).all())
+      True
+    """
+    return _converted(
+        trainable,
+        names=names,
+        base_model=base_model,
+        task_type=task_type,
+        tied=tied,
+        params=params,
+        portable=portable,
+        dtype=dtype,
+        on_device=True,
+    )
+
+
+def _converted(
+    trainable: Trainable,
+    *,
+    names: NameMap | None,
+    base_model: str | None,
+    task_type: str | None,
+    tied: bool | None,
+    params: PyTree,
+    portable: bool,
+    dtype: DTypeLike | None,
+    max_shard_bytes: int | None = None,
+    on_device: bool = False,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the fields of the config, and the arrays by name."""
     if not isinstance(trainable, Trainable):
         raise PeftError(
             f"trainable must be a jlora.Trainable, got {type(trainable).__name__}."
         )
     if dtype is not None and np.dtype(dtype) not in FLOATS:
         raise PeftError(f"dtype must be a float type that torch has, got {dtype!r}.")
-    check_name(directory, PeftError)
-    trainable = on_host(trainable)
     check_whole(trainable, PeftError)
     if (
         portable
@@ -117,7 +224,7 @@ def save(
             "jlora.peft.maps."
         )
     leaves = flatten(params)[0]
-    out = Writing(names or GENERIC, tied, leaves, dtype)
+    out = Writing(names or GENERIC, tied, leaves, dtype, on_device)
     config = out.write(trainable)
     task_type = _task(task_type, base_model, config)
     if names is not None and (task_type == "CAUSAL_LM" or _has_head(leaves, out)):
@@ -125,18 +232,7 @@ def save(
     if portable:
         _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
-    text = json.dumps(fields, indent=2) + "\n"
-    metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
-    folder = pathlib.Path(directory)
-    named = {PREFIX + name: pending(x) for name, x in out.tensors.items()}
-    with first_writes(PeftError) as first:
-        if not first:
-            return
-        with replacing_files(folder, STEM, PeftError, pair=CONFIG) as new:
-            write_tensors(
-                new, STEM, named, metadata=metadata, max_bytes=max_shard_bytes
-            )
-            write_text(new / CONFIG, text)
+    return fields, {PREFIX + name: x for name, x in out.tensors.items()}
 
 
 def _has_head(leaves: Iterable[str], out: Writing) -> bool:

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from .._core.tree import widened
 from .._io.tensors import NAMES
 from .._numerics import is_finite, narrowed
 from .._tables import listed
@@ -34,12 +36,14 @@ class Writing:
       tied: whether an adapted embedding table is the output head too.
       params: the base's leaves by path, as far as they are known.
       dtype: float type to write in; None keeps that of each array.
+      on_device: keep JAX arrays, and all that the shapes allow, whatever the numbers.
     """
 
     names: NameMap
     tied: bool | None
     params: Mapping[str, ArrayLike]
     dtype: DTypeLike | None
+    on_device: bool = False
     rslora: bool = False
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -136,7 +140,7 @@ class Writing:
         return places
 
     def _cast(self, path: str, x: ArrayLike) -> np.ndarray:
-        array = np.asarray(x)
+        array: Any = jnp.asarray(x) if self.on_device else np.asarray(x)
         if array.dtype not in NAMES:
             self.wrong.append(
                 f"{path!r} is {array.dtype}, which torch files do not have"
@@ -144,6 +148,8 @@ class Writing:
             return np.zeros(array.shape, np.float32)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return array
+        if self.on_device:
+            return array.astype(self.dtype or array.dtype)
         if not is_finite(array):
             self.wrong.append(f"{path!r} holds NaN or infinity")
         if self.dtype is None:
@@ -262,8 +268,8 @@ class Writing:
         a, b = layers.ENDS["linear"]
         self.tying = True
         self.targets.append(head)
-        self.tensors[f"{head}.{a}"] = np.ascontiguousarray(layer.b.T)
-        self.tensors[f"{head}.{b}"] = np.ascontiguousarray(layer.a.T)
+        self.tensors[f"{head}.{a}"] = _contiguous(layer.b.T)
+        self.tensors[f"{head}.{b}"] = _contiguous(layer.a.T)
         self.ranks[head], self.alphas[head] = self.ranks[module], self.alphas[module]
         if layer.magnitude is not None:
             self.wrong.append(f"{path!r}: PEFT has no DoRA on a tied head")
@@ -337,9 +343,11 @@ class Writing:
                 "PEFT keeps rows, not differences"
             )
         else:
-            table = layers.weight_out(place, on_host(self.params[path]))
-            rows = table[list(spec.rows)].astype(np.float32)
-            rows = rows + np.asarray(factors.b, np.float32)
+            leaf: Any = self.params[path]
+            leaf = widened(leaf) if self.on_device else on_host(leaf)
+            table = layers.weight_out(place, leaf)
+            rows = table[np.array(spec.rows)].astype(np.float32)
+            rows = rows + factors.b.astype(np.float32)
             module = place.module
             self.tensors[f"{module}.{layers.TOKENS}"] = self._cast(path, rows)
             self.tokens[module] = spec.rows
@@ -351,7 +359,7 @@ class Writing:
             array = self._cast(path, leaf)
             for place in self._places(path, array.shape):
                 module, _, end = place.name.rpartition(".")
-                own = np.ascontiguousarray(layers.weight_out(place, array))
+                own = _contiguous(layers.weight_out(place, array))
                 modules.setdefault(module, {})[end] = own
                 if self._is_tied(path, place):
                     self.tying = True
@@ -376,3 +384,8 @@ class Writing:
             inner = ".base_layer" if module in adapted else ""
             stem = f"{module}{inner}." if module else ""
             self.tensors |= {f"{stem}{end}": x for end, x in leaves.items()}
+
+
+def _contiguous(x: Any) -> Any:
+    """Returns an array in the order of its axes; on a device it has no other."""
+    return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x

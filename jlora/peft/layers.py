@@ -1,4 +1,8 @@
-"""Layers: a leaf and its factors as the tensors of PEFT's layers, and back; numpy."""
+"""Layers: a leaf and its factors as the tensors of PEFT's layers, and back.
+
+Writing takes arrays on the host, where numbers decide which ranks and parts are in use,
+or JAX arrays, of which it keeps all. Reading is NumPy.
+"""
 
 import dataclasses
 import math
@@ -6,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from .._numerics import filled
 from ..errors import PeftError
 from ..factors import Axes, FusedParts, Spec
 from ._places import Place
@@ -149,8 +154,8 @@ def layer_out(
     b = b[tuple(cut[label] for label in labels_b)]
     if parts is not None:
         own = _columns(place, parts)
-        a, b = a[..., own], np.compress(own, b, axis=len(axes.batch))
-    elif any(at is not None for at in place.index):
+        a, b = a[..., own], b[(*(slice(None),) * len(axes.batch), own)]
+    elif any(at is not None for at in place.index) and isinstance(a, np.ndarray):
         a, b = _trimmed(a, b, place, len(axes.batch))
     sizes = place.sizes(shape)
     experts, fan_in, fan_out = _split(place, axes)
@@ -209,15 +214,19 @@ def _trimmed(
 
 
 def is_empty(layer: Layer) -> bool:
-    """Returns whether the layer adds nothing and never will: no rank is left."""
+    """Returns whether the layer adds nothing; on a device, whether no rank is left."""
+    if not isinstance(layer.a, np.ndarray):
+        return 0 in layer.a.shape
     return not (layer.a != 0).any() and not (layer.b != 0).any()
 
 
 def in_use(found: Mapping[Place, Layer]) -> dict[Place, Layer]:
     """Returns the layers without parts of a fused weight that others leave zero.
 
-    In a fresh adapter B is zero in all parts, and all stay.
+    In a fresh adapter B is zero in all parts, and all stay; on a device too.
     """
+    if not all(isinstance(layer.b, np.ndarray) for layer in found.values()):
+        return dict(found)
     fused = any(p.parts or any(isinstance(at, tuple) for at in p.index) for p in found)
     trained = any((layer.b != 0).any() for layer in found.values())
     if not fused or not trained:
@@ -234,9 +243,8 @@ def _grouped(a: np.ndarray, b: np.ndarray, groups: int) -> tuple[np.ndarray, ...
     if groups == 1:
         return a, b
     rank, n_in, *window = a.shape
-    wide = np.zeros((groups, rank, groups, n_in, *window), a.dtype)
-    for g in range(groups):
-        wide[g, :, g] = a
+    pairs = [((g, slice(None), g), a) for g in range(groups)]
+    wide = filled((groups, rank, groups, n_in, *window), a.dtype, pairs)
     return wide.reshape(groups * rank, groups * n_in, *window), b
 
 
@@ -427,19 +435,18 @@ def spread(spec: Spec, shape: tuple[int, ...], b: np.ndarray) -> np.ndarray:
     """Returns the B of fused parts with each part at its place and zeros elsewhere."""
     parts, axes = spec.parts, spec.axes
     assert parts is not None
-    out = np.zeros(axes.b_shape(shape, spec.rank), b.dtype)
     rank_axis = len(axes.batch)
     out_axis = rank_axis + 1 + axes.fan_out.index(parts.axis)
-    first = 0
+    first, pairs = 0, []
     for i in parts.adapted:
         begin = sum(parts.sizes[:i])
         to, of = [slice(None)] * b.ndim, [slice(None)] * b.ndim
         to[rank_axis] = of[rank_axis] = slice(first, first + parts.ranks[i])
         to[out_axis] = slice(begin, begin + parts.sizes[i])
         of[out_axis] = slice(0, parts.sizes[i])
-        out[tuple(to)] = b[tuple(of)]
+        pairs.append((tuple(to), b[tuple(of)]))
         first += parts.ranks[i]
-    return out
+    return filled(axes.b_shape(shape, spec.rank), b.dtype, pairs)
 
 
 def apart(parts: FusedParts | None, places: Sequence[Place]) -> bool:

@@ -312,8 +312,6 @@ def ragged_dot_general(
         return NotImplemented
     if not isinstance(weight, Weight) or weight.looked_up or not _is_grouped(eqn):
         return NotImplemented
-    if not is_inexact(kind(eqn.outvars[0]).dtype):
-        return NotImplemented
     joined = join_groups(weight)
     if any(len(group) != 1 for group in joined.dims):
         return NotImplemented
@@ -364,7 +362,12 @@ def ragged_dot_general(
 
 
 def _is_grouped(eqn: Equation) -> bool:
-    """Returns whether each row is multiplied by a matrix of `[group, in, out]`."""
+    """Returns whether each row is multiplied by a matrix of `[group, in, out]`.
+
+    Integers are not: each of several products would be rounded.
+    """
+    if not is_inexact(kind(eqn.outvars[0]).dtype):
+        return False
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     return (
         _tuples(numbers.dot_dimension_numbers) == (((1,), (1,)), ((), ()))

@@ -128,7 +128,9 @@ def test_peft_files_hold_the_invocation(tmp_path):
     read = jlora.peft.load(tmp_path, plan)
     assert read.lora["head"].spec.invocation == INVOCATION
     other, _, _ = adapted(targets="head", invocation=(9,))
-    with pytest.raises(jlora.PeftError, match=r"tokens is \[3, 4\], in the plan \[9\]"):
+    with pytest.raises(
+        jlora.PeftError, match=r"tokens is \(3, 4\), in the plan \(9,\)"
+    ):
         jlora.peft.load(tmp_path, other)
 
 

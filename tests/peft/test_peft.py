@@ -579,8 +579,8 @@ CONFIGS = {
     "rank 3 .from the config. needs": {"r": 3},
     "rank, alpha or their patterns are not those": {"lora_alpha": 16},
     "use_dora|unknown field 'use_dorra'": {"use_dorra": True},
-    "alora_invocation_tokens is .1., which jlora does not have": {
-        "alora_invocation_tokens": [1]
+    "alora_invocation_tokens is .-1.: it must be a list of token ids": {
+        "alora_invocation_tokens": [-1]
     },
     "kasa_config": {"kasa_config": {}},
     "layer_replication": {"layer_replication": [[0, 4]]},

@@ -74,6 +74,14 @@ def test_tensors_are_those_that_peft_wrote(name, kind, tmp_path):
     theirs = tensors(m.folder / kind / "adapter_model.safetensors")
     copies = {k for k in theirs if k.endswith("base_layer.weight")}
     assert ours.keys() == theirs.keys() - copies
+    fields, held = jlora.peft.tensors(adapter, **options, params=m.params)
+    assert fields == json.loads((tmp_path / "adapter_config.json").read_text())
+    assert held.keys() == ours.keys()
+    for key, x in held.items():
+        assert isinstance(x, jax.Array)
+        np.testing.assert_array_equal(x, ours[key])
+    back = jlora.peft.from_tensors(fields, held, m.params, **options)
+    jax.tree.map(np.testing.assert_array_equal, back, adapter)
     for key, x in ours.items():
         np.testing.assert_array_equal(x, theirs[key].astype(x.dtype), err_msg=key)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
