@@ -287,10 +287,7 @@ def _check_portable(
             "DoRA magnitudes: write the merged model with jlora.peft.save_base instead"
         )
     if config.invocation:
-        wrong.append(
-            f"alora_invocation_tokens={list(config.invocation)}: it would adapt all "
-            "tokens"
-        )
+        wrong.append(f"activated LoRA (invocation={config.invocation})")
     if config.bias != "none":
         wrong.append(f"trained biases (bias={config.bias!r})")
     heads = [m.rpartition(".")[2] for m in config.saved]

@@ -153,6 +153,8 @@ def of_golden() -> Iterator[Case]:
     """The adapters that PEFT wrote."""
     for name in ("llama", "tied", "gpt2", "bert"):
         for here in sorted((HERE / "peft" / name).glob("*/")):
+            if here.name == "alora":  # every server refuses the field as such
+                continue
             tensors = load_file_any(here / "adapter_model.safetensors")
             config = _json(here / "adapter_config.json")
             yield Case(f"{name}.{here.name}", name, config, tensors)
