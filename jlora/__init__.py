@@ -19,6 +19,7 @@ from . import (
     adapters as adapters,
     citations as citations,
     inspection as inspection,
+    libraries as libraries,
     methods as methods,
     optim as optim,
     paths as paths,
@@ -61,6 +62,8 @@ from .factors import (
     Trainable as Trainable,
 )
 from .inspection._report import Report as Report, report as report
+from .libraries._adopt import adopt as adopt
+from .libraries._hand_back import hand_back as hand_back
 from .methods.moments import InputMoments as InputMoments, Statistics as Statistics
 from .quantised import Quantized as Quantized, from_qwix as from_qwix
 
@@ -109,6 +112,7 @@ __all__ = [
     "__version__",
     "activation_statistics",
     "adapters",
+    "adopt",
     "apply_lora",
     "checkpoint",
     "citations",
@@ -119,7 +123,9 @@ __all__ = [
     "files",
     "from_qwix",
     "gradient_statistics",
+    "hand_back",
     "inspection",
+    "libraries",
     "load",
     "merge",
     "methods",

@@ -17,8 +17,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
-from ..factors import Array, Factors, Leaf, Spec
+from ..factors import Array, Axes, Factors, Leaf, Spec
 from ..methods import low_rank_pair, method_of
+from ..transform.compat import is_staging
 
 
 def delta(factors: Factors, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -149,6 +150,92 @@ def common_settings(several: Sequence[Factors]) -> dict[str, Any]:
         if len(values) == 1:
             (found[name],) = values
     return found
+
+
+def with_axes(factors: Factors, axes: Axes) -> Factors:
+    """Returns factors of plain LoRA over other axes, whose update is the same.
+
+    A factor that lacks a batch axis is repeated along it. An axis of fan-in that is in
+    B, or of fan-out that is in A, goes into the rank, which it multiplies; it is left
+    out instead where all entries along it are equal, which cannot be seen under `jit`.
+
+    Examples:
+      One A for each of 4 heads, as the operation that keeps heads apart needs it:
+
+      >>> import jax.numpy as jnp
+      >>> spec = Spec(rank=2, alpha=2.0, axes=Axes(fan_in=(0, 1), fan_out=(2,)))
+      >>> f = Factors(jnp.ones((8, 4, 2)), jnp.ones((2, 5)), spec)
+      >>> with_axes(f, Axes(fan_in=(0,), fan_out=(1, 2)))
+      Factors(a=float32[8,8], b=float32[8,4,5], rank=8, alpha=8.0, axes=...)
+    """
+    old = factors.spec.axes
+    if old == axes:
+        return factors
+    a, names_a = factors.a, [*old.batch, *old.fan_in, _RANK]
+    b, names_b = factors.b, [*old.batch, _RANK, *old.fan_out]
+    shape = old.weight_shape(a.shape, b.shape)
+    for i in axes.order:
+        wanted = i not in axes.fan_out, i not in axes.fan_in
+        if wanted == (i in names_a, i in names_b):
+            continue
+        if i not in names_a:
+            a, names_a = _repeated(a, names_a, i, shape[i])
+        if i not in names_b:
+            b, names_b = _repeated(b, names_b, i, shape[i])
+        if not wanted[1] and _is_constant(b, names_b.index(i)):
+            b, names_b = _first(b, names_b, i)
+        elif not wanted[1]:
+            a, names_a = _diagonal(a, names_a, i)
+            b, names_b = _in_rank(b, names_b, i)
+        elif not wanted[0] and _is_constant(a, names_a.index(i)):
+            a, names_a = _first(a, names_a, i)
+        elif not wanted[0]:
+            a, names_a = _in_rank(a, names_a, i)
+            b, names_b = _diagonal(b, names_b, i)
+    order_a = [*axes.batch, *axes.fan_in, _RANK]
+    order_b = [*axes.batch, _RANK, *axes.fan_out]
+    a = jnp.transpose(a, [names_a.index(name) for name in order_a])
+    b = jnp.transpose(b, [names_b.index(name) for name in order_b])
+    changes: dict[str, Any] = {"axes": axes}
+    if a.shape[-1] != factors.rank:
+        rank = a.shape[-1]
+        changes |= {"rank": rank, "alpha": factors.scale * rank, "rslora": False}
+    return Factors(a, b, dataclasses.replace(factors.spec, **changes))
+
+
+_RANK = -1  # the name of the rank axis; axes of the weight have their numbers
+
+
+def _repeated(x: Leaf, names: list[int], i: int, n: int) -> tuple[Leaf, list[int]]:
+    return jnp.broadcast_to(x, (n, *x.shape)), [i, *names]
+
+
+def _first(x: Leaf, names: list[int], i: int) -> tuple[Leaf, list[int]]:
+    at = names.index(i)
+    return jax.lax.index_in_dim(x, 0, at, keepdims=False), [n for n in names if n != i]
+
+
+def _is_constant(x: Leaf, axis: int) -> bool:
+    """Returns whether it is known that all entries along `axis` are equal."""
+    if is_staging(x):
+        return False
+    return bool(jnp.all(x == jax.lax.slice_in_dim(x, 0, 1, axis=axis)))
+
+
+def _in_rank(x: Leaf, names: list[int], i: int) -> tuple[Leaf, list[int]]:
+    """Returns `x` with the axis `i` as the outer part of the rank axis."""
+    rest = [name for name in names if name not in (i, _RANK)]
+    x = jnp.transpose(x, [names.index(name) for name in (i, _RANK, *rest)])
+    return x.reshape(-1, *x.shape[2:]), [_RANK, *rest]
+
+
+def _diagonal(x: Leaf, names: list[int], i: int) -> tuple[Leaf, list[int]]:
+    """Returns `x` with ranks of its own for each entry of the axis `i`."""
+    rest = [name for name in names if name not in (i, _RANK)]
+    x = jnp.transpose(x, [names.index(name) for name in (i, _RANK, *rest)])
+    n, rank, *sizes = x.shape
+    own = jnp.eye(n, dtype=x.dtype).reshape(n, n, *[1] * (x.ndim - 1)) * x[:, None]
+    return own.reshape(n, n * rank, *sizes), [i, _RANK, *rest]
 
 
 def decompose(factors: Factors) -> tuple[jax.Array, jax.Array, jax.Array]:

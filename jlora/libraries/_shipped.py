@@ -1,0 +1,116 @@
+"""The rules of libraries: names, axes and scales as their code has them."""
+
+from ._rules import ONE, Library, Place
+
+_DENSE = "i o -> i r, r o"
+
+#: qwix, and tunix, which trains with it: Linen and NNX. Scale `alpha / rank`.
+#: https://github.com/google/qwix/blob/main/qwix/_src/providers/lora.py
+QWIX = Library("qwix", (Place("*", "*_lora_a", "*_lora_b"),))
+
+#: MaxText, whose scanned layers lie along the second axis of all that qwix makes.
+#: https://github.com/AI-Hypercomputer/maxtext
+MAXTEXT = Library(
+    "maxtext",
+    (
+        Place("*/layers/*", "*/layers/*_lora_a", "*/layers/*_lora_b", stacked=1),
+        *QWIX.places,
+    ),
+)
+
+#: Flax: `nnx.LoRA` around a layer, and `nnx.LoRALinear`. No scale.
+#: https://github.com/google/flax/blob/main/flax/nnx/nn/lora.py
+NNX = Library(
+    "nnx",
+    (
+        Place(
+            "*/base_module/kernel",
+            "*/lora_a",
+            "*/lora_b",
+            _DENSE,
+            ONE,
+            wrapper="base_module",
+        ),
+        Place("*/kernel", "*/lora/lora_a", "*/lora/lora_b", _DENSE, ONE),
+    ),
+)
+
+#: EasyDeL, whose layers are `nnx.LoRA` of its own linear layers. No scale.
+#: https://github.com/erfanzar/EasyDeL
+EASYDEL = Library(
+    "easydel",
+    (
+        *NNX.places,
+        Place(
+            "*/base_module/weight",
+            "*/lora_a",
+            "*/lora_b",
+            _DENSE,
+            ONE,
+            wrapper="base_module",
+        ),
+    ),
+)
+
+#: DeepMind's gemma: `gm.nn.LoRA`, and `gemma.peft` in other Linen models. No scale.
+#: https://github.com/google-deepmind/gemma/blob/main/gemma/peft/_lora.py
+GEMMA = Library(
+    "gemma",
+    (
+        Place("*/w", "*/_LoRAEinsum_0/lora/a", "*/_LoRAEinsum_0/lora/b", scale=ONE),
+        Place("*/*", "*/_LoRAEinsum_*/lora/a", "*/_LoRAEinsum_*/lora/b", scale=ONE),
+        Place("*/kernel", "*/lora/a", "*/lora/b", scale=ONE),
+    ),
+)
+
+#: Keras: `layer.enable_lora` of Dense, EinsumDense, Embedding and convolutions. The
+#: tree is `{v.path: v.value for v in model.variables}`. Scale `lora_alpha / rank`.
+#: https://github.com/keras-team/keras/blob/master/keras/src/layers/core/dense.py
+KERAS = Library(
+    "keras",
+    (
+        Place("*/kernel", "*/lora_kernel_a", "*/lora_kernel_b", "... o -> ... r, r o"),
+        Place(
+            "*/embeddings",
+            "*/lora_embeddings_a",
+            "*/lora_embeddings_b",
+            _DENSE,
+            op="embedding",
+        ),
+    ),
+)
+
+#: openpi. Only the attention has a scale, `alpha / rank` or `alpha / sqrt(rank)`. The
+#: B of its output projection is summed over the heads, as its einsum does.
+#: https://github.com/Physical-Intelligence/openpi/blob/main/src/openpi/models/lora.py
+OPENPI = Library(
+    "openpi",
+    (
+        Place(
+            "*/attn_vec_einsum*/w",
+            "*/attn_vec_einsum*/lora_a",
+            "*/attn_vec_einsum*/lora_b",
+            "... n h d -> ... n h r, ... m r d",
+        ),
+        Place("*/w", "*/lora_a", "*/lora_b", "... i o -> ... i r, ... r o"),
+        Place(
+            "*/gating_einsum",
+            "*/gating_einsum_lora_a",
+            "*/gating_einsum_lora_b",
+            "... i o -> ... i r, ... r o",
+            ONE,
+        ),
+        Place(
+            "*/linear",
+            "*/linear_lora_a",
+            "*/linear_lora_b",
+            "... i o -> ... i r, ... r o",
+            ONE,
+        ),
+    ),
+)
+
+SHIPPED = {
+    library.name: library
+    for library in (QWIX, MAXTEXT, NNX, EASYDEL, GEMMA, KERAS, OPENPI)
+}
