@@ -164,7 +164,7 @@ def with_axes(factors: Factors, axes: Axes) -> Factors:
 
       >>> import jax.numpy as jnp
       >>> spec = Spec(rank=2, alpha=2.0, axes=Axes(fan_in=(0, 1), fan_out=(2,)))
-      >>> f = Factors(jnp.ones((8, 4, 2)), jnp.ones((2, 5)), spec)
+      >>> f = Factors(jnp.arange(64.0).reshape(8, 4, 2), jnp.ones((2, 5)), spec)
       >>> with_axes(f, Axes(fan_in=(0,), fan_out=(1, 2)))
       Factors(a=float32[8,8], b=float32[8,4,5], rank=8, alpha=8.0, axes=...)
     """
