@@ -38,8 +38,15 @@ def delta(factors: Factors, dtype: DTypeLike = jnp.float32) -> jax.Array:
     dense = method_of(factors.spec).dense
     if dense is not None:
         return dense(factors, dtype)
+    return spread(*low_rank_pair(factors), factors, dtype)
+
+
+def spread(a: jax.Array, b: jax.Array, factors: Factors, dtype: DTypeLike) -> jax.Array:
+    """Returns `scale * a @ b` in `dtype`, with axes in the order of the weight's.
+
+    `a` and `b` are those of `factors`, or slices of them.
+    """
     axes = factors.spec.axes
-    a, b = low_rank_pair(factors)
     batch = a.shape[: len(axes.batch)]
     fan_in = a.shape[len(axes.batch) : -1]
     fan_out = b.shape[len(axes.batch) + 1 :]

@@ -3,6 +3,8 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ from .._numerics import add_rounded, at_least_float32, not_finite, wider
 from .._tables import listed
 from ..errors import MergeError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
-from ..methods import method_of
+from ..methods import low_rank_pair, method_of
 from ..methods.dora import dense_gain
 from ..quantised import is_quantized
 from ..transform.compat import is_staging, placed_like
-from .algebra import delta
+from ..transform.kept import one_at_a_time
+from .algebra import delta, spread
+from .donation import Donation
 from .tree import (
     MISSING,
     Tree,
@@ -36,6 +40,7 @@ def merge(
     *,
     check: bool = False,
     requantize: bool = False,
+    donate: bool = False,
 ) -> Tree:
     """Returns plain parameters: `w + scale * a @ b` at each adapted weight.
 
@@ -49,17 +54,29 @@ def merge(
     the sum of an adapted one gets new codes of the same kind, blocks and storage. Four
     bits seldom hold the update of an adapter: read the warning.
 
+    With `donate`, as in `jax.device_put`, an array of `frozen` that the result does not
+    hold is deleted as soon as its sum is made. So memory holds one model and the update
+    of one leaf at most, in place of two models. JAX raises `RuntimeError: Array has
+    been deleted` where such an array is used again, also through another tree: `params`
+    of `split` has the same arrays. These stay: leaves without factors, which the result
+    holds, all of `trainable`, and NumPy arrays. An array that stands in the tree twice
+    is deleted if the result holds it nowhere. If the trees do not fit, or a check
+    fails, nothing is deleted. Under `jit` donate the argument:
+    `jax.jit(jlora.merge, donate_argnums=0)`.
+
     Args:
       frozen: from `split`.
       trainable: from `split`, trained.
       check: raise an error where a sum is too large for the weight's dtype, or the
         adapter holds NaN. It compares numbers, so it does not work under `jit`.
       requantize: whether quantised leaves stay quantised.
+      donate: whether arrays of `frozen` may be deleted.
 
     Raises:
       TreeError: if the two do not fit together; lists every misfit.
       MergeError: for activated LoRA. With `check`, also if a number of a weight was
-        finite and is no longer; lists the leaves.
+        finite and is no longer; lists the leaves. With `donate` or `check`, under
+        `jit`.
 
     Warns:
       UserWarning: names weights of eight bits or fewer, with the share of the update
@@ -75,7 +92,7 @@ def merge(
       >>> bool((jlora.merge(frozen, trainable)["w"] == params["w"]).all())
       True
     """
-    whole = combine(frozen, trainable)
+    leaves, treedef = flatten_frozen(combine(frozen, trainable))
     gated = [repr(path) for path, f in trainable.lora.items() if f.spec.invocation]
     if gated:
         raise MergeError(
@@ -83,10 +100,89 @@ def merge(
             "tokens on, so no merged weight equals them. Keep the adapter beside the "
             "base, and call jlora.apply_lora(fn) with lora_gate=."
         )
-    merged = _shift(whole, trainable, sign=1, dense=not requantize)
-    if check:
-        _check_finite(whole, merged, trainable)
-    coarse, coded = _coarse(whole, merged, trainable)
+    if (donate or check) and is_staging(leaves, trainable):
+        raise MergeError(
+            "check=True compares numbers: call merge outside jit."
+            if check
+            else "donate=True deletes arrays, and under jit there are none yet. Write "
+            "jax.jit(jlora.merge, donate_argnums=0), or call merge outside jit."
+        )
+    sums = functools.partial(_sum_of, leaves, trainable, dense=not requantize)
+    if donate:
+        if check:
+            _check_finite(leaves, sums, trainable)
+        merged, lost = _consume(frozen, leaves, trainable, sums)
+    else:
+        merged = {path: sums(path) for path in leaves}
+        if check:
+            _check_finite(leaves, merged.__getitem__, trainable)
+        lost = [_loss(p, leaves[p], merged[p], f) for p, f in trainable.lora.items()]
+    _warn(lost)
+    return treedef.unflatten(merged.values())
+
+
+def _consume(
+    frozen: PyTree,
+    leaves: Mapping[str, Leaf],
+    trainable: Trainable,
+    sum_of: Callable[[str], Leaf],
+) -> tuple[dict[str, Leaf], list["_Loss | None"]]:
+    """Returns the merged `leaves`, and what they lost; deletes arrays of `frozen`."""
+    donation = Donation(frozen, trainable)
+    olds, _ = flatten_frozen(frozen)
+    merged, lost = {}, []
+    for path, w in leaves.items():
+        factors = trainable.lora.get(path)
+        if factors is not None and donation.has(w) and not _is_coarse(w):
+            # One after the other: each takes memory for its update as it starts.
+            add = _sum_in_place(w.sharding)
+            new = add(w, factors, sign=1, pieces=_pieces(w, factors))
+            merged[path] = jax.block_until_ready(new)
+        else:
+            merged[path] = sum_of(path)
+            if factors is not None:
+                lost.append(_loss(path, w, merged[path], factors))
+        if merged[path] is not olds[path]:
+            donation.release(olds[path])
+    return merged, lost
+
+
+class _Loss(NamedTuple):
+    """What a merged weight of few bits lost of the update, in words."""
+
+    is_coded: bool
+    text: str
+
+
+def _is_coarse(w: Leaf) -> bool:
+    """Returns whether a leaf has eight bits or fewer, or is quantised."""
+    return is_quantized(w) or jnp.finfo(w.dtype).bits <= 8
+
+
+def _loss(path: str, old: Leaf, new: Leaf, factors: Factors) -> _Loss | None:
+    """Returns what a merged leaf lost; None of a leaf that is fine enough."""
+    if not _is_coarse(new):
+        return None
+    is_coded = is_quantized(new)
+    name = new.kind if is_coded else new.dtype
+    if is_staging(new):
+        return _Loss(is_coded, f"{path!r} ({name})")
+    share, error = _lost(widened(old), widened(new), factors)
+    if share == 0:
+        return None
+    if is_coded:
+        off = f"off by {error:.4f} of its norm"
+        lost = f", {share:.0%} of the update lost" if math.isfinite(share) else ""
+        return _Loss(is_coded, f"{path!r} ({name}, {off}{lost})")
+    told = f"{share:.0%}" if share < 0.995 else "all"
+    return _Loss(is_coded, f"{path!r} ({name}, {told} of it)")
+
+
+def _warn(lost: Iterable[_Loss | None]) -> None:
+    """Warns the caller of `merge` of what was lost."""
+    found = [loss for loss in lost if loss is not None]
+    coarse = [loss.text for loss in found if not loss.is_coded]
+    coded = [loss.text for loss in found if loss.is_coded]
     told = []
     if coarse:
         told.append(
@@ -100,40 +196,7 @@ def merge(
             "keep the adapter beside the codes."
         )
     if told:
-        warnings.warn("\n".join(told), stacklevel=2)
-    return merged
-
-
-def _coarse(
-    before: PyTree, after: PyTree, trainable: Trainable
-) -> tuple[list[str], list[str]]:
-    """Returns the merged leaves of at most eight bits, with what they lost of it.
-
-    They are the arrays of a narrow dtype, and those that were quantised again.
-    """
-    olds, _ = paths.flatten(before)
-    news, _ = paths.flatten(after)
-    found: tuple[list[str], list[str]] = [], []
-    for path, factors in trainable.lora.items():
-        new = news[path]
-        is_coded = is_quantized(new)
-        name = new.kind if is_coded else new.dtype
-        if not is_coded and jnp.finfo(new.dtype).bits > 8:
-            continue
-        if is_staging(new):
-            found[is_coded].append(f"{path!r} ({name})")
-            continue
-        share, error = _lost(widened(olds[path]), widened(new), factors)
-        if share == 0:
-            continue
-        if is_coded:
-            off = f"off by {error:.4f} of its norm"
-            lost = f", {share:.0%} of the update lost" if math.isfinite(share) else ""
-            found[1].append(f"{path!r} ({name}, {off}{lost})")
-        else:
-            told = f"{share:.0%}" if share < 0.995 else "all"
-            found[0].append(f"{path!r} ({name}, {told} of it)")
-    return found
+        warnings.warn("\n".join(told), stacklevel=3)
 
 
 def _lost(w: Leaf, new: Leaf, factors: Factors) -> tuple[float, float]:
@@ -147,24 +210,22 @@ def _lost(w: Leaf, new: Leaf, factors: Factors) -> tuple[float, float]:
     return float(lost / change) if change else math.inf, float(lost / size)
 
 
-def _check_finite(before: PyTree, after: PyTree, trainable: Trainable) -> None:
-    """Raises a MergeError that lists where the merge made NaN or infinity."""
-    olds, _ = paths.flatten(before)
-    news, _ = paths.flatten(after)
-    if any(is_staging(x) for x in news.values()):
-        raise MergeError("check=True compares numbers: call merge outside jit.")
+def _check_finite(
+    leaves: Mapping[str, Leaf], sum_of: Callable[[str], Leaf], trainable: Trainable
+) -> None:
+    """Raises a MergeError that lists where the merge makes NaN or infinity."""
     wrong = [f"{p!r} has NaN or infinity" for p in not_finite(trainable.full)]
     for path, factors in trainable.lora.items():
-        old, new = widened(olds[path]), widened(news[path])
+        old, new = widened(leaves[path]), widened(sum_of(path))
+        dtype = new.dtype
         if not not_finite({path: new}):
             continue
         w, new = (jnp.asarray(x).astype(jnp.float32) for x in (old, new))
         if not bool((jnp.isfinite(w) & ~jnp.isfinite(new)).any()):
             continue  # the base has it already
-        w = old.astype(at_least_float32(news[path].dtype))
+        w = old.astype(at_least_float32(dtype))
         total = _add_delta(w, factors, sign=1)
         finite = bool(jnp.isfinite(total).all())
-        dtype = news[path].dtype
         wrong.append(
             f"{path!r} would hold {float(jnp.abs(total).max()):.6g}, but {dtype} holds "
             f"at most {float(jnp.finfo(dtype).max):.6g}: convert the base to "
@@ -226,27 +287,70 @@ def unmerge(params: Tree, trainable: Trainable) -> Tree:
             "merged weights do not determine the original ones. Keep frozen from "
             "jlora.split."
         )
-    return _shift(frozen, trainable, sign=-1)
+    leaves, treedef = flatten_frozen(frozen)
+    return treedef.unflatten(_sum_of(leaves, trainable, p, sign=-1) for p in leaves)
 
 
-def _shift(tree: Tree, trainable: Trainable, *, sign: int, dense: bool = False) -> Tree:
-    """Returns `tree` with `sign * delta` added to each adapted weight.
+def _sum_of(
+    leaves: Mapping[str, Leaf],
+    trainable: Trainable,
+    path: str,
+    *,
+    sign: int = 1,
+    dense: bool = False,
+) -> Leaf:
+    """Returns a leaf with `sign * delta` added, if it is adapted.
 
-    A quantised weight is quantised again, unless all leaves are made `dense`.
+    A quantised leaf is quantised again, unless all leaves are made `dense`.
     """
-    leaves, treedef = flatten_frozen(tree)
-    for path, w in leaves.items():
-        if path not in trainable.lora:
-            leaves[path] = widened(w) if dense else w
-            continue
-        leaves[path] = _add_delta(widened(w), trainable.lora[path], sign)
-        if is_quantized(w) and not dense:
-            leaves[path] = coded_as(w, leaves[path])
-    return treedef.unflatten(leaves.values())
+    w = leaves[path]
+    if path not in trainable.lora:
+        return widened(w) if dense else w
+    new = _add_delta(widened(w), trainable.lora[path], sign=sign)
+    return coded_as(w, new) if is_quantized(w) and not dense else new
 
 
-def _add_delta(w: Leaf, factors: Factors, sign: int) -> jax.Array:
+def _add_delta(w: Leaf, factors: Factors, *, sign: int) -> jax.Array:
+    """Returns `w + sign * delta`, rounded once.
+
+    Under `jit` one sum is made after the other: XLA's CPU compiler would otherwise hold
+    the updates of all weights at once.
+    """
+    if is_staging(w, factors):
+        return one_at_a_time(functools.partial(_added, sign=sign), w, factors)
+    pieces = _pieces(w, factors)
+    return placed_as(w, _added_now(w, factors, sign=sign, pieces=pieces))
+
+
+@functools.lru_cache(maxsize=64)
+def _sum_in_place(sharding: jax.sharding.Sharding) -> Any:
+    """Returns `_added` as a program that takes the memory of `w`."""
+    return jax.jit(
+        _added,
+        static_argnames=("sign", "pieces"),
+        donate_argnames="w",
+        out_shardings=sharding,
+    )
+
+
+def _pieces(w: Leaf, factors: Factors) -> int:
+    """Returns in how many pieces along the first axis a sum is made.
+
+    A piece takes little memory for its update. An array on several devices is one
+    piece, since they may divide that axis, and so is one whose sum is rescaled whole.
+    """
+    method = method_of(factors.spec)
+    if method.dense is not None or method.gain is not None:
+        return 1
+    if isinstance(w, jax.Array) and len(w.sharding.device_set) > 1:
+        return 1
+    return math.gcd(w.shape[0], 16) if w.size >= 2**16 else 1
+
+
+def _added(w: Leaf, factors: Factors, *, sign: int, pieces: int = 1) -> jax.Array:
     """Returns `w + sign * delta`, rounded once."""
+    if pieces > 1:
+        return _added_in_pieces(w, factors, sign, pieces)
     wide = at_least_float32(w.dtype)
     gain = method_of(factors.spec).gain
 
@@ -254,4 +358,38 @@ def _add_delta(w: Leaf, factors: Factors, sign: int) -> jax.Array:
         return total if gain is None else total * dense_gain(factors, total)
 
     own = placed_like(w, functools.partial(delta, dtype=wide), factors)
-    return placed_as(w, add_rounded(w, [sign * own], rescale))
+    return add_rounded(w, [sign * own], rescale)
+
+
+def _added_in_pieces(w: Leaf, factors: Factors, sign: int, pieces: int) -> jax.Array:
+    """Returns `_added`, made in a loop over slices of the first axis.
+
+    The loop carries numbers of 16 bits as integers: XLA's CPU compiler would widen the
+    whole array at each step.
+    """
+    a, b = low_rank_pair(factors)
+    axes, wide = factors.spec.axes, at_least_float32(w.dtype)
+    carried = jnp.uint16 if w.dtype.itemsize == 2 else w.dtype
+    n_batch, n_in = len(axes.batch), len(axes.fan_in)
+    place = axes.order.index(0)
+    size = w.shape[0] // pieces
+
+    def step(i: jax.Array, total: jax.Array) -> jax.Array:
+        def piece(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
+
+        own_a = piece(a, place) if place < n_batch + n_in else a
+        own_b = b
+        if place < n_batch:
+            own_b = piece(b, place)
+        elif place >= n_batch + n_in:
+            own_b = piece(b, place - n_in + 1)
+        change = sign * spread(own_a, own_b, factors, wide)
+        new = add_rounded(piece(total, 0).view(w.dtype), [change]).view(carried)
+        return jax.lax.dynamic_update_slice_in_dim(total, new, i * size, 0)
+
+    total = jax.lax.fori_loop(0, pieces, step, jnp.asarray(w).view(carried))
+    return total.view(w.dtype)
+
+
+_added_now = jax.jit(_added, static_argnames=("sign", "pieces"))

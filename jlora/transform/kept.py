@@ -58,6 +58,16 @@ def _batch_added(operands: Sequence[Any], axes: Sequence[Any], *, kept: bool) ->
     return added_p.bind(y, z, kept=kept), 0
 
 
+def one_at_a_time(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    """Returns `fun(*args)`; XLA's CPU compiler does not mix its work with other work.
+
+    So several of these hold their temporary arrays one after the other.
+    """
+    return jax.lax.platform_dependent(
+        *args, cpu=functools.partial(kept_call, fun), default=fun
+    )
+
+
 added_p = Primitive("added")
 added_p.def_impl(_add)
 added_p.def_abstract_eval(lambda y, z, kept: y)
