@@ -31,10 +31,10 @@ Two real models learn two tasks, each with little data, so that one processor co
 trains all rows in about an hour.
 
 - *Encoder*: MiniLM-L6 tells good from bad Amazon review sentences, cut at 24 tokens.
-  The test part has 603 sentences. Reviews are not divided between parts.
+  The test part has 603 sentences, the validation part 339. No review is in two parts.
 - *Decoder*: SmolLM2-135M-Instruct writes the headlines of BBC news stories. The test
-  part has 64 stories. *Right tokens* are those that the model ranks first, given the
-  headline so far.
+  part has 64 stories, and so has the validation part. *Right tokens* are those that the
+  model ranks first, given the headline so far.
 
 **Only the upper layers are trained, in every row**: the last 3 of MiniLM's 6 layers,
 the last 4 of SmolLM2's 30. The layers below are frozen and run once for all examples.
@@ -45,9 +45,8 @@ Every row is tuned in the same way. The first seed trains at each of five rates,
 program under `vmap`: {rates}. The tables after *Learning rates* try the upper three,
 for at lower ones LoRA changes little in so few steps. The rate with the lowest loss on
 a *validation* part is kept, and the other seeds train at that rate. Only then is the
-test part read, once for each seed. The validation part is the sentences of reviews, or
-the stories, that are neither trained on nor tested. A star marks a rate at an end of
-the grid: the best one may lie beyond.
+test part read, once for each seed. A star marks a rate at an end of the grid: the best
+one may lie beyond.
 
 The optimizer is Adam without weight decay. Rates rise over a tenth of the steps and
 fall to zero. MiniLM's new head is trained in every row, at a rate of 0.01. LoRA is on q
@@ -155,8 +154,8 @@ def costs(found: common.Figures, ahead: common.Figures | None) -> str:
         parts += [
             "### Inference on one TPU v5e chip, by its compiler\n",
             source(ahead["environment"]),
-            "Nothing ran. The compiler counts the body of the scan over layers once. "
-            "The figures are multiples of the frozen model's. FLOPs:\n",
+            "Nothing ran. These are one layer and the head, as multiples of the frozen "
+            "model's. FLOPs:\n",
             markdown(earlier.inference_columns(ahead["inference"], "flops")),
             "Bytes moved:\n",
             markdown(earlier.inference_columns(ahead["inference"], "bytes")),

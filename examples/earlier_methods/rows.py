@@ -97,16 +97,16 @@ ENCODER_ROWS = {
     "LoRA, rank 64": _lora("rank", "alpha", rank=64),
     "rsLoRA, rank 64": _lora("rank", rank=64, rslora=True),
     "all linear, rank 2": _lora("weights", rank=2, targets=ALL),
-    "attention, rank 4": _lora("weights", rank=4, targets=ATTENTION),
     "alpha 64, rank 64": _lora("alpha", rank=64, alpha=64),
-    "base in nf4": _lora("base", base="nf4"),
-    "base in int8": _lora("base", base="int8"),
     "PiSSA": _lora("start", init="pissa"),
-    "2 epochs": _lora("epochs", steps=80),
-    "batches of 32": _lora("batch", size=32, steps=20),
-    "batches of 8": _lora("batch", size=8, steps=80),
+    "base in nf4": _lora("base", base="nf4"),
     "rank 1, 160 sentences": _lora("data", rank=1, examples=160, steps=20),
     "rank 64, 160 sentences": _lora("data", rank=64, examples=160, steps=20),
+    "batches of 32": _lora("batch", size=32, steps=20),
+    "base in int8": _lora("base", base="int8"),
+    "attention, rank 4": _lora("weights", rank=4, targets=ATTENTION),
+    "2 epochs": _lora("epochs", steps=80),
+    "batches of 8": _lora("batch", size=8, steps=80),
     "rank 1, 1920 sentences": _lora("data", rank=1, examples=1920, steps=120),
     "rank 64, 1920 sentences": _lora("data", rank=64, examples=1920, steps=120),
     "alpha 8, rank 8": _lora("alpha", alpha=8),
@@ -123,6 +123,9 @@ ENCODER_ROWS = {
 }
 DECODER_ROWS = {
     LORA: _writes(lambda: methods.lora(head=False)),
+    "LoRA, all linear, rank 8": _writes(
+        lambda: methods.lora(head=False, targets=(ALL, "layers/gate/kernel"))
+    ),
     FULL: _writes(lambda: methods.full(("layers/**", "norm"))),
     "adapters, Houlsby": _writes(lambda: methods.houlsby(6)),
     "prefix": _writes(lambda: methods.prefix(16)),
