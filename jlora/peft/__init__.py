@@ -11,6 +11,7 @@ from ._base import (
     load_base_partial as load_base_partial,
     save_base as save_base,
 )
+from ._experts import ExpertLayout as ExpertLayout
 from ._load import (
     from_tensors as from_tensors,
     load as load,
@@ -28,6 +29,7 @@ from .report import LoadReport as LoadReport
 __all__ = [
     "GENERIC",
     "Entry",
+    "ExpertLayout",
     "LoadReport",
     "NameMap",
     "ServerReport",

@@ -19,6 +19,8 @@ from ..errors import PeftError
 from ..factors import Array, PyTree, Trainable
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
+from ._expert_reading import modules_of, relaid
+from ._experts import ExpertLayout, layout_of
 from ._leaves import TargetLeaf, leaves_of
 from ._own_names import leaves_in, own_names, with_plain_names
 from ._reading import Reading
@@ -37,6 +39,7 @@ def load(
     names: NameMap | None = None,
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
 ) -> Trainable:
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
@@ -53,6 +56,8 @@ def load(
       names: what the leaves are called in torch, see `save`.
       tied: whether the embedding table is the output head too; a plan tells itself.
       dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
+      layout: how the file keeps the experts of a mixture, see `ExpertLayout`. None
+        takes what names and shapes tell.
 
     Raises:
       PeftError: if a file is missing, damaged or not a LoRA adapter, or a number is too
@@ -71,7 +76,7 @@ def load(
       2.0
     """
     trainable, report = load_partial(
-        directory, params_or_plan, names=names, tied=tied, dtype=dtype
+        directory, params_or_plan, names=names, tied=tied, dtype=dtype, layout=layout
     )
     check(report, f"The adapter in {str(directory)!r}", "load_partial")
     return trainable
@@ -84,6 +89,7 @@ def load_partial(
     names: NameMap | None = None,
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
 ) -> tuple[Trainable, LoadReport]:
     """Returns what fits of an adapter that `load` reads, and a report of the rest.
 
@@ -93,6 +99,7 @@ def load_partial(
       names: see `load`.
       tied: see `load`.
       dtype: see `load`.
+      layout: see `load`.
 
     Returns:
       `(adapter, report)`; the report is false if everything fits.
@@ -111,7 +118,12 @@ def load_partial(
       (Trainable(lora={}, full={}), 2)
     """
     return read_adapter(
-        directory, leaves_of(params_or_plan), names=names, tied=tied, dtype=dtype
+        directory,
+        leaves_of(params_or_plan),
+        names=names,
+        tied=tied,
+        dtype=dtype,
+        layout=layout,
     )
 
 
@@ -122,6 +134,7 @@ def read_adapter(
     names: NameMap | None = None,
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
     facts: Facts | None = None,
 ) -> tuple[Trainable, LoadReport]:
     """Returns what fits of an adapter, and a report of the rest: the one reader.
@@ -133,6 +146,7 @@ def read_adapter(
       names: see `load`.
       tied: see `load`.
       dtype: see `load`.
+      layout: see `load`.
       facts: what the model's `config.json` says, where its leaves have torch's names.
 
     Raises:
@@ -144,7 +158,10 @@ def read_adapter(
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
     fields, slots, metadata = open_adapter(folder)
     what = repr(str(directory))
-    return _adapter_of(what, fields, slots, metadata, leaves, names, tied, dtype, facts)
+    layout = layout_of(layout)
+    return _adapter_of(
+        what, fields, slots, metadata, leaves, names, tied, dtype, facts, layout
+    )
 
 
 def from_tensors(
@@ -155,6 +172,7 @@ def from_tensors(
     names: NameMap | None = None,
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
 ) -> Trainable:
     """Returns the adapter that PEFT's config and tensors are, the inverse of `tensors`.
 
@@ -168,6 +186,7 @@ def from_tensors(
       names: see `load`.
       tied: see `load`.
       dtype: see `load`.
+      layout: see `load`.
 
     Raises:
       PeftError: if a tensor is traced; else see `load`.
@@ -196,7 +215,16 @@ def from_tensors(
     slots = {name: HeldSlot(on_host(x)) for name, x in tensors.items()}
     leaves, what = leaves_of(params_or_plan), "These tensors"
     trainable, report = _adapter_of(
-        what, dict(config), slots, {}, leaves, names, tied, dtype, None
+        what,
+        dict(config),
+        slots,
+        {},
+        leaves,
+        names,
+        tied,
+        dtype,
+        None,
+        layout_of(layout),
     )
     check(report, what)
     return trainable
@@ -212,6 +240,7 @@ def _adapter_of(
     tied: bool | None,
     dtype: DTypeLike | None,
     facts: Facts | None,
+    layout: ExpertLayout | None,
 ) -> tuple[Trainable, LoadReport]:
     """Returns what `read_adapter` does, from the config and the tensors."""
     config, odd = parse_config(fields)
@@ -226,13 +255,21 @@ def _adapter_of(
             f"with ({metadata[SIGNED]:.200}): the config was changed later"
         )
     slots, twice = with_plain_names(slots)
-    inner = {name.removeprefix(PREFIX): slot for name, slot in slots.items()}
+    inner: dict[str, Slot] = {
+        name.removeprefix(PREFIX): slot for name, slot in slots.items()
+    }
     if leaves is None:
         leaves, open_questions = leaves_in(inner, config)
         odd += [f"{question}. Give base=, the model" for question in open_questions]
     own: Names = names or GENERIC
     facts = facts or Facts()
-    if is_torch_named(leaf.path for leaf in leaves):
+    torch_named = is_torch_named(leaf.path for leaf in leaves)
+    modules = modules_of(leaves, None if torch_named else own)
+    inner, config, open_questions = relaid(inner, config, fields, modules, layout)
+    odd += open_questions
+    foreign = {n: s for n, s in slots.items() if not n.startswith(PREFIX)}
+    slots = {**foreign, **{PREFIX + name: slot for name, slot in inner.items()}}
+    if torch_named:
         own, open_questions = own_names(leaves, inner, config, facts, names)
         odd += open_questions
         known = tie_of([leaf.path for leaf in leaves], facts)

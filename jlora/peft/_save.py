@@ -21,6 +21,7 @@ from .._tables import listed
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
+from ._experts import ExpertLayout, layout_of
 from ._writing import Writing
 from .config import (
     CONFIG,
@@ -52,6 +53,7 @@ def save(
     params: PyTree = None,
     portable: bool = False,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
     max_shard_bytes: int | None = None,
 ) -> None:
     """Writes an adapter as `adapter_config.json` and `adapter_model.safetensors`.
@@ -77,6 +79,9 @@ def save(
         table are trained, as PEFT keeps the rows and jlora what is added to them.
       portable: write only what vLLM loads, and refuse the rest by name.
       dtype: float type to write in; None keeps that of each array.
+      layout: how to write the experts of a mixture: `"peft"`, `"unsloth"`,
+        `"per-expert"`, `"stacked"` or `"shared"`, or an `ExpertLayout`. None writes
+        what `names` says, a parameter or a module for each.
       max_shard_bytes: split the tensors into files of at most so many bytes.
 
     Raises:
@@ -111,6 +116,7 @@ def save(
         params=params,
         portable=portable,
         dtype=dtype,
+        layout=layout,
         max_shard_bytes=max_shard_bytes,
     )
     text = json.dumps(fields, indent=2) + "\n"
@@ -140,6 +146,7 @@ def tensors(
     params: PyTree = None,
     portable: bool = False,
     dtype: DTypeLike | None = None,
+    layout: ExpertLayout | str | None = None,
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """Returns `(config, {name: array})`: what `save` writes, without files.
 
@@ -158,6 +165,7 @@ def tensors(
       params: see `save`.
       portable: see `save`.
       dtype: see `save`.
+      layout: see `save`; `"shared"` needs the numbers, which are not looked at here.
 
     Returns:
       The fields of `adapter_config.json`, and arrays by PEFT's names. A jitted function
@@ -188,6 +196,7 @@ def tensors(
         params=params,
         portable=portable,
         dtype=dtype,
+        layout=layout,
         on_device=True,
     )
 
@@ -202,6 +211,7 @@ def _converted(
     params: PyTree,
     portable: bool,
     dtype: DTypeLike | None,
+    layout: ExpertLayout | str | None,
     max_shard_bytes: int | None = None,
     on_device: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,7 +234,7 @@ def _converted(
             "jlora.peft.maps."
         )
     leaves = flatten(params)[0]
-    out = Writing(names or GENERIC, tied, leaves, dtype, on_device)
+    out = Writing(names or GENERIC, tied, leaves, dtype, on_device, layout_of(layout))
     config = out.write(trainable)
     task_type = _task(task_type, base_model, config)
     if names is not None and (task_type == "CAUSAL_LM" or _has_head(leaves, out)):

@@ -17,6 +17,8 @@ from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair
 from . import layers
+from ._expert_writing import relaid
+from ._experts import ExpertLayout
 from ._fused import joined, whole_of
 from ._leaves import on_host
 from ._places import UNKNOWN, Cut, Place
@@ -37,6 +39,7 @@ class Writing:
       params: the base's leaves by path, as far as they are known.
       dtype: float type to write in; None keeps that of each array.
       on_device: keep JAX arrays, and all that the shapes allow, whatever the numbers.
+      layout: how to write experts; None as the names say.
     """
 
     names: NameMap
@@ -44,12 +47,15 @@ class Writing:
     params: Mapping[str, ArrayLike]
     dtype: DTypeLike | None
     on_device: bool = False
+    layout: ExpertLayout | None = None
     rslora: bool = False
     tensors: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     alphas: dict[str, float] = dataclasses.field(default_factory=dict)
     targets: list[str] = dataclasses.field(default_factory=list)
     raw: dict[Place, Layer] = dataclasses.field(default_factory=dict)
+    counts: dict[Place, int] = dataclasses.field(default_factory=dict)
+    parameters: list[str] = dataclasses.field(default_factory=list)
     tokens: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     saved: list[str] = dataclasses.field(default_factory=list)
     bias: str = "none"
@@ -76,10 +82,12 @@ class Writing:
         for path, factors in trainable.lora.items():
             self._factors(path, factors)
         self._join_fused()
+        self._relay()
         self._check_order()
         for place, stem in nested(self.raw).items():
             self.tensors[f"{stem}.lora_A.weight"] = self.raw[place].a
             self.tensors[f"{stem}.lora_B.weight"] = self.raw[place].b
+            self.parameters.append(place.name)
         self._full(trainable.full)
         self._wrap_packed()
         drops = {spec.dropout for spec in specs}
@@ -117,7 +125,7 @@ class Writing:
             dropout=max(drops, default=0.0),
             bias=self.bias,
             targets=tuple(self.targets),
-            parameters=tuple(place.name for place in self.raw),
+            parameters=tuple(self.parameters),
             saved=tuple(self.saved),
             tokens=tuple(self.tokens.items()),
             tying=self.tying,
@@ -206,10 +214,12 @@ class Writing:
                 self.fused.append((whole, alpha, place.cut, layer))
                 continue
             experts = layers.dims(place, place.sizes(shape), "e")
-            rank = layer.a.shape[0] // (math.prod(experts) if place.kind in RAW else 1)
+            count = math.prod(experts) if place.kind in RAW else 1
+            rank = layer.a.shape[0] // count
             self.ranks[place.module] = rank
             self.alphas[place.module] = self._alpha(spec, rank, apart)
             if place.kind in RAW:
+                self.counts[place] = count
                 self._raw(path, place, layer, spec.dropout)
             else:
                 self._layer(path, place, layer)
@@ -273,6 +283,37 @@ class Writing:
         self.ranks[head], self.alphas[head] = self.ranks[module], self.alphas[module]
         if layer.magnitude is not None:
             self.wrong.append(f"{path!r}: PEFT has no DoRA on a tied head")
+
+    def _relay(self) -> None:
+        """Writes the experts in the layout, if there is one, whatever `names` says."""
+        if self.layout is None or self.wrong:
+            return
+        divisor = {m: math.sqrt(r) if self.rslora else r for m, r in self.ranks.items()}
+        scales = {m: alpha / divisor[m] for m, alpha in self.alphas.items()}
+        try:
+            new = relaid(self.tensors, scales, self.raw, self.counts, self.layout)
+        except PeftError as error:
+            self.wrong.append(str(error).rstrip("."))
+            return
+        gone = {*new.modules}
+        self.targets = [module for module in self.targets if module not in gone]
+        for module in new.modules:
+            for end in layers.ENDS["linear"]:
+                del self.tensors[f"{module}.{end}"]
+        for module in [*new.modules, *(place.module for place in new.raw)]:
+            del self.ranks[module], self.alphas[module]
+        for place in new.raw:
+            del self.raw[place]
+        self.tensors |= new.made.tensors
+        self.parameters += new.made.parameters
+        for module, rank in new.made.ranks.items():
+            root = math.sqrt(rank) if self.rslora else rank
+            self.ranks[module], self.alphas[module] = (
+                rank,
+                new.made.scales[module] * root,
+            )
+            if module not in new.made.parameters:
+                self.targets.append(module)
 
     def _check_order(self) -> None:
         """Notes modules of which nothing tells which parameter PEFT wraps first."""

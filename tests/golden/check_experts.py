@@ -1,0 +1,188 @@
+"""Experts in every layout beside PEFT and transformers.
+
+    python tests/golden/check_experts.py
+
+Run it where PEFT 0.21.2, torch and transformers 5.24 are installed, with jlora. For
+tiny models of Mixtral, Qwen 3 MoE and gpt-oss, PEFT adapts both parameters of the
+experts with random factors (`target_parameters`), saves, and merges. jlora reads the
+files, and writes and reads them in every layout. Each time the update of every expert
+is compared with the one that PEFT merged. PEFT reads what jlora wrote in its own
+layout, and the logits are compared. The tensors of the other layouts are multiplied out
+as their tools do. The exit code is 1 if something differs by more than 1e-6 (logits:
+1e-5).
+"""
+
+import json
+import pathlib
+import re
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+
+import jlora
+from jlora.peft import Entry, ExpertLayout, NameMap
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_local_experts": 3,
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+}
+MODELS = ("mixtral", "qwen3_moe", "gpt_oss")
+LAYOUTS = ("peft", "unsloth", "per-expert", "stacked")
+STEM = "model.layers.{i}.mlp.experts."
+
+
+def torch_model(kind: str) -> torch.nn.Module:
+    """Returns a tiny model with random weights."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def names(kind: str) -> NameMap:
+    """Returns the names of the experts' parameters."""
+    turned = kind == "gpt_oss"
+    axes, role = (
+        ("e i o -> e i o", "experts_t") if turned else ("e o i -> e o i", "experts")
+    )
+    leaves = ("gate_up_proj", "down_proj")
+    return NameMap(
+        tuple(Entry(f"layers/{{i}}/{x}", f"{STEM}{x}", axes, role) for x in leaves)
+    )
+
+
+def experts_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Returns the experts' parameters by jlora's paths."""
+    found = {}
+    for name, x in model.state_dict().items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+_proj)", name)
+        if match is not None:
+            found[f"layers/{match[1]}/{match[2]}"] = x.detach().numpy().copy()
+    return found
+
+
+def tree(leaves: dict[str, np.ndarray]) -> dict:
+    out: dict = {}
+    for path, x in leaves.items():
+        _, layer, name = path.split("/")
+        out.setdefault("layers", {}).setdefault(layer, {})[name] = x
+    return out
+
+
+def changes(params: dict, trainable: jlora.Trainable) -> dict[str, np.ndarray]:
+    """Returns the update of each parameter."""
+    merged, _ = jlora.paths.flatten(jlora.merge(params, trainable))
+    base, _ = jlora.paths.flatten(params)
+    return {path: np.asarray(merged[path]) - x for path, x in base.items()}
+
+
+def multiplied(folder: pathlib.Path, kind: str, form: str) -> dict[str, np.ndarray]:
+    """Returns the update of each parameter from the tensors, as the form's tools do."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    scale = fields["lora_alpha"] / fields["r"]
+    number = SIZES["num_experts"]
+    found: dict[str, np.ndarray] = {}
+    for layer in range(SIZES["num_hidden_layers"]):
+        stem = f"base_model.model.{STEM.format(i=layer)}"
+
+        def update(name: str, stem: str = stem) -> np.ndarray:
+            if form == "per-expert":
+                own = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}[name]
+                pairs = [[tensors[f"{stem}{e}.{own}.lora_{h}.weight"] for h in "AB"]
+                         for e in range(number)]  # fmt: skip
+                return np.stack([scale * b @ a for a, b in pairs])
+            a, b = (tensors[f"{stem}{name}.lora_{h}.weight"] for h in "AB")
+            return scale * np.einsum("eor,eri->eoi", b, a)
+
+        gate, up, down = map(update, ("w1", "w3", "w2"))
+        if kind == "gpt_oss":
+            both = np.stack([gate, up], 2).reshape(number, -1, gate.shape[2])
+            both, down = both.transpose(0, 2, 1), down.transpose(0, 2, 1)
+        else:
+            both = np.concatenate([gate, up], 1)
+        found[f"layers/{layer}/gate_up_proj"] = both
+        found[f"layers/{layer}/down_proj"] = down
+    return found
+
+
+def apart(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> float:
+    assert x.keys() == y.keys(), x.keys() ^ y.keys()
+    return max(float(np.abs(x[k] - y[k]).max()) for k in x)
+
+
+def check(kind: str, root: pathlib.Path) -> dict[str, float]:
+    """Returns the largest differences of a model."""
+    model = torch_model(kind)
+    base = experts_of(model)
+    config = LoraConfig(
+        r=2,
+        lora_alpha=6,
+        target_modules=[],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(1)
+    for name, x in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(x, std=0.3)
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    with torch.no_grad():
+        logits = adapted(tokens).logits.numpy()
+    adapted.save_pretrained(root / "theirs")
+    merged = experts_of(adapted.merge_and_unload())
+    wanted = {path: merged[path] - x for path, x in base.items()}
+    zeros, own = tree({path: np.zeros_like(x) for path, x in base.items()}), names(kind)
+    read = jlora.peft.load(root / "theirs", zeros, names=own)
+    found = {"PEFT to jlora": apart(changes(zeros, read), wanted)}
+    for form in LAYOUTS:
+        folder = root / form
+        layout = ExpertLayout(form, interleaved=kind == "gpt_oss")
+        jlora.peft.save(folder, read, names=own, layout=layout, task_type="CAUSAL_LM")
+        again = jlora.peft.load(folder, zeros, names=own, layout=layout)
+        found[f"{form}, read again"] = apart(changes(zeros, again), wanted)
+        if form in ("per-expert", "stacked"):
+            found[f"{form}, multiplied out"] = apart(
+                multiplied(folder, kind, form), wanted
+            )
+    back = PeftModel.from_pretrained(torch_model(kind), root / "peft").eval()
+    with torch.no_grad():
+        found["jlora to PEFT, logits"] = (
+            float(np.abs(back(tokens).logits.numpy() - logits).max()) / 10
+        )  # one limit for all
+    other = PeftModel.from_pretrained(torch_model(kind), root / "unsloth").eval()
+    with torch.no_grad():
+        wrong = float(np.abs(other(tokens).logits.numpy() - logits).max())
+    assert wrong > 1e-3, "the order of unsloth is the one of PEFT"
+    return found
+
+
+def main() -> int:
+    """Checks the models."""
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in MODELS:
+            found = check(kind, pathlib.Path(folder) / kind)
+            print(kind, json.dumps(found, indent=1))
+            worst = max(worst, *found.values())
+    return int(not worst < 1e-6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
