@@ -177,8 +177,10 @@ class _Program:
 
     def _arrays(self, within: str, kind: str, i: _Instruction) -> Iterator[Collective]:
         result = i.result
-        if i.op.endswith("-start") and kind != "all-reduce":
-            result = _parts(result)[1]  # beside the operands
+        # A start has its operands beside its result; that of a sum only on GPUs.
+        alone = kind == "all-reduce" and not result.startswith("((")
+        if i.op.endswith("-start") and not alone:
+            result = _parts(result)[1]
         n = self._group(i.attributes)
         scattered = kind == "all-reduce" and within.startswith("all-reduce-scatter")
         named = re.search(r'op_name="((?:[^"\\]|\\.)*)"', i.attributes)

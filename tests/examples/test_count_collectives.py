@@ -79,6 +79,15 @@ X = "%x = f32[16,4]{1,0:T(8,128)S(1)} parameter(0)"
             256,
             256,
         ),
+        (
+            "%g = ((f32[16,4]{1,0}), f32[16,4]{1,0}) all-reduce-start(%x), "
+            "replica_groups=[4,2]<=[8], to_apply=%add, "
+            "output_to_operand_aliasing={{1}: (0, {})}\n"
+            "  %d = f32[16,4]{1,0} all-reduce-done(%g)",
+            "all-reduce",
+            256,
+            256,
+        ),
     ],
 )
 def test_bytes_of_each_kind(line, kind, nbytes, to_send):
