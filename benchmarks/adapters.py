@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 import jlora
@@ -24,7 +25,7 @@ from jlora.pool._cache import insert_in_place
 from . import common, models
 
 TARGETS = ("all-linear", "**/{q,v}/kernel")
-PARTS = ("sweep", "serving", "products", "pool")
+PARTS = ("sweep", "slots", "serving", "products", "pool")
 # glibc gives large blocks back and zeroes new ones a page at a time, at every step.
 KEEP = {
     "MALLOC_ARENA_MAX": "1",
@@ -99,6 +100,60 @@ def sweep(size: models.Size, rank: int, count: int, rounds: int) -> common.Figur
         "base_bytes": common.nbytes(params),
         "adapter_bytes": common.nbytes(like),
         "temp_bytes": {name: own["temp_bytes"] for name, own in figures.items()},
+    }
+
+
+def slots(size: models.Size, rank: int, count: int, rounds: int) -> common.Figures:
+    """Returns the time of a step of `count` slots, beside as many steps of one run.
+
+    Each slot has one batch row. A step is `forward_backward` and `optim_step` in one
+    program.
+    """
+    model = models.linen(dataclasses.replace(size, batch=1))
+    params, batch = common.example(model)
+    like = common.adapter(model, params, batch[0], rank)
+    stacked = stacked_like(like, count)
+    apply = jlora.apply_lora(model.apply, on_merge="error")
+
+    def loss(trainable: Any, frozen: Any, x: Any, targets: Any) -> jax.Array:
+        return common.cross_entropy(apply(frozen, trainable, x), targets)
+
+    def row_losses(params: Any, x: Any, targets: Any) -> jax.Array:
+        return jax.vmap(common.cross_entropy)(model.apply(params, x), targets)
+
+    tx = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
+    trainer = jlora.pool.Trainer(row_losses, tx)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(slots: Any, *rest: Any) -> Any:
+        losses, slots = trainer.forward_backward(slots, *rest)
+        return losses, trainer.optim_step(slots)[0]
+
+    held = trainer.create(one_of(stacked, 0), count)
+    add = jax.jit(trainer.add, donate_argnums=0)
+    for i in range(count):
+        held = add(held, i, one_of(stacked, i), learning_rate=1e-3)
+    rows = jax.tree.map(lambda x: x[:, 0], repeated(batch, count))
+    ids = jnp.arange(count)
+    single, state, rest = common.training_step(loss, one_of(stacked, 0), params, *batch)
+    states = {"one": state, "slots": held}
+
+    def one() -> Any:
+        for _ in range(count):
+            states["one"], value = single(states["one"], *rest)
+        return value
+
+    def all_() -> Any:
+        value, states["slots"] = step(states["slots"], params, ids, *rows)
+        return value
+
+    seconds = common.interleaved({"one": one, "slots": all_}, rounds)
+    return {
+        "tokens": size.length,
+        "width": size.width,
+        "adapters": count,
+        "seconds": seconds,
+        "speed_up": seconds["one"] / seconds["slots"],
     }
 
 
@@ -270,6 +325,21 @@ def sweep_columns(cases: list[common.Figures]) -> common.Columns:
     ]
 
 
+def slot_columns(cases: list[common.Figures]) -> common.Columns:
+    """Returns the slots that train for a table."""
+    head = ("width", "tokens", "one by one", "in slots", "faster")
+    return head, [
+        (
+            str(c["width"]),
+            f"{c['adapters']} × {c['tokens']}",
+            f"{c['seconds']['one'] * 1e3:.0f} ms",
+            f"{c['seconds']['slots'] * 1e3:.0f} ms",
+            f"{c['speed_up']:.2f}",
+        )
+        for c in cases
+    ]
+
+
 def serving_columns(cases: list[common.Figures]) -> common.Columns:
     """Returns the mixed batches for a table, beside one shared adapter."""
     names = [n for n in cases[0]["seconds"] if n != "one shared"]
@@ -347,6 +417,17 @@ def main() -> None:
                 case = (size, options.rank, options.adapters, options.rounds)
                 out["sweep"].append(sweep(*case))
         print(common.show(sweep_columns(out["sweep"]), 0))
+    if "slots" in options.part:
+        out["slots"] = [
+            slots(
+                models.Size(width, options.layers, length=64),
+                options.rank,
+                options.adapters,
+                options.rounds,
+            )
+            for width in options.width
+        ]
+        print(common.show(slot_columns(out["slots"]), 0))
     if "serving" in options.part:
         distinct = [n for n in (1, 4, 32) if n <= options.rows]
         out["serving"] = [

@@ -227,6 +227,19 @@ def adapters_section(found: common.Figures) -> str:
             "begins; sweeps are above it.\n",
             markdown(adapters.sweep_columns(kept["sweep"]), 0),
         ]
+    if "slots" in found:
+        parts += [
+            "Slots train adapters of different users: each has one batch row in a "
+            "mixed batch, an optimizer state and a learning rate of its own. A step is "
+            "`forward_backward` and `optim_step` in one program, beside as many steps "
+            "of single runs.\n",
+            markdown(adapters.slot_columns(found["slots"]), 0),
+        ]
+    if "slots" in kept:
+        parts += [
+            "The same with memory kept, as above.\n",
+            markdown(adapters.slot_columns(kept["slots"]), 0),
+        ]
     if "serving" in found:
         parts += [
             "These are times of a batch (rows × tokens of each) whose rows use "

@@ -2,7 +2,7 @@
 
 `Pool` is a stack of adapters of fixed capacity: a pytree with pure functions. `Cache`
 does what the host has to do: it keeps names, replaces the least recently used adapter,
-and loads in the background.
+and loads in the background. `Trainer` trains adapters in `Slots` of their own.
 May import the vocabulary, `methods`, `_core` and `adapters`.
 """
 
@@ -18,11 +18,14 @@ from ._pool import (
     insert as insert,
     lookup as lookup,
 )
+from ._trainer import Slots as Slots, Trainer as Trainer
 
 __all__ = [
     "Batch",
     "Cache",
     "Pool",
+    "Slots",
+    "Trainer",
     "bytes_of",
     "capacity_for",
     "create",

@@ -267,7 +267,7 @@ def insert(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
       Array([0., 1.], dtype=float32)
     """
     _check_shapes(pool, trainable)
-    place = _place(pool, slot)
+    place = place_of(pool.capacity, slot)
 
     def put(slots: Leaf, x: Leaf) -> jax.Array:
         return slots.at[place].set(x, mode="drop")
@@ -276,13 +276,13 @@ def insert(pool: Pool, slot: ArrayLike, trainable: Trainable) -> Pool:
     return Pool(adapters, put(pool.occupied, True))
 
 
-def _place(pool: Pool, slot: ArrayLike) -> ArrayLike:
+def place_of(capacity: int, slot: ArrayLike) -> ArrayLike:
     """Returns the number of a slot; a traced one that does not exist is too large.
 
     JAX counts a negative index from the end, which would be the slot of another
     adapter.
     """
-    n = pool.capacity
+    n = capacity
     if is_staging(slot):
         index = jnp.asarray(slot)
         if index.shape or not jnp.issubdtype(index.dtype, jnp.integer):
@@ -330,7 +330,7 @@ def evict(pool: Pool, slot: ArrayLike) -> Pool:
       >>> evict(pool, 1).occupied
       Array([False, False], dtype=bool)
     """
-    place = _place(pool, slot)
+    place = place_of(pool.capacity, slot)
     return Pool(pool.adapters, pool.occupied.at[place].set(False, mode="drop"))
 
 

@@ -192,6 +192,8 @@ def test_adapters(monkeypatch, tmp_path):
     (sweep,) = found["sweep"]
     assert sweep["peak_bytes"]["all"] > sweep["peak_bytes"]["one"]
     assert found["pool"]["compiled"] == 0
+    (slots,) = found["slots"]
+    assert slots["speed_up"] > 0
     report.write(tmp_path, tmp_path)
     text = (tmp_path / "performance.md").read_text()
     assert "A pool of 3 adapters" in text
