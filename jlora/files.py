@@ -31,14 +31,16 @@ def detect(path: Path) -> Format:
     """Returns the format of what is at `path`.
 
     `"file"` is an adapter that `jlora.save` wrote. `"peft"` is a directory of Hugging
-    Face PEFT. `"orbax"` is a directory of `checkpoint.save`. `"model"` is the whole
-    parameters of a model, as safetensors or Orbax.
+    Face PEFT, or what `jlora.peft.load` reads of other tools. `"orbax"` is a directory
+    of `checkpoint.save`. `"model"` is the whole parameters of a model, as safetensors
+    or Orbax.
 
     Args:
       path: a file or a directory.
 
     Raises:
       CheckpointError: if there is nothing at `path`, or no format that jlora knows.
+      PeftError: for an adapter of a tool that jlora does not read.
 
     Examples:
       >>> import os, tempfile, numpy as np, jlora
@@ -52,20 +54,35 @@ def detect(path: Path) -> Format:
     if not os.path.isdir(path):
         with reading(path) as file:
             header = tensors.read_header(file)
-        return "file" if adapter_file.is_adapter(header.metadata) else "model"
+        if adapter_file.is_adapter(header.metadata):
+            return "file"
+        return "peft" if _is_of_another_tool(place) else "model"
     with told(f"{str(path)!r} cannot be read"):
         if any(file.exists() for file in places(place, "adapter_config.json")):
             return "peft"
         steps = [step for step in place.iterdir() if step.name.isdecimal()]
         if any((step / "about").is_dir() for step in steps):
             return "orbax"
-        if is_orbax_tree(place) or any(place.glob("[!.]*.safetensors*")):
+        if is_orbax_tree(place):
             return "model"
+        if any(place.glob("[!.]*.safetensors*")):
+            return "peft" if _is_of_another_tool(place) else "model"
     raise CheckpointError(
         f"{str(path)!r} holds neither an adapter nor a model: there is no "
         "adapter_config.json (PEFT), and there are no steps of jlora.checkpoint, no "
         "safetensors and no Orbax parameters."
     )
+
+
+def _is_of_another_tool(place: pathlib.Path) -> bool:
+    """Returns whether a place holds an adapter of MLX, kohya's scripts or diffusers.
+
+    Raises:
+      PeftError: for an adapter of a tool that jlora does not read.
+    """
+    from .peft._dialects import dialect_of
+
+    return dialect_of(place) is not None
 
 
 def read(

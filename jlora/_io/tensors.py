@@ -97,6 +97,7 @@ def read_header(file: BinaryIO) -> Header:
         )
     fields = _parse(file.read(length))
     metadata = fields.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # as MLX writes it
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):

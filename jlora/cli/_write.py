@@ -148,6 +148,11 @@ def quantize(
 @click.option("--base-model", help="PEFT's base_model_name_or_path.")
 @click.option("--task-type", help="PEFT's task_type, such as CAUSAL_LM.")
 @click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
+@click.option(
+    "--dialect",
+    type=click.Choice(["mlx", "kohya", "diffusers"]),
+    help="Whose files to write in place of PEFT's.",
+)
 @options.overwrite
 @options.as_json
 def convert(
@@ -158,14 +163,16 @@ def convert(
     base_model: str | None,
     task_type: str | None,
     portable: bool,
+    dialect: str | None,
     overwrite: bool,
     as_json: bool,
     **how: Unpack[options.How],
 ) -> None:
     """Write ADAPTER in another format: PEFT, Orbax or one file.
 
-    From PEFT, --base says which model it is for; to PEFT, --names what its modules are
-    called there, and --base gives the table whose single rows are trained.
+    Adapters of MLX, kohya's scripts and diffusers are read as PEFT's, and written with
+    --dialect. From PEFT, --base says which model it is for; to PEFT, --names what its
+    modules are called there, and --base gives the table whose single rows are trained.
     """
     kind = files.detect(source)
     to = to or ("file" if out.endswith(".safetensors") else None)
@@ -179,6 +186,7 @@ def convert(
         "--base-model": base_model,
         "--task-type": task_type,
         "--portable": portable or None,
+        "--dialect": dialect,
     }
     if to != "peft":
         idle = writing if kind == "peft" else {**reading, **writing}
@@ -199,6 +207,7 @@ def convert(
             "portable": portable,
             "params": base and open_model(base).arrays(),
             "task_type": task_type,
+            "dialect": dialect or "peft",
         }
     trainable = read(source, base=base, **how)
     if to == "peft" and base and names is None:

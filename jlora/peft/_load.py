@@ -1,5 +1,7 @@
 """`load` and `from_tensors`: an adapter from PEFT's files, or from its tensors."""
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from ..errors import PeftError
 from ..factors import Array, PyTree, Trainable
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
+from ._dialects import dialect_of, translated
 from ._expert_reading import modules_of, relaid
 from ._experts import ExpertLayout, layout_of
 from ._leaves import TargetLeaf, leaves_of
@@ -44,12 +47,14 @@ def load(
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
     Works on whatever PEFT's LoRA writes for layers that the model has, see
-    `docs/peft.md`. Nothing is unpickled. Only files in `directory` are opened, and what
+    `docs/peft.md`, and on files of MLX, kohya's scripts and diffusers: their names tell
+    whose they are. Nothing is unpickled. Only files in `directory` are opened, and what
     links in it lead to. All of them are of one save, also while others overwrite them.
     For an adapter that need not fit as a whole, see `load_partial`.
 
     Args:
-      directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards.
+      directory: with `adapter_config.json` and `adapter_model.safetensors`, or shards;
+        of another tool, also its one file.
       params_or_plan: the model's parameters (arrays or shapes), or a `jlora.Plan`. A
         plan also says what has to be in the file: what it adapts and trains in full, at
         the ranks it gives.
@@ -154,9 +159,16 @@ def read_adapter(
     """
     folder = pathlib.Path(directory)
     with told(f"{str(directory)!r} cannot be read", PeftError):
-        if not os.path.isdir(directory):
+        dialect = dialect_of(folder) if os.path.exists(directory) else None
+        if dialect is None and not os.path.isdir(directory):
             raise PeftError(f"There is no directory {str(directory)!r} to load from.")
-    fields, slots, metadata = open_adapter(folder)
+    if dialect is None:
+        fields, slots, metadata = open_adapter(folder)
+    else:
+        fields, slots, metadata = translated(
+            dialect, folder, _axes_of_modules(leaves, names)
+        )
+        facts = dataclasses.replace(facts or Facts(), known=True)  # it has no Conv1D
     what = repr(str(directory))
     layout = layout_of(layout)
     return _adapter_of(
@@ -280,6 +292,28 @@ def _adapter_of(
     found.config += odd
     found.read(leaves)
     return found.result()
+
+
+def _axes_of_modules(
+    leaves: Sequence[TargetLeaf] | None, names: NameMap | None
+) -> dict[str, int] | None:
+    """Returns torch's modules of a model, and how many axes their weights have."""
+    if leaves is None:
+        return None
+    if is_torch_named(leaf.path for leaf in leaves):
+        return {
+            leaf.path.removesuffix(".weight"): len(leaf.shape)
+            for leaf in leaves
+            if leaf.path.endswith(".weight")
+        }
+    found: dict[str, int] = {}
+    for leaf in leaves:
+        with contextlib.suppress(PeftError):  # of what has no name: told later
+            for place in (names or GENERIC).places(
+                leaf.path, leaf.shape, op=leaf.op, axes=leaf.axes
+            ):
+                found[place.module] = len(place.shape(leaf.shape))
+    return found
 
 
 def open_adapter(

@@ -21,6 +21,8 @@ from .._tables import listed
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
+from ._dialects import DIALECTS, Dialect
+from ._dialects_out import Written, in_dialect
 from ._experts import ExpertLayout, layout_of
 from ._writing import Writing
 from .config import (
@@ -31,6 +33,7 @@ from .config import (
     STEM,
     PeftConfig,
     config_fields,
+    parse_config,
     signature,
 )
 from .names import GENERIC, NameMap
@@ -55,6 +58,8 @@ def save(
     dtype: DTypeLike | None = None,
     layout: ExpertLayout | str | None = None,
     max_shard_bytes: int | None = None,
+    dialect: str = "peft",
+    component: str = "unet",
 ) -> None:
     """Writes an adapter as `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -83,6 +88,12 @@ def save(
         `"per-expert"`, `"stacked"` or `"shared"`, or an `ExpertLayout`. None writes
         what `names` says, a parameter or a module for each.
       max_shard_bytes: split the tensors into files of at most so many bytes.
+      dialect: whose files to write instead of PEFT's: `"mlx"` (`adapters.safetensors`
+        and its config), `"kohya"` (`lora.safetensors`) or `"diffusers"`
+        (`pytorch_lora_weights.safetensors`). They have linear layers, and the last two
+        convolutions; MLX has DoRA. `load` reads them back.
+      component: what kohya's scripts and diffusers call the model in its pipeline:
+        `"unet"`, `"transformer"`, `"te1"`, `"text_encoder"`.
 
     Raises:
       PeftError: lists every leaf without a name in torch, or that PEFT has no form for,
@@ -105,6 +116,7 @@ def save(
       https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     check_name(directory, PeftError)
+    other = _dialect(dialect, portable=portable, max_bytes=max_shard_bytes)
     if isinstance(trainable, Trainable):  # else the next line says what came
         trainable = on_host(trainable)
     fields, named = _converted(
@@ -119,6 +131,12 @@ def save(
         layout=layout,
         max_shard_bytes=max_shard_bytes,
     )
+    if other is not None:
+        inner = {name.removeprefix(PREFIX): x for name, x in named.items()}
+        config, _ = parse_config(fields)
+        written = in_dialect(other, inner, config, component)
+        _write_other(pathlib.Path(directory), written)
+        return
     text = json.dumps(fields, indent=2) + "\n"
     metadata = {"format": "pt", SIGNED: signature(fields), **paired.sum_of(text)}
     folder = pathlib.Path(directory)
@@ -243,6 +261,38 @@ def _converted(
         _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
     return fields, {PREFIX + name: x for name, x in out.tensors.items()}
+
+
+def _dialect(name: str, *, portable: bool, max_bytes: int | None) -> Dialect | None:
+    """Returns the dialect of a name, None for PEFT's own.
+
+    Raises:
+      PeftError: for another name, or arguments that only PEFT's files have.
+    """
+    known = {dialect.name: dialect for dialect in DIALECTS}
+    if name not in ("peft", *known):
+        raise PeftError(
+            f"dialect must be one of peft, {', '.join(known)}, got {name!r:.50}."
+        )
+    if name != "peft" and (portable or max_bytes is not None):
+        raise PeftError("portable= and max_shard_bytes= are only for PEFT's files.")
+    return known.get(name)
+
+
+def _write_other(folder: pathlib.Path, written: Written) -> None:
+    """Writes the files of another tool."""
+    stem, arrays, metadata, text = written
+    named = {name: pending(x) for name, x in arrays.items()}
+    pair = {} if text is None else {"pair": CONFIG}
+    if text is not None:
+        metadata = metadata | paired.sum_of(text)
+    with first_writes(PeftError) as first:
+        if not first:
+            return
+        with replacing_files(folder, stem, PeftError, **pair) as new:
+            write_tensors(new, stem, named, metadata=metadata, max_bytes=None)
+            if text is not None:
+                write_text(new / CONFIG, text)
 
 
 def _has_head(leaves: Iterable[str], out: Writing) -> bool:

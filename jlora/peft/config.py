@@ -26,6 +26,7 @@ PREFIX = "base_model.model."  # before the name of each tensor
 SIGNED = "jlora_config"  # key of the signature in the tensors' metadata
 FLOATS = tuple(map(np.dtype, (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)))
 
+_LARGEST = float(np.finfo(np.float64).max)
 _MAX_SIZE = 20_000  # of all regular expressions in one field
 
 # Fields that say nothing about the adapter's numbers.
@@ -226,7 +227,7 @@ def _rank(value: object) -> int:
 
 
 def _number(value: object) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise ValueError("it must be a positive number")
     fault = scale_fault(value, 1, rslora=False)
     if fault:
@@ -241,13 +242,16 @@ def _flag(value: object) -> bool:
 
 
 def _rate(value: object) -> float:
-    if not _is_number(value) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise ValueError("a drop rate is in [0, 1)")
     return float(value)
 
 
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return type(value) in (int, float)
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Returns whether a JSON value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return -_LARGEST < value < _LARGEST
 
 
 def _bias(value: object) -> str:

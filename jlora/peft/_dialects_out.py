@@ -1,0 +1,174 @@
+"""An adapter of PEFT's as files of other tools."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from .._tables import listed
+from ..errors import PeftError
+from ._dialects import (
+    ALPHA,
+    DIFFUSERS,
+    DIFFUSERS_KEY,
+    DIFFUSERS_STEM,
+    KOHYA,
+    MLX,
+    MLX_STEM,
+    A,
+    B,
+    Dialect,
+)
+from .config import PeftConfig, pattern_lookup
+from .layers import MAGNITUDE
+
+KOHYA_STEM = "lora"
+_LAYER = re.compile(r".+?\.layers\.\d+\.(.+)")
+
+Written = tuple[str, dict[str, np.ndarray], dict[str, str], str | None]
+
+
+def in_dialect(
+    dialect: Dialect,
+    tensors: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    component: str,
+) -> Written:
+    """Returns the stem, the tensors, the metadata and the config of a tool's files.
+
+    Args:
+      dialect: of the tool.
+      tensors: as PEFT calls them, without its prefix.
+      config: of PEFT.
+      component: what the tool calls the model, where it has several.
+
+    Raises:
+      PeftError: lists what the tool has no form for.
+    """
+    pairs, magnitudes = _pairs(dialect, tensors, config)
+    if dialect is MLX:
+        return _mlx(pairs, magnitudes, config)
+    return _of_images(dialect, pairs, config, component)
+
+
+_Pair = tuple[np.ndarray, np.ndarray, float]  # A, B and the scale
+
+
+def _pairs(
+    dialect: Dialect, tensors: Mapping[str, np.ndarray], config: PeftConfig
+) -> tuple[dict[str, _Pair], dict[str, np.ndarray]]:
+    """Returns A, B and the scale of each module, and magnitudes."""
+    rank_of, alpha_of = (
+        pattern_lookup(p) for p in (config.rank_pattern, config.alpha_pattern)
+    )
+    pairs: dict[str, _Pair] = {}
+    lengths: dict[str, np.ndarray] = {}
+    wrong = []
+    for name, array in tensors.items():
+        module = name.removesuffix(f".{A}")
+        if module != name:
+            rank = hit[1] if (hit := rank_of(module)) else config.r
+            alpha = hit[1] if (hit := alpha_of(module)) else config.alpha
+            scale = alpha / (math.sqrt(rank) if config.rslora else rank)
+            if array.shape[0] != rank or ".base_layer" in module:
+                wrong.append(f"{module}: experts or nested modules")
+            elif array.ndim > 2 and dialect is MLX:
+                wrong.append(f"{module}: a convolution")
+            else:
+                pairs[module] = array, tensors[f"{module}.{B}"], scale
+        elif name.endswith(f".{MAGNITUDE}") and dialect is MLX:
+            lengths[name.removesuffix(f".{MAGNITUDE}")] = array
+        elif not name.endswith(f".{B}"):
+            wrong.append(name)
+    if wrong or not pairs:
+        told = listed(wrong or ["an adapter without A"], 5)
+        raise PeftError(
+            f"{dialect.tool} has no form for {told}. Leave it out, or save the merged "
+            "model."
+        )
+    return pairs, lengths
+
+
+def _mlx(
+    pairs: Mapping[str, _Pair],
+    magnitudes: Mapping[str, np.ndarray],
+    config: PeftConfig,
+) -> Written:
+    """Returns MLX's files: one rank and scale for all, and only modules in layers.
+
+    Smaller ranks are filled up with zeros, and other scales go into B.
+    """
+    keys = {module: found[1] for module in pairs if (found := _LAYER.fullmatch(module))}
+    outside = [module for module in pairs if module not in keys]
+    if outside:
+        raise PeftError(
+            f"MLX adapts only modules in `layers.N.`: {listed(outside, 5, ', ')}. "
+            "Leave them out of the adapter."
+        )
+    rank = max(a.shape[0] for a, _, _ in pairs.values())
+    scales = [scale for _, _, scale in pairs.values()]
+    scale = max(scales, key=scales.count)
+    tensors: dict[str, np.ndarray] = {}
+    for module, (a, b, own) in pairs.items():
+        wide_a = np.zeros((a.shape[1], rank), a.dtype)
+        wide_b = np.zeros((rank, b.shape[0]), b.dtype)
+        wide_a[:, : a.shape[0]] = a.T
+        wide_b[: a.shape[0]] = (b.T * np.float64(own / scale)).astype(b.dtype)
+        tensors |= {f"{module}.lora_a": wide_a, f"{module}.lora_b": wide_b}
+    tensors |= {f"{module}.m": m for module, m in magnitudes.items()}
+    fields = {
+        "fine_tune_type": "dora" if config.dora else "lora",
+        "lora_parameters": {
+            "dropout": config.dropout,
+            "keys": sorted({*keys.values()}),
+            "rank": rank,
+            "scale": scale,
+        },
+        "num_layers": -1,  # all of them
+    }
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    return MLX_STEM, tensors, {"format": "mlx"}, text
+
+
+def _of_images(
+    dialect: Dialect, pairs: Mapping[str, _Pair], config: PeftConfig, component: str
+) -> Written:
+    """Returns the one file of kohya's scripts or of diffusers."""
+    if config.dora:
+        raise PeftError(f"{dialect.tool}: jlora does not write its DoRA.")
+    tensors: dict[str, np.ndarray] = {}
+    flat: dict[str, str] = {}
+    alphas: dict[str, float] = {}
+    for module, (a, b, scale) in pairs.items():
+        alphas[module] = scale * a.shape[0]
+        if dialect is DIFFUSERS:
+            stem = f"{component}.{module}"
+            tensors |= {f"{stem}.{A}": a, f"{stem}.{B}": b}
+            continue
+        name = module.replace(".", "_")
+        if name in flat:
+            raise PeftError(
+                f"{dialect.tool} has one name, {name!r}, for {flat[name]!r} and "
+                f"{module!r}."
+            )
+        flat[name] = module
+        stem = f"lora_{component}_{name}"
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}
+        tensors[f"{stem}.{ALPHA}"] = np.asarray(alphas[module], np.float32)
+    if dialect is KOHYA:
+        return KOHYA_STEM, tensors, {"ss_network_module": "networks.lora"}, None
+    ranks = {module: a.shape[0] for module, (a, _, _) in pairs.items()}
+    common = max(ranks.values(), key=[*ranks.values()].count)
+    alpha = max(alphas.values(), key=[*alphas.values()].count)
+    fields = {
+        "alpha_pattern": {f"^{m}": v for m, v in alphas.items() if v != alpha},
+        "lora_alpha": alpha,
+        "r": common,
+        "rank_pattern": {f"^{m}": v for m, v in ranks.items() if v != common},
+        "target_modules": sorted(pairs),
+    }
+    own = {f"{component}.{key}": value for key, value in fields.items()}
+    text = json.dumps(own, indent=2, sort_keys=True)
+    return DIFFUSERS_STEM, tensors, {"format": "pt", DIFFUSERS_KEY: text}, None

@@ -1,0 +1,257 @@
+"""Adapter files of other tools: MLX, kohya's scripts, diffusers, and unknown ones."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import jlora
+from jlora.errors import JloraError, PeftError
+from jlora.factors import Axes, Factors, Spec, Trainable
+from jlora.peft import Entry, NameMap, maps
+
+pytestmark = pytest.mark.once
+Q = "model/layers/0/self_attn/q_proj/kernel"
+UNET = NameMap(
+    (
+        Entry("{n:a,b,x}/conv/kernel", "down_blocks.0.{n}.conv.weight", kind="conv"),
+        Entry("{n:a,b,x}/to_q/kernel", "down_blocks.0.{n}.to_q.weight"),
+    )
+)
+
+
+def factors(seed: int, n_in=6, n_out=5, rank=2, **spec) -> Factors:
+    rng = np.random.default_rng(seed)
+    sizes = (n_in, rank), (rank, n_out)
+    a, b = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in sizes)
+    magnitude = jnp.ones(n_out) if spec.get("method") == "dora" else None
+    return Factors(a, b, Spec(rank=rank, **{"alpha": 3.0, **spec}), magnitude)
+
+
+def decoder(**spec) -> Trainable:
+    names = ("self_attn/q_proj", "self_attn/v_proj", "mlp/up_proj")
+    paths = [f"model/layers/{i}/{name}/kernel" for i in range(2) for name in names]
+    return Trainable({path: factors(n, **spec) for n, path in enumerate(paths)})
+
+
+def unet() -> Trainable:
+    rng = np.random.default_rng(9)
+    a, b = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 6, 4), (4, 5))
+    )
+    spec = Spec(op="conv", axes=Axes((), (0, 1, 2), (3,)), rank=4, alpha=2.0)
+    kernels = {"a/conv/kernel": Factors(a, b, spec), "a/to_q/kernel": factors(1)}
+    return Trainable(kernels | {"b/to_q/kernel": factors(2, rank=3, alpha=1.0)})
+
+
+def params(trainable: Trainable) -> dict:
+    tree: dict = {}
+    for path, f in trainable.lora.items():
+        *parents, last = path.split("/")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = jnp.zeros(f.spec.axes.weight_shape(f.a.shape, f.b.shape))
+    return tree
+
+
+def same_update(one: Trainable, other: Trainable) -> None:
+    assert one.lora.keys() == other.lora.keys()
+    merged = [jlora.merge(params(one), t) for t in (one, other)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *merged)
+    assert all(np.any(x) for x in jax.tree.leaves(merged[0]))
+
+
+@pytest.mark.parametrize("dialect", ["mlx", "kohya", "diffusers"])
+@pytest.mark.parametrize("spec", [{}, {"rslora": True}], ids=["lora", "rslora"])
+def test_linear_layers_there_and_back(dialect, spec, tmp_path):
+    own = decoder(**spec)
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect=dialect)
+    assert jlora.files.detect(tmp_path) == "peft"
+    same_update(own, jlora.peft.load(tmp_path, params(own), names=maps.LLAMA))
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_convolutions_ranks_and_alphas_there_and_back(dialect, tmp_path):
+    own = unet()
+    jlora.peft.save(tmp_path, own, names=UNET, dialect=dialect, component="unet")
+    (file,) = tmp_path.glob("*.safetensors")
+    for place in (tmp_path, file):
+        same_update(own, jlora.peft.load(place, params(own), names=UNET))
+    names = safetensors.numpy.load_file(file)
+    first = {
+        "kohya": "lora_unet_down_blocks_0_a_conv.lora_down.weight",
+        "diffusers": "unet.down_blocks.0.a.conv.lora_A.weight",
+    }
+    assert names[first[dialect]].shape == (4, 6, 3, 3)
+
+
+def test_mlx_has_one_rank_and_one_scale(tmp_path):
+    own = decoder()
+    other = factors(7, rank=3, alpha=9.0)
+    own = Trainable({**own.lora, Q: other})
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["lora_parameters"] == {
+        "dropout": 0.0,
+        "keys": ["mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"],
+        "rank": 3,
+        "scale": 1.5,
+    }
+    tensors = safetensors.numpy.load_file(tmp_path / "adapters.safetensors")
+    assert {x.shape for n, x in tensors.items() if n.endswith("lora_a")} == {(6, 3)}
+    same_update(own, jlora.peft.load(tmp_path, params(own), names=maps.LLAMA))
+
+
+def test_mlx_dora_there_and_back(tmp_path):
+    own = decoder(method="dora")
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
+    read = jlora.peft.load(tmp_path, params(own), names=maps.LLAMA)
+    assert read.lora[Q].spec.method == "dora"
+    np.testing.assert_array_equal(read.lora[Q].magnitude, own.lora[Q].magnitude)
+
+
+def test_file_with_the_models_own_names(tmp_path):
+    """A model of Hugging Face needs no map, whoever wrote the adapter."""
+    own = decoder()
+    base = {f"model.layers.{i}.{n}.weight" for i in range(2) for n in (
+        "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")}  # fmt: skip
+    shapes = dict.fromkeys(base, np.zeros((5, 6), np.float32))
+    safetensors.numpy.save_file(shapes, tmp_path / "base.safetensors")
+    merged = {}
+    for dialect in ("peft", "mlx", "kohya", "diffusers"):
+        folder = tmp_path / dialect
+        jlora.peft.save(folder, own, names=maps.LLAMA, dialect=dialect)
+        read = jlora.files.read(folder, base=tmp_path / "base.safetensors")
+        merged[dialect] = jlora.merge(shapes, read)
+        for name, x in merged["peft"].items():
+            np.testing.assert_allclose(merged[dialect][name], x, atol=1e-6)
+
+
+def test_old_names_of_diffusers(tmp_path):
+    """Attention processors, and `lora.down`; without alpha the scale is one."""
+    a, b = np.ones((2, 6), np.float32), np.ones((5, 2), np.float32)
+    old = "unet.down_blocks.0.x.processor.to_q_lora"
+    named = {f"{old}.down.weight": a, f"{old}.up.weight": b}
+    safetensors.numpy.save_file(named, tmp_path / "pytorch_lora_weights.safetensors")
+    own = Trainable({"x/to_q/kernel": factors(0)})
+    read = jlora.peft.load(tmp_path, params(own), names=UNET)
+    assert read.lora["x/to_q/kernel"].scale == 1.0
+    np.testing.assert_array_equal(read.lora["x/to_q/kernel"].a, a.T)
+
+
+def test_kohyas_window_of_one_is_a_matrix(tmp_path):
+    stem = "lora_unet_down_blocks_0_x_to_q"
+    named = {
+        f"{stem}.lora_down.weight": np.ones((2, 6, 1, 1), np.float32),
+        f"{stem}.lora_up.weight": np.ones((5, 2, 1, 1), np.float32),
+        f"{stem}.alpha": np.ones((), np.float16),
+    }
+    safetensors.numpy.save_file(named, tmp_path / "any.safetensors")
+    own = Trainable({"x/to_q/kernel": factors(0)})
+    read = jlora.peft.load(tmp_path / "any.safetensors", params(own), names=UNET)
+    assert read.lora["x/to_q/kernel"].scale == 0.5
+    with pytest.raises(PeftError, match="writes `_` for the dots"):
+        jlora.files.read(tmp_path / "any.safetensors")
+
+
+def test_other_model_of_the_pipeline_is_told(tmp_path):
+    own = unet()
+    jlora.peft.save(tmp_path, own, names=UNET, dialect="kohya")
+    file = tmp_path / "lora.safetensors"
+    named = safetensors.numpy.load_file(file)
+    named["lora_te1_text_model_q.lora_down.weight"] = np.ones((2, 6), np.float32)
+    safetensors.numpy.save_file(named, file)
+    with pytest.raises(PeftError, match=r"extra: .*lora_te1_text_model_q"):
+        jlora.peft.load(tmp_path, params(own), names=UNET)
+    read, report = jlora.peft.load_partial(tmp_path, params(own), names=UNET)
+    same_update(own, read)
+    assert len(report.extra) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tool"),
+    [
+        ("lora_unet_x.hada_w1_a", "LoHa"),
+        ("lora_unet_x.lokr_w1", "LoKr"),
+        ("lora_unet_x.lora_mid.weight", "Tucker"),
+        ("layers.0.attn.q_proj.lora_a.weight", "torchtune"),
+        ("double_blocks.0.processor.qkv_lora1.down.weight", "x-flux"),
+        ("model.layers.0.q_proj.lora_A", "loralib"),
+        ("base_model.model.q_proj.lora_A.weight", "without its adapter_config.json"),
+        ("base_model.model.q_proj.lora_A.default.weight", "not its `save_pretrained`"),
+        ("layers.0.ia3_l", "IA3"),
+    ],
+)
+def test_file_of_an_unknown_tool_is_named(name, tool, tmp_path):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({name: np.ones((2, 2), np.float32)}, file)
+    for place in (file, tmp_path):
+        for read in (jlora.files.detect, jlora.files.read):
+            with pytest.raises(JloraError, match="looks like an adapter of") as error:
+                read(place)
+            assert tool in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"fine_tune_type": "full"}, "fine_tune_type is 'full'"),
+        ({"lora_parameters": {"rank": 2}}, "scale is None"),
+        ({"lora_parameters": {"scale": math.nan}}, "scale is nan"),
+        ({"lora_parameters": {"scale": True}}, "scale is True"),
+        ({"lora_parameters": {"scale": 1.0, "dropout": 1}}, "dropout 1"),
+        ({"lora_parameters": []}, "lora_parameters"),
+    ],
+)
+def test_mlx_config_that_says_too_little(change, text, tmp_path):
+    own = decoder()
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(PeftError, match=text):
+        jlora.peft.load(tmp_path, params(own), names=maps.LLAMA)
+
+
+def test_numbers_that_no_scale_has(tmp_path):
+    own = unet()
+    jlora.peft.save(tmp_path, own, names=UNET, dialect="kohya")
+    file = tmp_path / "lora.safetensors"
+    named = safetensors.numpy.load_file(file)
+    for value in (
+        np.float32(np.nan),
+        np.float32(-1),
+        np.ones(2, np.float32),
+        np.int32(1),
+    ):
+        named["lora_unet_down_blocks_0_a_to_q.alpha"] = np.asarray(value)
+        safetensors.numpy.save_file(named, file)
+        with pytest.raises(PeftError, match="is not one positive number"):
+            jlora.peft.load(tmp_path, params(own), names=UNET)
+    del named["lora_unet_down_blocks_0_a_to_q.alpha"]
+    del named["lora_unet_down_blocks_0_a_to_q.lora_up.weight"]
+    safetensors.numpy.save_file(named, file)
+    with pytest.raises(PeftError, match=r"missing: .*to_q\.lora_B\.weight"):
+        jlora.peft.load(tmp_path, params(own), names=UNET)
+
+
+def test_what_a_tool_has_no_form_for(tmp_path):
+    def refuses(trainable, text, **options):
+        options = {"names": maps.LLAMA, **options}
+        with pytest.raises(PeftError, match=text):
+            jlora.peft.save(tmp_path / "out", trainable, **options)
+
+    own = decoder()
+    head = Trainable({**own.lora, "lm_head/kernel": factors(8)})
+    refuses(head, "MLX adapts only modules in `layers.N.`: lm_head", dialect="mlx")
+    refuses(decoder(method="dora"), "no form for", dialect="kohya")
+    refuses(unet(), "a convolution", dialect="mlx", names=UNET)
+    refuses(own, "dialect must be one of peft, mlx, kohya", dialect="nemo")
+    refuses(own, "only for PEFT's files", dialect="mlx", portable=True)
+    full = Trainable(own.lora, {"lm_head/kernel": jnp.ones((6, 5))})
+    refuses(full, "no form for lm_head.weight", dialect="diffusers")
+    assert not (tmp_path / "out").exists()
