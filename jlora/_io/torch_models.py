@@ -18,6 +18,8 @@ Side = Literal["linear", "conv1d"]  # weights `[out, in]`, and GPT-2's `[in, out
 
 # Modules of class Conv1D, in these types of models and in no other.
 _CONV1D = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})
+# Experts whose `use_experts_implementation` says `is_concatenated=False`.
+_INTERLEAVED_TYPES = {"gpt_oss"}
 _CONV1D_TYPES = frozenset(
     {"clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt"}
 )
@@ -85,6 +87,8 @@ class Facts:
       dtype: its floating-point dtype; empty if it does not say.
       quantised: by what method it is quantised; empty if it does not say.
       block: lengths of the blocks of float8, along fan-out and fan-in.
+      interleaved: whether gate and up of its experts alternate in the rows of one
+        parameter in transformers; None if the type is not known.
     """
 
     known: bool = False
@@ -95,6 +99,7 @@ class Facts:
     dtype: str = ""
     quantised: str = ""
     block: tuple[int, int] = (128, 128)
+    interleaved: bool | None = None
 
 
 def facts_of(model: Path, *, inside: bool = False) -> Facts:
@@ -130,6 +135,7 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
         task,
         prefix,
         *_storage(fields),
+        bool(types & _INTERLEAVED_TYPES) if types else None,
     )
 
 

@@ -115,6 +115,8 @@ def relaid(
     fields: Json,
     modules: Mapping[str, Module],
     layout: ExpertLayout | None,
+    *,
+    interleaved: bool | None = None,
 ) -> tuple[dict[str, Slot], PeftConfig, list[str]]:
     """Returns tensors and config with the model's names for experts, and questions.
 
@@ -124,6 +126,8 @@ def relaid(
       fields: the same, as JSON.
       modules: what the model calls its experts.
       layout: how the file keeps them; None if names and shapes are to tell.
+      interleaved: as in `ExpertLayout`, where `layout` does not say it and the model's
+        type does.
 
     Raises:
       PeftError: if the file is not in `layout`, or its experts do not fit together.
@@ -142,7 +146,8 @@ def relaid(
     made = Named({}, {}, {}, [])
     for module, experts in file.experts.items():
         own = file.own(module)
-        new = named({module: experts}, _target(own, layout), {module: own.names})
+        target = _target(own, layout, interleaved)
+        new = named({module: experts}, target, {module: own.names})
         made.tensors.update(new.tensors)
         made.ranks.update(new.ranks)
         made.scales.update(new.scales)
@@ -258,9 +263,12 @@ class _File:
         return source
 
 
-def _target(own: Module, layout: ExpertLayout | None) -> ExpertLayout:
+def _target(
+    own: Module, layout: ExpertLayout | None, interleaved: bool | None
+) -> ExpertLayout:
     """Returns the layout that the model needs."""
-    interleaved = layout.interleaved if layout is not None else None
+    if layout is not None and layout.interleaved is not None:
+        interleaved = layout.interleaved
     if interleaved is None and not own.turned and own.form == "peft":
         interleaved = False
     roles = {role_of(name): name for name in own.names}

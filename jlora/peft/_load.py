@@ -277,7 +277,9 @@ def _adapter_of(
     facts = facts or Facts()
     torch_named = is_torch_named(leaf.path for leaf in leaves)
     modules = modules_of(leaves, None if torch_named else own)
-    inner, config, open_questions = relaid(inner, config, fields, modules, layout)
+    inner, config, open_questions = relaid(
+        inner, config, fields, modules, layout, interleaved=facts.interleaved
+    )
     odd += open_questions
     foreign = {n: s for n, s in slots.items() if not n.startswith(PREFIX)}
     slots = {**foreign, **{PREFIX + name: slot for name, slot in inner.items()}}

@@ -277,9 +277,10 @@ def test_tensors_on_a_device_have_the_layout(model, form):
         jlora.peft.tensors(placed, names=names, layout=shared)
 
 
-def test_base_with_torchs_own_names_reads_fused_experts(tmp_path):
+def test_directory_of_the_hub_takes_fused_experts(tmp_path):
+    """A base with a tensor for each expert: its type tells how gate and up lie."""
     trainable, params, names = adapter("mixtral")
-    jlora.peft.save(tmp_path, trainable, names=names, layout="peft")
+    jlora.peft.save(tmp_path / "adapter", trainable, names=names, layout="peft")
     stem = "model.layers.{}.mlp.experts.{}.{}.weight"
     base = {
         stem.format(layer, e, name): np.zeros(SHAPES[name][::-1], np.float32)
@@ -287,8 +288,14 @@ def test_base_with_torchs_own_names_reads_fused_experts(tmp_path):
             (0, 1), range(E), ("gate_proj", "up_proj", "down_proj")
         )
     }
-    own = ExpertLayout("peft", interleaved=False)
-    merged = jlora.merge(base, jlora.peft.load(tmp_path, base, layout=own))
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(jlora.PeftError, match="nothing tells how: say layout="):
+        jlora.files.read(tmp_path / "adapter", base=tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({"model_type": "qwen3_moe"}))
+    read = jlora.files.read(tmp_path / "adapter", base=tmp_path / "base")
+    merged = jlora.merge(base, read)
     for (layer, name), x in updates("mixtral", trainable, params).items():
         for e in range(E):
             np.testing.assert_allclose(
