@@ -1,6 +1,6 @@
 """Experts in every layout beside PEFT and transformers.
 
-    python tests/golden/check_experts.py
+    python tests/golden/check_experts.py [--vllm VLLM]
 
 Run it where PEFT 0.21.2, torch and transformers 5.24 are installed, with jlora. For
 tiny models of Mixtral, Qwen 3 MoE and gpt-oss, PEFT adapts both parameters of the
@@ -8,15 +8,19 @@ experts with random factors (`target_parameters`), saves, and merges. jlora read
 files, and writes and reads them in every layout. Each time the update of every expert
 is compared with the one that PEFT merged. PEFT reads what jlora wrote in its own
 layout, and the logits are compared. The tensors of the other layouts are multiplied out
-as their tools do. The exit code is 1 if something differs by more than 1e-6 (logits:
+as their tools do. VLLM is the folder where a wheel of vLLM is unpacked (0.33 was): its
+own classes load and pack three layouts, and what they hold is compared too. The exit
+code is 1 if something differs by more than 1e-6 (logits:
 1e-5).
 """
 
+import argparse
 import json
 import pathlib
 import re
 import sys
 import tempfile
+import types
 
 import numpy as np
 import torch
@@ -111,14 +115,71 @@ def multiplied(folder: pathlib.Path, kind: str, form: str) -> dict[str, np.ndarr
             return scale * np.einsum("eor,eri->eoi", b, a)
 
         gate, up, down = map(update, ("w1", "w3", "w2"))
-        if kind == "gpt_oss":
-            both = np.stack([gate, up], 2).reshape(number, -1, gate.shape[2])
-            both, down = both.transpose(0, 2, 1), down.transpose(0, 2, 1)
-        else:
-            both = np.concatenate([gate, up], 1)
-        found[f"layers/{layer}/gate_up_proj"] = both
-        found[f"layers/{layer}/down_proj"] = down
+        found |= as_parameters(kind, layer, gate, up, down)
     return found
+
+
+def packed_by_vllm(folder: pathlib.Path, kind: str, form: str) -> dict[str, np.ndarray]:
+    """Returns the update of each parameter that vLLM holds, by its own code."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.peft_helper import PEFTHelper
+
+    number = SIZES["num_experts"]
+    called = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    expected = {"experts", *(f"experts.{name}" for name in called)}
+    expected |= {f"experts.{e}.{x}" for e in range(number) for x in called.values()}
+    helper = PEFTHelper.from_local_dir(str(folder), None)
+    model = LoRAModel.from_local_checkpoint(
+        str(folder), expected, helper, device="cpu", dtype=torch.float32
+    )
+    found: dict[str, np.ndarray] = {}
+    for layer in range(SIZES["num_hidden_layers"]):
+        stem = STEM.format(i=layer).rstrip(".")
+        if form == "peft":
+            manager = object.__new__(LoRAModelManager)
+            manager._is_3d_moe_model, manager.is_pooling_model = True, False
+            module = types.SimpleNamespace(
+                w13_lora_a_stacked=[torch.zeros(1, number)],
+                global_num_experts=number,
+                ep_rank=0,
+            )
+            manager._stack_moe_lora_weights(model, module, stem)
+            held = model.get_lora(stem)
+            updates = [
+                held.scaling * torch.einsum("eor,eri->eoi", b, a).numpy()
+                for a, b in zip(held.lora_a, held.lora_b, strict=True)
+            ]
+            turned = kind == "gpt_oss"
+            both, down = (x.transpose(0, 2, 1) if turned else x for x in updates)
+            found[f"layers/{layer}/gate_up_proj"] = both
+            found[f"layers/{layer}/down_proj"] = down
+            continue
+        if form == "per-expert":
+            loras = [model.get_lora(f"{stem}.{e}.{called[w]}")
+                     for e in range(number) for w in called]  # fmt: skip
+            held = PackedLoRALayerWeights.pack_moe(loras, stem)
+        else:
+            loras = [model.get_lora(f"{stem}.{name}") for name in called]
+            held = PackedLoRALayerWeights.pack_moe_stacked(loras, stem)
+        gate, down, up = (
+            scale * torch.einsum("eor,eri->eoi", b, a).numpy()
+            for a, b, scale in zip(held.lora_a, held.lora_b, held.scaling, strict=True)
+        )
+        found |= as_parameters(kind, layer, gate, up, down)
+    return found
+
+
+def as_parameters(
+    kind: str, layer: int, gate: np.ndarray, up: np.ndarray, down: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns updates `[E, out, in]` of the projections as those of the parameters."""
+    both = np.concatenate([gate, up], 1)
+    if kind == "gpt_oss":
+        both = np.stack([gate, up], 2).reshape(len(gate), -1, gate.shape[2])
+        both, down = both.transpose(0, 2, 1), down.transpose(0, 2, 1)
+    return {f"layers/{layer}/gate_up_proj": both, f"layers/{layer}/down_proj": down}
 
 
 def apart(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> float:
@@ -126,8 +187,10 @@ def apart(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(x[k] - y[k]).max()) for k in x)
 
 
-def check(kind: str, root: pathlib.Path) -> dict[str, float]:
-    """Returns the largest differences of a model."""
+def check(
+    kind: str, root: pathlib.Path
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Returns the largest differences of a model, and the updates that PEFT merged."""
     model = torch_model(kind)
     base = experts_of(model)
     config = LoraConfig(
@@ -170,17 +233,29 @@ def check(kind: str, root: pathlib.Path) -> dict[str, float]:
     with torch.no_grad():
         wrong = float(np.abs(other(tokens).logits.numpy() - logits).max())
     assert wrong > 1e-3, "the order of unsloth is the one of PEFT"
-    return found
+    return found, wanted
 
 
 def main() -> int:
     """Checks the models."""
-    worst = 0.0
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--vllm", type=pathlib.Path)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for kind in MODELS:
-            found = check(kind, pathlib.Path(folder) / kind)
-            print(kind, json.dumps(found, indent=1))
-            worst = max(worst, *found.values())
+        roots = {kind: pathlib.Path(folder) / kind for kind in MODELS}
+        results = {kind: check(kind, root) for kind, root in roots.items()}
+        if given.vllm:  # its stubs take the place of transformers, so it comes last
+            import check_vllm
+
+            check_vllm.set_up(given.vllm)
+            for kind, root in roots.items():
+                found, wanted = results[kind]
+                for form in ("peft", "per-expert", "stacked"):
+                    held = packed_by_vllm(root / form, kind, form)
+                    found[f"{form}, held by vLLM"] = apart(held, wanted)
+    for kind, (found, _) in results.items():
+        print(kind, json.dumps(found, indent=1))
+    worst = max(max(found.values()) for found, _ in results.values())
     return int(not worst < 1e-6)
 
 
