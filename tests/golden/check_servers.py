@@ -1,17 +1,23 @@
-"""What vLLM's own code does with the adapters of `server_cases.py`.
+"""What vLLM's own code, PEFT and transformers do with adapters of `server_cases.py`.
 
-    python tests/golden/check_servers.py VLLM     # torch, safetensors, regex
+    python tests/golden/check_servers.py vllm VLLM         # torch, safetensors, regex
+    python -m tests.golden.check_servers peft              # jlora, torch, peft
+    python -m tests.golden.check_servers transformers      # the same
 
 VLLM is the folder where a wheel of vLLM is unpacked, see `check_vllm.py`. Its readers
 run as they are, from `WorkerLoRAManager._load_adapter` to the loop that hands A and B
 to modules. Only the modules are made here: their names are those of the base's tensors,
 mapped by vLLM's own `WeightsMapper` with what the model's class says. The result is
 `servers.json`, with which `tests/peft/test_servers.py` compares `jlora.peft.validate`.
+
+PEFT and transformers load each adapter into a model of torch's, and what `validate`
+says is compared here: is it loaded, and does each tensor reach the model?
 """
 
 import dataclasses
 import json
 import pathlib
+import random
 import re
 import sys
 import tempfile
@@ -23,6 +29,9 @@ from tests.golden import check_vllm, server_cases
 from tests.golden.make_servers import Models
 
 TABLE = pathlib.Path(__file__).parent / "servers.json"
+MARK = 0.375  # what the tensors of an adapter hold, and nothing else does
+# PEFT's OLoRA does not know Conv1D, and it looks for layers in few models.
+KNOWN = ("gpt2.linear + olora", "gpt2.linear + replication")
 CLASSIFIER = "ForSequenceClassification"
 
 
@@ -245,7 +254,7 @@ def attributes(models: Models, architecture: str) -> dict:
     raise KeyError(architecture)
 
 
-def main(root: pathlib.Path) -> None:
+def vllm(root: pathlib.Path) -> int:
     check_vllm.set_up(root)
     found: dict[str, str | list[str]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -262,6 +271,86 @@ def main(root: pathlib.Path) -> None:
     TABLE.write_text(re.sub(r'\[\s+|,\s+(?=")(?!"\d+ )|\s+\]', _joined, text) + "\n")
     raised = sum(isinstance(value, str) for value in found.values())
     print(f"{len(found)} adapters, vLLM refuses {raised}")
+    return 0
+
+
+def torch_cases() -> list[server_cases.Case]:
+    """PEFT's golden adapters, and each break on one of each model."""
+    whole = list(server_cases.of_golden())
+    first = (
+        "llama.linear",
+        "llama.embedding",
+        "tied.tied",
+        "gpt2.linear",
+        "bert.linear",
+    )
+    rng = random.Random(1)
+    broken = [
+        server_cases.broken(case, rng, name)
+        for name in server_cases.BREAKS
+        for case in whole
+        if case.name in first and server_cases.changes(case, name)
+    ]
+    return whole + broken
+
+
+def loaded(folder: pathlib.Path, case: server_cases.Case, server: str) -> dict | str:
+    """Which tensors of an adapter reach a model of torch's, or the error."""
+    import peft
+    import torch
+    import transformers
+
+    here = pathlib.Path(__file__).parent / "peft" / case.base
+    config = transformers.AutoConfig.from_pretrained(here)
+    torch.manual_seed(0)
+    model = getattr(transformers, config.architectures[0])(config)
+    try:
+        if server == "peft":
+            model = peft.PeftModel.from_pretrained(model, str(folder))
+        else:
+            model.load_adapter(str(folder))
+    except Exception as error:  # whatever they raise
+        return f"{type(error).__name__}: {error}"[:150]
+    begin = "" if server == "peft" else server_cases.P
+    short = {".default": "", "modules_to_save.": "", "_vector.weight": "_vector"}
+    there = {}
+    for name, x in model.state_dict().items():
+        for old, new in short.items():
+            name = name.replace(old, new)
+        if bool((x == MARK).all()):
+            there[begin + name] = tuple(x.shape)
+    own = {n: n if n.startswith(server_cases.P) else begin + n for n in case.tensors}
+    return {n: there.get(own[n]) == x.shape for n, x in case.tensors.items()}
+
+
+def compared(server: str) -> int:
+    """Compares `validate` with a library of torch's; returns the exit code."""
+    import jlora
+
+    bad, cases = 0, torch_cases()
+    for case in cases:
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            case.tensors = {n: x * 0 + MARK for n, x in case.tensors.items()}
+            server_cases.write_adapter(folder, case)
+            base = pathlib.Path(__file__).parent / "peft" / case.base
+            said = loaded(folder, case, server)
+            report = jlora.peft.validate(folder, base, server=server)
+        outcomes = {v.name: v.outcome for v in report.verdicts}
+        refused = "refused" in outcomes.values()
+        guessed = outcomes.get("adapter_config.json: target_modules") == "altered"
+        wrong = isinstance(said, str) != refused
+        if not refused and not wrong and not guessed:
+            wrong = any(
+                got != (outcomes[n] in ("applied", "altered"))
+                for n, got in said.items()
+                if outcomes[n] != "copy"
+            )
+        if wrong and case.name not in KNOWN:
+            bad += 1
+            print(f"!! {case.name}: {said if refused or isinstance(said, str) else ''}")
+    print(f"{server}: {bad} of {len(cases)} adapters are judged otherwise")
+    return int(bad > 0)
 
 
 def _joined(match: re.Match[str]) -> str:
@@ -269,4 +358,6 @@ def _joined(match: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    step, *folders = sys.argv[1:]
+    code = vllm(pathlib.Path(*folders)) if step == "vllm" else compared(step)
+    sys.exit(code)

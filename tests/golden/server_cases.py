@@ -390,22 +390,23 @@ def cases() -> list[Case]:
     whole = [*of_golden(), *plain()]
     tried = [c for c in whole if c.name == "llama.linear" or c.name.endswith(".plain")]
     rng = random.Random(0)
-    broken = []
-    for name, make in BREAKS.items():
-        changed = [c for c in tried if _changed(c, make, rng)]
+    found = []
+    for name in BREAKS:
+        changed = [c for c in tried if changes(c, name)]
         for case in rng.sample(changed, min(3, len(changed))):
-            broken.append(_broken(case, rng, name))
-    while len(broken) < 260:
+            found.append(broken(case, rng, name))
+    while len(found) < 260:
         names = rng.sample(list(BREAKS), 2)
-        case = _broken(rng.choice(tried), rng, *names)
+        case = broken(rng.choice(tried), rng, *names)
         if case.tensors:
-            broken.append(case)
-    return whole + broken
+            found.append(case)
+    return whole + found
 
 
-def _changed(case: Case, make: Break, rng: random.Random) -> bool:
+def changes(case: Case, name: str) -> bool:
+    """Returns whether a break changes an adapter."""
     other = copy.deepcopy(case)
-    make(other, random.Random(0))
+    BREAKS[name](other, random.Random(0))
     shapes = [{n: x.shape for n, x in c.tensors.items()} for c in (case, other)]
     return (shapes[0], case.config, case.files) != (
         shapes[1],
@@ -414,7 +415,8 @@ def _changed(case: Case, make: Break, rng: random.Random) -> bool:
     )
 
 
-def _broken(case: Case, rng: random.Random, *names: str) -> Case:
+def broken(case: Case, rng: random.Random, *names: str) -> Case:
+    """Returns an adapter that is broken in these ways."""
     other = copy.deepcopy(case)
     other.name = " + ".join([case.name, *names])
     for name in names:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ..._io.torch_models import head_of, is_table, is_wrapped, name_in_memory
 from ..config import CONFIG, endings, names_module
+from ..layers import MAGNITUDE
 from ._adapter import Adapter, Piece
 from ._base import Base, Shape
 from ._fit import FACTORS, Names, misfit
@@ -75,6 +76,9 @@ class Lookup:
             return self._copy(piece, module)
         if piece.part == "magnitude" and not fields.get("use_dora"):
             return "dropped", "", "use_dora is false", "write use_dora true"
+        if self.server.name != "peft" and piece.name.endswith(f".{MAGNITUDE}"):
+            why = "load_adapter looks for another name, and leaves it as it began"
+            return "dropped", "", why, "load it with peft.PeftModel.from_pretrained"
         if piece.part == "bias_b" and not fields.get("lora_bias"):
             return "dropped", "", "lora_bias is false", "write lora_bias true"
         if piece.part not in FACTORS:
@@ -118,9 +122,6 @@ class Lookup:
         if f"{plain}.{last}" not in self.tensors:
             why = f"{self.base.architecture} has no tensor of this name"
             return "dropped", "", why, self.names.nearest(plain)
-        if self.server.name != "peft" and not self._is_saved(plain):
-            why = "transformers takes only tensors of adapters"
-            return "dropped", "", why, "load it with peft.PeftModel.from_pretrained"
         shape = self.tensors[f"{plain}.{last}"]
         if shape is not None and shape != piece.shape:
             why = f"it is {list(piece.shape)}, the base's {list(shape)}"
@@ -152,7 +153,7 @@ class Lookup:
         }
         every = {*self.parents, *self.modules}
         absent = sorted(m for m in every - whole if self._is_saved(m))
-        if absent:
+        if absent and self.server.name == "peft":
             why = f"the file has no {absent[0]!r:.100}"
             yield self._told("modules_to_save", "refused", why, "leave it out there")
 
