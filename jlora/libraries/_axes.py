@@ -145,7 +145,8 @@ def layouts(
     """Returns the layouts of these shapes that differ in the update they give.
 
     A is `[*batch, *fan_in, rank]`, B is `[*batch, rank, *fan_out]`, each with its axes
-    in the weight's order; fan-in, or fan-out, may be flat.
+    in the weight's order; fan-in, or fan-out, may be flat. With `stacked`, all three
+    have the axis of a loop there; if none fits, they have none.
 
     Examples:
       >>> [layout.axes.fan_in for layout in layouts((8, 4, 2), (8, 3), (3, 8), None)]
@@ -163,6 +164,8 @@ def layouts(
                 if n != 1  # an axis of one entry may be anywhere
             )
             found.setdefault(roles, layout)
+    if not found and stacked is not None:
+        return layouts(weight, a, b, None)
     return list(found.values())
 
 

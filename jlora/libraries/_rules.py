@@ -28,7 +28,8 @@ class Place:
         `"one"` if it does not, or the pattern of the leaf that holds the multiplier.
       op: `"linear"`, `"embedding"` or `"conv"`, unless a plan tells.
       stacked: the axis along which the library stacks the layers of a loop in weight
-        and factors, if it is not in front. It is for `axes=""`.
+        and factors, if it is not in front. Shapes must agree, else there is no such
+        loop. It is for `axes=""`.
       wrapper: a component of `weight` that the base model does not have.
 
     Raises:

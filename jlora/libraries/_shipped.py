@@ -8,15 +8,9 @@ _DENSE = "i o -> i r, r o"
 #: https://github.com/google/qwix/blob/main/qwix/_src/providers/lora.py
 QWIX = Library("qwix", (Place("*", "*_lora_a", "*_lora_b"),))
 
-#: MaxText, whose scanned layers lie along the second axis of all that qwix makes.
+#: MaxText, which makes them with qwix. Scanned layers lie along the second axis.
 #: https://github.com/AI-Hypercomputer/maxtext
-MAXTEXT = Library(
-    "maxtext",
-    (
-        Place("*/layers/*", "*/layers/*_lora_a", "*/layers/*_lora_b", stacked=1),
-        *QWIX.places,
-    ),
-)
+MAXTEXT = Library("maxtext", (Place("*", "*_lora_a", "*_lora_b", stacked=1),))
 
 #: Flax: `nnx.LoRA` around a layer, and `nnx.LoRALinear`. No scale.
 #: https://github.com/google/flax/blob/main/flax/nnx/nn/lora.py
@@ -35,22 +29,9 @@ NNX = Library(
     ),
 )
 
-#: EasyDeL, whose layers are `nnx.LoRA` of its own linear layers. No scale.
+#: EasyDeL, whose `eLoRA` is an `nnx.LoRA` around its own linear layers. No scale.
 #: https://github.com/erfanzar/EasyDeL
-EASYDEL = Library(
-    "easydel",
-    (
-        *NNX.places,
-        Place(
-            "*/base_module/weight",
-            "*/lora_a",
-            "*/lora_b",
-            _DENSE,
-            ONE,
-            wrapper="base_module",
-        ),
-    ),
-)
+EASYDEL = Library("easydel", NNX.places)
 
 #: DeepMind's gemma: `gm.nn.LoRA`, and `gemma.peft` in other Linen models. No scale.
 #: https://github.com/google-deepmind/gemma/blob/main/gemma/peft/_lora.py

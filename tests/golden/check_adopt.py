@@ -1,10 +1,12 @@
 """`jlora.adopt` and `jlora.hand_back` beside the libraries whose factors they take.
 
-    python tests/golden/check_adopt.py LIBRARY [--openpi CHECKOUT] [--write]
+    python tests/golden/check_adopt.py LIBRARY [--openpi CHECKOUT] [--easydel WHEEL]
+        [--write]
 
 Run it where the library is installed, with jlora: `qwix` (0.1.8, with Flax), `nnx`
 (Flax), `tunix` (google-tunix 0.1.7), `gemma` (gemma 4.0.1), `keras` (3.15.1,
-KERAS_BACKEND=jax), `openpi` (a checkout of Physical-Intelligence/openpi, with Flax).
+KERAS_BACKEND=jax), `openpi` (a checkout of Physical-Intelligence/openpi, with Flax),
+`easydel` (the wheel of easydel 0.3.0, with Flax: its `eLoRA` around Flax's layers).
 
 For each model, with random factors: the library's own forward is compared with
 `apply_lora` of the base model's function, with a plan and without, and with the merged
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import types
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -179,6 +182,22 @@ def nnx(given: argparse.Namespace) -> Iterator[Case]:
     """Yields models with `nnx.LoRA` and `nnx.LoRALinear`."""
     from flax import nnx as lib
 
+    yield wrapped("nnx.LoRA and nnx.LoRALinear", "nnx", lib.LoRA)
+
+
+def easydel(given: argparse.Namespace) -> Iterator[Case]:
+    """Yields a model with EasyDeL's `eLoRA`."""
+    with zipfile.ZipFile(given.easydel) as wheel:
+        text = wheel.read("easydel/layers/linears/_lora.py").decode()
+    lib: dict[str, Any] = {"__name__": "easydel_lora"}
+    exec(compile(text, "_lora.py", "exec"), lib)
+    yield wrapped("eLoRA", "easydel", lib["eLoRA"])
+
+
+def wrapped(name: str, library: str, lora: Any) -> Case:
+    """Returns a model with linear layers in `lora`, and one `nnx.LoRALinear`."""
+    from flax import nnx as lib
+
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
 
     class Net(lib.Module):
@@ -199,11 +218,11 @@ def nnx(given: argparse.Namespace) -> Iterator[Case]:
 
     def wrap(linear: Any) -> Any:
         sizes = linear.in_features, 2, linear.out_features
-        return lib.LoRA(*sizes, base_module=linear, rngs=lib.Rngs(1))
+        return lora(*sizes, base_module=linear, rngs=lib.Rngs(1))
 
-    yield nnx_case(
-        "nnx.LoRA and nnx.LoRALinear",
-        "nnx",
+    return nnx_case(
+        name,
+        library,
         Net,
         lambda _: Net(wrap, lora_rank=3),
         lambda net: net(x),
@@ -500,6 +519,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("library")
     parser.add_argument("--openpi")
+    parser.add_argument("--easydel")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -519,6 +539,8 @@ def version(given: argparse.Namespace) -> str:
         return subprocess.check_output(
             ["git", "-C", given.openpi, "rev-parse", "HEAD"], text=True
         ).strip()
+    if given.library == "easydel":
+        return f"easydel {pathlib.Path(given.easydel).name.split('-')[1]}"
     package = {"nnx": "flax", "tunix": "google-tunix"}.get(given.library, given.library)
     return f"{package} {importlib.metadata.version(package)}"
 

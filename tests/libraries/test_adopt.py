@@ -50,11 +50,14 @@ CASES = {
     "maxtext": ("maxtext", "d/layers/q/kernel", (4, 3, 2, 5),
                 "d/layers/q/kernel_lora_{}", (4, 3, 7), (7, 3, 10), "ilr,rlo->ilo",
                 6 / 7),
+    "maxtext not scanned": ("maxtext", "d/layers/0/q/kernel", (4, 2, 5),
+                            "d/layers/0/q/kernel_lora_{}", (4, 7), (7, 10), "ir,ro->io",
+                            6 / 7),
     "nnx": ("nnx", "m/base_module/kernel", (6, 6), "m/lora_{}", (6, 2), (2, 6),
             "ir,ro->io", 1.0),
     "nnx linear": ("nnx", "m/kernel", (6, 6), "m/lora/lora_{}", (6, 2), (2, 6),
                    "ir,ro->io", 1.0),
-    "easydel": ("easydel", "m/base_module/weight", (6, 6), "m/lora_{}", (6, 2), (2, 6),
+    "easydel": ("easydel", "m/base_module/kernel", (6, 6), "m/lora_{}", (6, 2), (2, 6),
                 "ir,ro->io", 1.0),
     "gemma q": ("gemma", "q/w", (2, 6, 4), "q/_LoRAEinsum_0/lora/{}", (6, 3), (3, 2, 4),
                 "dr,rnh->ndh", 1.0),
@@ -107,7 +110,15 @@ def test_update_is_that_of_the_library_and_goes_back(case):
 def test_libraries_themselves_agree():
     """What `check_adopt.py` found when it ran them."""
     stored = json.loads(GOLDEN.read_text())
-    assert stored.keys() >= {"qwix", "tunix", "nnx", "gemma", "keras", "openpi"}
+    assert stored.keys() >= {
+        "qwix",
+        "tunix",
+        "nnx",
+        "easydel",
+        "gemma",
+        "keras",
+        "openpi",
+    }
     for run in stored.values():
         for found in run["models"].values():
             apart = [x for x in found.values() if isinstance(x, float)]
