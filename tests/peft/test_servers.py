@@ -3,7 +3,9 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from jlora.cli import run as run_command
 from jlora.errors import PeftError
@@ -189,6 +191,13 @@ def test_base_that_says_nothing(judged, tmp_path):
         validate(adapter, base)
     with pytest.raises(PeftError, match="server must be one of vllm, sglang, peft"):
         validate(adapter, base, server="triton")
+
+
+def test_adapter_of_another_tool_is_converted_first(bases, tmp_path):
+    named = {"lora_unet_x.lora_down.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(named, tmp_path / "x.safetensors")
+    with pytest.raises(PeftError, match="is an adapter of kohya's sd-scripts"):
+        validate(tmp_path / "x.safetensors", bases["gemma2"])
 
 
 def test_command_exits_with_1_where_a_tensor_is_dropped(bases, tmp_path, capsys):

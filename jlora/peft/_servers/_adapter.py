@@ -6,10 +6,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Literal
 
-from ..._io.disk import Json
+from ..._io.disk import Json, told
 from ..._text.automata import first_match
 from ..._text.regexes import compile_all
 from ...errors import PeftError
+from .._dialects import dialect_of
 from .._load import open_adapter
 from ..config import (
     PREFIX,
@@ -126,6 +127,13 @@ def read_adapter(directory: pathlib.Path) -> Adapter:
     Raises:
       PeftError: if a file is missing, damaged or not a LoRA adapter.
     """
+    with told(f"{str(directory)!r} cannot be read", PeftError):
+        dialect = dialect_of(directory) if directory.exists() else None
+    if dialect is not None:
+        raise PeftError(
+            f"{str(directory)!r} is an adapter of {dialect.tool}. Servers read PEFT's: "
+            "write it so first, with `jlora convert --to peft`."
+        )
     fields, slots, _ = open_adapter(directory)
     config, _ = parse_config(fields)
     pieces = tuple(_piece(name, slot.shape) for name, slot in slots.items())
