@@ -178,6 +178,22 @@ def mlx(folder: pathlib.Path) -> int:
         (folder / "mlx" / "adapter_config.json").write_text(json.dumps(config))
         compare("MLX's own fused weights", gains(own), exact(own))
         save(exact(own), folder / "mlx_gain.safetensors")
+        dora = model()
+        linear_to_lora_layers(dora, 2, about, use_dora=True)
+        fused = {}
+        for name, module in dora.named_modules():
+            if "lora_a" in module:
+                module.lora_b = mx.random.normal(module.lora_b.shape)
+                module.m = module.m * 1.3
+                fused[f"{name}.weight"] = np.array(module.fuse().weight)
+        (folder / "mlx_dora").mkdir()
+        adapted = dict(tree_flatten(dora.parameters()))
+        ends = ("lora_a", "lora_b", ".m")
+        adapted = {n: x for n, x in adapted.items() if n.endswith(ends)}
+        mx.save_safetensors(str(folder / "mlx_dora" / "adapters.safetensors"), adapted)
+        config = {**config, "fine_tune_type": "dora"}
+        (folder / "mlx_dora" / "adapter_config.json").write_text(json.dumps(config))
+        save(fused, folder / "mlx_dora_fused.safetensors")
         return 0
     wanted = load(folder / "mlx_gain.safetensors")
     found = exact(load_adapters(model(), str(folder / "own_mlx")))
@@ -200,7 +216,12 @@ def own(folder: pathlib.Path) -> int:
             ("kohya", "diffusers") if tool == "diffusers" else ("mlx", "peft")
         ):
             jlora.peft.save(folder / f"own_{dialect}", read, dialect=dialect)
-    return bad
+    read = jlora.files.read(folder / "mlx_dora", base=LLAMA)
+    wanted = load(folder / "mlx_dora_fused.safetensors")
+    base = load(LLAMA / "model.safetensors")
+    merged = jlora.merge({n: base[n] for n in wanted}, read)
+    merged = {n: np.asarray(x) for n, x in merged.items()}
+    return bad | compare("jlora merges MLX's DoRA", merged, wanted)
 
 
 def llama(folder: pathlib.Path, source: pathlib.Path) -> int:
