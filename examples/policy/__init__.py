@@ -1,0 +1,1 @@
+"""Reinforcement learning of an adapter with rewards that a program checks."""
