@@ -1,13 +1,14 @@
 """The page on what is learnt, its plot, and the tables of other documents."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from examples.earlier_methods import report as tables
-from examples.earlier_methods.rows import DECODER, ENCODER, FULL, LORA, RATES
-from examples.earlier_methods.run import RESULTS
+from examples.earlier_methods.rows import DECODER, ENCODER, FULL, LORA, RATES, ROWS
+from examples.earlier_methods.run import RESULTS, read
 
 from . import common, earlier, headlines
 from .page import COLORS, markdown, source
@@ -21,14 +22,17 @@ TOP = """\
 
 *This page is generated from the figures in `examples/earlier_methods/results` and
 `benchmarks/results`. Each table has a command: `python -m examples.earlier_methods
-methods`, or `rank`, `alpha`, `weights`, `data`, `epochs`, `batch`, `start`, `base`.*
+methods`, or `rank`, `alpha`, `weights`.*
+
+Not trained yet: {missing}. The
+command trains what the files lack.
 
 [What to choose](choose.md) draws the conclusions.
 
 ## How it is measured
 
-Two real models learn two tasks, each with little data, so that one processor core
-trains all rows in about an hour.
+Two real models learn two tasks, each with little data and in few steps, so that one
+processor core trains all rows in an evening.
 
 - *Encoder*: MiniLM-L6 tells good from bad Amazon review sentences, cut at 24 tokens.
   The test part has 603 sentences, the validation part 339. No review is in two parts.
@@ -41,12 +45,13 @@ the last 4 of SmolLM2's 30. The layers below are frozen and run once for all exa
 So a *prompt* here goes before the input of the first trained layer, and *full
 fine-tuning* trains all weights of these layers (and the last norm of the decoder).
 
-Every row is tuned in the same way. The first seed trains at each of five rates, as one
-program under `vmap`: {rates}. The tables after *Learning rates* try the upper three,
-for at lower ones LoRA changes little in so few steps. The rate with the lowest loss on
-a *validation* part is kept, and the other seeds train at that rate. Only then is the
-test part read, once for each seed. A star marks a rate at an end of the grid: the best
-one may lie beyond.
+Every row is tuned in the same way. The first seed trains at each rate of a grid, as one
+program under `vmap`: {rates}. The
+decoder's rows leave out the lowest, and the tables after *Learning rates* try the upper
+three, for at lower ones LoRA changes little in so few steps. The rate with the lowest
+loss on a *validation* part is kept, and the other seeds train at that rate. Only then
+is the test part read, once for each seed. A star marks a rate at an end of the grid:
+the best one may lie beyond.
 
 The optimizer is Adam without weight decay. Rates rise over a tenth of the steps and
 fall to zero. MiniLM's new head is trained in every row, at a rate of 0.01. LoRA is on q
@@ -72,6 +77,7 @@ head's rate is the same in each, so at the lowest rates the encoder's rows are a
 only*.
 """
 ALT = "Validation loss of methods against the learning rate"
+SHOWN = (ENCODER, DECODER)
 OWN = ("examples", "steps", "size")  # settings that may differ within a table
 MARK = "figures: quality"  # of `summary` in other documents
 CURVES = (LORA, FULL, "adapters, Houlsby", "prefix", "prompt", "BitFit", "IA3")
@@ -88,7 +94,7 @@ def page(found: dict[str, common.Figures], results: Path = RESULTS) -> str:
     first, *rest = tables.TITLES
     rates = ", ".join(f"{rate:g}" for rate in RATES)
     parts = [
-        TOP.format(rates=rates),
+        TOP.format(rates=rates, missing=_missing(results)),
         *_sections(first, results),
         CLAIMS,
         *_rates(results),
@@ -102,17 +108,32 @@ def page(found: dict[str, common.Figures], results: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def _missing(results: Path) -> str:
+    """Returns how many rows of each table have no figures."""
+    found = []
+    for task in SHOWN:
+        done = {f["row"] for f in read(results / f"{task}.jsonl")}
+        lacking = [own.tables[0] for row, own in ROWS[task].items() if row not in done]
+        counts = Counter(lacking).items()
+        found += [f"{n} of *{tables.TITLES[name]}* ({task})" for name, n in counts]
+    return ", ".join(found) or "none"
+
+
 def _sections(name: str, results: Path) -> list[str]:
     """Returns a section for each task that has rows of a table."""
-    found = {task: tables.rows_of(results, task, name) for task in (ENCODER, DECODER)}
+    found = {task: tables.rows_of(results, task, name) for task in SHOWN}
     title = tables.TITLES[name]
     return [_section(title, task, rows) for task, rows in found.items() if rows[1:]]
 
 
 def _rates(results: Path) -> list[str]:
     """Returns the section on learning rates."""
-    found = [tables.rows_of(results, task, "methods") for task in (ENCODER, DECODER)]
-    each = [markdown(tables.rate_columns(rows)) for rows in found if rows]
+    found = {task: tables.rows_of(results, task, "methods") for task in SHOWN}
+    each = [
+        f"{task.capitalize()}:\n\n{markdown(tables.rate_columns(rows))}"
+        for task, rows in found.items()
+        if rows
+    ]
     return ["## Learning rates\n", TUNED, *each, f"![{ALT}](quality-rates.svg)\n"]
 
 
@@ -140,14 +161,15 @@ def costs(found: common.Figures, ahead: common.Figures | None) -> str:
         source(found["environment"]),
         "MiniLM has random weights here, and each method works in all of its layers. A "
         f"step has {size[0]} sentences of {size[1]} tokens. *Kept* is what has to be "
-        "stored of a task, in float32. Step times share the machine with other work; "
-        "they take turns, so their ratios are steadier than they are.\n",
+        "stored of a task, in float32. The machine was shared, so that steps were not "
+        "timed; the [performance](performance.md) page times LoRA's.\n",
         markdown(earlier.training_columns(rows)),
         "### Inference\n",
-        f"Merged LoRA lowers to {same} program as the frozen model, so its ratio is "
-        "1.00 but for noise. Head only, BitFit and full fine-tuning end in the model's "
-        "own weights and are that program too. Times are multiples of the frozen "
-        "model's; columns are rows × tokens.\n",
+        f"Merged LoRA lowers to {same} program as the frozen model: its ratio should "
+        "be 1.00, and shows the noise of the others. Head only, BitFit and full "
+        "fine-tuning end in the model's own weights and are that program too. The "
+        "figures are multiples of the frozen model's processor time on one thread, the "
+        "least of several calls; columns are rows × tokens.\n",
         markdown(earlier.inference_columns(found["inference"], "seconds")),
     ]
     if ahead:
@@ -213,7 +235,7 @@ def plot(results: Path = RESULTS) -> Figure:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     colors = list(COLORS.values())
-    for at, task in zip(axes, (ENCODER, DECODER), strict=True):
+    for at, task in zip(axes, SHOWN, strict=True):
         rows = {f["row"]: f for f in tables.rows_of(results, task, "methods")}
         for name, color in zip(CURVES, colors, strict=False):
             if name in rows:

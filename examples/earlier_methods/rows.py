@@ -15,6 +15,7 @@ HEAD_RATE = 1e-2
 LORA = "LoRA, rank 8"
 FULL = "full fine-tuning"
 ALL = "layers/{query,key,value,output,up,down}/kernel"
+DECODER_ALL = (ALL, "layers/gate/kernel")
 ATTENTION = "layers/{query,key,value,output}/kernel"
 MLP = "layers/{up,down}/kernel"
 _ALL = (
@@ -95,7 +96,7 @@ ENCODER_ROWS = {
     "DoRA, rank 8": Row(methods.dora, ("methods",)),
     "LoRA, rank 1": _lora("rank", rank=1),
     "LoRA, rank 64": _lora("rank", "alpha", rank=64),
-    "rsLoRA, rank 64": _lora("rank", rank=64, rslora=True),
+    "rsLoRA, rank 64": _lora("rank", "alpha", rank=64, rslora=True),
     "all linear, rank 2": _lora("weights", rank=2, targets=ALL),
     "alpha 64, rank 64": _lora("alpha", rank=64, alpha=64),
     "PiSSA": _lora("start", init="pissa"),
@@ -110,7 +111,6 @@ ENCODER_ROWS = {
     "rank 1, 1920 sentences": _lora("data", rank=1, examples=1920, steps=120),
     "rank 64, 1920 sentences": _lora("data", rank=64, examples=1920, steps=120),
     "alpha 8, rank 8": _lora("alpha", alpha=8),
-    "alpha 128, rank 64": _lora("alpha", rank=64, alpha=128),
     "MLP, rank 3": _lora("weights", rank=3, targets=MLP),
     "queries, rank 16": _lora("weights", rank=16, targets="layers/query/kernel"),
     "LoRA, rank 16": _lora("rank", rank=16),
@@ -124,7 +124,10 @@ ENCODER_ROWS = {
 DECODER_ROWS = {
     LORA: _writes(lambda: methods.lora(head=False)),
     "LoRA, all linear, rank 8": _writes(
-        lambda: methods.lora(head=False, targets=(ALL, "layers/gate/kernel"))
+        lambda: methods.lora(head=False, targets=DECODER_ALL)
+    ),
+    "LoRA, all linear, rank 2": _writes(
+        lambda: methods.lora(2, 4, head=False, targets=DECODER_ALL)
     ),
     FULL: _writes(lambda: methods.full(("layers/**", "norm"))),
     "adapters, Houlsby": _writes(lambda: methods.houlsby(6)),

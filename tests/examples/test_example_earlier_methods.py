@@ -16,7 +16,7 @@ from examples.earlier_methods import decoder, encoder, methods, run, sweep, task
 from examples.earlier_methods.counts import DIFFERENT, EQUAL, count
 from examples.earlier_methods.hooks import Extra
 from examples.earlier_methods.methods.prefix import folded
-from examples.earlier_methods.rows import ROWS, Row
+from examples.earlier_methods.rows import FULL, LORA, ROWS, Row
 from examples.earlier_methods.task import DECODER, ENCODER, split_task
 from examples.sentiment.model import BertConfig, SentenceClassifier
 from tests.helpers import random_like
@@ -320,3 +320,38 @@ def test_documents_hold_the_committed_figures():
     assert learnt.ROOT / "README.md" in quoting
     for path in quoting:
         assert learnt.summary() in path.read_text(), path
+
+
+def test_advice_follows_from_the_figures():
+    """What `docs/choose.md` says of rates, ranks and weights."""
+    found = {
+        name: {f["row"]: f for f in run.read(run.RESULTS / f"{name}.jsonl")}
+        for name in (ENCODER, DECODER)
+    }
+
+    def test_of(row, name=ENCODER):
+        scores = np.array(found[name][row]["test"]["score"])
+        return scores.mean(), scores.std(ddof=1) / len(scores) ** 0.5
+
+    def level(one, other, name=ENCODER):
+        (a, da), (b, db) = test_of(one, name), test_of(other, name)
+        return abs(a - b) <= da + db
+
+    for rows in found.values():
+        assert rows[LORA]["rate"] == pytest.approx(5 * rows[FULL]["rate"])
+    others = ["DoRA, rank 8", "adapters, Houlsby", "adapters, Pfeiffer", "BitFit"]
+    assert all(level(LORA, row) for row in [*others, "prompt", FULL])
+    for behind in ("head only", "IA3"):
+        assert not level(LORA, behind)
+    assert level("LoRA, rank 1", "LoRA, rank 64")
+    assert level(LORA, "all linear, rank 2")
+    assert found[ENCODER]["LoRA, rank 64"]["rate"] == 0.005
+    for row in ("rsLoRA, rank 64", "alpha 64, rank 64"):
+        assert found[ENCODER][row]["rate"] == 0.001
+        assert level(row, "LoRA, rank 64")
+    assert level("LoRA, all linear, rank 8", FULL, DECODER)
+    assert not level(LORA, FULL, DECODER)
+    rows = found[DECODER]
+    for row, more in (("adapters, Houlsby", 1), ("LoRA, all linear, rank 2", 4 / 3)):
+        assert max(rows[row]["test"]["loss"]) < min(rows[LORA]["test"]["loss"])
+        assert rows[row]["trained"] <= more * rows[LORA]["trained"]
