@@ -1,6 +1,5 @@
 """The GRPO example: its loss, and that rewards rise, on a tiny model."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,9 +9,8 @@ import optax
 import pytest
 
 import jlora
-from examples.chat.model import forward, init
+from examples.chat.model import DecoderConfig, forward, init
 from examples.policy import grpo, train
-from tests.examples.test_example_many_adapters import CONFIG
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("standard_dtypes")]
 
@@ -23,7 +21,9 @@ def as_users():
         yield
 
 
-TINY = dataclasses.replace(CONFIG, vocab=16)
+TINY = DecoderConfig(
+    vocab=16, width=16, hidden=24, layers=2, heads=2, kv_heads=1, head=8, tied=True
+)
 
 
 @functools.cache
