@@ -105,7 +105,10 @@ def pairs_of(nodes: Mapping[str, Node], library: Library) -> list[Pair]:
     used = {p for pair in pairs for p in (pair.a, pair.b, pair.scale)}
     told = {path for path in nodes for _ in _options(path, library)}
     for path in nodes.keys() - used - told:
-        halves = [pair for pair in _options(path, library, "b") if pair.weight in nodes]
+        options = list(_options(path, library, "b"))
+        halves = [pair for pair in options if pair.weight in nodes]
+        if any(pair.a in nodes for pair in options):
+            continue  # that A was told
         if halves:
             faults.append(f"{path!r} is there without {halves[0].a!r}")
         elif "lora" in path.casefold():
@@ -154,6 +157,13 @@ def _options(path: str, library: Library, half: str = "a") -> Iterable[Pair]:
 
 
 def _alone(path: str, weight: str, nodes: Mapping[str, Node]) -> str:
+    inside = [other for other in nodes if other.startswith(f"{weight}/")]
+    if inside:
+        return (
+            f"{path!r}: its weight {weight!r} is not an array, but holds "
+            f"{listed(map(repr, inside), 2, ', ')} (of a quantised NNX model, give the "
+            "dense weights)"
+        )
     near = paths.nearest(weight, tuple(nodes), n=1)
     return f"{path!r} is there without its weight {weight!r} (nearest: {near[0]!r})"
 

@@ -224,6 +224,9 @@ def dense(**changes):
          r"'d/kernel_lora_b' is there without 'd/kernel_lora_a'"),
         (dense(kernel=None), "qwix", {"alpha": 1.0},
          r"without its weight 'd/kernel' .*Give the whole parameters"),
+        (dense(kernel={"array": {"qvalue": rand(6, 5), "scale": rand(1, 5)}}), "qwix",
+         {"alpha": 1.0}, r"'d/kernel_lora_a': its weight 'd/kernel' is not an "
+         r"array, but holds 'd/kernel/array/qvalue', 'd/kernel/array/scale' .*dense"),
         (dense(lora_magnitude=rand(5)), "qwix", {"alpha": 1.0},
          r"no rule is for 'd/lora_magnitude'"),
         (dense(kernel_lora_b=rand(2, 7)), "qwix", {"alpha": 1.0},

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import jlora
 from jlora.peft import Entry, ExpertLayout, NameMap
 
+pytestmark = pytest.mark.once  # bytes on the host
 E, H, N, R = 3, 6, 4, 2  # experts, features, hidden, rank
 FORMS = ("peft", "unsloth", "per-expert", "stacked", "shared")
 MODULE = "model.layers.{i}.mlp.experts"
