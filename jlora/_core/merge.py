@@ -317,7 +317,7 @@ def _add_delta(w: Leaf, factors: Factors, *, sign: int) -> jax.Array:
     the updates of all weights at once.
     """
     if is_staging(w, factors):
-        return one_at_a_time(functools.partial(_added, sign=sign), w, factors)
+        return one_at_a_time(_SIGNED[sign], w, factors)
     pieces = _pieces(w, factors)
     return placed_as(w, _added_now(w, factors, sign=sign, pieces=pieces))
 
@@ -392,4 +392,5 @@ def _added_in_pieces(w: Leaf, factors: Factors, sign: int, pieces: int) -> jax.A
     return total.view(w.dtype)
 
 
+_SIGNED = {sign: functools.partial(_added, sign=sign) for sign in (1, -1)}
 _added_now = jax.jit(_added, static_argnames=("sign", "pieces"))

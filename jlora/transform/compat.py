@@ -9,7 +9,8 @@ import contextvars
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from jax import ad_checkpoint, core
@@ -24,6 +25,10 @@ Equation = jex_core.JaxprEqn
 Var = jex_core.Var
 Jaxpr = jex_core.Jaxpr
 Type = core.ShapedArray
+
+# For `jax.jit(inline=...)`: the equations stand in the code of the caller.
+_inline: Any = getattr(jax, "Inline", None)
+INLINE: Any = True if _inline is None else _inline.JAX_EARLY
 
 # The lines in a traceback that are the user's are not those of this package.
 source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]) + "/")
@@ -90,12 +95,24 @@ def scan_counts(eqn: Equation) -> tuple[int, int]:
     return consts, carry
 
 
-def bind(eqn: Equation, *values: Any) -> list[jax.Array]:
+class Bindable(Protocol):
+    """An equation, or what it shares with equations that are alike."""
+
+    primitive: Any
+    params: Any
+
+
+def bind(eqn: Bindable, *values: Any) -> list[jax.Array]:
     """Binds `eqn` again on new values and returns its results as a list."""
     params = eqn.primitive.get_bind_params(eqn.params)
     subfuns, params = params if isinstance(params, tuple) else ((), params)
     out = eqn.primitive.bind(*subfuns, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def derives(x: Any) -> bool:
+    """Returns whether `x` is an array that a derivative is being taken through."""
+    return hasattr(type(x), "tangent")
 
 
 def rebind(eqn: Equation, x: Any, **changes: Any) -> jax.Array:
@@ -117,15 +134,16 @@ def types_of(fun: Callable[..., Any], *args: Any) -> Any:
 
 @contextlib.contextmanager
 def at(eqn: Equation) -> Iterator[None]:
-    """Makes equations bound inside have the source line, names and context of `eqn`."""
+    """As `traced_as`, and `where` and `scope` of what is inside look at `eqn` too."""
+    with Inside(eqn), traced_as(eqn), eqn.ctx.manager:
+        yield
+
+
+def traced_as(eqn: Equation) -> AbstractContextManager[None]:
+    """Makes equations bound inside have the source line and names of `eqn`."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
-    with (
-        Inside(eqn),
-        source_info_util.user_context(info.traceback, name_stack=stack),
-        eqn.ctx.manager,
-    ):
-        yield
+    return source_info_util.user_context(info.traceback, name_stack=stack)
 
 
 class Inside:
@@ -238,9 +256,17 @@ def partitions(ctx: Any) -> int:
 
 
 def kept_call(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
-    """Returns `fun(*args)`, as a call that XLA's CPU compiler does not inline."""
+    """Returns `fun(*args)`, as a call that XLA's CPU compiler does not inline.
+
+    Functions that are equal are traced once.
+    """
     with set_xla_metadata(inlineable="false"):
-        return jax.jit(fun)(*args)
+        return _called(fun, *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _called(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
+    return fun(*args)
 
 
 def is_staging(*trees: Any) -> bool:

@@ -9,6 +9,7 @@ On other platforms, inside `shard_map` and on meshes with explicit axes, both ar
 plain operations.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -124,17 +125,23 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
     return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Transposed:
+    """The product `(x, ct) -> b` that transposes `fn(x, b)` in `b`."""
+
+    fn: Product
+    b: Any
+
+    def __call__(self, x: jax.Array, ct: jax.Array) -> jax.Array:
+        return jax.linear_transpose(functools.partial(self.fn, x), self.b)(ct)[0]
+
+
 def _transpose(ct: Any, x: Any, b: Any, *roots: Any, fn: Product, **params: Any) -> Any:
     none = [None for _ in roots]
     if ad.is_undefined_primal(x):
         (dx,) = jax.linear_transpose(lambda x: fn(x, b), x.aval)(ct)
         return dx, None, *none
-    shape = b.aval
-
-    def transposed(x: jax.Array, ct: jax.Array) -> jax.Array:
-        return jax.linear_transpose(functools.partial(fn, x), shape)(ct)[0]
-
-    params |= {"fn": transposed, "late": True, "seen": None}
+    params |= {"fn": _Transposed(fn, b.aval), "late": True, "seen": None}
     return None, product_of_roots_p.bind(x, ct, *roots, **params), *none
 
 
@@ -155,7 +162,18 @@ def _product_kept(
 ) -> jax.Array:
     if not late:
         return fn(x, b)
-    return kept_call(lambda b, *roots: fn(chain(*roots), b), b, *roots)
+    return kept_call(_Late(fn, chain), b, *roots)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Late:
+    """A product with an activation that is computed from its roots."""
+
+    fn: Product
+    chain: Callable[..., jax.Array]
+
+    def __call__(self, b: jax.Array, *roots: jax.Array) -> jax.Array:
+        return self.fn(self.chain(*roots), b)
 
 
 def _seen(eqn: Any) -> Any:

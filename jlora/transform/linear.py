@@ -23,16 +23,17 @@ from .._numerics import (
     is_inexact,
 )
 from . import cost
-from .adapted import adapted_dot, form_of, has_forms
+from .adapted import has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, kind, placed_like
-from .gate import gated, no_gate
+from .gate import no_gate
 from .interpret import Context
 from .kept import added, product_of_roots
-from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
+from .low_rank import join_groups
+from .products import adapted_product, meet
 from .quantised_linear import base_product
 from .thin import thin_dot
-from .trail import Source
+from .trail import cast_both
 from .values import Derived, Operand, Term, Value, Weight, rescaled
 
 
@@ -65,7 +66,7 @@ def dot_general(
     if is_elementwise(eqn, operands):
         return NotImplemented
     weight, x = operands[side], operands[1 - side]
-    met = _met(eqn, weight, x, side) if weight.terms else None
+    met = meet(eqn, weight, x, side) if weight.terms else None
     if weight.terms and met is None:
         return NotImplemented
     summed = contracted[1 - side]
@@ -86,27 +87,7 @@ def dot_general(
     if met is None:
         operands[side] = weight.w
         return [base_product(ctx.run, eqn, operands, side, weight.dims)]
-    return [_adapted_product(ctx, eqn, *met, weight.dims)]
-
-
-def _met(
-    eqn: Equation, weight: Weight, x: jax.Array, side: int
-) -> tuple[jax.Array, Weight, Site] | None:
-    """Returns the activation, the weight and the site of their product.
-
-    A gain that the product sums over scales the activation. The result is None where
-    the gain fits neither.
-    """
-    weight = join_groups(weight)
-    site = _site(eqn, weight, x, side)
-    if not set(weight.gain_labels) <= set(site.want):
-        if not set(weight.gain_labels) <= set(site.x_labels):
-            return None
-        x = rescaled(x.astype(site.compute), weight, site.x_labels)
-        weight = weight.replace(gain=None, gain_labels=())
-    if not all(gain_fits(term, weight) for term in weight.terms):
-        return None
-    return x, weight, site
+    return [adapted_product(ctx, eqn, *met, weight.dims)]
 
 
 def _one_weight(
@@ -159,74 +140,6 @@ def is_elementwise(eqn: Equation, operands: Sequence[Value]) -> bool:
         if {i in summed for i in axes} != {True, False}:
             return True
     return False
-
-
-def _site(eqn: Equation, weight: Weight, x: jax.Array, side: int) -> Site:
-    """Returns the site where `x` meets `weight`, which is the operand `side`."""
-    (contracted, batch) = eqn.params["dimension_numbers"]
-    met = dict(zip(contracted[1 - side], contracted[side], strict=True))
-    met |= dict(zip(batch[1 - side], batch[side], strict=True))
-    x_groups: list[Group] = [
-        weight.dims[met[i]] if i in met else (Atom((OTHER, i), n),)
-        for i, n in enumerate(x.shape)
-    ]
-    w_free = [g for i, g in enumerate(weight.dims) if i not in met.values()]
-    x_free = [g for i, g in enumerate(x_groups) if i not in met]
-    free = w_free + x_free if side == 0 else x_free + w_free
-    want = [*(weight.dims[i] for i in batch[side]), *free]
-    out = kind(eqn.outvars[0])
-    return Site(
-        tuple(x_groups),
-        want=tuple(atom for group in want for atom in group),
-        x_first=side == 1,
-        shape=out.shape,
-        dtype=out.dtype,
-        compute=dtype_of_activation(x.dtype, weight.w.dtype, out.dtype),
-        precision=eqn.params["precision"],
-    )
-
-
-def _adapted_product(
-    ctx: Context,
-    eqn: Equation,
-    x: jax.Array,
-    weight: Weight,
-    site: Site,
-    dims: Sequence[Group],
-) -> jax.Array:
-    """Returns the product of `x` and an adapted weight, in one of its forms.
-
-    `dims` are the groups of the frozen array's axes.
-    """
-    (first, *more) = weight.terms
-    wanted = ctx.form if first.form == "auto" else first.form
-    form = form_of(x, weight, site, wanted)
-    source = ctx.source(x)
-    numbers = eqn.params["dimension_numbers"]
-    is_whole = ctx.gate is None and not ctx.drops(first.dropout)
-    if form is not None and not more and is_whole:
-        return adapted_dot(x, weight, site, numbers, form, source)
-    side = int(site.x_first)
-    operands = (x, weight.w) if site.x_first else (weight.w, x)
-    y = base_product(ctx.run, eqn, operands, side, dims)
-    y = rescaled(y, weight, site.want)
-    source, x = _cast(ctx, x, site.compute)
-    var = eqn.invars[1 - side]
-    met = [i for axes in numbers for i in axes[1 - side]]
-    x, source = gated(ctx, x, source, weight, eqn, met)
-    for term in weight.terms:
-        kept, own = ctx.drop(x, term.dropout, var, source)
-        product = functools.partial(low_rank_product, site=site, source=own)
-        y = added(y, placed_like(y, product, kept, gained(term, weight)))
-    return y
-
-
-def _cast(
-    ctx: Context, x: jax.Array, dtype: DTypeLike
-) -> tuple[Source | None, jax.Array]:
-    """Returns `x` in `dtype`, after how it follows from its roots."""
-    source = ctx.source(x)
-    return source and source.then(lambda x: x.astype(dtype)), x.astype(dtype)
 
 
 def conv_general_dilated(
@@ -346,7 +259,7 @@ def ragged_dot_general(
     )
     compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     wide, sums = at_least_float32(compute), dtype_of_sums(compute, base.dtype)
-    source, x = _cast(ctx, x, compute)
+    x, source = cast_both(x, ctx.source(x), compute)
     thin = functools.partial(ragged_dot, preferred_element_type=wide)
     for term, (a, b) in zip(joined.terms, factors, strict=True):
         kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)

@@ -100,12 +100,7 @@ def first_product(
         t_labels = (*(s for s in site.x_labels if s in site.want), RANK)
     else:
         keep, a_labels = (*site.want, *term.b_labels), term.a_labels
-
-        def prepared(x: jax.Array) -> jax.Array:
-            if any(len(group) != 1 for group in site.x_groups):
-                x = lax.reshape(x, [atom.size for atom in site.x_labels])
-            return sum_out(x.astype(compute), site.x_labels, keep, a_labels)[0]
-
+        prepared = _Prepared(site, keep, a_labels)
         dot = functools.partial(
             thin_dot,
             dtype=at_least_float32(compute),
@@ -116,6 +111,22 @@ def first_product(
         t, t_labels = contract(dot, prepared(x), x_labels, term.a, a_labels, keep=keep)
     t = (t * term.scale).astype(compute)
     return sum_out(t, t_labels, site.want, term.b_labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """The step from the activation of a site to the operand of its first product."""
+
+    site: Site
+    keep: Labels
+    a_labels: Labels
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        labels = self.site.x_labels
+        if any(len(group) != 1 for group in self.site.x_groups):
+            x = lax.reshape(x, [atom.size for atom in labels])
+        x = x.astype(self.site.compute)
+        return sum_out(x, labels, self.keep, self.a_labels)[0]
 
 
 def second_product(t: jax.Array, t_labels: Labels, term: Term, site: Site) -> jax.Array:

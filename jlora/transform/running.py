@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import compat
+from .alike import bind_again
 from .coded import Coded
 from .compat import Equation, result_types, shaped
 from .values import Value, Weight
@@ -52,8 +53,8 @@ class Run(NamedTuple):
 
 
 def _again(eqn: Equation, *values: Value) -> list[Any]:
-    with compat.at(eqn):
-        return compat.bind(eqn, *values)
+    with compat.traced_as(eqn), eqn.ctx.manager:
+        return bind_again(eqn, *values)
 
 
 def _jit(eqn: Equation, fun: Fun) -> Fun:

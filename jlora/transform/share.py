@@ -6,6 +6,8 @@ copy, so they stay separate where the activation is smaller, as with a single to
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .._numerics import at_least_float32, dtype_of_activation
 from .atoms import RANK, Group, regroup
-from .compat import Equation, Literal, Var, has_typed_placement, kind
+from .compat import INLINE, Equation, Literal, Var, has_typed_placement, kind
 from .primitives import PREPARES
 from .thin import PrecisionLike, thin_dot
-from .trail import Source
+from .trail import Cast, Source
 from .values import Term, Weight
 
 # An activation, the axes of it that are summed over, and the precision.
@@ -95,28 +98,43 @@ def products(
     }
     if len(meets) > 1 or has_typed_placement(x):
         return {}
-    (compute,) = meets
-    summed = site[1]
     factors = [a for _, _, a in ready.values()]
-    if not _pays(x, summed, factors):
+    if not _pays(x, site[1], factors):
         return {}
     source = source_of(x)
+    chain, roots = (source.chain, source.roots) if source else (None, ())
+    parts = _together(meets.pop(), site[1], site[2], chain, x, factors, *roots)
+    return {
+        j: weight.replace(terms=(dataclasses.replace(term, product=product),))
+        for (j, (weight, term, _)), product in zip(ready.items(), parts, strict=True)
+    }
+
+
+@functools.partial(jax.jit, static_argnums=range(4), inline=INLINE)
+def _together(
+    compute: DTypeLike,
+    summed: tuple[int, ...],
+    precision: PrecisionLike,
+    chain: Callable[..., jax.Array] | None,
+    x: jax.Array,
+    factors: Sequence[jax.Array],
+    *roots: jax.Array,
+) -> list[jax.Array]:
+    """Returns the products of `x` and each factor: slices of one product."""
+    source = None if chain is None else Source(chain, roots).then(Cast(compute))
     together = thin_dot(
         x.astype(compute),
         jnp.concatenate(factors, axis=-1),
         ((summed, range(len(summed))), ((), ())),
         dtype=at_least_float32(compute),
-        precision=site[2],
-        source=source and source.then(lambda x: x.astype(compute)),
+        precision=precision,
+        source=source,
     )
-    filled, start = {}, 0
-    for j, (weight, term, a) in ready.items():
-        stop = start + a.shape[-1]
-        product = lax.slice_in_dim(together, start, stop, axis=-1)
-        term = dataclasses.replace(term, product=product)
-        filled[j] = weight.replace(terms=(term,))
-        start = stop
-    return filled
+    stops = itertools.accumulate(a.shape[-1] for a in factors)
+    return [
+        lax.slice_in_dim(together, stop - a.shape[-1], stop, axis=-1)
+        for a, stop in zip(factors, stops, strict=True)
+    ]
 
 
 def _pays(x: jax.Array, summed: Sequence[int], factors: Sequence[jax.Array]) -> bool:

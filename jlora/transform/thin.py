@@ -7,9 +7,10 @@ transposed: `db = x^T dy` or `db = (dy^T x)^T`. All other derivatives are the us
 ones, so forward mode and higher orders work.
 """
 
-import functools
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,9 +60,21 @@ def thin_dot(
     params = {"dtype": jnp.dtype(dtype), "precision": precision, "x_first": x_first}
     if has_typed_placement(x) or has_typed_placement(b):
         return _dot(x, b, numbers=numbers, **params)
-    bound = functools.partial(thin_dot_p.bind, numbers=numbers, **params)
-    seen = functools.partial(_seen, numbers=numbers, **params)
-    return product_of_roots(bound, x, b, source, seen)
+    product = _ThinDot(tuple({"numbers": numbers, **params}.items()))
+    return product_of_roots(product, x, b, source, product.seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ThinDot:
+    """The product with these parameters of the primitive."""
+
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, b: jax.Array) -> jax.Array:
+        return thin_dot_p.bind(x, b, **dict(self.params))
+
+    def seen(self, types: Sequence[Any], out: Any) -> Any:
+        return _seen(types, out, **dict(self.params))
 
 
 def _dot(x, b, *, numbers, dtype, precision, x_first):

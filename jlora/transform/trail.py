@@ -6,7 +6,6 @@ norm. Where `x` follows cheaply from these, it need not be kept too.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence, Set
 from typing import Any
@@ -15,10 +14,60 @@ import jax
 import numpy as np
 
 from . import compat
-from .compat import Code, Equation, Literal
+from .alike import Like, like
+from .compat import Code, Equation
 from .primitives import ARITHMETIC, CHEAP, JOINS
 
 _MOST = 64  # steps of a chain; a longer one is not cheap
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """Cheap equations one after the other: `roots -> activation`.
+
+    Attributes:
+      steps: each equation, and for each of its variables a number: of the step that
+        made it, or of a root, which counts down from -1.
+    """
+
+    steps: tuple[tuple[Like, tuple[int, ...]], ...]
+
+    def __call__(self, *roots: jax.Array) -> jax.Array:
+        """Returns the activation."""
+        made: list[jax.Array] = []
+        for known, inputs in self.steps:
+            made += known.bind(*(made[i] if i >= 0 else roots[-i - 1] for i in inputs))
+        return made[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Longer:
+    """A chain and a step after it: `step(chain(*roots), *more)`.
+
+    Attributes:
+      chain: a chain of `n` roots.
+      n: how many there are.
+      step: `(activation, *more) -> activation`.
+    """
+
+    chain: Callable[..., jax.Array]
+    n: int
+    step: Callable[..., jax.Array]
+
+    def __call__(self, *roots: jax.Array) -> jax.Array:
+        """Returns the activation."""
+        return self.step(self.chain(*roots[: self.n]), *roots[self.n :])
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """The step that casts an activation to `dtype`."""
+
+    dtype: Any
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns `x` in the dtype."""
+        return x.astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +75,8 @@ class Source:
     """How an activation follows from its roots.
 
     Attributes:
-      chain: `roots -> activation`.
+      chain: `roots -> activation`. Chains and steps that are alike are equal, so JAX
+        lowers what is done with them once.
       roots: the arrays it starts from.
     """
 
@@ -35,10 +85,15 @@ class Source:
 
     def then(self, step: Callable[..., jax.Array], *more: jax.Array) -> "Source":
         """Returns the source of `step(activation, *more)`; `more` are roots too."""
-        chain, n = self.chain, len(self.roots)
-        return Source(
-            lambda *roots: step(chain(*roots[:n]), *roots[n:]), (*self.roots, *more)
-        )
+        chain = Longer(self.chain, len(self.roots), step)
+        return Source(chain, (*self.roots, *more))
+
+
+def cast_both(
+    x: jax.Array, source: Source | None, dtype: Any
+) -> tuple[jax.Array, Source | None]:
+    """Returns `x` in `dtype`, and how that follows from roots."""
+    return x.astype(dtype), source and source.then(Cast(dtype))
 
 
 class Trail:
@@ -46,7 +101,7 @@ class Trail:
 
     def __init__(self) -> None:
         # The arrays are kept alive, so that no other object gets their id.
-        self._made: dict[int, tuple[jax.Array, Equation, Sequence[Any]]] = {}
+        self._made: dict[int, tuple[jax.Array, Like, Sequence[Any]]] = {}
 
     def note(self, eqn: Equation, operands: Sequence[Any], results: Any) -> None:
         """Notes that `eqn` made `results` of `operands`, if it is cheap.
@@ -54,13 +109,16 @@ class Trail:
         A sum of different wide arrays, as the residual stream, is a root: the gradient
         keeps it, and not its parts.
         """
-        if _is_cheap(eqn) and not self._is_wide_sum(eqn, operands):
-            (result,) = results
-            self._made[id(result)] = (result, eqn, operands)
+        known = like(eqn) if _is_cheap(eqn) else None
+        if known is not None:
+            inputs = known.variables(operands)
+            if not self._is_wide_sum(eqn, inputs):
+                (result,) = results
+                self._made[id(result)] = (result, known, inputs)
 
     def source(self, x: jax.Array) -> Source | None:
         """Returns how `x` follows from its roots; None if `x` is a root."""
-        steps: list[tuple[Equation, list[int]]] = []
+        steps: list[tuple[Like, tuple[int, ...]]] = []
         slots: dict[int, int] = {}  # of an array: steps count from 0, roots from -1
         roots: list[Any] = []
 
@@ -71,28 +129,27 @@ class Trail:
                     roots.append(v)
                     slots[id(v)] = -len(roots)
                 else:
-                    _, eqn, operands = made
-                    inputs = [slot(u) for u in _variables(eqn, operands)]
-                    steps.append((eqn, inputs))
+                    _, known, inputs = made
+                    steps.append((known, tuple(map(slot, inputs))))
                     slots[id(v)] = len(steps) - 1
             return slots[id(v)]
 
         slot(x)
         if len(steps) > _MOST:
             return None
-        if not any(eqn.primitive.name in ARITHMETIC for eqn, _ in steps):
+        if not any(known.primitive.name in ARITHMETIC for known, _ in steps):
             return None
-        return Source(functools.partial(_run, tuple(steps)), tuple(roots))
+        return Source(Chain(tuple(steps)), tuple(roots))
 
-    def _is_wide_sum(self, eqn: Equation, operands: Sequence[Any]) -> bool:
-        """Returns whether `eqn` adds wide arrays that have different wide roots."""
+    def _is_wide_sum(self, eqn: Equation, inputs: Sequence[Any]) -> bool:
+        """Returns whether `eqn` adds wide `inputs` that have different wide roots."""
         if eqn.primitive.name not in JOINS:
             return False
         shape = compat.kind(eqn.outvars[0]).shape
         if not all(isinstance(n, int) for n in shape):
             return True  # a program exported for any number of rows
         size = math.prod(shape)
-        roots = [self._wide_roots(v, size) for v in _variables(eqn, operands)]
+        roots = [self._wide_roots(v, size) for v in inputs]
         wide = [own for own in roots if own]
         return len(wide) > 1 and len(set().union(*wide)) > 1
 
@@ -105,26 +162,10 @@ class Trail:
                 continue
             seen.add(id(v))
             if id(v) in self._made:
-                _, eqn, operands = self._made[id(v)]
-                todo += _variables(eqn, operands)
+                todo += self._made[id(v)][2]
             else:
                 found.add(id(v))
         return found
-
-
-def _variables(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
-    """Returns the operands that are not literals."""
-    pairs = zip(eqn.invars, operands, strict=True)
-    return [v for atom, v in pairs if not isinstance(atom, Literal)]
-
-
-def _run(steps: Sequence[tuple[Equation, list[int]]], *roots: jax.Array) -> jax.Array:
-    made: list[jax.Array] = []
-    for eqn, inputs in steps:
-        own = iter(made[i] if i >= 0 else roots[-i - 1] for i in inputs)
-        values = [v.val if isinstance(v, Literal) else next(own) for v in eqn.invars]
-        made += compat.bind(eqn, *values)
-    return made[-1]
 
 
 def _is_cheap(eqn: Equation) -> bool:
