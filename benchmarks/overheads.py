@@ -1,16 +1,18 @@
 """What do imports, `plan`, staging and compiling cost, and how large is an adapter?"""
 
 import dataclasses
+import functools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 import jlora
@@ -100,6 +102,118 @@ def compiling(model: models.Model, rank: int, rounds: int) -> dict[str, float]:
     }
 
 
+Pair = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+def depth(layers: int, _: int) -> Pair:
+    """Returns what lowers the floor's and LoRA's gradient of a narrow decoder."""
+    runs = lowering(models.linen(models.Size(width=64, layers=layers, length=64)), 8)
+    return runs["gradient, floor"], runs["gradient, adapted"]
+
+
+def weights(n: int, of: int) -> Pair:
+    """Returns the same for a stack of `of` small layers, of which `n` are adapted.
+
+    The first layer is always one of them, so gradients go through all.
+    """
+    shape = jax.ShapeDtypeStruct((16, 16), "float32")
+    params = [shape] * of
+    config = jlora.LoraConfig(rank=2, targets=[str(i) for i in range(n)])
+
+    def model(params: Any, x: Any) -> Any:
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x
+
+    return _pair(model, params, shape, config)
+
+
+def stacked(n: int, _: int) -> Pair:
+    """Returns the same for `n` adapters, each with its own tokens, under `vmap`."""
+    shape = jax.ShapeDtypeStruct((64, 64), "float32")
+    x = jax.ShapeDtypeStruct((n, 32, 64), "float32")
+
+    def model(params: Any, x: Any) -> Any:
+        for w in params:
+            x = x + jax.nn.gelu(x @ w)
+        return x
+
+    return _pair(model, [shape] * 8, x, jlora.LoraConfig(rank=8), stack=n)
+
+
+def _pair(
+    model: Any, params: Any, x: Any, config: jlora.LoraConfig, stack: int = 0
+) -> Pair:
+    one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if stack else x
+    plan = jlora.plan(model, params, one, config=config)
+    adapted = jlora.apply_lora(model)
+
+    def start(key: Any) -> Any:
+        filled = jax.tree.map(lambda w: jnp.zeros(w.shape, w.dtype), params)
+        return jlora.split(key, filled, plan)[1]
+
+    def starts(key: Any) -> Any:
+        return jax.vmap(start)(jax.random.split(key, stack)) if stack else start(key)
+
+    trainable = jax.eval_shape(starts, jax.random.key(0))
+
+    def loss(trainable: Any, params: Any, x: Any) -> Any:
+        run = functools.partial(adapted, params)
+        return (jax.vmap(run) if stack else run)(trainable, x).sum()
+
+    def floor(x: Any, params: Any) -> Any:
+        return model(params, x).sum()
+
+    def lower(fn: Any, *args: Any) -> Callable[[], Any]:
+        return lambda: jax.jit(lambda *args: fn(*args)).lower(*args)
+
+    return (
+        lower(jax.grad(floor), x, params),
+        lower(jax.grad(loss), trainable, params, x),
+    )
+
+
+SWEEPS: dict[str, tuple[Callable[[int, int], Pair], tuple[int, ...]]] = {
+    "layers": (depth, (12, 24, 48, 96)),
+    "adapted weights": (weights, (1, 20, 200, 2000)),
+    "adapters in a stack": (stacked, (1, 4, 16, 64)),
+}
+
+
+def growing(most: int) -> list[common.Figures]:
+    """Returns the times of each sweep's points up to the value `most`."""
+    rows = []
+    for axis, (make, values) in SWEEPS.items():
+        for value in values:
+            if value > most:
+                continue
+            row: common.Figures = {"axis": axis, "value": value}
+            for step, lower in zip(("floor", "jlora"), make(value, most), strict=True):
+                jax.clear_caches()
+                start = time.perf_counter()
+                lowered = lower()
+                row[f"{step} lower"] = time.perf_counter() - start
+                start = time.perf_counter()
+                lowered.compile()
+                row[f"{step} compile"] = time.perf_counter() - start
+            rows.append(row)
+    return rows
+
+
+def growth_columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the times of the sweeps for a table."""
+
+    def both(row: common.Figures, what: str) -> tuple[str, str, str]:
+        base, own = (row[f"{step} {what}"] for step in ("floor", "jlora"))
+        return f"{base:.2f} s", f"{own:.2f} s", f"{own / base:.2f}"
+
+    head = ("trace, lower: floor", "jlora", "ratio", "compile: floor", "jlora", "ratio")
+    return ("of the gradient", "how many", *head), [
+        (row["axis"], f"{row['value']:,}", *both(row, "lower"), *both(row, "compile"))
+        for row in rows
+    ]
+
+
 def sizes(model: models.Model, rank: int) -> dict[str, int]:
     """Returns the bytes on disk of an adapter and of the model, both by Orbax."""
     params, (x, _) = common.example(model)
@@ -162,6 +276,7 @@ def main() -> None:
     parser.add_argument("--compiled", type=int, default=12, help="layers to compile")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=int, default=2000, help="of each sweep")
     options = parser.parse_args()
     size = models.Size(width=options.width, layers=options.layers)
     tall = models.linen(size)
@@ -171,9 +286,11 @@ def main() -> None:
         "staging": staging(tall, options.rank, options.rounds),
         "compiling": compiling(short, options.rank, options.rounds),
         "bytes": sizes(short, options.rank),
+        "growth": growing(options.most),
     }
     print(f"{options.layers} layers staged, {options.compiled} compiled and saved")
     print(common.show(columns(figures)))
+    print(common.show(growth_columns(figures["growth"]), left=2))
     case = {
         "width": options.width,
         "layers": options.layers,

@@ -175,17 +175,24 @@ def growth_section(found: common.Figures) -> str:
 def overheads_section(found: common.Figures) -> str:
     """Returns the text on `overheads`."""
     case = found["case"]
-    return "\n".join(
-        (
-            "## Overheads\n",
-            f"{source(found['environment'])}\nThe model is a Linen decoder of width "
-            f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
-            "written out for tracing and `plan`, and "
-            f"{case['compiled_layers']} for compiling and files. The base of a "
-            f"gradient is the gradient of *{common.STRICT}*.\n",
-            markdown(overheads.columns(found)),
-        )
-    )
+    parts = [
+        "## Overheads\n",
+        f"{source(found['environment'])}\nThe model is a Linen decoder of width "
+        f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
+        "written out for tracing and `plan`, and "
+        f"{case['compiled_layers']} for compiling and files. The base of a "
+        f"gradient is the gradient of *{common.STRICT}*.\n",
+        markdown(overheads.columns(found)),
+    ]
+    if "growth" in found:
+        parts += [
+            "Layers that are written out cost tracing and compiling. The gradient is "
+            "that of a decoder of width 64, of as many products as the largest number "
+            "of adapted weights, and of eight layers under `vmap` over adapters. These "
+            "are single runs.\n",
+            markdown(overheads.growth_columns(found["growth"])),
+        ]
+    return "\n".join(parts)
 
 
 def methods_section(found: common.Figures) -> str:
