@@ -165,7 +165,7 @@ def program_cell(address: Address) -> str:
         clone = f"!git clone -q --depth 1 {address.repository} jlora-checkout"
         checkout = f"if not source.exists():\n    {clone}"
     else:
-        checkout = 'source = source if source.exists() else pathlib.Path("..").resolve()'
+        checkout = 'if not source.exists():\n    source = pathlib.Path("..").resolve()'
     wanted = requirement(address, "examples") if published else "{source}[examples]"
     return PROGRAM.format(checkout=checkout, requirement=wanted).rstrip()
 
