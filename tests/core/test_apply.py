@@ -370,7 +370,7 @@ def test_the_wrapper_has_the_functions_name_and_its_own_signature():
     assert lora_fn.__name__ == "deep"
     assert lora_fn.__doc__ == deep.__doc__
     names = list(inspect.signature(lora_fn).parameters)
-    assert names == ["frozen", "trainable", "args", "lora_key", "kwargs"]
+    assert names == ["frozen", "trainable", "args", "lora_key", "lora_gate", "kwargs"]
     for fn in (jax.jit(deep), functools.partial(deep), nn.Dense(2).apply):
         jlora.apply_lora(fn)
 
