@@ -25,7 +25,7 @@ from typing import Any
 
 from jlora._tables import table
 
-from ..common import commit, processor
+from ..common import STRICT, commit, processor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,7 +60,7 @@ class Peer:
 
 
 PEERS = {
-    "floor": Peer("floor: no weight has a gradient", adapts=False),
+    "floor": Peer(STRICT, adapts=False),
     "jlora": Peer("jlora"),
     "manual": Peer("by hand, autodiff"),
     "manual_2d": Peer("by hand, autodiff, tokens flattened"),
