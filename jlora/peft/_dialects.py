@@ -107,6 +107,7 @@ DIFFUSERS = Dialect(
 )
 DIALECTS = (MLX, KOHYA, DIFFUSERS)
 # Files that jlora does not read, by a name in them that no other has.
+_PEFT = r".*\.lora_[AB]\.weight"
 _OTHERS = (
     (r".*\.hada_w[12]_[ab]", "LoHa (LyCORIS)"),
     (r".*\.lokr_w[12](_[ab])?", "LoKr (LyCORIS)"),
@@ -120,7 +121,7 @@ _OTHERS = (
     (r".*processor\.\w*lora\d\.(down|up)\.weight", "x-flux (XLabs)"),
     (r".*adapter_layer\.lora_.*", "NeMo"),
     (r".*\.lora_[AB]", "loralib, without an adapter_config.json"),
-    (r".*\.lora_[AB]\.weight", "PEFT, without its adapter_config.json"),
+    (_PEFT, "PEFT, without its adapter_config.json"),
     (r".*\.lora_[AB]\.[^.]+\.weight", "PEFT's model, and not its `save_pretrained`"),
     (r".*\.lora_(down|up)\.weight", "kohya's scripts, for a model of another kind"),
 )
@@ -159,10 +160,7 @@ def dialect_of(place: pathlib.Path) -> Dialect | None:
       PeftError: for an adapter of a tool that jlora does not read.
     """
     if place.is_dir():
-        if (
-            any(x.exists() for x in paired.places(place, CONFIG))
-            and not (place / f"{MLX_STEM}.safetensors").exists()
-        ):
+        if _has_config(place) and not (place / f"{MLX_STEM}.safetensors").exists():
             return None
         file = _file_in(place)
         if file is None or file.name.endswith(".json"):
@@ -176,6 +174,11 @@ def dialect_of(place: pathlib.Path) -> Dialect | None:
     if DIFFUSERS_KEY in metadata or file.name == f"{DIFFUSERS_STEM}.safetensors":
         return DIFFUSERS
     return _by_names(place, list(slots))
+
+
+def _has_config(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has a config where PEFT has it."""
+    return any(x.exists() for x in paired.places(folder, CONFIG))
 
 
 def _file_in(folder: pathlib.Path) -> pathlib.Path | None:
@@ -195,6 +198,8 @@ def _by_names(place: pathlib.Path, names: Collection[str]) -> Dialect | None:
     for pattern, tool in _OTHERS:
         hits = [name for name in names if re.fullmatch(pattern, name)]
         if 3 * len(hits) >= len(names) > 0:
+            if pattern == _PEFT and _has_config(place):
+                return None  # a writer moved it between two looks
             raise PeftError(
                 f"{str(place)!r} looks like an adapter of {tool}: it has "
                 f"{hits[0]!r:.200}. jlora reads PEFT, MLX, kohya's scripts and "

@@ -89,6 +89,7 @@ def test_defaults_are_those_documented():
         "rslora": False,
         "dropout": 0.0,
         "dtype": None,
+        "invocation": (),
     }
 
 
