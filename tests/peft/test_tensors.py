@@ -11,6 +11,8 @@ from jlora.peft import Entry, NameMap
 from tests.helpers import normal
 from tests.peft.models import tensors as read_file
 
+pytestmark = pytest.mark.once
+
 SHAPES = {
     "embed": (11, 8),
     "layers/qkv": (2, 8, 3, 2, 4),

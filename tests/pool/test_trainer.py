@@ -12,7 +12,8 @@ import jlora
 from jlora.pool import Trainer
 from tests.helpers import normal
 
-pytestmark = pytest.mark.usefixtures("standard_dtypes")  # optax needs them
+# optax needs these dtypes
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("standard_dtypes")]
 
 PARAMS = {"up": normal((6, 8), 0), "down": normal((8, 3), 1)}
 RATES = {0: 1e-2, 2: 3e-2, 3: 1e-3}
