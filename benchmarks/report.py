@@ -58,6 +58,7 @@ DETAILS = f"""\
 {GENERATED}
 What *floor*, *temp* and *peak* are is said on the page [Performance](performance.md).
 """
+KEPT = "The same with memory kept, as above.\n"
 REASONS = """\
 ## What is left above the floor
 
@@ -264,7 +265,7 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "slots" in kept:
         parts += [
-            "The same with memory kept, as above.\n",
+            KEPT,
             markdown(adapters.slot_columns(kept["slots"]), 0),
         ]
     if "serving" in found:
@@ -278,7 +279,7 @@ def adapters_section(found: common.Figures) -> str:
         ]
     if "serving" in kept:
         parts += [
-            "The same with memory kept, as above.\n",
+            KEPT,
             markdown(adapters.serving_columns(kept["serving"]), 0),
         ]
     if "serving" in found:

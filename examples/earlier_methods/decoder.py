@@ -1,9 +1,11 @@
 """SmolLM2, a Llama, as pure functions of stacked layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from .hooks import NOTHING, Array, Extra, Hooks, Params, prepended
+from .hooks import NOTHING, Array, Extra, Hooks, Params, prepended, through
 
 EPSILON, THETA = 1e-5, 1e5
 
@@ -37,19 +39,6 @@ def predict(
     return norm(x[:, -last:], params["norm"]) @ params["embeddings"].T
 
 
-def run(
-    layers: Params, x: Array, mask: Array, *, heads: int, extra: Extra = NOTHING
-) -> Array:
-    """Returns the stream after stacked `layers`, with the tokens of a prompt first."""
-    x, mask = extra.prompted(x, mask)
-
-    def body(x: Array, own: tuple[Params, Params]) -> tuple[Array, None]:
-        layer, added = own
-        return block(x, mask, layer, extra.hooks(added), heads), None
-
-    return jax.lax.scan(body, x, (layers, extra.layers))[0]
-
-
 def block(x: Array, mask: Array, own: Params, hooks: Hooks, heads: int) -> Array:
     """Returns the stream `[B, T, D]` after one layer; norms come before its parts."""
     width = own["query"]["kernel"].shape[-1] // heads
@@ -65,6 +54,9 @@ def block(x: Array, mask: Array, own: Params, hooks: Hooks, heads: int) -> Array
     h = norm(x, own["mlp_norm"])
     h = jax.nn.silu(h @ own["gate"]["kernel"]) * (h @ own["up"]["kernel"])
     return x + hooks.mlp(hooks.hidden(h) @ own["down"]["kernel"])
+
+
+run = functools.partial(through, block)
 
 
 def attended(q: Array, k: Array, v: Array, mask: Array) -> Array:

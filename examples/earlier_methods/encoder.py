@@ -1,9 +1,11 @@
 """MiniLM, a BERT encoder with a classifier, as pure functions of stacked layers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from .hooks import NOTHING, Array, Extra, Hooks, Params, prepended
+from .hooks import NOTHING, Array, Extra, Hooks, Params, prepended, through
 
 EPSILON = 1e-12
 
@@ -33,19 +35,6 @@ def classify(
     return dense(pooled, params["head"])
 
 
-def run(
-    layers: Params, x: Array, mask: Array, *, heads: int, extra: Extra = NOTHING
-) -> Array:
-    """Returns the stream after stacked `layers`, with the tokens of a prompt first."""
-    x, mask = extra.prompted(x, mask)
-
-    def body(x: Array, own: tuple[Params, Params]) -> tuple[Array, None]:
-        layer, added = own
-        return block(x, mask, layer, extra.hooks(added), heads), None
-
-    return jax.lax.scan(body, x, (layers, extra.layers))[0]
-
-
 def block(x: Array, mask: Array, own: Params, hooks: Hooks, heads: int) -> Array:
     """Returns the stream `[B, T, D]` after one layer; norms come after the sums."""
     parts = (*x.shape[:2], heads, x.shape[-1] // heads)
@@ -58,6 +47,9 @@ def block(x: Array, mask: Array, own: Params, hooks: Hooks, heads: int) -> Array
     x = norm(x + hooks.attention(dense(h, own["output"])), own["attention_norm"])
     h = hooks.hidden(jax.nn.gelu(dense(x, own["up"]), approximate=False))
     return norm(x + hooks.mlp(dense(h, own["down"])), own["output_norm"])
+
+
+run = functools.partial(through, block)
 
 
 def dense(x: Array, own: Params) -> Array:

@@ -64,3 +64,25 @@ NOTHING = Extra()
 def prepended(mask: Array, count: int) -> Array:
     """Returns the mask with `count` tokens more, all seen, before the others."""
     return jnp.pad(mask, ((0, 0), (count, 0)), constant_values=True)
+
+
+Block = Callable[[Array, Array, Params, Hooks, int], Array]
+
+
+def through(
+    block: Block,
+    layers: Params,
+    x: Array,
+    mask: Array,
+    *,
+    heads: int,
+    extra: Extra = NOTHING,
+) -> Array:
+    """Returns the stream after stacked `layers`, with the tokens of a prompt first."""
+    x, mask = extra.prompted(x, mask)
+
+    def body(x: Array, own: tuple[Params, Params]) -> tuple[Array, None]:
+        layer, added = own
+        return block(x, mask, layer, extra.hooks(added), heads), None
+
+    return jax.lax.scan(body, x, (layers, extra.layers))[0]

@@ -329,12 +329,12 @@ def test_advice_follows_from_the_figures():
         for name in (ENCODER, DECODER)
     }
 
-    def test_of(row, name=ENCODER):
+    def score_of(row, name=ENCODER):
         scores = np.array(found[name][row]["test"]["score"])
         return scores.mean(), scores.std(ddof=1) / len(scores) ** 0.5
 
     def level(one, other, name=ENCODER):
-        (a, da), (b, db) = test_of(one, name), test_of(other, name)
+        (a, da), (b, db) = score_of(one, name), score_of(other, name)
         return abs(a - b) <= da + db
 
     for rows in found.values():

@@ -139,6 +139,30 @@ VLLM = Server(
     ),
 )
 
+
+def _one_scale(server: str, place: str) -> tuple[FieldRule, FieldRule]:
+    """Returns the rules of a server whose scale is `alpha / r`, of one alpha."""
+    return (
+        FieldRule(
+            field="use_rslora",
+            fine=_off,
+            outcome="altered",
+            why=f"{server}'s scale is alpha / r, and not alpha / sqrt(r)",
+            instead="write lora_alpha * sqrt(r) as lora_alpha, and use_rslora false",
+            place=place,
+        ),
+        FieldRule(
+            field="alpha_pattern",
+            fine=_off,
+            outcome="altered",
+            why=f"{server} has one alpha for all modules",
+            instead="write lora_B times the ratio of the alphas, and no alpha_pattern",
+            place=place,
+            by_module=True,
+        ),
+    )
+
+
 _SGLANG_SCALE = "sglang/srt/lora/lora.py: LoRAAdapter.__init__"
 SGLANG = Server(
     name="sglang",
@@ -160,23 +184,7 @@ SGLANG = Server(
             "write the names of the modules as a list",
             _list_or("all", "all-linear"),
         ),
-        FieldRule(
-            field="use_rslora",
-            fine=_off,
-            outcome="altered",
-            why="SGLang's scale is alpha / r, and not alpha / sqrt(r)",
-            instead="write lora_alpha * sqrt(r) as lora_alpha, and use_rslora false",
-            place=_SGLANG_SCALE,
-        ),
-        FieldRule(
-            field="alpha_pattern",
-            fine=_off,
-            outcome="altered",
-            why="SGLang has one alpha for all modules",
-            instead="write lora_B times the ratio of the alphas, and no alpha_pattern",
-            place=_SGLANG_SCALE,
-            by_module=True,
-        ),
+        *_one_scale("SGLang", _SGLANG_SCALE),
     ),
 )
 
@@ -188,25 +196,7 @@ LLAMA_CPP = Server(
     place=f"{_CONVERTER}: LoraModel.get_tensors",
     other_rank="altered",
     required=("lora_alpha",),
-    fields=(
-        FieldRule(
-            field="use_rslora",
-            fine=_off,
-            outcome="altered",
-            why="llama.cpp's scale is alpha / r, and not alpha / sqrt(r)",
-            instead="write lora_alpha * sqrt(r) as lora_alpha, and use_rslora false",
-            place=_ADAPTER_CPP,
-        ),
-        FieldRule(
-            field="alpha_pattern",
-            fine=_off,
-            outcome="altered",
-            why="llama.cpp has one alpha for all modules",
-            instead="write lora_B times the ratio of the alphas, and no alpha_pattern",
-            place=_ADAPTER_CPP,
-            by_module=True,
-        ),
-    ),
+    fields=(*_one_scale("llama.cpp", _ADAPTER_CPP),),
 )
 PEFT = Server(
     name="peft",
