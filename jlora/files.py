@@ -22,7 +22,7 @@ from .paths import flatten
 from .quantised import is_quantized
 
 if TYPE_CHECKING:
-    from .peft import NameMap
+    from .peft import ExpertLayout, NameMap
 
 Format = Literal["file", "peft", "orbax", "model"]
 
@@ -92,6 +92,7 @@ def read(
     names: "NameMap | None" = None,
     tied: bool | None = None,
     step: int | None = None,
+    layout: "ExpertLayout | str | None" = None,
 ) -> Trainable:
     """Returns the adapter at `path`, of any format.
 
@@ -104,6 +105,7 @@ def read(
       names: for PEFT with `base`: see `jlora.peft.load`.
       tied: for PEFT with `base`: see `jlora.peft.load`.
       step: for Orbax: the step to read; None is the newest.
+      layout: for PEFT: how the file keeps experts, see `jlora.peft.load`.
 
     Raises:
       JloraError: if the adapter cannot be read, or if `path` is a model.
@@ -122,7 +124,7 @@ def read(
         case "orbax":
             return checkpoint.restore(path, step=step).trainable
         case "peft":
-            return _read_peft(path, base, names, tied)
+            return _read_peft(path, base, names, tied, layout)
     raise CheckpointError(
         f"{str(path)!r} is a model, not an adapter. `jlora extract` makes an adapter "
         "from a fine-tuned model and its base."
@@ -283,7 +285,11 @@ def describe(path: Path, *, step: int | None = None) -> Json:
 
 
 def _read_peft(
-    path: Path, base: Path | None, names: "NameMap | None", tied: bool | None
+    path: Path,
+    base: Path | None,
+    names: "NameMap | None",
+    tied: bool | None,
+    layout: "ExpertLayout | str | None",
 ) -> Trainable:
     """Returns a PEFT adapter with the paths of its base, or torch's without one."""
     from .peft import report
@@ -292,6 +298,8 @@ def _read_peft(
 
     leaves = None if base is None else leaves_of(open_model(base).arrays())
     facts = None if base is None else facts_of(base)
-    trainable, found = read_adapter(path, leaves, names=names, tied=tied, facts=facts)
+    trainable, found = read_adapter(
+        path, leaves, names=names, tied=tied, facts=facts, layout=layout
+    )
     report.check(found, f"The adapter in {str(path)!r}")
     return trainable

@@ -15,11 +15,11 @@ from .. import files
 from .._io.disk import Json, read_bounded
 from .._plan.plan import Plan, plan as make_plan
 from ..config import LoraConfig
-from ..errors import ConfigError, JloraError
+from ..errors import ConfigError, JloraError, PeftError
 from ..factors import Trainable
 
 if TYPE_CHECKING:
-    from ..peft import NameMap
+    from ..peft import ExpertLayout, NameMap
 
 
 def read(
@@ -29,12 +29,25 @@ def read(
     names: str | None = None,
     tied: bool | None = None,
     step: int | None = None,
+    layout: str | None = None,
 ) -> Trainable:
     """Returns the adapter at a path; the other arguments are options of the command."""
-    own = name_map(names)
+    own, kept = name_map(names), layout_by_text("--layout", layout)
     if step is not None and files.detect(adapter) != "orbax":
         raise click.UsageError(f"--step: {adapter!r} is not an Orbax checkpoint.")
-    return files.read(adapter, base=base, names=own, tied=tied, step=step)
+    if kept is not None and files.detect(adapter) != "peft":
+        raise click.UsageError(f"--layout: {adapter!r} is not an adapter of PEFT's.")
+    return files.read(adapter, base=base, names=own, tied=tied, step=step, layout=kept)
+
+
+def layout_by_text(option: str, text: str | None) -> "ExpertLayout | None":
+    """Returns the layout of experts that an option means; None for none."""
+    from ..peft._experts import layout_of
+
+    try:
+        return layout_of(text)
+    except PeftError as error:
+        raise click.UsageError(f"{option}: {error}") from error
 
 
 def name_map(names: str | None) -> "NameMap | None":

@@ -17,11 +17,13 @@ class How(TypedDict, total=False):
       step: which step of an Orbax checkpoint.
       names: a name map of PEFT's tensors.
       tied: whether the embedding table is the output head too.
+      layout: how a PEFT adapter keeps a mixture's experts.
     """
 
     step: int | None
     names: str | None
     tied: bool | None
+    layout: str | None
 
 
 class _PathType(click.Path):
@@ -90,7 +92,17 @@ _HOW = {
         default=None,
         help="For PEFT: whether an adapted embedding table is the output head too.",
     ),
+    "layout": click.option(
+        "--layout",
+        metavar="LAYOUT",
+        help="For PEFT: how experts are kept: peft, unsloth, per-expert, stacked or "
+        "shared; with :interleaved or :concatenated, how gate and up lie in one.",
+    ),
 }
+
+to_layout = click.option(
+    "--to-layout", metavar="LAYOUT", help="To PEFT: how to keep experts, as --layout."
+)
 
 _CONFIG = [
     click.option("--config", type=PATH, help="A LoraConfig in JSON."),

@@ -1,5 +1,6 @@
 """Commands that write: merge, quantize, convert, extract."""
 
+import dataclasses
 import os
 import pathlib
 from typing import Any, Unpack
@@ -23,7 +24,7 @@ from ..errors import CheckpointError
 from ..factors import Trainable
 from ..quantised import is_quantized
 from . import _options as options
-from ._inputs import config_of, name_map, planned, read
+from ._inputs import config_of, layout_by_text, name_map, planned, read
 from ._output import bar, counts, done
 
 
@@ -41,7 +42,7 @@ from ._output import bar, counts, done
     is_flag=True,
     help="In a file: write a quantised model as codes again.",
 )
-@options.how("step", "names", "tied")
+@options.how("step", "names", "tied", "layout")
 @options.overwrite
 @options.as_json
 def merge(
@@ -144,7 +145,8 @@ def quantize(
     type=click.Choice(["file", "orbax", "peft"]),
     help="The format of OUT; file for *.safetensors.",
 )
-@options.how("step", "base", "names", "tied")
+@options.how("step", "base", "names", "tied", "layout")
+@options.to_layout
 @click.option("--base-model", help="PEFT's base_model_name_or_path.")
 @click.option("--task-type", help="PEFT's task_type, such as CAUSAL_LM.")
 @click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
@@ -164,6 +166,7 @@ def convert(
     task_type: str | None,
     portable: bool,
     dialect: str | None,
+    to_layout: str | None,
     overwrite: bool,
     as_json: bool,
     **how: Unpack[options.How],
@@ -173,6 +176,7 @@ def convert(
     Adapters of MLX, kohya's scripts and diffusers are read as PEFT's, and written with
     --dialect. From PEFT, --base says which model it is for; to PEFT, --names what its
     modules are called there, and --base gives the table whose single rows are trained.
+    A mixture's experts go from --layout to --to-layout.
     """
     kind = files.detect(source)
     to = to or ("file" if out.endswith(".safetensors") else None)
@@ -187,6 +191,7 @@ def convert(
         "--task-type": task_type,
         "--portable": portable or None,
         "--dialect": dialect,
+        "--to-layout": to_layout,
     }
     if to != "peft":
         idle = writing if kind == "peft" else {**reading, **writing}
@@ -198,16 +203,13 @@ def convert(
         _check_steps(out)
     more: Json = {"overwrite": overwrite} if to == "orbax" else {}
     if to == "peft":
-        if base and tied is None:
-            tied = tie_of([*open_model(base).shapes], facts_of(base))
         more = {
             "names": name_map(names),
-            "tied": tied,
             "base_model": base_model,
             "portable": portable,
-            "params": base and open_model(base).arrays(),
             "task_type": task_type,
             "dialect": dialect or "peft",
+            **_about_base(base, tied, to_layout),
         }
     trainable = read(source, base=base, **how)
     if to == "peft" and base and names is None:
@@ -250,6 +252,18 @@ def extract(
     trainable = export.extract_files(tuned, base, found, progress=bar("extracting"))
     files.write(out, trainable, "file")
     done({"out": out, **counts(trainable)}, as_json)
+
+
+def _about_base(base: str | None, tied: bool | None, to_layout: str | None) -> Json:
+    """Returns options of `peft.save` that a base tells, where the user did not."""
+    layout = layout_by_text("--to-layout", to_layout)
+    if base is None:
+        return {"tied": tied, "layout": layout}
+    model, facts = open_model(base), facts_of(base)
+    if layout is not None and layout.interleaved is None:
+        layout = dataclasses.replace(layout, interleaved=facts.interleaved)
+    tied = tie_of([*model.shapes], facts) if tied is None else tied
+    return {"tied": tied, "layout": layout, "params": model.arrays()}
 
 
 def _as_loaded(trainable: Trainable, base: str) -> Trainable:

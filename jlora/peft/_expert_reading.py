@@ -138,8 +138,8 @@ def relaid(
     if layout is None and "peft" in file.forms.values() and _is_unsloth(fields):
         questions.append(
             "unsloth wrote the file, and until September 2026 it paired the experts "
-            "of B otherwise than PEFT: say layout='unsloth' if it trained with an "
-            "older one, layout='peft' if not"
+            "of B otherwise than PEFT: say layout='unsloth' (--layout) if it trained "
+            "with an older one, layout='peft' if not"
         )
     if layout is not None:
         _check_form(file.forms, layout)
@@ -147,7 +147,7 @@ def relaid(
     for module, experts in file.experts.items():
         own = file.own(module)
         target = _target(own, layout, interleaved)
-        new = named({module: experts}, target, {module: own.names})
+        new = named({module: experts}, target, {module: own.names}, file.forms[module])
         made.tensors.update(new.tensors)
         made.ranks.update(new.ranks)
         made.scales.update(new.scales)

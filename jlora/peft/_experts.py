@@ -17,6 +17,7 @@ from ..errors import PeftError
 Tensor = Any  # a NumPy array, or a JAX array that stays on its device
 Form = Literal["peft", "unsloth", "per-expert", "stacked", "shared"]
 FORMS: tuple[str, ...] = get_args(Form)
+ROWS = {"interleaved": True, "concatenated": False}  # how gate and up lie in one
 _HALVES = ("lora_A.weight", "lora_B.weight")
 ROLES = {
     "gate": ("gate_proj", "w1", "gate"),
@@ -46,7 +47,8 @@ class ExpertLayout:
         `gate_proj`, `up_proj` and `down_proj`.
       interleaved: whether gate and up alternate in the rows of a fused `gate_up_proj`,
         as in gpt-oss, or lie one after the other, as in Mixtral and Qwen. It is needed
-        where a fused parameter `[E, in, out]` is taken apart or put together.
+        where a fused parameter `[E, in, out]` is taken apart or put together. As text
+        it stands after the form, `"peft:interleaved"` or `"peft:concatenated"`.
 
     Raises:
       PeftError: if there is no such form.
@@ -103,14 +105,27 @@ Experts = dict[str, dict[str, Expert]]  # by module, then by projection
 
 
 def layout_of(given: ExpertLayout | str | None) -> ExpertLayout | None:
-    """Returns a layout by its form, or as it is.
+    """Returns a layout by its text, or as it is.
+
+    Args:
+      given: a form, perhaps followed by `:interleaved` or `:concatenated`.
 
     Raises:
       PeftError: if it is none.
+
+    Examples:
+      >>> layout_of("per-expert:interleaved").interleaved
+      True
     """
     if given is None or isinstance(given, ExpertLayout):
         return given
-    return ExpertLayout(given)  # type: ignore[arg-type]
+    form, colon, rows = str(given).partition(":")
+    if colon and rows not in ROWS:
+        raise PeftError(
+            f"layout {given!r:.50}: after the colon stands how gate and up lie in one "
+            f"parameter, {' or '.join(ROWS)}."
+        )
+    return ExpertLayout(form, interleaved=ROWS.get(rows))  # type: ignore[arg-type]
 
 
 def in_order(projections: Iterable[str]) -> list[str]:
@@ -179,7 +194,10 @@ def together(gate: Expert, up: Expert, interleaved: bool) -> Expert:
 
 
 def named(
-    experts: Experts, layout: ExpertLayout, own: Mapping[str, Sequence[str]]
+    experts: Experts,
+    layout: ExpertLayout,
+    own: Mapping[str, Sequence[str]],
+    said: str | None = None,
 ) -> Named:
     """Returns the adapter in the names and shapes of `layout`.
 
@@ -188,18 +206,20 @@ def named(
       layout: how to write them.
       own: for each module, what the model calls its parameters, in the order in which
         it registers them; empty for the usual names.
+      said: the form that a user gives as `layout=`; None for that of `layout`.
 
     Raises:
       PeftError: if the layout cannot hold it.
     """
     out = Named({}, {}, {}, [])
+    said = said or layout.form
     for module, projections in experts.items():
         if layout.form in ("peft", "unsloth"):
             fused = any(role_of(x) == "gate_up" for x in own.get(module, ("w13",)))
-            found = _joined(module, projections, layout) if fused else projections
+            found = _joined(module, projections, layout, said) if fused else projections
             _parameters(out, module, found, layout.form, own.get(module, ()))
         else:
-            found = _parted(module, projections, layout)
+            found = _parted(module, projections, layout, said)
             for role, expert in found.items():
                 name = _called(module, role, layout)
                 if layout.form == "per-expert":
@@ -265,12 +285,12 @@ def _note(out: Named, name: str, expert: Expert) -> None:
 
 
 def _parted(
-    module: str, projections: Mapping[str, Expert], layout: ExpertLayout
+    module: str, projections: Mapping[str, Expert], layout: ExpertLayout, said: str
 ) -> dict[str, Expert]:
     found = dict(projections)
     if "gate_up" in found:
         fused = found.pop("gate_up")
-        found["gate"], found["up"] = apart(fused, _interleaved(module, layout))
+        found["gate"], found["up"] = apart(fused, _interleaved(module, layout, said))
     odd = [name for name in found if name not in ROLES]
     if odd:
         raise PeftError(
@@ -281,7 +301,7 @@ def _parted(
 
 
 def _joined(
-    module: str, projections: Mapping[str, Expert], layout: ExpertLayout
+    module: str, projections: Mapping[str, Expert], layout: ExpertLayout, said: str
 ) -> dict[str, Expert]:
     found = dict(projections)
     if "gate" not in found and "up" not in found:
@@ -291,16 +311,17 @@ def _joined(
         found.pop(role, None) or one._replace(b=np.zeros_like(one.b))
         for role in ("gate", "up")
     )
-    return {"gate_up": together(gate, up, _interleaved(module, layout)), **found}
+    rows = _interleaved(module, layout, said)
+    return {"gate_up": together(gate, up, rows), **found}
 
 
-def _interleaved(module: str, layout: ExpertLayout) -> bool:
+def _interleaved(module: str, layout: ExpertLayout, said: str) -> bool:
     if layout.interleaved is not None:
         return layout.interleaved
     raise PeftError(
         f"{module}.gate_up_proj holds gate and up in one, and nothing tells how: say "
-        f"layout=ExpertLayout({layout.form!r}, interleaved=True) if their rows "
-        "alternate, as in gpt-oss, or False if one follows the other, as in Mixtral "
+        f"layout='{said}:interleaved' (--layout) if their rows alternate, as in "
+        f"gpt-oss, or '{said}:concatenated' if one follows the other, as in Mixtral "
         "and Qwen."
     )
 

@@ -10,88 +10,21 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.peft import Entry, ExpertLayout, NameMap
+from jlora.peft import ExpertLayout
+from tests.peft.expert_cases import (
+    FORMS,
+    MODELS,
+    SHAPES,
+    E,
+    H,
+    N,
+    R,
+    adapter,
+    rand,
+    updates,
+)
 
 pytestmark = pytest.mark.once  # bytes on the host
-E, H, N, R = 3, 6, 4, 2  # experts, features, hidden, rank
-FORMS = ("peft", "unsloth", "per-expert", "stacked", "shared")
-MODULE = "model.layers.{i}.mlp.experts"
-
-
-def fused(kind, axes):
-    """Names of a model with one parameter for gate and up of all experts."""
-    return NameMap(
-        tuple(
-            Entry(f"layers/{{i}}/{name}", f"{MODULE}.{name}", axes, kind)
-            for name in ("gate_up_proj", "down_proj")
-        )
-    )
-
-
-# Where gate and up of an expert lie in the model's own leaf, and what it is called.
-MODELS = {
-    "mixtral": (fused("experts", "e o i -> e o i"), False, "eoi"),
-    "gpt-oss": (fused("experts_t", "e i o -> e i o"), True, "eio"),
-    "qwen3-moe": (
-        NameMap(
-            tuple(
-                Entry(
-                    f"layers/{{i}}/{name}",
-                    f"{MODULE}.{{e}}.{name}.weight",
-                    "e i o -> o i",
-                    "linear",
-                )
-                for name in ("gate_proj", "up_proj", "down_proj")
-            )
-        ),
-        None,
-        "eio",
-    ),
-}
-SHAPES = {"gate_up_proj": (H, 2 * N), "gate_proj": (H, N), "up_proj": (H, N),
-          "down_proj": (N, H)}  # fmt: skip
-
-
-def rand(*shape):
-    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
-
-
-def adapter(model):
-    """A random adapter of two layers: A of gate and up, and B of down, shared."""
-    names, _, order = MODELS[model]
-    leaves = [entry.flax.rpartition("/")[2] for entry in names.entries]
-    axes = jlora.Axes((0,), (order.index("i"),), (order.index("o"),))
-    lora, params = {}, {}
-    for layer, leaf in itertools.product((0, 1), leaves):
-        n_in, n_out = SHAPES[leaf]
-        a, b = rand(E, n_in, R) + layer, rand(E, R, n_out) - layer
-        if leaf == "down_proj":
-            b = np.repeat(b[:1], E, 0)
-        else:
-            a = np.repeat(a[:1], E, 0)
-        spec = jlora.Spec(rank=R, alpha=3.0 + layer, axes=axes)
-        lora[f"layers/{layer}/{leaf}"] = jlora.Factors(a, b, spec)
-        sizes = {"e": E, "i": n_in, "o": n_out}
-        node = params.setdefault("layers", {}).setdefault(str(layer), {})
-        node[leaf] = np.zeros([sizes[x] for x in order], np.float32)
-    return jlora.Trainable(lora), params, names
-
-
-def updates(model, trainable, params):
-    """What is added to gate, up and down `[E, in, out]`, by layer."""
-    _, interleaved, order = MODELS[model]
-    merged, found = jlora.merge(params, trainable), {}
-    for layer, leaves in merged["layers"].items():
-        for leaf, x in leaves.items():
-            x = np.asarray(x).transpose(0, order.index("i"), order.index("o"))
-            if leaf != "gate_up_proj":
-                found[layer, leaf] = x
-            elif interleaved:
-                found[layer, "gate_proj"] = x[..., ::2]
-                found[layer, "up_proj"] = x[..., 1::2]
-            else:
-                found[layer, "gate_proj"], found[layer, "up_proj"] = np.split(x, 2, -1)
-    return found
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -234,7 +167,7 @@ def test_file_of_unsloth_is_a_question(tmp_path):
 
 def test_fused_parameter_needs_to_know_its_rows(tmp_path):
     trainable, _, names = adapter("gpt-oss")
-    with pytest.raises(jlora.PeftError, match=r"interleaved=True.* as in gpt-oss"):
+    with pytest.raises(jlora.PeftError, match=r"'per-expert:interleaved'.* as in gpt"):
         jlora.peft.save(tmp_path, trainable, names=names, layout="per-expert")
 
 
@@ -291,11 +224,15 @@ def test_directory_of_the_hub_takes_fused_experts(tmp_path):
     }
     (tmp_path / "base").mkdir()
     save_file(base, tmp_path / "base" / "model.safetensors")
-    with pytest.raises(jlora.PeftError, match="nothing tells how: say layout="):
+    message = "nothing tells how: say layout='peft:interleaved' .--layout"
+    with pytest.raises(jlora.PeftError, match=message):
         jlora.files.read(tmp_path / "adapter", base=tmp_path / "base")
+    place = tmp_path / "adapter"
+    told = jlora.files.read(place, base=tmp_path / "base", layout="peft:concatenated")
     config = tmp_path / "base" / "config.json"
     config.write_text(json.dumps({"model_type": "qwen3_moe"}))
-    read = jlora.files.read(tmp_path / "adapter", base=tmp_path / "base")
+    read = jlora.files.read(place, base=tmp_path / "base")
+    jax.tree.map(np.testing.assert_array_equal, told.lora, read.lora)
     merged = jlora.merge(base, read)
     for (layer, name), x in updates("mixtral", trainable, params).items():
         for e in range(E):
