@@ -206,16 +206,16 @@ def write(folder: pathlib.Path) -> None:
 
 
 class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives real modules of vLLM by file, and a stub for every other one."""
+    """Gives the real modules of a server by file, and a stub for every other one."""
 
-    def __init__(self, root: pathlib.Path):
-        self.root = root
+    def __init__(self, root: pathlib.Path, real=REAL, stubs=STUBS):
+        self.root, self.real, self.stubs = root, real, stubs
 
     def find_spec(self, name, path=None, target=None):
-        if name in REAL:
+        if name in self.real:
             file = self.root / (name.replace(".", "/") + ".py")
             return importlib.util.spec_from_file_location(name, file)
-        if name.partition(".")[0] in STUBS:
+        if name.partition(".")[0] in self.stubs:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 

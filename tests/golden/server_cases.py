@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -401,6 +402,98 @@ def cases() -> list[Case]:
         if case.tensors:
             found.append(case)
     return whole + found
+
+
+def of_modules() -> list[Case]:
+    """One fault of each kind in each kind of module, of a dense model and a mixture."""
+    found = []
+    for case in [*plain(), *mixtures()]:
+        found += [] if case.name.endswith("plain") else [case]
+        if case.name not in ("gemma2.plain", "phi3.plain", "qwen3moe.each"):
+            continue
+        stems = {
+            n.rpartition(".lora_")[0]: None
+            for n in case.tensors
+            if "layers.1." in n and not re.search(r"experts\.[02]\.", n)
+        }
+        for stem in stems:
+            for name, change in FAULTS.items():
+                other = copy.deepcopy(case)
+                last = stem.partition("layers.1.")[2]
+                other.name = f"{case.name} + {last} {name}"
+                change(other, stem)
+                found.append(other)
+    return found
+
+
+def mixtures() -> Iterator[Case]:
+    """Experts without their router, each by itself and, as SGLang has it, in 3-D."""
+    names = {"mixtral": "block_sparse_moe", "qwen3moe": "mlp", "gpt_oss": "mlp"}
+    parts = ["gate_proj", "up_proj", "down_proj"]
+    for case in plain():
+        if case.base not in names:
+            continue
+        here = f"{names[case.base]}.experts"
+        rest = {n: x for n, x in case.tensors.items() if "self_attn" in n}
+        each = {n: x for n, x in case.tensors.items() if f"{here}." in n}
+        wanted = ["q_proj", "k_proj", "v_proj", "o_proj", *parts]
+        config = case.config | {"target_modules": wanted}
+        if case.base != "gpt_oss":
+            yield Case(f"{case.base}.each", case.base, config, rest | each)
+        for count in (3, 1):  # 1 is shared by all experts
+            stacked: dict[str, np.ndarray] = {}
+            for i in range(2):
+                for w, shape in _gated("w1", "w3", "w2").items():
+                    module = f"{P}model.layers.{i}.{here}.{w}"
+                    a, b = (3, count) if w == "w2" else (count, 3)
+                    stacked[f"{module}.lora_A.weight"] = np.ones((a, RANK, shape[1]))
+                    stacked[f"{module}.lora_B.weight"] = np.ones((b, shape[0], RANK))
+            stacked = {n: x.astype(np.float32) for n, x in stacked.items()}
+            kind = "stacked" if count > 1 else "shared"
+            yield Case(f"{case.base}.{kind}", case.base, config, rest | stacked)
+
+
+def _fault(part: str, axis: int, more: int) -> Callable[[Case, str], None]:
+    def change(case: Case, stem: str) -> None:
+        name = f"{stem}.lora_{part}.weight"
+        shape = list(case.tensors[name].shape)
+        shape[axis] += more
+        case.tensors[name] = np.ones(shape, np.float32)
+
+    return change
+
+
+def _extra(end: str, *shape: int) -> Callable[[Case, str], None]:
+    def change(case: Case, stem: str) -> None:
+        case.tensors[f"{stem}.{end}"] = np.ones(shape, np.float32)
+
+    return change
+
+
+def _left_out(*parts: str) -> Callable[[Case, str], None]:
+    def change(case: Case, stem: str) -> None:
+        for part in parts:
+            case.tensors.pop(f"{stem}.lora_{part}.weight")
+
+    return change
+
+
+FAULTS: dict[str, Callable[[Case, str], None]] = {
+    "wide A": _fault("A", 1, 3),
+    "narrow A": _fault("A", 1, -3),
+    "long B": _fault("B", 0, 3),
+    "short B": _fault("B", 0, -3),
+    "rank of A": _fault("A", 0, 1),
+    "rank of B": _fault("B", 1, 1),
+    "no A": _left_out("A"),
+    "no B": _left_out("B"),
+    "neither": _left_out("A", "B"),
+    "bias of B": _extra("lora_B.bias", HIDDEN),
+    "bias": _extra("base_layer.bias", HIDDEN),
+    "magnitude": _extra("lora_magnitude_vector", HIDDEN),
+    "whole": _extra("weight", HIDDEN, HIDDEN),
+    "copy": _extra("base_layer.weight", HIDDEN, HIDDEN),
+}
 
 
 def changes(case: Case, name: str) -> bool:

@@ -15,7 +15,14 @@ from tests.golden.server_cases import Case
 
 pytestmark = pytest.mark.once
 GOLDEN = pathlib.Path(server_cases.__file__).parent
-SAID = json.loads((GOLDEN / "servers.json").read_text())
+SAID = {
+    "vllm": json.loads((GOLDEN / "servers.json").read_text()),
+    "sglang": json.loads((GOLDEN / "servers.sglang.json").read_text()),
+}
+CASES = {
+    "vllm": server_cases.cases(),
+    "sglang": server_cases.cases() + server_cases.of_modules(),
+}
 WORDS = {"applied": "used", "copy": "left", "dropped": "lost", "altered": "altered"}
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -26,28 +33,29 @@ def bases(tmp_path_factory) -> dict[str, pathlib.Path]:
     return {n: server_cases.write_base(folder, n) for n in server_cases.bases()}
 
 
-def test_vllm_as_its_own_code(bases, tmp_path):
-    """Of 289 adapters, 260 of them broken: is it loaded, and each tensor applied?"""
-    wrong, cases = [], server_cases.cases()
+@pytest.mark.parametrize("server", CASES)
+def test_server_as_its_own_code(server, bases, tmp_path):
+    """Of adapters, most of them broken: is it loaded, and each tensor applied?"""
+    wrong, cases = [], CASES[server]
     for number, case in enumerate(cases):
         here = tmp_path / str(number)
         server_cases.write_adapter(here, case)
-        said = SAID[f"{number} {case.name}"]
+        said = SAID[server][f"{number} {case.name}"]
         try:
-            report = validate(here, bases[case.base])
+            report = validate(here, bases[case.base], server=server)
         except PeftError:  # as of names that no file of PEFT's has
             own: str | list[str] = "refused"
         else:
-            own = in_vllms_words(report)
+            own = in_its_words(report)
         if isinstance(said, str) != isinstance(own, str) or (
             not isinstance(said, str) and said != own
         ):
             wrong.append((case.name, said, own))
-    assert len(cases) == len(SAID) > 280
+    assert len(cases) == len(SAID[server]) > 280
     assert not wrong
 
 
-def in_vllms_words(report: ServerReport) -> str | list[str]:
+def in_its_words(report: ServerReport) -> str | list[str]:
     outcomes = {v.name: v.outcome for v in report.verdicts}
     if "refused" in outcomes.values():
         return "refused"

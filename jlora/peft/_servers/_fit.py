@@ -12,7 +12,7 @@ from ._rules import Server
 Fault = tuple[Outcome, str, str]  # outcome, why, instead
 
 FACTORS = (*A, *B)
-_REMEDY = "save the adapter again where it was trained"
+REMEDY = "save the adapter again where it was trained"
 _ENDS = {"a": "lora_A", "b": "lora_B"}
 _ENDS |= {"table_a": "lora_embedding_A", "table_b": "lora_embedding_B"}
 
@@ -48,13 +48,13 @@ def _misfit(
 ) -> Fault | None:
     """Returns what is wrong with the sizes of one factor."""
     if len(piece.shape) != 2:
-        return "refused", f"its shape is {list(piece.shape)}, not a matrix's", _REMEDY
+        return "refused", f"its shape is {list(piece.shape)}, not a matrix's", REMEDY
     first = piece.part in A
     own, size = piece.shape if first else piece.shape[::-1]
     if own != rank:
         why = f"its rank is {own}, by the config {rank}"
         larger = own > max(server.ranks, default=own)
-        return "refused" if larger else server.other_rank, why, _REMEDY
+        return "refused" if larger else server.other_rank, why, REMEDY
     if shape is None or len(shape) != 2:
         return None
     turned = piece.part in ("table_a", "table_b")
@@ -65,7 +65,7 @@ def _misfit(
         return None
     which = "inputs" if first else "outputs"
     outcome = "refused" if size > wanted[0] else server.smaller
-    return outcome, f"it has {size} {which}, the weight {wanted[0]}", _REMEDY
+    return outcome, f"it has {size} {which}, the weight {wanted[0]}", REMEDY
 
 
 class Names:

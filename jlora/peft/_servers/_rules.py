@@ -185,6 +185,15 @@ SGLANG = Server(
             _list_or("all", "all-linear"),
         ),
         *_one_scale("SGLang", _SGLANG_SCALE),
+        FieldRule(
+            field="rank_pattern",
+            fine=_off,
+            outcome="altered",
+            why="SGLang has one rank for all modules, and scales by it",
+            instead="write factors of rank r, and no rank_pattern",
+            place=_SGLANG_SCALE,
+            by_module=True,
+        ),
     ),
 )
 
