@@ -1,12 +1,13 @@
 """`jlora.adopt` and `jlora.hand_back` beside the libraries whose factors they take.
 
     python tests/golden/check_adopt.py LIBRARY [--openpi CHECKOUT] [--easydel WHEEL]
-        [--write]
+        [--maxtext CHECKOUT] [--write]
 
 Run it where the library is installed, with jlora: `qwix` (0.1.8, with Flax), `nnx`
 (Flax), `tunix` (google-tunix 0.1.7), `gemma` (gemma 4.0.1), `keras` (3.15.1,
 KERAS_BACKEND=jax), `openpi` (a checkout of Physical-Intelligence/openpi, with Flax),
-`easydel` (the wheel of easydel 0.3.0, with Flax: its `eLoRA` around Flax's layers).
+`easydel` (the wheel of easydel 0.3.0, with Flax: its `eLoRA` around Flax's layers),
+`maxtext` (a checkout of AI-Hypercomputer/maxtext, Python 3.12, with what it imports).
 
 For each model, with random factors: the library's own forward is compared with
 `apply_lora` of the base model's function, with a plan and without, and with the merged
@@ -88,11 +89,14 @@ def nnx_case(
     graph, state, rest = nnx.split(make(), nnx.Param, ...)
     theirs, params, more = nnx.split(adapted(make()), nnx.Param, ...)
 
+    def copied(state: Tree) -> Tree:  # a scanned layer counts its keys in it
+        return jax.tree.map(lambda x: x, state)
+
     def base(frozen: Tree) -> jax.Array:
-        return call(nnx.merge(graph, frozen, rest))
+        return call(nnx.merge(graph, frozen, copied(rest)))
 
     def forward(params: Tree) -> jax.Array:
-        return call(nnx.merge(theirs, params, more))
+        return call(nnx.merge(theirs, params, copied(more)))
 
     return Case(name, library, state, filled(params), forward, base, **fields)
 
@@ -281,6 +285,54 @@ def tunix(given: argparse.Namespace) -> Iterator[Case]:
             names=names,
             alone=False,
         )
+
+
+def maxtext(given: argparse.Namespace) -> Iterator[Case]:
+    """Yields MaxText's decoders with the LoRA that its trainers give them."""
+    sys.path.insert(0, str(pathlib.Path(given.maxtext) / "src"))
+    from flax import nnx
+    from maxtext.configs import pyconfig
+    from maxtext.utils import lora_utils, maxtext_utils, model_creation_utils
+
+    settings = {
+        "base_emb_dim": 32, "base_num_query_heads": 4, "base_num_kv_heads": 2,
+        "head_dim": 8, "base_mlp_dim": 48, "base_num_decoder_layers": 3,
+        "vocab_size": 64, "max_target_length": 8, "per_device_batch_size": 1,
+        "enable_checkpointing": False, "dtype": "float32", "weight_dtype": "float32",
+        "attention": "dot_product", "skip_jax_distributed_system": True,
+        "matmul_precision": "highest", "run_name": "check", "pure_nnx": True,
+        "enable_nnx": True, "pure_nnx_decoder": True,
+        "lora": {"enable_lora": True, "lora_rank": 3, "lora_alpha": 6.0},
+    }  # fmt: skip
+    yml = str(pathlib.Path(given.maxtext) / "src/maxtext/configs/base.yml")
+    for kind in ("llama2", "qwen3", "gemma2"):
+        for scan in (False, True):
+            own = settings | {"scan_layers": scan, "decoder_block": kind}
+            if kind == "gemma2":
+                own |= {"base_num_decoder_layers": 4}
+                path = ".*(query|key|value|out|wi_0|wi_1|wo)"
+                own["lora"] = settings["lora"] | {"lora_module_path": path}
+            config = pyconfig.initialize(["check", yml], **own)
+            mesh = maxtext_utils.get_mesh_from_config(config)
+
+            def make(config: Any = config, mesh: Any = mesh) -> Any:
+                rngs = nnx.Rngs(params=0, dropout=1)
+                return model_creation_utils.from_config(config, mesh=mesh, rngs=rngs)
+
+            positions = jnp.arange(TOKENS.shape[1])[None]
+            yield nnx_case(
+                f"maxtext {kind}, {'scanned' if scan else 'layer by layer'}",
+                "maxtext",
+                make,
+                lambda model, config=config, mesh=mesh: lora_utils.apply_lora_to_model(
+                    model, mesh, config
+                ),
+                lambda model, positions=positions: model(
+                    TOKENS, positions, enable_dropout=False
+                ),
+                settings={"alpha": 6.0},
+                alone=False,
+            )
 
 
 def gemma(given: argparse.Namespace) -> Iterator[Case]:
@@ -520,10 +572,13 @@ def main() -> int:
     parser.add_argument("library")
     parser.add_argument("--openpi")
     parser.add_argument("--easydel")
+    parser.add_argument("--maxtext")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     jax.config.update("jax_default_matmul_precision", "highest")
-    models = {case.name: check(case) for case in globals()[given.library](given)}
+    models = {}
+    for case in globals()[given.library](given):
+        models[case.name] = check(case)
     print(json.dumps(models, indent=1))
     worst = max(x for m in models.values() for x in m.values() if isinstance(x, float))
     if given.write:
@@ -535,9 +590,10 @@ def main() -> int:
 
 def version(given: argparse.Namespace) -> str:
     """Returns what was checked: a release, or a commit."""
-    if given.library == "openpi":
+    if given.library in ("openpi", "maxtext"):
+        checkout = getattr(given, given.library)
         return subprocess.check_output(
-            ["git", "-C", given.openpi, "rev-parse", "HEAD"], text=True
+            ["git", "-C", checkout, "rev-parse", "HEAD"], text=True
         ).strip()
     if given.library == "easydel":
         return f"easydel {pathlib.Path(given.easydel).name.split('-')[1]}"

@@ -1,6 +1,6 @@
 """Experts in every layout beside PEFT and transformers.
 
-    python tests/golden/check_experts.py [--vllm VLLM]
+    python tests/golden/check_experts.py [--vllm VLLM] [--unsloth ZOO]
 
 Run it where PEFT 0.21.2, torch and transformers 5.24 are installed, with jlora. For
 tiny models of Mixtral, Qwen 3 MoE and gpt-oss, PEFT adapts both parameters of the
@@ -9,13 +9,18 @@ files, and writes and reads them in every layout. Each time the update of every 
 is compared with the one that PEFT merged. PEFT reads what jlora wrote in its own
 layout, and the logits are compared. The tensors of the other layouts are multiplied out
 as their tools do. VLLM is the folder where a wheel of vLLM is unpacked (0.33 was): its
-own classes load and pack three layouts, and what they hold is compared too. The exit
-code is 1 if something differs by more than 1e-6 (logits:
-1e-5).
+own classes load and pack three layouts, and what they hold is compared too. ZOO is the
+folder where a wheel of unsloth_zoo is unpacked (2026.10.9 was): the functions that run
+and merge its experts are taken from its files, and run on both of its orders. The exit
+code is 1 if something differs by more than 1e-6 (logits: 1e-5).
 """
 
 import argparse
+import ast
+import functools
 import json
+import logging
+import os
 import pathlib
 import re
 import sys
@@ -171,6 +176,79 @@ def packed_by_vllm(folder: pathlib.Path, kind: str, form: str) -> dict[str, np.n
     return found
 
 
+# What unsloth_zoo calls the orders of B in a process.
+ORDERS = {"peft": "rank_major", "unsloth": "grouped_by_expert"}
+UNSLOTHS = {
+    "temporary_patches/moe_utils.py": r"(_?\w*moe_lora_b\w*|MoELoRAB\w+|_?LORA_B_\w+"
+    r"|_MOE_LORA_B_LAYOUT|_ExpertMajor\w+|\w+_lora_weights_for_grouped_mm"
+    r"|extract_moe_lora\w+)",
+    "saving_utils.py": r"(_MOE_MERGE_STATE|_record_moe\w+|_resolve_num_experts\w+"
+    r"|_detect_moe_lora\w+|_refuse_dora\w+|_merge_moe_(gate|up|down|gate_or_up)\w*"
+    r"|_active_merge_device|_peft_paramwrapper\w+|_PEFT_AMBIGUOUS\w+)",
+}
+
+
+def unsloth(root: pathlib.Path) -> dict:
+    """Returns unsloth_zoo's functions of experts, without importing the rest."""
+    found = {
+        "torch": torch, "os": os, "logger": logging,
+        "Optional": object, "functools": functools, "Tuple": tuple,
+    }  # fmt: skip
+    for file, names in UNSLOTHS.items():
+        for node in ast.parse((root / "unsloth_zoo" / file).read_text()).body:
+            name = getattr(node, "name", None)
+            if isinstance(node, ast.Assign):
+                name = ast.unparse(node.targets[0])
+            if name and re.fullmatch(names, name):
+                node = ast.Module([node], [])
+                exec(compile(node, file, "exec"), found)
+        for name in [n for n in found if "moe_lora_b" in n or n.startswith("MoELoRAB")]:
+            found[f"_{name}"] = found[name]  # as saving_utils.py imports them
+    return found
+
+
+def held_by_unsloth(
+    folder: pathlib.Path, kind: str, form: str, code: dict
+) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the updates that unsloth_zoo runs, and those that it merges."""
+    os.environ["UNSLOTH_MOE_LORA_B_LAYOUT"] = ORDERS[form]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    number, hidden = SIZES["num_experts"], SIZES["hidden_size"]
+    scale = fields["lora_alpha"] / fields["r"]
+    run: dict[str, np.ndarray] = {}
+    merged: dict[str, np.ndarray] = {}
+    for layer in range(SIZES["num_hidden_layers"]):
+        stem = f"base_model.model.{STEM.format(i=layer)}".rstrip(".")
+        for name in (stem, f"{stem}.base_layer"):
+            a, b = (torch.tensor(tensors[f"{name}.lora_{h}.weight"]) for h in "AB")
+            n_in, n_out = a.shape[1], b.shape[0]
+            down = n_in != hidden
+            path = f"layers/{layer}/{'down' if down else 'gate_up'}_proj"
+            first, second, _, _ = code["extract_moe_lora_weights_for_grouped_mm"](
+                None, a, b, scale, number, input_dim=n_in, output_dim=n_out
+            )
+            update = scale * (first @ second).numpy()
+            run[path] = update if kind == "gpt_oss" else update.transpose(0, 2, 1)
+            stats = types.SimpleNamespace(
+                lora_A=a, lora_B=b, alpha=scale, module=None, magnitude=None
+            )
+            parts = ("down_proj",) if down else ("gate", "up")
+            merged[path] = np.stack([
+                np.concatenate([
+                    code[f"_merge_moe_{part}_expert"](
+                        torch.zeros(n_out // len(parts), n_in), stats, e, number,
+                        torch.float32,
+                    ).numpy()
+                    for part in parts
+                ])
+                for e in range(number)
+            ])  # fmt: skip
+    if kind == "gpt_oss":  # it has a function of its own for these
+        return {"run by unsloth": run}
+    return {"run by unsloth": run, "merged by unsloth": merged}
+
+
 def as_parameters(
     kind: str, layer: int, gate: np.ndarray, up: np.ndarray, down: np.ndarray
 ) -> dict[str, np.ndarray]:
@@ -240,10 +318,18 @@ def main() -> int:
     """Checks the models."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--vllm", type=pathlib.Path)
+    parser.add_argument("--unsloth", type=pathlib.Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         roots = {kind: pathlib.Path(folder) / kind for kind in MODELS}
         results = {kind: check(kind, root) for kind, root in roots.items()}
+        code = unsloth(given.unsloth) if given.unsloth else {}
+        for kind, root in roots.items() if code else ():
+            found, wanted = results[kind]
+            for form in ORDERS:
+                held = held_by_unsloth(root / form, kind, form, code)
+                for how, own in held.items():
+                    found[f"{form}, {how}"] = apart(own, wanted)
         if given.vllm:  # its stubs take the place of transformers, so it comes last
             import check_vllm
 

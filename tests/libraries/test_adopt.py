@@ -118,6 +118,7 @@ def test_libraries_themselves_agree():
         "gemma",
         "keras",
         "openpi",
+        "maxtext",
     }
     for run in stored.values():
         for found in run["models"].values():
