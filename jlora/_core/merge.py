@@ -248,9 +248,10 @@ def unmerge(params: Tree, trainable: Trainable) -> Tree:
       trainable: what was merged, unchanged.
 
     Raises:
-      TreeError: if `trainable` does not fit `params`, or holds DoRA: its merged weights
-        do not determine the norms that their columns had. Or if an adapted weight of
-        `params` is quantised, as `merge` with `requantize` left it.
+      TreeError: if `trainable` does not fit `params`, or is activated LoRA, which
+        `merge` refuses too, or holds DoRA: its merged weights do not determine the
+        norms that their columns had. Or if an adapted weight of `params` is quantised,
+        as `merge` with `requantize` left it.
 
     Examples:
       >>> import jax.numpy as jnp, jlora
@@ -259,6 +260,12 @@ def unmerge(params: Tree, trainable: Trainable) -> Tree:
       {'head': Missing(), 'w': Array([1.], dtype=float32)}
     """
     check_trainable(trainable)
+    gated = [repr(path) for path, f in trainable.lora.items() if f.spec.invocation]
+    if gated:
+        raise TreeError(
+            f"{listed(gated, 3, ', ')} are activated LoRA, which merge never adds: the "
+            "weights in params are already those of frozen."
+        )
     leaves, treedef = paths.flatten(params)
     unknown = [path for path in trainable.full if path not in leaves]
     if unknown:

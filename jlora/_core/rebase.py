@@ -11,6 +11,12 @@ from ..factors import Factors, Trainable
 from ..methods import find_init
 
 
+def changed_base(factors: Factors) -> bool:
+    """Returns whether the initialisation of these factors changed the weight."""
+    init = find_init(factors.spec.init)
+    return init is not None and init.changes_base
+
+
 def rebase(trainable: Trainable, initial: Trainable) -> Trainable:
     """Returns `trainable`, an adapter of `frozen`, as one of the original parameters.
 

@@ -9,12 +9,13 @@ from jax.typing import ArrayLike
 from .. import paths
 from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
+from .._core.rebase import changed_base
 from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Array, Factors, Leaf, PyTree, Spec, Trainable
-from ..methods import find_init, low_rank_pair, method_of
+from ..methods import low_rank_pair, method_of
 from ..methods.init import matrices, shaped
 
 
@@ -118,12 +119,6 @@ def _sizes(factors: Factors) -> tuple[int, ...]:
         a, b = jax.eval_shape(low_rank_pair, factors)
         factors = Factors(a, b, factors.spec)
     return weight_sizes(factors)
-
-
-def changed_base(factors: Factors) -> bool:
-    """Returns whether the initialisation of these factors changed the weight."""
-    init = find_init(factors.spec.init)
-    return init is not None and init.changes_base
 
 
 def check_one_base(name: str, trainables: Sequence[Trainable]) -> None:

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from .._core.algebra import common_settings, factor_dtypes, lora_spec, widest
 from .._core.merge import merge
+from .._core.rebase import changed_base
 from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
 from .._tables import listed
@@ -24,7 +25,6 @@ from ._several import (
     Base,
     as_lora,
     base_weight,
-    changed_base,
     check_base,
     check_fit,
     check_one_base,
@@ -229,12 +229,13 @@ def pick(stacked: Trainable, ids: jax.Array, base: Base) -> Trainable:
         return None if isinstance(w, Missing) else w
 
     def factors(path: str, f: Factors) -> Factors:
-        magnitude = f.magnitude
-        if magnitude is not None:
+        of_base: dict[str, ArrayLike | None] = {"a": 0, "b": 0, "magnitude": 0}
+        if rescales(f.spec):
             w = weight(path)
-            lengths = None if w is None else column_norms(w, f.spec.axes)
-            magnitude = gather(magnitude, lengths)
-        return Factors(gather(f.a, 0), gather(f.b, 0), f.spec, magnitude)
+            of_base["magnitude"] = None if w is None else column_norms(w, f.spec.axes)
+        leaves = {k: x for k in of_base if (x := getattr(f, k)) is not None}
+        own = {k: gather(x, of_base[k]) for k, x in leaves.items()}
+        return dataclasses.replace(f, **own)
 
     return Trainable(
         {path: factors(path, f) for path, f in stacked.lora.items()},
@@ -261,7 +262,7 @@ def _check_ids(ids: jax.Array, size: int, stacked: Trainable, base: Base) -> Non
             f"{size - 1}, but got {listed(map(str, wrong), separator=', ')}."
         )
     if bool((ids < 0).any()):
-        needed = {p: DORA for p, f in stacked.lora.items() if f.magnitude is not None}
+        needed = {p: DORA for p, f in stacked.lora.items() if rescales(f.spec)}
         needed |= dict.fromkeys(stacked.full, FULL)
         check_base("select with an id of -1", needed, base)
         for path in needed:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, TreeError
 from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..transform.compat import is_staging
 from ._axes import Layout, layouts, read_axes, suits
-from ._pairs import Node, Pair, base_of, library_of, nodes_of, pairs_of, value
+from ._pairs import Node, Pair, array, base_of, library_of, nodes_of, pairs_of, value
 from ._rules import ALPHA, ONE, Library
 
 Alpha = float | Mapping[str, float] | None
@@ -56,7 +56,7 @@ def adopt(
         if it differs.
       rslora: whether the scale is `alpha / sqrt(rank)`.
       plan: from `jlora.plan` of the base model's function. It tells axes, operation,
-        drop rate and form. Its ranks and alphas are not used.
+        drop rate, form and invocation. Its ranks and alphas are not used.
 
     Raises:
       TreeError: lists factors that are left over, that lack their other half or their
@@ -88,7 +88,7 @@ def adopt(
     lora: dict[str, Factors] = {}
     faults: list[str] = []
     for pair in pairs:
-        a, b, w = (value(p, nodes[p]) for p in (pair.a, pair.b, pair.weight))
+        a, b, w = (array(p, nodes[p]) for p in (pair.a, pair.b, pair.weight))
         spec = specs.get(pair.path)
         layout = layout_of(pair, w.shape, a.shape, b.shape, spec)
         if isinstance(layout, str):
@@ -247,5 +247,6 @@ def _planned(
 
 def _as_planned(factors: Factors, spec: Spec) -> Factors:
     own = with_axes(factors, spec.axes)
-    kept = {name: getattr(spec, name) for name in ("op", "dropout", "form")}
+    names = ("op", "dropout", "form", "invocation")
+    kept = {name: getattr(spec, name) for name in names}
     return dataclasses.replace(own, spec=dataclasses.replace(own.spec, **kept))

@@ -7,13 +7,15 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from .._core.algebra import with_axes
+from .._core.rebase import changed_base
 from .._core.tree import check_trainable
-from .._numerics import at_least_float32
+from .._numerics import at_least_float32, is_finite
 from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
+from ..transform.compat import is_staging
 from ._adopt import Alpha, layout_of, scales_of
-from ._pairs import Node, Pair, library_of, nodes_of, pairs_of, replaced, value
+from ._pairs import Node, Pair, array, library_of, nodes_of, pairs_of, replaced
 from ._rules import Library
 
 Tree = TypeVar("Tree")
@@ -43,7 +45,9 @@ def hand_back(
 
     Raises:
       TreeError: lists weights that only one side adapts, ranks above the tree's, other
-        methods than plain LoRA, leaves trained in full, and as `adopt`.
+        methods than plain LoRA, activated LoRA, leaves trained in full, factors for a
+        base that their initialisation changed, numbers too large for the tree's
+        dtypes, and as `adopt`.
       ConfigError: as `adopt`.
 
     Examples:
@@ -86,6 +90,17 @@ def _check_sides(
         for path, f in trainable.lora.items()
         if f.spec.method != "lora" or f.spec.parts or f.spec.rows
     ]
+    faults += [
+        f"{path!r} is activated LoRA, which acts only after its invocation"
+        for path, f in trainable.lora.items()
+        if f.spec.invocation
+    ]
+    faults += [
+        f"{path!r} is for a base changed by init={f.spec.init!r}: jlora.rebase gives "
+        "an adapter of the original"
+        for path, f in trainable.lora.items()
+        if changed_base(f)
+    ]
     faults += [f"{path!r} is trained in full: combine it" for path in trainable.full]
     faults += [
         f"the tree has no factors for {path!r}"
@@ -108,7 +123,7 @@ def _written(
     pair: Pair, nodes: Mapping[str, Node], factors: Factors, scale: Any
 ) -> dict[str, Leaf] | str:
     """Returns both leaves of `pair` with the update of `factors`, or a fault."""
-    a, b, w = (value(p, nodes[p]) for p in (pair.a, pair.b, pair.weight))
+    a, b, w = (array(p, nodes[p]) for p in (pair.a, pair.b, pair.weight))
     layout = layout_of(pair, w.shape, a.shape, b.shape, factors.spec)
     if isinstance(layout, str):
         return layout
@@ -125,7 +140,12 @@ def _written(
     new_a = _padded(jnp.asarray(own.a), -1, rank)
     new_b = _padded(jnp.asarray(own_b), at, rank)
     new_a, new_b = layout.written(new_a, new_b, a, b)
-    return {pair.a: new_a.astype(a.dtype), pair.b: new_b.astype(b.dtype)}
+    made = {pair.a: new_a.astype(a.dtype), pair.b: new_b.astype(b.dtype)}
+    if not is_staging(made) and not all(map(is_finite, made.values())):
+        return (
+            f"{pair.path!r} holds NaN or infinity, or numbers too large for {b.dtype}"
+        )
+    return made
 
 
 def _padded(x: Any, axis: int, size: int) -> Any:

@@ -10,6 +10,7 @@ from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Leaf
 from ..quantised import is_quantized
+from ..transform.stage import is_array
 from ._rules import ALPHA, ONE, Library, Place, filled, stars
 from ._shipped import SHIPPED
 
@@ -82,6 +83,23 @@ def value(path: str, node: Node) -> Leaf:
             "quantised it, give jlora.from_qwix(params)."
         )
     return leaves[0]
+
+
+def array(path: str, node: Node) -> Leaf:
+    """Returns the weight or the factor in a node.
+
+    Raises:
+      TreeError: if there is not exactly one, or it is not an array.
+    """
+    x = value(path, node)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TreeError(
+            f"{path!r} is a shape. Write jax.eval_shape(lambda params: "
+            "jlora.adopt(params, ...), params)."
+        )
+    if not is_array(x):
+        raise TreeError(f"{path!r} must be an array, got {x!r:.80}.")
+    return x
 
 
 def pairs_of(nodes: Mapping[str, Node], library: Library) -> list[Pair]:

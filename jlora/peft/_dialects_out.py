@@ -47,6 +47,12 @@ def in_dialect(
     Raises:
       PeftError: lists what the tool has no form for.
     """
+    if config.invocation:
+        raise PeftError(
+            f"{dialect.tool} has no form for activated LoRA (invocation="
+            f"{config.invocation}): it would apply the adapter to all tokens. "
+            "dialect='peft' keeps it."
+        )
     pairs, magnitudes = _pairs(dialect, tensors, config)
     if dialect is MLX:
         return _mlx(pairs, magnitudes, config)

@@ -15,10 +15,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from .._core.algebra import lora_spec
+from .._core.rebase import changed_base
 from .._numerics import is_finite
 from .._tables import listed
 from ..adapters import to_lora
-from ..adapters._several import changed_base, is_lora, rescales
+from ..adapters._several import is_lora, rescales
 from ..adapters._stack import pick
 from ..errors import PoolError
 from ..factors import Factors, Leaf, Trainable

@@ -244,9 +244,9 @@ class Trainer:
     ) -> tuple[Slots, jax.Array]:
         """Returns the slots after a step, and which of them have taken it.
 
-        A slot takes a step with the mean gradient of its rows. One whose gradient holds
-        NaN or infinity takes none: its adapter and its state stay, and the gradient is
-        forgotten.
+        A slot takes a step with the mean gradient of its rows. It takes none if NaN or
+        infinity is in its gradient, or would come into its adapter or its state: both
+        stay, and the gradient is forgotten.
 
         Args:
           slots: the slots.
@@ -255,17 +255,29 @@ class Trainer:
 
         Returns:
           `(slots, stepped)`, booleans `[capacity]`.
+
+        Raises:
+          PoolError: if `which` is something else.
         """
         turn = slots.occupied & (slots.rows > 0)
         if which is not None:
-            turn &= jnp.asarray(which)
+            asked = jnp.asarray(which)
+            if (asked.shape, asked.dtype) != (turn.shape, turn.dtype):
+                raise PoolError(
+                    f"which must be booleans {turn.shape}, one for each slot, got "
+                    f"{asked.dtype}{asked.shape}."
+                )
+            turn &= asked
         count, update = jnp.maximum(slots.rows, 1), cast(Any, self.tx.update)
 
         def one(adapter: Trainable, state: PyTree, gradient: Trainable, n: jax.Array):
             mean = jax.tree.map(lambda g: g / n.astype(g.dtype), gradient)
-            finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(mean)]
             updates, new = update(mean, state, adapter)
             moved = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), adapter, updates)
+            finite = [jnp.isfinite(g).all() for g in jax.tree.leaves(mean)]
+            finite += jax.tree.leaves(
+                jax.tree.map(_stays_finite, (adapter, state), (moved, new))
+            )
             return moved, new, jnp.stack(finite).all()
 
         moved, state, finite = jax.vmap(one)(
@@ -311,8 +323,15 @@ class Trainer:
         return losses
 
 
+def _stays_finite(old: Leaf, new: Leaf) -> jax.Array:
+    """Returns whether no finite number of `old` is NaN or infinity in `new`."""
+    return (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+
+
 def _known(slots: Slots, ids: jax.Array) -> jax.Array:
     """Returns `ids`, those of free or missing slots beyond the last one."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise PoolError(f"ids must be integers, got {ids.dtype}.")
     n = slots.capacity
     there = (ids >= 0) & (ids < n)
     taken = there & slots.occupied[jnp.where(there, ids, 0)]

@@ -121,22 +121,24 @@ class Trail:
         steps: list[tuple[Like, tuple[int, ...]]] = []
         slots: dict[int, int] = {}  # of an array: steps count from 0, roots from -1
         roots: list[Any] = []
-
-        def slot(v: Any) -> int:
-            if id(v) not in slots:
-                made = self._made.get(id(v))
-                if made is None:
-                    roots.append(v)
-                    slots[id(v)] = -len(roots)
-                else:
-                    _, known, inputs = made
-                    steps.append((known, tuple(map(slot, inputs))))
-                    slots[id(v)] = len(steps) - 1
-            return slots[id(v)]
-
-        slot(x)
-        if len(steps) > _MOST:
-            return None
+        found, todo = set[int](), [x]
+        while todo:
+            v = todo[-1]
+            made = self._made.get(id(v))
+            if id(v) in slots:
+                todo.pop()
+            elif made is None:
+                roots.append(v)
+                slots[id(v)] = -len(roots)
+            elif id(v) in found:  # the steps before it are there
+                _, known, inputs = made
+                steps.append((known, tuple(slots[id(w)] for w in inputs)))
+                slots[id(v)] = len(steps) - 1
+            elif len(found) == _MOST:
+                return None
+            else:
+                found.add(id(v))
+                todo += reversed(made[2])
         if not any(known.primitive.name in ARITHMETIC for known, _ in steps):
             return None
         return Source(Chain(tuple(steps)), tuple(roots))
@@ -154,14 +156,17 @@ class Trail:
         return len(wide) > 1 and len(set().union(*wide)) > 1
 
     def _wide_roots(self, v: Any, size: int) -> set[int]:
-        """Returns the roots of `v`, by id, that have `size` entries or more."""
+        """Returns the roots of `v`, by id, that have `size` entries or more.
+
+        What is more than `_MOST` steps away counts as a root.
+        """
         found, seen, todo = set(), set(), [v]
         while todo:
             v = todo.pop()
             if id(v) in seen or math.prod(np.shape(v)) < size:
                 continue
             seen.add(id(v))
-            if id(v) in self._made:
+            if id(v) in self._made and len(seen) <= _MOST:
                 todo += self._made[id(v)][2]
             else:
                 found.add(id(v))

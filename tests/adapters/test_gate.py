@@ -142,6 +142,8 @@ def test_what_a_gate_cannot_do_is_an_error():
         lora_fn(frozen, trainable, TOKENS)
     with pytest.raises(jlora.MergeError, match="are activated LoRA"):
         jlora.merge(frozen, trainable)
+    with pytest.raises(jlora.TreeError, match="which merge never adds"):
+        jlora.unmerge(frozen, trainable)
     with pytest.raises(jlora.ConfigError, match=r"lora_gate must hold booleans"):
         lora_fn(frozen, trainable, TOKENS, lora_gate=jnp.ones(TOKENS.shape, int))
     with pytest.raises(jlora.ConfigError, match=r"'embed'.*shape \(3, 6\).*\(6, 3\)"):

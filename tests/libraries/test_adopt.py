@@ -186,6 +186,11 @@ def test_plan_gives_the_axes_of_the_operation():
     assert (spec.axes.fan_in, spec.axes.fan_out, spec.rank) == ((0,), (1, 2), 4)
     merged = [jlora.merge(frozen, t)["q"]["kernel"] for t in (plain, trainable)]
     np.testing.assert_allclose(*merged, rtol=1e-6, atol=1e-6)
+    activated = jlora.plan(
+        fn, base, x, config=jlora.LoraConfig(rank=1, invocation=(3,))
+    )
+    _, trainable = jlora.adopt(params, library, alpha=6.0, plan=activated)
+    assert trainable.lora["q/kernel"].spec.invocation == (3,)
     for config, message in (
         ({"targets": (), "train": ("**",)}, r"leaves 'q/kernel' frozen: name them"),
         ({"method": "dora"}, r"plain LoRA, but .*'q/kernel': dora"),
@@ -244,6 +249,9 @@ def dense(**changes):
           "lora_b": rand(2, 5)}}}, "nnx", {"alpha": 1.0}, r"not scaled .*leave alpha="),
         (dense(), "quix", {}, r"library must be one of 'qwix', .* got 'quix'"),
         (rand(3), "qwix", {}, r"must be a tree of mappings, .* got ndarray"),
+        (dense(kernel_lora_a="a"), "qwix", {"alpha": 1.0}, r"an array, got 'a'"),
+        (dense(kernel=jax.ShapeDtypeStruct((6, 5), np.float32)), "qwix",
+         {"alpha": 1.0}, r"'d/kernel' is a shape. Write jax.eval_shape"),
         (nnx.LoRA(2, 1, 2, rngs=nnx.Rngs(0)), "nnx", {}, r"nnx.state.* got LoRA"),
     ],
 )  # fmt: skip
@@ -308,6 +316,23 @@ def test_hand_back_keeps_the_update_in_another_rank_and_scale():
     )
     with pytest.raises(jlora.TreeError, match="'d/kernel' needs rank 4, the tree has"):
         jlora.hand_back(params, again, "qwix", alpha=9.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor", "message"),
+    [
+        ({"init": "pissa"}, 1.0, "for a base changed by init='pissa': jlora.rebase"),
+        ({"invocation": (3,)}, 1.0, "'d/kernel' is activated LoRA"),
+        ({}, 1e6, "or numbers too large for float16"),
+    ],
+)
+def test_hand_back_refuses_an_update_that_the_tree_cannot_hold(spec, factor, message):
+    params = jax.tree.map(lambda x: x.astype(np.float16), dense())
+    own = jlora.adopt(params, "qwix", alpha=3.0)[1].lora["d/kernel"]
+    spec = dataclasses.replace(own.spec, alpha=own.spec.alpha * factor, **spec)
+    trainable = jlora.Trainable({"d/kernel": dataclasses.replace(own, spec=spec)})
+    with pytest.raises(jlora.TreeError, match=message):
+        jlora.hand_back(params, trainable, "qwix", alpha=3.0)
 
 
 def test_hand_back_names_what_only_one_side_has():

@@ -254,4 +254,6 @@ def test_what_a_tool_has_no_form_for(tmp_path):
     refuses(own, "only for PEFT's files", dialect="mlx", portable=True)
     full = Trainable(own.lora, {"lm_head/kernel": jnp.ones((6, 5))})
     refuses(full, "no form for lm_head.weight", dialect="diffusers")
+    for tool in ("mlx", "kohya", "diffusers"):
+        refuses(decoder(invocation=(3,)), "no form for activated LoRA", dialect=tool)
     assert not (tmp_path / "out").exists()

@@ -176,6 +176,37 @@ def test_nothing_compiles_while_adapters_come_and_go():
     assert not slots.occupied.any()
 
 
+def test_a_step_out_of_all_numbers_is_not_taken():
+    ids, x, y = batch(0)
+    slots = ADD(filled(), 3, fresh(3), learning_rate=jnp.inf)  # its update is NaN
+    slots = FORWARD(slots, PARAMS, ids, x, y)[1]
+    slots, stepped = STEP(slots)
+    np.testing.assert_array_equal(stepped, [True, False, True, False])
+    jax.tree.map(np.testing.assert_array_equal, TRAINER.adapter(slots, 3), fresh(3))
+
+
+@pytest.mark.parametrize("method", ["adalora", "lora_xs", "rows"])
+def test_slots_of_other_methods_have_the_gradient_of_each(method):
+    def loss(p, tokens):
+        return jnp.mean(p["up"][tokens] @ p["down"], axis=(1, 2)) ** 2
+
+    tokens = jnp.array([[1, 2], [4, 1], [0, 4]])
+    config = {"method": method} if method != "rows" else {}
+    rows = jlora.TokenRows("up", (1, 4)) if method == "rows" else ()
+    config = jlora.LoraConfig(rank=2, targets="down", train=rows, **config)
+    plan = jlora.plan(loss, PARAMS, tokens, config=config)
+    frozen, own = jlora.split(jax.random.key(0), PARAMS, plan)
+    own = jax.tree.map(lambda x: x + 0.5, own)
+    trainer, ids = Trainer(loss, optax.sgd(0.1)), jnp.array([1, -1, 1])
+    slots = trainer.add(trainer.create(own, 2), 1, own)
+    losses, slots = jax.jit(trainer.forward_backward)(slots, frozen, ids, tokens)
+    apply = jlora.apply_lora(loss)
+    want = jax.grad(lambda t: apply(frozen, t, tokens)[ids == 1].sum())(own)
+    for got, one in zip(*map(jax.tree.leaves, (slots.gradients, want)), strict=True):
+        np.testing.assert_allclose(got[1], one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses[1], loss(PARAMS, tokens)[1], rtol=1e-6)
+
+
 @pytest.mark.once
 def test_a_free_slot_is_nan_and_changes_nothing():
     _, x, y = batch(0)
@@ -199,6 +230,11 @@ def test_what_slots_cannot_take_is_an_error():
         TRAINER.add(slots, 0, fresh(0), rate=0.1)
     with pytest.raises(jlora.PoolError, match="capacity must be a whole number"):
         TRAINER.create(fresh(0), 0)
+    for which in (jnp.array([1, 0, 2, 0]), jnp.ones(1, bool)):
+        with pytest.raises(jlora.PoolError, match=r"must be booleans \(4,\), one"):
+            TRAINER.optim_step(slots, which)
+    with pytest.raises(jlora.PoolError, match="ids must be integers, got float32"):
+        TRAINER.evaluate(slots, PARAMS, jnp.ones(5), *batch(0)[1:])
     whole = Trainer(lambda p, x: fn(p, x).sum(axis=(1, 2))[:, None], TX)
     with pytest.raises(jlora.PoolError, match=r"one number for each batch row, \(5,\)"):
         whole.evaluate(slots, PARAMS, *batch(0)[:2])

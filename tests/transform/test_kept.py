@@ -201,6 +201,13 @@ def test_the_roots_of_an_activation():
     assert source_of(lambda x: x.reshape(-1, 2), shape) is None  # as large as its root
     relu = source_of(lambda x, b: jax.nn.relu(x - b[None]), shape, (D,))
     assert [v.shape for v in relu.roots] == [shape, (D,)]
+    assert source_of(lambda x: chain(x, 64), shape).roots[0].shape == shape
+    assert source_of(lambda x: chain(x, 65), shape) is None
+    assert source_of(lambda x: chain(x, 600), shape) is None  # no deep recursion
+
+
+def chain(x, n):
+    return functools.reduce(lambda x, _: jax.lax.neg(x), range(n), x)
 
 
 def test_roots_give_the_activation():
