@@ -13,6 +13,7 @@ from .._io.shards import HeldSlot, Slot
 from .._tables import listed
 from ..errors import PeftError
 from ._experts import (
+    BLOCK,
     ROLES,
     Expert,
     ExpertLayout,
@@ -21,6 +22,7 @@ from ._experts import (
     Named,
     from_parameter,
     in_order,
+    in_transformers,
     named,
     role_of,
 )
@@ -135,7 +137,7 @@ def relaid(
     file = _File(slots, config, modules, layout)
     file.read()
     questions = []
-    if layout is None and "peft" in file.forms.values() and _is_unsloth(fields):
+    if layout is None and "peft" in file.forms.values() and is_unsloth(fields):
         questions.append(
             "unsloth wrote the file, and until September 2026 it paired the experts "
             "of B otherwise than PEFT: say layout='unsloth' (--layout) if it trained "
@@ -145,9 +147,11 @@ def relaid(
         _check_form(file.forms, layout)
     made = Named({}, {}, {}, [])
     for module, experts in file.experts.items():
-        own = file.own(module)
+        name, own = file.name(module), file.own(module)
         target = _target(own, layout, interleaved)
-        new = named({module: experts}, target, {module: own.names}, file.forms[module])
+        new = named({name: experts}, target, {name: own.names}, file.forms[module])
+        if new.ranks.keys() & made.ranks.keys():
+            raise PeftError(f"Two modules of the file are for the experts of {name!r}.")
         made.tensors.update(new.tensors)
         made.ranks.update(new.ranks)
         made.scales.update(new.scales)
@@ -186,15 +190,20 @@ class _File:
     def __post_init__(self) -> None:
         self.lookup = _scales(self.config)
 
+    def name(self, module: str) -> str:
+        """Returns what the model calls a module of the file that has experts."""
+        return _match(module, self.modules) or ""
+
     def own(self, module: str) -> Module:
         """Returns what the model calls the experts of a module of the file."""
-        return self.modules[_match(module, self.modules) or ""]
+        return self.modules[self.name(module)]
 
     def read(self) -> None:
         """Reads the experts."""
         ones: dict[tuple[str, str], dict[int, Expert]] = {}
         for (module, kind, key), halves in self._pairs().items():
-            if _is_native(kind, key, self.own(module), self.layout):
+            same = (BLOCK in module) == (BLOCK in self.name(module))
+            if same and _is_native(kind, key, self.own(module), self.layout):
                 self.forms[module] = self.own(module).form
             elif len(halves) == 2:  # else the reader tells which half is missing
                 a, b = (self.slots[halves[half]] for half in "AB")
@@ -385,7 +394,10 @@ def _match(module: str, modules: Collection[str]) -> str | None:
     """Returns which module of the model is meant, with or without a prefix."""
     if module in modules:
         return module
-    near = [m for m in modules if m.endswith(f".{module}") or module.endswith(f".{m}")]
+    own = in_transformers(module)
+    known = {m: in_transformers(m) for m in modules}
+    near = [m for m, n in known.items() if f".{n}".endswith(f".{own}")]
+    near = near or [m for m, n in known.items() if own.endswith(f".{n}")]
     return near[0] if len(near) == 1 else None
 
 
@@ -398,7 +410,8 @@ def _is_native(kind: str, key: str, own: Module, layout: ExpertLayout | None) ->
     return False
 
 
-def _is_unsloth(fields: Json) -> bool:
+def is_unsloth(fields: Json) -> bool:
+    """Returns whether a config is of unsloth, which once ordered B otherwise."""
     mapping = fields.get("auto_mapping")
     return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
 

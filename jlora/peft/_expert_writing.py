@@ -16,6 +16,7 @@ from ._experts import (
     Named,
     Tensor,
     from_parameter,
+    in_transformers,
     named,
     role_of,
 )
@@ -80,6 +81,8 @@ def relaid(
         if match is not None:
             groups.setdefault((match[1], match[3]), {})[int(match[2])] = match[0]
     for (module, projection), ones in groups.items():
+        if layout.form in ("peft", "unsloth"):
+            module = in_transformers(module)
         experts.setdefault(module, {})[role_of(projection)] = _piled(
             tensors, scales, [ones[e] for e in sorted(ones)]
         )

@@ -18,6 +18,7 @@ Tensor = Any  # a NumPy array, or a JAX array that stays on its device
 Form = Literal["peft", "unsloth", "per-expert", "stacked", "shared"]
 FORMS: tuple[str, ...] = get_args(Form)
 ROWS = {"interleaved": True, "concatenated": False}  # how gate and up lie in one
+BLOCK = ".block_sparse_moe."  # in files of Mixtral
 _HALVES = ("lora_A.weight", "lora_B.weight")
 ROLES = {
     "gate": ("gate_proj", "w1", "gate"),
@@ -126,6 +127,11 @@ def layout_of(given: ExpertLayout | str | None) -> ExpertLayout | None:
             f"parameter, {' or '.join(ROWS)}."
         )
     return ExpertLayout(form, interleaved=ROWS.get(rows))  # type: ignore[arg-type]
+
+
+def in_transformers(module: str) -> str:
+    """Returns a module as transformers 5 calls it, which files of Mixtral do not."""
+    return module.replace(BLOCK, ".mlp.")
 
 
 def in_order(projections: Iterable[str]) -> list[str]:
@@ -327,7 +333,7 @@ def _interleaved(module: str, layout: ExpertLayout, said: str) -> bool:
 
 
 def _called(module: str, role: str, layout: ExpertLayout) -> str:
-    usual = layout.form in ("stacked", "shared") or "block_sparse_moe" in module
+    usual = layout.form in ("stacked", "shared") or BLOCK in module
     names = layout.projections or (
         ("w1", "w3", "w2") if usual else ("gate_proj", "up_proj", "down_proj")
     )

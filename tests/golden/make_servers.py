@@ -1,10 +1,10 @@
 """Reads what servers say of their models, into `jlora/peft/_servers/models.json`.
 
-    python -m tests.golden.make_servers VLLM SGLANG LLAMA_CPP
+    python -m tests.golden.make_servers VLLM SGLANG LLAMA_CPP TRANSFORMERS
 
-Each is a folder where the source is unpacked: wheels of vLLM and SGLang from PyPI, and
-llama.cpp, as the source of `llama-cpp-python` has it. Nothing of them is run, and they
-need not be installed: classes are read as syntax trees.
+Each is a folder where the source is unpacked: wheels of vLLM, SGLang and transformers
+from PyPI, and llama.cpp, as the source of `llama-cpp-python` has it. Nothing of them
+is run, and they need not be installed: classes are read as syntax trees.
 """
 
 import ast
@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 FILE = pathlib.Path(__file__).parents[2] / "jlora" / "peft" / "_servers" / "models.json"
+FUSED = {name: name for name in ("mixtral", "qwen2_moe")}  # that PEFT converts
 VERSIONS = re.compile(r"^Version: (.+)$", re.MULTILINE)
 READ = (
     "packed_modules_mapping", "embedding_modules", "hf_to_vllm_mapper",
@@ -229,6 +230,19 @@ def llama_cpp(root: pathlib.Path) -> dict[str, Any]:
     return {"architectures": sorted(found)}
 
 
+def transformers(root: pathlib.Path) -> dict[str, Any]:
+    """The types of models whose experts are one parameter, and as in which type."""
+    tree = ast.parse((root / "transformers/conversion_mapping.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and "_MODEL_TO_CONVERSION" in ast.unparse(
+            node.targets[0]
+        ):
+            alike = ast.literal_eval(node.value)
+            own = {k: v for k, v in alike.items() if v in FUSED}
+            return {"architectures": dict(sorted({**own, **FUSED}.items()))}
+    raise ValueError("conversion_mapping.py has no table of types.")
+
+
 def version(root: pathlib.Path, name: str) -> str:
     (about,) = root.glob(f"{name}-*.dist-info/METADATA")
     return VERSIONS.search(about.read_text())[1]
@@ -240,6 +254,10 @@ def main(*folders: str) -> None:
         "vllm": {"version": version(roots[0], "vllm"), **vllm(roots[0])},
         "sglang": {"version": version(roots[1], "sglang"), **sglang(roots[1])},
         "llama.cpp": llama_cpp(roots[2]),
+        "transformers": {
+            "version": version(roots[3], "transformers"),
+            **transformers(roots[3]),
+        },
     }
     lines = []
     for name, about in found.items():

@@ -43,6 +43,11 @@ class Lookup:
             name=piece.name, outcome=outcome, target=target, why=why, instead=instead
         )
 
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layout of experts that it converts, if the base has one for each."""
+        return ("per-expert",) if any(self.experts) else ()
+
     def of_config(self) -> tuple[Verdict, ...]:
         """Returns nothing: what is refused of a config is in the rules."""
         return ()

@@ -125,6 +125,11 @@ def sglang_pattern(architecture: str) -> str:
     return known[found]
 
 
+def fused_like(model_type: str) -> str:
+    """Returns the type whose experts are fused alike in transformers, or nothing."""
+    return _models()["transformers"]["architectures"].get(model_type, "")
+
+
 def llama_cpp_knows(architecture: str) -> bool:
     """Returns whether llama.cpp converts models of an architecture."""
     return architecture in _models()["llama.cpp"]["architectures"]

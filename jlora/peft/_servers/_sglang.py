@@ -15,6 +15,7 @@ from ..config import CONFIG, PREFIX
 from ._adapter import OTHER, Adapter, Part, Piece
 from ._base import Base, Shape
 from ._fit import FACTORS, Fault, Names, misfit
+from ._layouts import banks_of
 from ._models import sglang_modules, sglang_pattern
 from ._report import Outcome, Verdict
 from ._rules import SGLANG
@@ -85,6 +86,8 @@ class Lookup:
                 last = module.rpartition(".")[2]
                 if self._is_taken(module):
                     self.shapes[layer[1], _EXPERTS.get(last, last)] = shape
+        banks = {_LAYER.search(bank): n for bank, n in banks_of(base).items()}
+        self.experts = {layer[1]: count for layer, count in banks.items() if layer}
         self.names = Names(base.linear)
         self.counts = collections.Counter(map(_slot, pieces))
         self.in_layer = {slot[:2] for slot in self.counts if len(slot) > 1}
@@ -121,6 +124,11 @@ class Lookup:
         return Verdict(
             name=piece.name, outcome=outcome, target=target, why=why, instead=instead
         )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts of experts that it reads."""
+        return ("per-expert", "stacked")
 
     def of_config(self) -> Iterator[Verdict]:
         """Yields what SGLang refuses of `target_modules`, before it reads a tensor."""
@@ -162,11 +170,23 @@ class Lookup:
                 why = (
                     "SGLang takes all experts' factors in three axes, or each by itself"
                 )
-                return "refused", "", why, "write one tensor for each expert"
-            return "applied", f"layers.{layer[1]} {fused} (experts)", "", ""
+                return "refused", "", why, ""
+            fault = self._count_fault(piece, layer[1], part)
+            target = f"layers.{layer[1]} {fused} (experts)"
+            return (*fault[:1], target, *fault[1:])
         fault = self._fault(piece, last, key)
         target = f"layers.{layer[1]} {fused}" + (f" ({part})" if part != fused else "")
         return (fault[0], target, *fault[1:]) if fault else ("applied", target, "", "")
+
+    def _count_fault(self, piece: Piece, layer: str, part: str) -> Fault:
+        """Returns what is done with as many experts as a factor of a layer has."""
+        shared = (piece.part == "a") != (part == "down_proj")
+        own, count = piece.shape[0], self.experts.get(layer)
+        if count is None or own == count or (shared and own == 1):
+            return "applied", "", ""
+        why = f"it has {own} experts, the layer {count}"
+        outcome = "refused" if own > count else "altered"
+        return outcome, why, "save the adapter again where it was trained"
 
     def _refused(self, piece: Piece, last: str, fused: str) -> tuple[str, str] | None:
         """Returns why SGLang can load no adapter with this factor, and what to do."""

@@ -6,14 +6,20 @@ from ..._io.torch_models import head_of, is_table, is_wrapped, name_in_memory
 from ..config import CONFIG, endings, names_module
 from ..layers import MAGNITUDE
 from ._adapter import Adapter, Piece
-from ._base import Base, Shape
+from ._base import Base
 from ._fit import FACTORS, Names, misfit
+from ._fused import FusedExperts, shapes_in_memory
+from ._layouts import advice, form_of
 from ._report import Outcome, Verdict
 from ._rules import Server
 
 _Found = tuple[Outcome, str, str, str]
 _LINEAR_ONLY = ("lora_bias", "alora_invocation_tokens")
 _HEADS = ("classifier", "score")  # which PEFT keeps whole for a classifier
+
+
+def _applied(module: str) -> _Found:
+    return "applied", module, "", ""
 
 
 class Lookup:
@@ -25,12 +31,8 @@ class Lookup:
         self._wrapped = any(map(is_wrapped, names))
         prefix = base.facts.prefix
         self._prefix = "" if any(n.startswith(prefix) for n in names) else prefix
-        self.modules: dict[str, Shape | None] = {}
-        for module, shape in base.modules.items():
-            self.modules[self._in_memory(module)] = shape
-        self.tensors = {
-            self._in_memory(name): shape for name, shape in base.tensors.items()
-        }
+        self.fused = FusedExperts(adapter, base, self._in_memory)
+        self.modules, self.tensors = shapes_in_memory(base, self.fused, self._in_memory)
         for table, shape in base.tables.items():
             head = head_of(table, base.tensors)
             if head is not None and base.facts.tied is not False:
@@ -42,6 +44,7 @@ class Lookup:
         raw = (n for n in self.tensors if entries and entries & {*endings(n)})
         self._excluded = {*adapter.config.excluded}
         self.raw = {name.rpartition(".")[0] for name in raw}
+        self.raw |= {name for name in self.fused.banks if self.fused.is_raw(name)}
 
     def _in_memory(self, name: str) -> str:
         """Returns what the model's class calls a module of its files."""
@@ -63,7 +66,11 @@ class Lookup:
             return self._whole(piece)
         module = name.replace(".base_layer", "")
         if module in self.raw and piece.part in FACTORS:
-            return "applied", module, "", ""
+            fault = self.fused.misfit(piece, module)
+            return (fault[0], module, *fault[1:]) if fault else _applied(module)
+        if piece.part in FACTORS and self.fused.holds(module):
+            outcome, why, instead = self.fused.one(piece)
+            return outcome, self.fused.renamed(module), why, instead
         if module not in self.modules:
             why = f"{self.base.architecture} has no module of this name"
             return "dropped", "", why, self.names.nearest(module)
@@ -82,12 +89,12 @@ class Lookup:
         if piece.part == "bias_b" and not fields.get("lora_bias"):
             return "dropped", "", "lora_bias is false", "write lora_bias true"
         if piece.part not in FACTORS:
-            return "applied", module, "", ""
+            return _applied(module)
         shape = self.modules[module]
         if shape is not None and len(shape) > 2:
-            return "applied", module, "", ""
+            return _applied(module)
         fault = misfit(self.server, self.adapter, piece, shape, self.base)
-        return (fault[0], module, *fault[1:]) if fault else ("applied", module, "", "")
+        return (fault[0], module, *fault[1:]) if fault else _applied(module)
 
     def _adapted(self, module: str) -> bool:
         """Returns whether the config has PEFT adapt a module."""
@@ -141,9 +148,11 @@ class Lookup:
             why = "without it PEFT goes by the model's type"
             yield self._told("target_modules", "altered", why, "write it")
         adapted = [name for name in self.modules if self._adapted(name)]
-        if not adapted and not config.parameters:
+        if not (adapted or config.parameters or self.fused.targeted):
             why = f"it names no module of {self.base.architecture}"
-            yield self._told("target_modules", "refused", why, "name its modules")
+            experts = any(map(form_of, self.adapter.pieces))
+            instead = advice(self.layouts) if experts else "name its modules"
+            yield self._told("target_modules", "refused", why, instead)
         for field in _LINEAR_ONLY:
             if fields.get(field) and any(map(is_table, adapted)):
                 why = "PEFT has it only for linear layers"
@@ -156,6 +165,14 @@ class Lookup:
         if absent and self.server.name == "peft":
             why = f"the file has no {absent[0]!r:.100}"
             yield self._told("modules_to_save", "refused", why, "leave it out there")
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts of experts that are read; as in files, if not in one."""
+        raw = any(name.rpartition(".")[0] in self.fused.banks for name in self.tensors)
+        if self.fused.projections or raw:
+            return self.fused.layouts
+        return ("per-expert",)
 
     def _told(self, field: str, outcome: Outcome, why: str, instead: str) -> Verdict:
         name = f"{CONFIG}: {field}"

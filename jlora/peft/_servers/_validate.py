@@ -11,6 +11,7 @@ from . import _llama_cpp, _sglang, _torch, _vllm
 from ._adapter import Adapter, Piece, read_adapter
 from ._base import Base, read_base
 from ._fit import FACTORS
+from ._layouts import with_layout
 from ._report import ServerReport, Verdict
 from ._rules import (
     FieldRule,
@@ -66,7 +67,7 @@ def validate(
     found = [*_of_config(rules, adapter, limit), *judge.of_config()]
     own = [judge.verdict(piece) for piece in adapter.pieces]
     own = [
-        _altered(rules, adapter, *pair)
+        with_layout(_altered(rules, adapter, *pair), pair[0], adapter, judge.layouts)
         for pair in zip(adapter.pieces, own, strict=True)
     ]
     refused = any(v.outcome == "refused" for v in found + own)
@@ -91,6 +92,11 @@ class _Judge(Protocol):
 
     def verdict(self, piece: Piece) -> Verdict:
         """Returns what it does with a tensor."""
+        ...
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layouts of experts that it reads, the best first."""
         ...
 
     def of_config(self) -> Iterable[Verdict]:

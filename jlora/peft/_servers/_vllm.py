@@ -156,6 +156,12 @@ class Lookup:
             name=piece.name, outcome=outcome, target=target, why=why, instead=instead
         )
 
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """The layout of experts that it reads."""
+        fused = self.model is not None and self.model.stacked_experts
+        return ("peft",) if fused else ("per-expert",)
+
     def of_config(self) -> tuple[Verdict, ...]:
         """Returns nothing: what is refused of a config is in the rules."""
         return ()
