@@ -1,6 +1,7 @@
 """What vLLM's own code, PEFT and transformers do with adapters of `server_cases.py`.
 
     python tests/golden/check_servers.py vllm VLLM         # torch, safetensors, regex
+    python tests/golden/check_servers.py memory VLLM       # the same, and msgspec
     python -m tests.golden.check_servers peft              # jlora, torch, peft
     python -m tests.golden.check_servers transformers      # the same
 
@@ -9,6 +10,9 @@ run as they are, from `WorkerLoRAManager._load_adapter` to the loop that hands A
 to modules. Only the modules are made here: their names are those of the base's tensors,
 mapped by vLLM's own `WeightsMapper` with what the model's class says. The result is
 `servers.json`, with which `tests/peft/test_servers.py` compares `jlora.peft.validate`.
+
+`memory` takes `load` from `docs/live_servers.md` and gives vLLM each whole adapter's
+tensors with it. What vLLM then holds is what its own `_load_adapter` reads of files.
 
 PEFT and transformers load each adapter into a model of torch's, and what `validate`
 says is compared here: is it loaded, and does each tensor reach the model?
@@ -274,6 +278,64 @@ def vllm(root: pathlib.Path) -> int:
     return 0
 
 
+def memory(root: pathlib.Path) -> int:
+    """Compares the documented way from memory with vLLM's own from files."""
+    import msgspec
+    import torch
+    from safetensors.torch import load_file
+
+    check_vllm.set_up(root)
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.request import LoRARequest
+
+    page = pathlib.Path(__file__).parents[2] / "docs" / "live_servers.md"
+    text = re.search(r"class TensorRequest.*?\n    \)\n", page.read_text(), re.DOTALL)[
+        0
+    ]
+    own = {"msgspec": msgspec, "LoRARequest": LoRARequest, "PEFTHelper": PEFTHelper}
+    exec(text, own)
+    loaded = unchecked = bad = 0
+    for number, case in enumerate([*server_cases.of_golden(), *server_cases.plain()]):
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            base = server_cases.write_base(folder / "bases", case.base)
+            here = folder / str(number)
+            server_cases.write_adapter(here, case)
+            worker, _ = Vllm(root, base).manager(case.config)
+            tensors = load_file(here / "adapter_model.safetensors")
+            request = own["TensorRequest"](
+                "own", 1, str(here), config=case.config, tensors=tensors
+            )
+            held = []
+            for load in (worker._load_adapter, lambda r, w=worker: own["load"](w, r)):
+                try:
+                    held.append(load(request).loras)
+                except Exception as error:  # whatever vLLM raises
+                    held.append(f"{type(error).__name__}: {error}")
+        files, dicts = held
+        if "expected target modules" in files:
+            unchecked += 1  # only files have their names checked
+            continue
+        if isinstance(files, str) or isinstance(dicts, str):
+            same = files == dicts
+        else:
+            loaded += 1
+            same = files.keys() == dicts.keys() and all(
+                torch.equal(x.lora_a, dicts[n].lora_a)
+                and torch.equal(x.lora_b, dicts[n].lora_b)
+                and x.scaling == dicts[n].scaling
+                for n, x in files.items()
+            )
+        if not same:
+            bad += 1
+            print(f"!! {case.name}: from files {files!r:.150}, else {dicts!r:.150}")
+    print(
+        f"from memory: {loaded} adapters loaded, {bad} otherwise than from files, "
+        f"{unchecked} with names that only files have checked"
+    )
+    return int(bad > 0)
+
+
 def torch_cases() -> list[server_cases.Case]:
     """PEFT's golden adapters, and each break on one of each model."""
     whole = list(server_cases.of_golden())
@@ -359,5 +421,6 @@ def _joined(match: re.Match[str]) -> str:
 
 if __name__ == "__main__":
     step, *folders = sys.argv[1:]
-    code = vllm(pathlib.Path(*folders)) if step == "vllm" else compared(step)
+    with_vllm = {"vllm": vllm, "memory": memory}
+    code = with_vllm[step](pathlib.Path(*folders)) if folders else compared(step)
     sys.exit(code)

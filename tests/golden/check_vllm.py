@@ -32,8 +32,8 @@ P = "base_model.model."
 REAL = {
     f"vllm.lora.{name}"
     for name in (
-        "lora_model", "lora_weights", "model_manager", "peft_helper", "utils",
-        "worker_manager",
+        "lora_model", "lora_weights", "model_manager", "peft_helper", "request",
+        "utils", "worker_manager",
     )
 }  # fmt: skip
 LOADER = "vllm.model_executor.model_loader.weight_utils"
