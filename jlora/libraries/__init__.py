@@ -12,6 +12,7 @@ from ._shipped import (
     NNX as NNX,
     OPENPI as OPENPI,
     QWIX as QWIX,
+    SKYRL as SKYRL,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NNX",
     "OPENPI",
     "QWIX",
+    "SKYRL",
     "Library",
     "Place",
 ]

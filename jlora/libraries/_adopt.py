@@ -50,7 +50,7 @@ def adopt(
         nnx.Param)`, Linen's variables, `{v.path: v.value for v in model.variables}` of
         Keras. Quantised by qwix: `jlora.from_qwix` first.
       library: `"qwix"` (also tunix), `"maxtext"`, `"nnx"`, `"easydel"`, `"gemma"`,
-        `"keras"` or `"openpi"`, or a `jlora.libraries.Library` of your own.
+        `"keras"`, `"openpi"` or `"skyrl"`, or a `jlora.libraries.Library` of your own.
       alpha: the numerator of the scale, for libraries that multiply by `alpha / rank`
         and do not keep that in the tree. A mapping from globs over weights to numbers
         if it differs.

@@ -91,7 +91,25 @@ OPENPI = Library(
     ),
 )
 
+#: One slot of SkyRL-tx, whose factors have an axis of adapters: take its index of each
+#: A and B first. Scale `alpha` over the rank that its model was built with.
+#: https://github.com/NovaSky-AI/SkyRL/blob/main/skyrl/tx/layers/lora.py
+SKYRL = Library(
+    "skyrl",
+    (
+        Place("*/kernel", "*/lora_A", "*/lora_B", "... i o -> ... i r, ... r o"),
+        Place("*/weight", "*/lora_A", "*/lora_B", "... i o -> ... i r, ... r o"),
+        Place(
+            "*/embedding",
+            "*/lora_A",
+            "*/lora_B",
+            "... i o -> ... i r, ... r o",
+            op="embedding",
+        ),
+    ),
+)
+
 SHIPPED = {
     library.name: library
-    for library in (QWIX, MAXTEXT, NNX, EASYDEL, GEMMA, KERAS, OPENPI)
+    for library in (QWIX, MAXTEXT, NNX, EASYDEL, GEMMA, KERAS, OPENPI, SKYRL)
 }

@@ -7,7 +7,8 @@ Run it where the library is installed, with jlora: `qwix` (0.1.8, with Flax), `n
 (Flax), `tunix` (google-tunix 0.1.7), `gemma` (gemma 4.0.1), `keras` (3.15.1,
 KERAS_BACKEND=jax), `openpi` (a checkout of Physical-Intelligence/openpi, with Flax),
 `easydel` (the wheel of easydel 0.3.0, with Flax: its `eLoRA` around Flax's layers),
-`maxtext` (a checkout of AI-Hypercomputer/maxtext, Python 3.12, with what it imports).
+`maxtext` (a checkout of AI-Hypercomputer/maxtext, Python 3.12, with what it imports),
+`skyrl` (skyrl-tx 0.3.0, with Flax).
 
 For each model, with random factors: the library's own forward is compared with
 `apply_lora` of the base model's function, with a plan and without, and with the merged
@@ -335,6 +336,55 @@ def maxtext(given: argparse.Namespace) -> Iterator[Case]:
             )
 
 
+def skyrl(given: argparse.Namespace) -> Iterator[Case]:
+    """Yields one slot of layers of SkyRL-tx, whose other slots have other factors."""
+    from flax import nnx
+    from tx.layers.lora import LoRAEmbed, LoRALinear
+
+    slot, init = 1, nnx.initializers.normal()
+    more = {"sharding": (None, None), "max_lora_adapters": 3, "max_lora_rank": 4}
+    more |= {"rngs": nnx.Rngs(0)}
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.embed = LoRAEmbed(11, 8, embedding_init=init, **more)
+            self.square = LoRALinear(8, 8, use_bias=True, kernel_init=init, **more)
+            self.out = LoRALinear(8, 5, use_bias=False, kernel_init=init, **more)
+
+        def __call__(self, ids: jax.Array | None) -> jax.Array:
+            x = self.embed(jnp.tile(TOKENS, (2, 1)), ids)
+            return self.out(nnx.relu(self.square(x, ids)), ids)
+
+    with nnx.use_eager_sharding(False):
+        graph, state, rest = nnx.split(Net(), nnx.Param, ...)
+
+    def is_factor(keys: Any) -> bool:
+        return "lora_" in jax.tree_util.keystr(keys)
+
+    def picked(keys: Any, x: jax.Array) -> jax.Array:
+        return x[slot] if is_factor(keys) else x
+
+    def theirs(params: Tree) -> jax.Array:
+        def put(keys: Any, x: jax.Array) -> jax.Array:
+            return jnp.stack([x * 0 + 1, x, x * 2]) if is_factor(keys) else x
+
+        whole = jax.tree_util.tree_map_with_path(put, params)
+        return nnx.merge(graph, whole, rest)(jnp.full(2, slot))
+
+    params = filled(jax.tree_util.tree_map_with_path(picked, state))
+    flat = nnx.to_flat_state(state)
+    bare = nnx.from_flat_state([(p, x) for p, x in flat if "lora" not in str(p)])
+
+    def base(frozen: Tree) -> jax.Array:
+        own = [*nnx.to_flat_state(frozen)]
+        own += [(p, x) for p, x in flat if "lora" in str(p)]
+        return nnx.merge(graph, nnx.from_flat_state(own), rest)(None)
+
+    yield Case(
+        "a slot of its layers", "skyrl", bare, params, theirs, base, {"alpha": 4.0}
+    )
+
+
 def gemma(given: argparse.Namespace) -> Iterator[Case]:
     """Yields `gm.nn.LoRA` around Gemma 3, and `gemma.peft` in a model of its own."""
     import dataclasses
@@ -597,7 +647,8 @@ def version(given: argparse.Namespace) -> str:
         ).strip()
     if given.library == "easydel":
         return f"easydel {pathlib.Path(given.easydel).name.split('-')[1]}"
-    package = {"nnx": "flax", "tunix": "google-tunix"}.get(given.library, given.library)
+    others = {"nnx": "flax", "tunix": "google-tunix", "skyrl": "skyrl-tx"}
+    package = others.get(given.library, given.library)
     return f"{package} {importlib.metadata.version(package)}"
 
 

@@ -106,6 +106,23 @@ def test_update_is_that_of_the_library_and_goes_back(case):
     np.testing.assert_allclose(twice, merged, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", ["kernel", "embedding", "weight"])
+def test_slot_of_skyrl(weight):
+    lead = (3,) if weight == "weight" else ()  # of experts
+    own = {weight: rand(*lead, 6, 5)}
+    own |= {"lora_A": rand(*lead, 6, 2), "lora_B": rand(*lead, 2, 5)}
+    frozen, trainable = jlora.adopt({"q": own}, "skyrl", alpha=6.0)
+    wanted = own[weight] + 3.0 * own["lora_A"] @ own["lora_B"]
+    merged = jlora.merge(frozen, trainable)["q"][weight]
+    np.testing.assert_allclose(merged, wanted, rtol=1e-6, atol=1e-5)
+    assert (trainable.lora[f"q/{weight}"].spec.op == "embedding") is (
+        weight == "embedding"
+    )
+    whole = {**own, "lora_A": rand(4, *lead, 6, 2), "lora_B": rand(4, *lead, 2, 5)}
+    with pytest.raises(jlora.errors.JloraError):
+        jlora.adopt({"q": whole}, "skyrl", alpha=6.0)
+
+
 @pytest.mark.once
 def test_libraries_themselves_agree():
     """What `check_adopt.py` found when it ran them."""
@@ -119,6 +136,7 @@ def test_libraries_themselves_agree():
         "keras",
         "openpi",
         "maxtext",
+        "skyrl",
     }
     for run in stored.values():
         for found in run["models"].values():
