@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir
 from .compat import Primitive, has_typed_placement, kept_call, policies_see
 from .trail import Source
 
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+Product = Callable[..., jax.Array]
 
 
 def added(y: jax.Array, z: jax.Array, *, kept: bool = False) -> jax.Array:
@@ -87,82 +87,88 @@ def product_of_roots(
     b: jax.Array,
     source: Source | None,
     seen: Callable[..., Any] | None = None,
+    more: Sequence[jax.Array] = (),
 ) -> jax.Array:
-    """Returns `fn(x, b)`, linear in both, whose derivative in `b` needs only roots.
+    """Returns `fn(x, b, *more)`, linear in `x` and `b`.
+
+    Its derivative in `b` needs only roots.
 
     Args:
-      fn: the product.
+      fn: the product. It holds no arrays, which could be those of a trace.
       x: an activation.
       b: a factor.
       source: how `x` follows from its roots, or None.
       seen: `(types of x and b, type of the result) -> ` what a policy of
         `jax.checkpoint` sees, see `policies_see`; None for a primitive of its own.
+      more: integers.
     """
     if source is None:
-        return fn(x, b)
-    return product_of_roots_p.bind(
-        x, b, *source.roots, fn=fn, chain=source.chain, late=False, seen=seen
-    )
+        return fn(x, b, *more)
+    operands = (x, b, *more, *source.roots)
+    settings = {"fn": fn, "n": len(more), "chain": source.chain, "seen": seen}
+    return product_of_roots_p.bind(*operands, late=False, **settings)
 
 
-def _product(x: Any, b: Any, *_: Any, fn: Product, **__: Any) -> jax.Array:
-    return fn(x, b)
+def _product(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> jax.Array:
+    return fn(x, b, *rest[:n])
 
 
-def _abstract(x: Any, b: Any, *_: Any, fn: Product, **__: Any) -> Any:
-    return jax.make_jaxpr(fn)(x, b).out_avals[0]
+def _abstract(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> Any:
+    return jax.make_jaxpr(fn)(x, b, *rest[:n]).out_avals[0]
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
-    x, b, *roots = primals
+    x, b, *rest = primals
     dx, db, *_ = tangents
-    out = product_of_roots_p.bind(x, b, *roots, **params)
+    out = product_of_roots_p.bind(x, b, *rest, **params)
     parts = []
     if type(dx) is not ad.Zero:
-        parts.append(params["fn"](dx, b))
+        parts.append(_product(dx, b, *rest, **params))
     if type(db) is not ad.Zero:
-        parts.append(product_of_roots_p.bind(x, db, *roots, **params))
+        parts.append(product_of_roots_p.bind(x, db, *rest, **params))
     return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed:
-    """The product `(x, ct) -> b` that transposes `fn(x, b)` in `b`."""
+    """The product `(x, ct, *more) -> b` that transposes `fn(x, b, *more)` in `b`."""
 
     fn: Product
     b: Any
 
-    def __call__(self, x: jax.Array, ct: jax.Array) -> jax.Array:
-        return jax.linear_transpose(functools.partial(self.fn, x), self.b)(ct)[0]
+    def __call__(self, x: jax.Array, ct: jax.Array, *more: jax.Array) -> jax.Array:
+        return jax.linear_transpose(lambda b: self.fn(x, b, *more), self.b)(ct)[0]
 
 
-def _transpose(ct: Any, x: Any, b: Any, *roots: Any, fn: Product, **params: Any) -> Any:
-    none = [None for _ in roots]
+def _transpose(
+    ct: Any, x: Any, b: Any, *rest: Any, fn: Product, n: int, **params: Any
+) -> Any:
+    none = [None for _ in rest]
     if ad.is_undefined_primal(x):
-        (dx,) = jax.linear_transpose(lambda x: fn(x, b), x.aval)(ct)
+        (dx,) = jax.linear_transpose(lambda x: fn(x, b, *rest[:n]), x.aval)(ct)
         return dx, None, *none
     params |= {"fn": _Transposed(fn, b.aval), "late": True, "seen": None}
-    return None, product_of_roots_p.bind(x, ct, *roots, **params), *none
+    return None, product_of_roots_p.bind(x, ct, *rest, n=n, **params), *none
 
 
-def _batch(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
-    at_x, at_b, *at_roots = axes
-    fn = jax.vmap(params.pop("fn"), (at_x, at_b))
+def _batch(operands: Sequence[Any], axes: Sequence[Any], *, n: int, **params: Any):
+    at_x, at_roots = axes[0], tuple(axes[2 + n :])
+    fn = jax.vmap(params.pop("fn"), tuple(axes[: 2 + n]))
     of_roots = any(axis is not None for axis in at_roots)
     if of_roots != (at_x is not None):
-        return fn(*operands[:2]), 0
+        return fn(*operands[: 2 + n]), 0
     chain = params.pop("chain")
     if of_roots:
         chain = jax.vmap(chain, at_roots, at_x)
-    return product_of_roots_p.bind(*operands, fn=fn, chain=chain, **params), 0
+    return product_of_roots_p.bind(*operands, fn=fn, n=n, chain=chain, **params), 0
 
 
 def _product_kept(
-    x: Any, b: Any, *roots: Any, fn: Product, chain: Any, late: bool, **_: Any
+    x: Any, b: Any, *rest: Any, fn: Product, n: int, chain: Any, late: bool, **_: Any
 ) -> jax.Array:
     if not late:
-        return fn(x, b)
-    return kept_call(_Late(fn, chain), b, *roots)
+        return fn(x, b, *rest[:n])
+    return kept_call(_Late(fn, n, chain), b, *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +176,11 @@ class _Late:
     """A product with an activation that is computed from its roots."""
 
     fn: Product
+    n: int
     chain: Callable[..., jax.Array]
 
-    def __call__(self, b: jax.Array, *roots: jax.Array) -> jax.Array:
-        return self.fn(self.chain(*roots), b)
+    def __call__(self, b: jax.Array, *rest: jax.Array) -> jax.Array:
+        return self.fn(self.chain(*rest[self.n :]), b, *rest[: self.n])
 
 
 def _seen(eqn: Any) -> Any:

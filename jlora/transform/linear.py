@@ -5,6 +5,7 @@ Every rule adds the low-rank term to the original product, which is bound as it 
 product and keeps the order of its axes.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -251,27 +252,45 @@ def ragged_dot_general(
         return [base]
     if ctx.gate is not None:
         raise no_gate(weight, eqn, "meets tokens in another order")
-    ragged_dot = functools.partial(
-        lax.ragged_dot,
-        group_sizes=sizes,
-        precision=eqn.params["precision"],
-        group_offset=offset[0] if offset else eqn.params["group_offset"],
-    )
+    groups = (sizes, *offset)
+    if not offset and eqn.params["group_offset"] is not None:
+        groups = (sizes, eqn.params["group_offset"])
+    precision = eqn.params["precision"]
     compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
     wide, sums = at_least_float32(compute), dtype_of_sums(compute, base.dtype)
     x, source = cast_both(x, ctx.source(x), compute)
-    thin = functools.partial(ragged_dot, preferred_element_type=wide)
+    thin, back = (_RaggedDot(precision, dtype) for dtype in (wide, sums))
     for term, (a, b) in zip(joined.terms, factors, strict=True):
         kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
-        t = product_of_roots(thin, kept, a.astype(compute), own)
+        t = product_of_roots(thin, kept, a.astype(compute), own, more=groups)
         t = (t * term.scale).astype(compute)
-        y = ragged_dot(t, b.astype(compute), preferred_element_type=sums)
+        y = back(t, b.astype(compute), *groups)
         base = added(base, cast(y, base.dtype))
     if gain is not None:
         rows = jnp.repeat(gain, sizes, axis=0, total_repeat_length=base.shape[0])
         wide = at_least_float32(base.dtype, rows.dtype)
         base = (base.astype(wide) * rows.astype(wide)).astype(base.dtype)
     return [base]
+
+
+@dataclasses.dataclass(frozen=True)
+class _RaggedDot:
+    """`lax.ragged_dot` with these settings."""
+
+    precision: Any
+    dtype: DTypeLike
+
+    def __call__(
+        self, x: jax.Array, w: jax.Array, sizes: jax.Array, *offset: jax.Array
+    ) -> jax.Array:
+        return lax.ragged_dot(
+            x,
+            w,
+            sizes,
+            precision=self.precision,
+            preferred_element_type=self.dtype,
+            group_offset=offset[0] if offset else None,
+        )
 
 
 def _is_grouped(eqn: Equation) -> bool:

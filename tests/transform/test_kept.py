@@ -273,3 +273,26 @@ def test_a_literal_may_be_an_operand_of_a_cheap_call():
     factored, merged = losses(fn)
     value, expected = jax.jit(factored), jax.jit(merged)
     close(value(trainable, frozen, x), expected(trainable, frozen, x))
+
+
+def test_experts_whose_rows_are_counted_have_the_gradients_of_merged_ones():
+    """The sizes of the groups are arrays of the trace, as the roots are."""
+
+    def fn(params, x):
+        experts = jnp.argmax(x[:, :3], axis=1)
+        sizes = jnp.bincount(experts, length=3).astype(jnp.int32)
+        x = x[jnp.argsort(experts)]
+        gate, up = (jax.lax.ragged_dot(x, params[k], sizes) for k in ("gate", "up"))
+        h = jax.nn.silu(gate) * up
+        return jax.lax.ragged_dot(h, params["down"], sizes)
+
+    shapes = {"gate": (3, 4, 6), "up": (3, 4, 6), "down": (3, 6, 4), "x": (8, 4)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    params = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    x = params.pop("x")
+    frozen, trainable = adapted(fn, params, x, targets=tuple(params))
+    grads = (jax.jit(jax.grad(jax.checkpoint(loss))) for loss in losses(fn))
+    close(*(grad(trainable, frozen, x) for grad in grads))
