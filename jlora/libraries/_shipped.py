@@ -3,6 +3,7 @@
 from ._rules import ONE, Library, Place
 
 _DENSE = "i o -> i r, r o"
+_LAYERS = "... i o -> ... i r, ... r o"  # of one, or of all in a loop
 
 #: qwix, and tunix, which trains with it: Linen and NNX. Scale `alpha / rank`.
 #: https://github.com/google/qwix/blob/main/qwix/_src/providers/lora.py
@@ -21,11 +22,11 @@ NNX = Library(
             "*/base_module/kernel",
             "*/lora_a",
             "*/lora_b",
-            _DENSE,
+            _LAYERS,
             ONE,
             wrapper="base_module",
         ),
-        Place("*/kernel", "*/lora/lora_a", "*/lora/lora_b", _DENSE, ONE),
+        Place("*/kernel", "*/lora/lora_a", "*/lora/lora_b", _LAYERS, ONE),
     ),
 )
 
@@ -73,19 +74,19 @@ OPENPI = Library(
             "*/attn_vec_einsum*/lora_b",
             "... n h d -> ... n h r, ... m r d",
         ),
-        Place("*/w", "*/lora_a", "*/lora_b", "... i o -> ... i r, ... r o"),
+        Place("*/w", "*/lora_a", "*/lora_b", _LAYERS),
         Place(
             "*/gating_einsum",
             "*/gating_einsum_lora_a",
             "*/gating_einsum_lora_b",
-            "... i o -> ... i r, ... r o",
+            _LAYERS,
             ONE,
         ),
         Place(
             "*/linear",
             "*/linear_lora_a",
             "*/linear_lora_b",
-            "... i o -> ... i r, ... r o",
+            _LAYERS,
             ONE,
         ),
     ),
@@ -97,13 +98,13 @@ OPENPI = Library(
 SKYRL = Library(
     "skyrl",
     (
-        Place("*/kernel", "*/lora_A", "*/lora_B", "... i o -> ... i r, ... r o"),
-        Place("*/weight", "*/lora_A", "*/lora_B", "... i o -> ... i r, ... r o"),
+        Place("*/kernel", "*/lora_A", "*/lora_B", _LAYERS),
+        Place("*/weight", "*/lora_A", "*/lora_B", _LAYERS),
         Place(
             "*/embedding",
             "*/lora_A",
             "*/lora_B",
-            "... i o -> ... i r, ... r o",
+            _LAYERS,
             op="embedding",
         ),
     ),

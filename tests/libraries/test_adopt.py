@@ -55,6 +55,8 @@ CASES = {
                             6 / 7),
     "nnx": ("nnx", "m/base_module/kernel", (6, 6), "m/lora_{}", (6, 2), (2, 6),
             "ir,ro->io", 1.0),
+    "nnx layers": ("nnx", "m/base_module/kernel", (3, 6, 6), "m/lora_{}", (3, 6, 2),
+                   (3, 2, 6), "lir,lro->lio", 1.0),
     "nnx linear": ("nnx", "m/kernel", (6, 6), "m/lora/lora_{}", (6, 2), (2, 6),
                    "ir,ro->io", 1.0),
     "easydel": ("easydel", "m/base_module/kernel", (6, 6), "m/lora_{}", (6, 2), (2, 6),
