@@ -247,19 +247,26 @@ def translated(
         part, module = found.of(name)
         if part == ALPHA:
             alphas[module] = _number(name, slot)
-        elif part:
-            key = f"{PREFIX}{module}.{part}"
-            if key in named:
-                raise PeftError(f"{str(place)!r}: {name!r:.200} is there twice.")
-            named[key] = _as_peft(dialect, part, slot, (modules or {}).get(module))
-        else:
-            named[f"{PREFIX}{name}"] = slot  # nothing takes it, and it is told
+            continue
+        if part:
+            slot = _as_peft(dialect, part, slot, (modules or {}).get(module))
+        # What has no part is taken by nothing, and told.
+        key = f"{PREFIX}{module}.{part}" if part else f"{PREFIX}{name}"
+        if key in named:
+            raise PeftError(f"{str(place)!r}: {name!r:.200} is there twice.")
+        named[key] = slot
     end = f".{A}"
     ranks = {
         key.removeprefix(PREFIX).removesuffix(end): slot.shape[0]
         for key, slot in named.items()
         if key.endswith(end) and slot.shape
     }
+    lost = [module for module in alphas if module not in ranks]
+    if lost:
+        raise PeftError(
+            f"{str(place)!r} has an alpha, and no A, of {listed(map(repr, lost), 3)}: "
+            "take the rest of the file too, or leave the alpha out."
+        )
     if not ranks:
         raise PeftError(
             f"{str(place)!r}: none of its tensors is A of a module of the model, "

@@ -29,6 +29,7 @@ from ._experts import (
 from ._leaves import TargetLeaf
 from ._places import Place, own_place
 from .config import (
+    FLOATS,
     Pattern,
     PeftConfig,
     endings,
@@ -206,12 +207,15 @@ class _File:
             if same and _is_native(kind, key, self.own(module), self.layout):
                 self.forms[module] = self.own(module).form
             elif len(halves) == 2:  # else the reader tells which half is missing
-                a, b = (self.slots[halves[half]] for half in "AB")
+                a, b = (self._factor(halves[half]) for half in "AB")
                 source = f"{module}.{key}"
                 if kind == "one":
                     number, _, name = key.partition(".")
                     one = _expert(a, b, self.lookup, source)
-                    ones.setdefault((module, name), {})[int(number)] = one
+                    own = ones.setdefault((module, name), {})
+                    if int(number) in own:
+                        raise PeftError(f"{source}: expert {int(number)} is twice.")
+                    own[int(number)] = one
                 elif kind == "stack":
                     self._stack(module, key, a, b)
                 else:
@@ -221,7 +225,24 @@ class _File:
         for (module, name), own in ones.items():
             self.forms[module] = "per-expert"
             many = _piled(f"{module}.*.{name}", own, self.own(module).number)
-            self.experts.setdefault(module, {})[role_of(name)] = many
+            self._add(module, name, many)
+
+    def _factor(self, name: str) -> Slot:
+        """Returns a tensor, which has to hold floats."""
+        slot = self.slots[name]
+        if slot.dtype not in FLOATS:
+            raise PeftError(f"{name!r:.200} is {slot.dtype}, and not a float type.")
+        return slot
+
+    def _add(self, module: str, name: str, expert: Expert) -> None:
+        """Keeps the factors of a projection, of which a file may have only one set."""
+        found = self.experts.setdefault(module, {})
+        if role_of(name) in found:
+            raise PeftError(
+                f"{module}: the file has the factors of {role_of(name)!r} twice, under "
+                f"two names or in two layouts. Leave one of them out."
+            )
+        found[role_of(name)] = expert
 
     def _pairs(self) -> dict[tuple[str, str, str], dict[str, str]]:
         """Returns the names of A and B by module, kind and what follows its name."""
@@ -243,7 +264,7 @@ class _File:
         expert = _stacked(a, b, self.lookup, f"{module}.{name}", number)
         shared = number > 1 and 1 in (a.shape[0], b.shape[0])
         self.forms[module] = "shared" if shared else "stacked"
-        self.experts.setdefault(module, {})[role_of(name)] = expert
+        self._add(module, name, expert)
 
     def _parameter(self, module: str, wrappers: str, a: Slot, b: Slot) -> str:
         own = self.own(module)
@@ -267,8 +288,7 @@ class _File:
         form = "peft" if self.layout is None else self.layout.form
         self.forms[module] = form = "unsloth" if form == "unsloth" else "peft"
         expert = from_parameter(a.read(), b.read(), own.number, scale, form)
-        role = role_of(source.rpartition(".")[2])
-        self.experts.setdefault(module, {})[role] = expert
+        self._add(module, source.rpartition(".")[2], expert)
         return source
 
 
@@ -342,6 +362,10 @@ def _piled(source: str, ones: Mapping[int, Expert], count: int) -> Expert:
             f"{source}: the model has {count} experts, the file lacks "
             f"{listed(absent, 5, ', ') or 'none'} and has {len(ones)}."
         )
+    sizes = {(one.a.shape[2], one.b.shape[1]) for one in ones.values()}
+    if len(sizes) > 1:
+        told = ", ".join(f"{n_in} to {n_out}" for n_in, n_out in sorted(sizes))
+        raise PeftError(f"{source}: the experts differ in their sizes, {told}.")
     rank = max(one.a.shape[1] for one in ones.values())
     scale = ones[0].scale
     a = [_padded(ones[i].a[0], 0, rank) for i in range(count)]

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
+from jlora import cli
 from jlora.peft import ExpertLayout, validate
 from tests.peft.expert_cases import FORMS, SHAPES, E, adapter
 
@@ -87,7 +88,7 @@ def written(folder: pathlib.Path, model: str, form: str, where: str) -> pathlib.
     rows = ExpertLayout("peft", interleaved=model == "gpt_oss")
     jlora.peft.save(folder / "peft", jlora.Trainable(lora), names=names, layout=rows)
     options = ["--to", "peft", "--base", where, "--to-layout", form]
-    assert jlora.cli.run(["convert", f"{folder}/peft", f"{folder}/out", *options]) == 0
+    assert cli.run(["convert", f"{folder}/peft", f"{folder}/out", *options]) == 0
     return folder / "out"
 
 
