@@ -62,6 +62,7 @@ class Dialect:
     begin: str = ""
 
 
+SWITCH = ".switch_mlp."  # what MLX calls the experts of most models
 A, B, ALPHA = *ENDS["linear"], "alpha"
 # What one model of diffusers writes lacks the component that its pipeline writes.
 _IN = r"(?:(?P<component>" + _COMPONENTS + r")\.)?(?P<module>.+)\."
@@ -257,7 +258,9 @@ def translated(
         named[key] = slot
     end = f".{A}"
     ranks = {
-        key.removeprefix(PREFIX).removesuffix(end): slot.shape[0]
+        key.removeprefix(PREFIX).removesuffix(end): slot.shape[
+            dialect is MLX and len(slot.shape) == 3
+        ]
         for key, slot in named.items()
         if key.endswith(end) and slot.shape
     }
@@ -308,6 +311,8 @@ class _Names:
                 continue
             groups = match.groupdict()
             module = groups["module"]
+            if self.dialect is MLX:
+                module = module.replace(SWITCH, ".experts.")
             if last := groups.get("last"):
                 module = f"{module}.{'to_out.0' if last == 'to_out' else last}"
             if self.dialect.flat:
@@ -325,7 +330,8 @@ class _Names:
 
 def _as_peft(dialect: Dialect, part: str, slot: FileSlot, ndim: int | None) -> Slot:
     """Returns a tensor with PEFT's axes: those of a convolution if the weight has."""
-    turned = dialect.turned and part in (A, B)
+    # MLX's SwitchLinear, of all experts, has the axes that `layout="stacked"` has.
+    turned = dialect.turned and part in (A, B) and len(slot.shape) == 2
     if part not in (A, B):
         return slot
     tail = slot.shape[2:]

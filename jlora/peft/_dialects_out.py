@@ -17,10 +17,12 @@ from ._dialects import (
     KOHYA,
     MLX,
     MLX_STEM,
+    SWITCH,
     A,
     B,
     Dialect,
 )
+from ._experts import ROLES, role_of
 from .config import PeftConfig, pattern_lookup
 from .layers import MAGNITUDE
 
@@ -78,8 +80,11 @@ def _pairs(
             rank = hit[1] if (hit := rank_of(module)) else config.r
             alpha = hit[1] if (hit := alpha_of(module)) else config.alpha
             scale = alpha / (math.sqrt(rank) if config.rslora else rank)
-            if array.shape[0] != rank or ".base_layer" in module:
-                wrong.append(f"{module}: experts or nested modules")
+            if array.ndim == 3 and dialect is MLX and ".experts." in module:
+                pairs[module] = array, tensors[f"{module}.{B}"], scale
+            elif array.shape[0] != rank or ".base_layer" in module:
+                how = " (layout='stacked' has a form)" if dialect is MLX else ""
+                wrong.append(f"{module}: experts or nested modules{how}")
             elif array.ndim > 2 and dialect is MLX:
                 wrong.append(f"{module}: a convolution")
             else:
@@ -106,6 +111,7 @@ def _mlx(
 
     Smaller ranks are filled up with zeros, and other scales go into B.
     """
+    pairs = {_in_mlx(module): pair for module, pair in pairs.items()}
     keys = {module: found[1] for module in pairs if (found := _LAYER.fullmatch(module))}
     outside = [module for module in pairs if module not in keys]
     if outside:
@@ -113,16 +119,18 @@ def _mlx(
             f"MLX adapts only modules in `layers.N.`: {listed(outside, 5, ', ')}. "
             "Leave them out of the adapter."
         )
-    rank = max(a.shape[0] for a, _, _ in pairs.values())
+    rank = max(a.shape[-2] for a, _, _ in pairs.values())
     scales = [scale for _, _, scale in pairs.values()]
     scale = max(scales, key=scales.count)
     tensors: dict[str, np.ndarray] = {}
     for module, (a, b, own) in pairs.items():
-        wide_a = np.zeros((a.shape[1], rank), a.dtype)
-        wide_b = np.zeros((rank, b.shape[0]), b.dtype)
-        wide_a[:, : a.shape[0]] = a.T
-        wide_b[: a.shape[0]] = (b.T * np.float64(own / scale)).astype(b.dtype)
-        tensors |= {f"{module}.lora_a": wide_a, f"{module}.lora_b": wide_b}
+        more, rest = (0, rank - a.shape[-2]), [(0, 0)] * (a.ndim - 2)
+        a = np.pad(a, [*rest, more, (0, 0)])
+        b = (b * np.float64(own / scale)).astype(b.dtype)
+        b = np.pad(b, [*rest, (0, 0), more])
+        if a.ndim == 2:
+            a, b = np.ascontiguousarray(a.T), np.ascontiguousarray(b.T)
+        tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
     tensors |= {f"{module}.m": m for module, m in magnitudes.items()}
     fields = {
         "fine_tune_type": "dora" if config.dora else "lora",
@@ -136,6 +144,15 @@ def _mlx(
     }
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     return MLX_STEM, tensors, {"format": "mlx"}, text
+
+
+def _in_mlx(module: str) -> str:
+    """Returns what MLX calls a module: a SwitchLinear for all experts of a layer."""
+    parent, found, last = module.rpartition(".experts.")
+    if not found:
+        return module
+    role = role_of(last)
+    return f"{parent}{SWITCH}{ROLES[role][0] if role in ROLES else last}"
 
 
 def _of_images(

@@ -317,6 +317,10 @@ def _joined(
         found.pop(role, None) or one._replace(b=np.zeros_like(one.b))
         for role in ("gate", "up")
     )
+    sizes = [(x.a.shape[2], x.b.shape[1]) for x in (gate, up)]
+    if sizes[0] != sizes[1]:
+        told = " and ".join(f"{n_in} to {n_out}" for n_in, n_out in sizes)
+        raise PeftError(f"{module}: gate and up differ in their sizes, {told}.")
     rows = _interleaved(module, layout, said)
     return {"gate_up": together(gate, up, rows), **found}
 

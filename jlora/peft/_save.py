@@ -91,7 +91,8 @@ def save(
       dialect: whose files to write instead of PEFT's: `"mlx"` (`adapters.safetensors`
         and its config), `"kohya"` (`lora.safetensors`) or `"diffusers"`
         (`pytorch_lora_weights.safetensors`). They have linear layers, and the last two
-        convolutions; MLX has DoRA. `load` reads them back.
+        convolutions; MLX has DoRA, and experts with `layout="stacked"`. `load` reads
+        them back.
       component: what kohya's scripts and diffusers call the model in its pipeline:
         `"unet"`, `"transformer"`, `"te1"`, `"text_encoder"`.
 

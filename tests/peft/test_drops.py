@@ -47,6 +47,8 @@ def also(pattern, new):
         ("per-expert", also("experts.0.", "experts.00."), "expert 0 is twice"),
         ("per-expert", also("mlp.", "block_sparse_moe."), "Two modules of the file"),
         ("stacked", also("w2", "down_proj"), r"'down' twice"),
+        ("stacked", experts(lambda k, x: x[..., :1] if "w1.lora_A" in k else x),
+         "gate and up differ in their sizes, 1 to 4 and 6 to 4"),
         ("per-expert", experts(lambda k, x: x.astype(bool)), "not a float type"),
         ("per-expert", experts(
             lambda k, x: x[:, :1] if ".1.up_proj.lora_A" in k else x), "their sizes"),

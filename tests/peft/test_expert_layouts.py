@@ -239,3 +239,31 @@ def test_directory_of_the_hub_takes_fused_experts(tmp_path):
             np.testing.assert_allclose(
                 merged[stem.format(layer, e, name)], x[e].T, rtol=1e-6, atol=1e-6
             )
+
+
+def test_mlx_has_one_tensor_for_all_experts(tmp_path):
+    """As `LoRASwitchLinear`: `lora_a` is `[E, rank, in]`, `lora_b` `[E, out, rank]`."""
+    trainable, params, names = adapter("mixtral")
+    options = {"names": names, "dialect": "mlx"}
+    with pytest.raises(jlora.PeftError, match="layout='stacked' has a form"):
+        jlora.peft.save(tmp_path, trainable, **options)
+    jlora.peft.save(tmp_path, trainable, **options, layout="stacked")
+    tensors = load_file(tmp_path / "adapters.safetensors")
+    stem = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert tensors[f"{stem}.lora_a"].shape == (E, R, H)
+    assert tensors[f"{stem}.lora_b"].shape == (E, N, R)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "mlp.switch_mlp.up_proj" in config["lora_parameters"]["keys"]
+    scale = config["lora_parameters"]["scale"]
+    for model in MODELS:
+        _, base, own = adapter(model)
+        rows = "interleaved" if model == "gpt-oss" else "concatenated"
+        read = jlora.peft.load(tmp_path, base, names=own, layout=f"stacked:{rows}")
+        found = updates(model, read, base)
+        for key, x in updates("mixtral", trainable, params).items():
+            np.testing.assert_allclose(found[key], x, rtol=1e-6, atol=4e-6)
+            a, b = (
+                tensors[f"model.layers.{key[0]}.mlp.switch_mlp.{key[1]}.lora_{h}"]
+                for h in "ab"
+            )
+            np.testing.assert_allclose((scale * b @ a).mT, x, rtol=1e-6, atol=4e-6)
