@@ -160,6 +160,17 @@ def test_head_that_is_tied(judged):
     assert told["peft"][name].fine
 
 
+def test_all_linear_leaves_the_head_out(judged):
+    def adapt_all(case):
+        case.tensors |= server_cases.factors("lm_head", 20, 8)
+        case.config["target_modules"] = "all-linear"
+
+    told = {v.name: v.outcome for v in judged("peft", adapt_all).verdicts}
+    heads = {outcome for name, outcome in told.items() if "lm_head" in name}
+    assert heads == {"dropped"}
+    assert set(told.values()) == {"dropped", "applied"}
+
+
 def test_rank_above_the_servers(judged):
     report = judged("vllm", max_rank=1)
     assert report.verdicts[0].why == "rank 2 is above --max-lora-rank 1"

@@ -79,6 +79,9 @@ class Lookup:
         if not self._adapted(module):
             why = "target_modules does not name it"
             return "dropped", "", why, f"add {module.rpartition('.')[2]!r:.100} to it"
+        if self.server.name != "peft" and self._is_saved(module):
+            why = "load_adapter keeps the module whole, as modules_to_save says"
+            return "dropped", "", why, "load it with peft.PeftModel.from_pretrained"
         if piece.part == "copy":
             return self._copy(piece, module)
         if piece.part == "magnitude" and not fields.get("use_dora"):
@@ -102,8 +105,14 @@ class Lookup:
         if self._excluded & {*endings(module)}:
             return False
         if config.tying and module == head_of("model.embed_tokens"):
-            return True
+            return self.adapter.targets("model.embed_tokens") and not self._every
+        if self._every:  # PEFT leaves the head and tables out
+            return module in self.base.linear and not module.endswith("lm_head")
         return self.adapter.targets(module)
+
+    @property
+    def _every(self) -> bool:
+        return str(self.adapter.fields.get("target_modules")).lower() == "all-linear"
 
     def _tokens(self, piece: Piece, module: str) -> _Found:
         named = [n for n, _ in self.adapter.config.tokens]
