@@ -273,8 +273,8 @@ def translated(
     if not ranks:
         raise PeftError(
             f"{str(place)!r}: none of its tensors is A of a module of the model, "
-            f"{listed(map(repr, slots), 2, ', ')}. Give names=, or the model with the "
-            "names that the tool has for it."
+            f"{listed(map(repr, slots), 2, ', ')}. {_sdxl(slots)}Give names=, or the "
+            "model with the names that the tool has for it."
         )
     if dialect is MLX:
         config = _of_mlx(place, ranks, metadata)
@@ -285,6 +285,18 @@ def translated(
         config = _config(ranks, alphas, dora=dora)
     fields = config_fields(config, base_model=None, task_type=None)
     return fields, named, {}
+
+
+def _sdxl(names: Iterable[str]) -> str:
+    """Returns in words that names are those of SDXL's first code, if they are."""
+    if not any(
+        re.search("_(input_blocks|middle_block|output_blocks)_", n) for n in names
+    ):
+        return ""
+    return (
+        "These are kohya's names for SDXL, of Stability's own U-Net (`input_blocks`), "
+        "and diffusers' model has others (`down_blocks`). "
+    )
 
 
 class _Names:

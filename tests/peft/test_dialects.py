@@ -159,6 +159,16 @@ def test_kohyas_window_of_one_is_a_matrix(tmp_path):
         jlora.files.read(tmp_path / "any.safetensors")
 
 
+def test_kohyas_names_of_sdxl_are_told(tmp_path):
+    stem = "lora_unet_input_blocks_4_1_proj_in"
+    ones = np.ones((2, 6), np.float32)
+    named = {f"{stem}.lora_down.weight": ones, f"{stem}.lora_up.weight": ones.T.copy()}
+    safetensors.numpy.save_file(named, tmp_path / "sdxl.safetensors")
+    own = Trainable({"x/to_q/kernel": factors(0)})
+    with pytest.raises(PeftError, match=r"kohya's names for SDXL, .* Give names="):
+        jlora.peft.load(tmp_path / "sdxl.safetensors", params(own), names=UNET)
+
+
 def test_other_model_of_the_pipeline_is_told(tmp_path):
     own = unet()
     jlora.peft.save(tmp_path, own, names=UNET, dialect="kohya")
