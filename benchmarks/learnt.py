@@ -24,10 +24,7 @@ TOP = """\
 `benchmarks/results`. Each table has a command: `python -m examples.earlier_methods
 methods`, or `rank`, `alpha`, `weights`.*
 
-Not trained yet: {missing}. The
-command trains what the files lack.
-
-[What to choose](choose.md) draws the conclusions.
+{missing}[What to choose](choose.md) draws the conclusions.
 
 ## How it is measured
 
@@ -48,10 +45,11 @@ fine-tuning* trains all weights of these layers (and the last norm of the decode
 Every row is tuned in the same way. The first seed trains at each rate of a grid, as one
 program under `vmap`: {rates}. The
 decoder's rows leave out the lowest, and the tables after *Learning rates* try the upper
-three, for at lower ones LoRA changes little in so few steps. The rate with the lowest
-loss on a *validation* part is kept, and the other seeds train at that rate. Only then
-is the test part read, once for each seed. A star marks a rate at an end of the grid:
-the best one may lie beyond.
+three, for at lower ones LoRA changes little in so few steps. While the best rate is at
+an end of those tried, one more is tried beyond it, at most three. The rate with the
+lowest loss on a *validation* part is kept, and the other seeds train at that rate. Only
+then is the test part read, once for each seed. A star marks a rate that is still at an
+end: the best one may lie beyond.
 
 The optimizer is Adam without weight decay. Rates rise over a tenth of the steps and
 fall to zero. MiniLM's new head is trained in every row, at a rate of 0.01. LoRA is on q
@@ -109,14 +107,16 @@ def page(found: dict[str, common.Figures], results: Path = RESULTS) -> str:
 
 
 def _missing(results: Path) -> str:
-    """Returns how many rows of each table have no figures."""
+    """Returns a paragraph on rows that have no figures, empty if there are none."""
     found = []
     for task in SHOWN:
         done = {f["row"] for f in read(results / f"{task}.jsonl")}
         lacking = [own.tables[0] for row, own in ROWS[task].items() if row not in done]
         counts = Counter(lacking).items()
         found += [f"{n} of *{tables.TITLES[name]}* ({task})" for name, n in counts]
-    return ", ".join(found) or "none"
+    if not found:
+        return ""
+    return f"Not trained yet: {', '.join(found)}. The\ncommand trains these.\n\n"
 
 
 def _sections(name: str, results: Path) -> list[str]:
@@ -240,9 +240,8 @@ def plot(results: Path = RESULTS) -> Figure:
         for name, color in zip(CURVES, colors, strict=False):
             if name in rows:
                 own = rows[name]
-                rates = own["settings"]["rates"]
                 loss = own["validation"]["loss"]
-                at.plot(rates, loss, "o-", color=color, label=name, ms=3)
+                at.plot(own["rates"], loss, "o-", color=color, label=name, ms=3)
         at.set(xscale="log", title=task, xlabel="learning rate")
         at.set_ylabel("validation loss")
         if rows:

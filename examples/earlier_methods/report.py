@@ -52,24 +52,28 @@ def columns(found: Sequence[Figures]) -> Columns:
 
 def rate_columns(found: Sequence[Figures]) -> Columns:
     """Returns the first seed's validation loss at each rate, for rows with a grid."""
-    tuned = [f for f in found if len(f["settings"]["rates"]) > 1]
-    head = ("row", *(f"{x:g}" for x in tuned[0]["settings"]["rates"]))
-    return head, [
-        (f["row"], *(_marked(x, lowest(f)) for x in f["validation"]["loss"]))
-        for f in tuned
-    ]
+    tuned = [f for f in found if len(f["rates"]) > 1]
+    rates = sorted({rate for f in tuned for rate in f["rates"]})
+
+    def line(figures: Figures) -> tuple[str, ...]:
+        found = dict(zip(figures["rates"], figures["validation"]["loss"], strict=True))
+        best = lowest(figures)
+        cells = (_marked(found[x], best) if x in found else "–" for x in rates)
+        return figures["row"], *cells
+
+    return ("row", *(f"{x:g}" for x in rates)), [line(f) for f in tuned]
 
 
 def rate(figures: Figures) -> str:
-    """Returns the chosen rate, with a mark if it lies at an end of the grid."""
-    rates, chosen = figures["settings"]["rates"], figures["rate"]
+    """Returns the chosen rate, with a mark if it lies at an end of those tried."""
+    rates, chosen = figures["rates"], figures["rate"]
     at_end = len(rates) > 1 and chosen in (rates[0], rates[-1])
     return f"{chosen:g}{' *' if at_end else ''}"
 
 
 def lowest(figures: Figures) -> float:
     """Returns the validation loss at the chosen rate."""
-    at = figures["settings"]["rates"].index(figures["rate"])
+    at = figures["rates"].index(figures["rate"])
     return figures["validation"]["loss"][at]
 
 

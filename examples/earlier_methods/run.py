@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +19,18 @@ from .rows import Row
 from .task import Task
 
 RESULTS = Path(__file__).parent / "results"
+FURTHER = 3  # rates beyond the grid
 Figures = dict[str, Any]
+
+
+class Tried(NamedTuple):
+    """A trained member: its rate, what the validation part says, losses, and trees."""
+
+    rate: float
+    loss: float
+    score: float
+    curve: np.ndarray
+    trained: Any
 
 
 def run(
@@ -32,42 +43,74 @@ def run(
 ) -> Figures:
     """Returns the figures of a row.
 
-    The first seed trains at each rate, in one program. The rate with the lowest
-    validation loss is kept, and the other seeds train at that rate, in another. The
-    test part is read only then, once for each seed.
+    The first seed trains at each rate, in one program, and at further ones while the
+    best is at an end of the grid. The rate with the lowest validation loss is kept, and
+    the other seeds train at that rate, in another program. The test part is read only
+    then, once for each seed.
     """
     began = time.perf_counter()
-    rates = row.rates or rates
     method, params = row.make(), stored(task, row.base)
     plan = sweep.Plan(row.examples, row.steps, row.size, row.head_rate)
     first, rest = seeds[0], list(seeds[1:])
-    frozen, tried, losses = sweep.train(
-        task, method, params, plan, rates, [first] * len(rates), name=name
-    )
-    loss, score = sweep.evaluate(task, method, frozen, tried, task.validation)
-    best = int(np.nan_to_num(loss, nan=np.inf).argmin())
-    kept = sweep.select(tried, best)
-    curves = losses[:, best : best + 1]
-    if rest:
-        _, others, more = sweep.train(
-            task, method, params, plan, [rates[best]] * len(rest), rest, name=name
+
+    def train(rates: Sequence[float], seeds: Sequence[int]) -> tuple[Any, list[Tried]]:
+        frozen, members, losses = sweep.train(
+            task, method, params, plan, rates, seeds, name=name
         )
-        kept = sweep.join(kept, others)
-        curves = np.concatenate([curves, more], axis=1)
-    test_loss, test_score = sweep.evaluate(task, method, frozen, kept, task.test)
-    trained = sum(x.size for x in jax.tree.leaves(sweep.select(kept, 0)))
+        loss, score = sweep.evaluate(task, method, frozen, members, task.validation)
+        each = zip(rates, _list(loss), _list(score), losses.T, strict=True)
+        return frozen, [
+            Tried(*own, sweep.select(members, i)) for i, own in enumerate(each)
+        ]
+
+    rates = row.rates or rates
+    frozen, tried = train(rates, [first] * len(rates))
+    while further := next_rate(tried, len(rates)):
+        tried = sorted([*tried, *train([further], [first])[1]], key=lambda t: t.rate)
+    best = lowest(tried)
+    kept = [best, *(train([best.rate] * len(rest), rest)[1] if rest else ())]
+    members = sweep.join(*(own.trained for own in kept))
+    test_loss, test_score = sweep.evaluate(task, method, frozen, members, task.test)
     return {
         "row": name,
         "task": task.name,
-        "trained": trained,
+        "trained": sum(x.size for x in jax.tree.leaves(best.trained)),
         "settings": settings(row, rates, seeds),
-        "validation": {"loss": _list(loss), "score": _list(score)},
-        "rate": rates[best],
+        "rates": [own.rate for own in tried],
+        "validation": {
+            "loss": [own.loss for own in tried],
+            "score": [own.score for own in tried],
+        },
+        "rate": best.rate,
         "test": {"loss": _list(test_loss), "score": _list(test_score)},
-        "train_loss": [_list(step) for step in curves],
+        "train_loss": [
+            _list(step) for step in zip(*(own.curve for own in kept), strict=True)
+        ],
         "seconds": round(time.perf_counter() - began, 1),
         "environment": environment(),
     }
+
+
+def lowest(tried: Sequence[Tried]) -> Tried:
+    """Returns the member with the lowest validation loss; one that diverged has NaN."""
+    return min(tried, key=lambda own: float(np.nan_to_num(own.loss, nan=np.inf)))
+
+
+def next_rate(tried: Sequence[Tried], started: int) -> float | None:
+    """Returns a rate beyond the grid if the best one is at its end, or None.
+
+    Args:
+      tried: members in the order of their rates.
+      started: how many rates the grid had; at most `FURTHER` more are tried.
+    """
+    if started < 2 or len(tried) >= started + FURTHER:
+        return None
+    best = lowest(tried).rate
+    if best == tried[-1].rate:
+        return best * tried[-1].rate / tried[-2].rate
+    if best == tried[0].rate:
+        return best * tried[0].rate / tried[1].rate
+    return None
 
 
 def stored(task: Task, base: str) -> Any:

@@ -265,11 +265,14 @@ def test_command_tunes_reads_the_test_part_last_and_goes_on(
     argv = ["--task", ENCODER, "--rates", "1e-9", "0.1", "--seeds", "0", "1"]
     argv += ["--results", str(tmp_path)]
     train.main([*argv, "--rows", "dense"])
-    assert done == ["train", "validation", "train", "test"]
+    # The grid, rates beyond it, and the other seeds; the test part is read last.
+    further = ["train", "validation"] * (len(done) // 2 - 2)
+    assert done == ["train", "validation", *further, "train", "validation", "test"]
     path = tmp_path / "encoder.jsonl"
     (found,) = run.read(path)
     losses = found["validation"]["loss"]
-    assert found["rate"] == [1e-9, 0.1][int(losses[1] < losses[0])]
+    assert len(losses) == len(found["rates"]) > 2
+    assert found["rate"] == found["rates"][losses.index(min(losses))]
     assert len(found["test"]["score"]) == 2
 
     path.write_text(path.read_text() + '{"row": "cut')  # killed while it wrote
@@ -279,6 +282,26 @@ def test_command_tunes_reads_the_test_part_last_and_goes_on(
     shown = capsys.readouterr().out
     assert "row 1 of 1, in nf4" in shown
     assert "Quantised base, encoder" in shown
+
+
+@pytest.mark.parametrize(
+    ("losses", "further"),
+    [
+        ([3.0, 2.0, 1.0], 0.8),
+        ([1.0, 2.0, 3.0], 0.05),
+        ([2.0, 1.0, np.nan], None),
+        ([5.0, 4.0, 3.0, 2.0, 1.0, 0.5], None),  # three were tried beyond
+        ([1.0], None),
+    ],
+)
+def test_a_grid_goes_on_while_its_best_rate_is_at_an_end(losses, further):
+    rates = [0.05, 0.2, 0.4, 0.8, 1.6, 3.2] if len(losses) > 3 else [0.1, 0.2, 0.4]
+    tried = [
+        run.Tried(rate, loss, 0.0, np.zeros(1), None)
+        for rate, loss in zip(rates, losses, strict=False)
+    ]
+    found = run.next_rate(tried, min(len(losses), 3))
+    assert found == (None if further is None else pytest.approx(further))
 
 
 def test_base_is_quantised_where_a_row_says_so(encoded):
