@@ -27,7 +27,7 @@ from . import cost
 from .atoms import OTHER, Atom, Group, Labels
 from .coded import Coded
 from .compat import Primitive, has_typed_placement, partitions, policies_see, shaped
-from .kept import added
+from .kept import added, made_once
 from .low_rank import Site, first_product, gained, oriented, second_product
 from .thin import Dims
 from .trail import Source
@@ -190,7 +190,7 @@ def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
     if dgain and dgain[0] is not None:  # computed from `out`, so `x . w` is not kept
         rate = static.weight(w, (), [dgain[0] / gain[0]])
         parts.append(rescaled(out, rate, static.site.want))
-    return out, functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
+    return out, made_once(functools.reduce(operator.add, parts or [jnp.zeros_like(out)]))
 
 
 def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static):

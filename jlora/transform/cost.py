@@ -35,7 +35,7 @@ def form(
         # emulates low precision, and rounding the sum costs digits.
         exact = jnp.finfo(dtype).bits >= 32
         return "merged" if exact and tokens >= 4 * fan_in else "factored"
-    return "merged" if tokens > fan_in else "factored"
+    return "merged" if tokens >= fan_in else "factored"
 
 
 def forms(tokens: object, fan_in: int, dtype: object) -> list[str]:

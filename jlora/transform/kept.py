@@ -45,7 +45,17 @@ def _add(y: jax.Array, z: jax.Array, *, kept: bool) -> jax.Array:
 
 
 def _add_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, kept: bool) -> Any:
-    return added(*primals, kept=True), ad.add_tangents(*tangents)
+    return added(*primals, kept=True), made_once(ad.add_tangents(*tangents))
+
+
+def made_once(tangent: Any) -> Any:
+    """Returns a tangent whose cotangent is one array, which several products read.
+
+    Else XLA, on other platforms than a CPU, may make it anew for each of them.
+    """
+    if type(tangent) is ad.Zero:
+        return tangent
+    return jax.lax.optimization_barrier(tangent)
 
 
 def _add_transpose(ct: Any, y: Any, z: Any, *, kept: bool) -> Any:
@@ -110,6 +120,15 @@ def product_of_roots(
 
 
 def _product(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> jax.Array:
+    return fn(x, b, *rest[:n])
+
+
+def _product_of_one(
+    x: Any, b: Any, *rest: Any, fn: Product, n: int, **_: Any
+) -> jax.Array:
+    """As `_product`, of an `x` that is made once where its roots are more to read."""
+    wide = sum(root.size for root in rest[n:] if root.size >= x.size)
+    x = jax.lax.optimization_barrier(x) if wide >= 2 * x.size else x
     return fn(x, b, *rest[:n])
 
 
@@ -198,7 +217,7 @@ ad.primitive_jvps[product_of_roots_p] = _jvp
 ad.primitive_transposes[product_of_roots_p] = _transpose
 batching.primitive_batchers[product_of_roots_p] = _batch
 mlir.register_lowering(
-    product_of_roots_p, mlir.lower_fun(_product, multiple_results=False)
+    product_of_roots_p, mlir.lower_fun(_product_of_one, multiple_results=False)
 )
 mlir.register_lowering(
     product_of_roots_p,
