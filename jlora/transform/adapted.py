@@ -190,7 +190,9 @@ def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
     if dgain and dgain[0] is not None:  # computed from `out`, so `x . w` is not kept
         rate = static.weight(w, (), [dgain[0] / gain[0]])
         parts.append(rescaled(out, rate, static.site.want))
-    return out, made_once(functools.reduce(operator.add, parts or [jnp.zeros_like(out)]))
+    return out, made_once(
+        functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
+    )
 
 
 def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static):

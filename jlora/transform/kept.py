@@ -126,10 +126,16 @@ def _product(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> jax.
 def _product_of_one(
     x: Any, b: Any, *rest: Any, fn: Product, n: int, **_: Any
 ) -> jax.Array:
-    """As `_product`, of an `x` that is made once where its roots are more to read."""
+    """As `_product`, of an `x` that is made once where its roots are more to read.
+
+    Such is the hidden activation of a gated layer: of two products and a tanh. XLA may
+    make it anew for each product, but not the input of a barrier.
+    """
     wide = sum(root.size for root in rest[n:] if root.size >= x.size)
-    x = jax.lax.optimization_barrier(x) if wide >= 2 * x.size else x
+    x = jax.lax.optimization_barrier(x) if wide >= 3 * x.size else x
     return fn(x, b, *rest[:n])
+
+
 
 
 def _abstract(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> Any:

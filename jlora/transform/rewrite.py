@@ -77,7 +77,7 @@ def rewrite(
         form=form,
         # With dropout, or a gate, each weight meets an activation of its own.
         share=key is None and gate is None,
-        trail=Trail() if compat.is_staging(arrays) else None,
+        trail=Trail() if compat.is_staging(values) else None,
     )
     return [materialise(v, None) for v in interpret(ctx, code, values)]
 

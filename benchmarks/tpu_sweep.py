@@ -1,0 +1,115 @@
+"""What does a LoRA step cost on other TPU chips, at other sizes and ranks?
+
+    python -m benchmarks.tpu_sweep
+
+The model is that of `benchmarks.tpu`, with one thing changed at a time. Nothing runs:
+libtpu compiles ahead of time. It takes half an hour; each row is written when it is
+there, and a sweep that was stopped goes on.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+
+from . import common, models, tpu
+
+RANK = 16
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A point of the sweep.
+
+    Attributes:
+      title: what is changed.
+      chip: a key of `CHIPS`.
+      rank: of all adapted weights.
+      size: changes of `tpu.MODEL`.
+    """
+
+    title: str
+    chip: str = "v5e"
+    rank: int = RANK
+    size: tuple[tuple[str, int], ...] = ()
+
+
+CASES = (
+    Case("–"),
+    Case("TPU v5p", chip="v5p"),
+    Case("TPU v6e", chip="v6e"),
+    Case("width 1024", size=(("width", 1024),)),
+    Case("width 4096", size=(("width", 4096),)),
+    Case("1 × 8192 tokens", size=(("batch", 1), ("length", 8192))),
+    Case("rank 8", rank=8),
+    Case("rank 64", rank=64),
+    Case("rank 256", rank=256),
+)
+
+
+def compiled(case: Case, step: str) -> common.Figures:
+    """Returns the compiler's figures of one step."""
+    size = dataclasses.replace(tpu.MODEL, **dict(case.size))
+    sharding = jax.sharding.SingleDeviceSharding(tpu.chips(CHIPS[case.chip])[0])
+    steps = common.training_steps(
+        models.KINDS["scan"](size), case.rank, names=[step], abstract=True
+    )
+    _, figures = common.compile_step(tpu.placed(steps[step], sharding))
+    return figures
+
+
+def columns(rows: Sequence[common.Figures]) -> common.Columns:
+    """Returns the rows for a table."""
+    head = ("changed", "GB moved: floor", "jlora", "× floor")
+    head += ("peak GiB: floor", "jlora", "× floor")
+
+    def line(row: common.Figures) -> tuple[str, ...]:
+        floor, own = row[common.FLOOR], row[common.JLORA]
+        cells = [row["case"]]
+        for field, unit in (("bytes", 1e9), ("peak_bytes", 2**30)):
+            cells += [common.fixed(x[field], 2, unit) for x in (floor, own)]
+            cells.append(common.ratio(own, floor, field))
+        return tuple(cells)
+
+    return head, [line(row) for row in rows]
+
+
+def main() -> None:
+    """Compiles what the file lacks."""
+    options = common.parser("tpu_sweep", __doc__).parse_args()
+    if find_spec(tpu.COMPILER) is None:
+        print(tpu.MISSING)
+        return
+    jax.config.update("jax_platforms", "cpu")
+    found: dict[str, Any] = {}
+    if options.json.exists():
+        rows = json.loads(options.json.read_text())["rows"]
+        found = {row["case"]: row for row in rows}
+    floors: dict[tuple[Any, ...], common.Figures] = {}
+    for case in CASES:
+        if case.title in found:
+            continue
+        at = (case.chip, case.size)
+        if at not in floors:
+            floors[at] = compiled(case, common.FLOOR)
+        found[case.title] = {
+            "case": case.title,
+            **{k: v for k, v in dataclasses.asdict(case).items() if k != "title"},
+            common.FLOOR: floors[at],
+            common.JLORA: compiled(case, common.JLORA),
+        }
+        rows = [found[c.title] for c in CASES if c.title in found]
+        env = common.environment("TPU, one chip, compiled ahead of time")
+        libtpu = importlib.metadata.version("libtpu")
+        model = dataclasses.asdict(tpu.MODEL)
+        common.write(options.json, {**env, "libtpu": libtpu}, model=model, rows=rows)
+        print(common.show(columns([found[case.title]])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
