@@ -13,6 +13,7 @@ from jlora._tables import nbytes
 from . import (
     adapters,
     common,
+    decode,
     fits,
     floor,
     gpu,
@@ -24,6 +25,7 @@ from . import (
     scale,
     slices,
     tpu,
+    tpu_sweep,
 )
 from .page import markdown, picture, source
 from .peers import runner
@@ -70,7 +72,8 @@ REASONS = """\
 - *Bytes on a TPU.* The rank-sized products read each `x` twice (`x A`, and the gradient
   of A) and each `dy` twice (`dy B^T`, and the gradient of B). That is one more pass
   over the activations than the model makes. Weights that share an input share those
-  passes.
+  passes. The figure counts copies into the chip's own memory too, so it changes by a
+  few hundredths with what the compiler keeps there.
 - *Time on a CPU* at small widths goes to the same passes, because the matrix products
   are small themselves.
 """
@@ -426,6 +429,8 @@ FIRST: Sections = {
 }
 SECOND: Sections = {
     "floor": floor_details,
+    "decode": decode.section,
+    "tpu_sweep": tpu_sweep.section,
     "gpu": gpu_section,
     "growth": growth_section,
     "overheads": overheads_section,

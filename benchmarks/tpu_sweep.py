@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from . import common, models, tpu
+from .page import markdown, source
 
 RANK = 16
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -77,6 +78,20 @@ def columns(rows: Sequence[common.Figures]) -> common.Columns:
         return tuple(cells)
 
     return head, [line(row) for row in rows]
+
+
+def section(found: common.Figures) -> str:
+    """Returns the text on other chips, sizes and ranks."""
+    model = found["model"]
+    return "\n".join(
+        (
+            "## Other TPU chips, sizes and ranks\n",
+            f"{source(found['environment'])}\nThe model is that of the table on a "
+            f"TPU v5e: width {model['width']}, {model['batch']} × {model['length']} "
+            f"tokens, rank {RANK}. One thing is changed in each row.\n",
+            markdown(columns(found["rows"])),
+        )
+    )
 
 
 def main() -> None:
