@@ -205,7 +205,9 @@ def overheads_section(found: common.Figures) -> str:
         f"{case['width']}, rank {case['rank']}, with {case['layers']} layers "
         "written out for tracing and `plan`, and "
         f"{case['compiled_layers']} for compiling and files. The base of a "
-        f"gradient is the gradient of *{common.STRICT}*.\n",
+        f"gradient is the gradient of *{common.STRICT}*. Its program has two products "
+        "a weight. LoRA's has seven, of which five are rank-sized, and XLA compiles "
+        "each, so compiling takes longer than running tells.\n",
         markdown(overheads.columns(found)),
     ]
     if "growth" in found:

@@ -77,6 +77,7 @@ def run(params, tokens, positions=None, segments=None, *, config, last=None):
     return forward(params, tokens, positions, segments, config=config, last=last)
 
 
+@pytest.mark.once
 @ONCE
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("case", golden.CASES)

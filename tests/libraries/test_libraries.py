@@ -643,6 +643,7 @@ CASES = [
 ]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", params(CASES, PLAN))
 def test_plan_adapts_every_weight(case):
     check_plan(case)

@@ -61,6 +61,7 @@ def randomised(trainable):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_at_the_base(method):
     params, plan, _, _ = adapt(method=method)
@@ -122,6 +123,7 @@ def test_leaves_and_counts_are_as_planned(method):
         assert row.trained == sum(jax.tree.leaves(trained))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_files_and_reports_know_every_method(method, tmp_path):
     _, plan, frozen, trainable = adapt(method=method)

@@ -80,6 +80,7 @@ TRANSFORMS = [value_and_grad, jvp, hessian_vector, over_inputs, inputs_inside]
 TRANSFORMS += [over_adapters, over_both, rematerialised, jitted]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("form", ["auto", "factored", "merged"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def product(p, x):
     return x @ p["w"]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("spec", "axes"),
     [(P(), set()), (P("data"), {"data"}), (ALL, {"data", "model"})],

@@ -16,7 +16,9 @@ from tests.helpers import close
 from tests.transform.cases import ADAPTABLE, CASES, FACTORED, MERGED, build
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    "method", ["lora", pytest.param("dora", marks=pytest.mark.once)]
+)
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
 def test_adapted_equals_merged_in_value_and_gradient(case, method):
     fn, _, x, _, frozen, trainable = build(case, method=method)
@@ -40,6 +42,7 @@ def test_adapted_equals_merged_in_value_and_gradient(case, method):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
 def test_fresh_adapter_changes_nothing(case):
     fn, params, x, plan, _, _ = build(case)
