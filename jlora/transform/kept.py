@@ -136,8 +136,6 @@ def _product_of_one(
     return fn(x, b, *rest[:n])
 
 
-
-
 def _abstract(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> Any:
     return jax.make_jaxpr(fn)(x, b, *rest[:n]).out_avals[0]
 

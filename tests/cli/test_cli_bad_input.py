@@ -133,7 +133,9 @@ def folder(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("bad"))
     write_good()
     write_bad()
-    yield os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "dont_write_bytecode", True)  # of bad_model.py
+        yield os.getcwd()
     os.chdir(before)
 
 

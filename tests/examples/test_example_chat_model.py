@@ -267,7 +267,7 @@ def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 3 * max(leaves) < sum(leaves) / 1.3
+    assert peak < 3.5 * max(leaves) < sum(leaves)
 
 
 SMALL = {**golden.SIZES, "model_type": "llama"}
