@@ -105,11 +105,11 @@ def next_rate(tried: Sequence[Tried], started: int) -> float | None:
     """
     if started < 2 or len(tried) >= started + FURTHER:
         return None
-    best = lowest(tried).rate
-    if best == tried[-1].rate:
-        return best * tried[-1].rate / tried[-2].rate
-    if best == tried[0].rate:
-        return best * tried[0].rate / tried[1].rate
+    best, rates = lowest(tried).rate, [own.rate for own in tried]
+    if best == rates[-1]:
+        return float(f"{best * rates[-1] / rates[-2]:.3g}")
+    if best == rates[0]:
+        return float(f"{best * rates[0] / rates[1]:.3g}")
     return None
 
 

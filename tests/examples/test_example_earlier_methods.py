@@ -363,7 +363,7 @@ def test_advice_follows_from_the_figures():
     for rows in found.values():
         assert rows[LORA]["rate"] == pytest.approx(5 * rows[FULL]["rate"])
     others = ["DoRA, rank 8", "adapters, Houlsby", "adapters, Pfeiffer", "BitFit"]
-    assert all(level(LORA, row) for row in [*others, "prompt", FULL])
+    assert all(level(LORA, row) for row in [*others, "prompt", "prefix", FULL])
     for behind in ("head only", "IA3"):
         assert not level(LORA, behind)
     assert level("LoRA, rank 1", "LoRA, rank 64")
@@ -373,8 +373,16 @@ def test_advice_follows_from_the_figures():
         assert found[ENCODER][row]["rate"] == 0.001
         assert level(row, "LoRA, rank 64")
     assert level("LoRA, all linear, rank 8", FULL, DECODER)
-    assert not level(LORA, FULL, DECODER)
     rows = found[DECODER]
+    behind = [LORA, "DoRA, rank 8", "IA3", "prompt", "prefix"]
+    assert not any(level(row, FULL, DECODER) for row in behind)
+    for row in behind:
+        assert min(rows[row]["test"]["loss"]) > np.mean(rows[FULL]["test"]["loss"])
+    for row in ("adapters, Houlsby", "adapters, Pfeiffer"):
+        losses = [rows[name]["test"]["loss"] for name in (row, FULL)]
+        assert abs(np.subtract(*map(np.mean, losses))) < max(map(np.std, losses))
+    for row in ("prompt", "prefix"):
+        assert all(found[task][row]["rate"] >= 0.1 for task in found)
     for row, more in (("adapters, Houlsby", 1), ("LoRA, all linear, rank 2", 4 / 3)):
         assert max(rows[row]["test"]["loss"]) < min(rows[LORA]["test"]["loss"])
         assert rows[row]["trained"] <= more * rows[LORA]["trained"]
