@@ -50,7 +50,7 @@ NAMES = NameMap(
         ),
     )
 )
-DIALECTS = ("mlx", "kohya", "diffusers")
+DIALECTS = ("mlx", "kohya", "kohya dora", "diffusers")
 LAYOUTS = ("peft", "unsloth", "per-expert", "stacked", "shared")
 ENDS = ("refused", "applied", "dropped", "crash")
 FORMATS = ("dense", *DIALECTS, *LAYOUTS)
@@ -64,8 +64,10 @@ def adapter(form: str) -> jlora.Trainable:
         return rng.normal(size=shape).astype(np.float32)
 
     for name, (n_in, n_out) in DENSE.items():
-        spec = Spec(rank=R, alpha=3.0)
-        lora[name] = Factors(numbers(n_in, R), numbers(R, n_out), spec)
+        dora = form.endswith("dora")
+        spec = Spec(rank=R, alpha=3.0, method="dora" if dora else "lora")
+        lengths = numbers(n_out) if dora else None
+        lora[name] = Factors(numbers(n_in, R), numbers(R, n_out), spec, lengths)
     for name, (n_in, n_out) in EXPERTS.items() if form in LAYOUTS else ():
         a, b = numbers(E, n_in, R), numbers(E, R, n_out)
         if form == "shared":
@@ -86,7 +88,7 @@ def params(form: str) -> dict[str, jax.ShapeDtypeStruct]:
 def write(form: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes a good adapter and returns the file of its tensors."""
     layout = form if form in LAYOUTS else None
-    dialect = form if form in DIALECTS else "peft"
+    dialect = form.removesuffix(" dora") if form in DIALECTS else "peft"
     own = adapter(form)
     jlora.peft.save(folder, own, names=NAMES, layout=layout, dialect=dialect)
     (file,) = folder.glob("*.safetensors")
@@ -98,7 +100,7 @@ def read(form: str, folder: pathlib.Path) -> bytes:
     layout = "unsloth" if form == "unsloth" else None
     got = jlora.peft.load(folder, params(form), names=NAMES, layout=layout)
     return b"".join(
-        f"{path} {f.scale}".encode() + np.asarray(f.a).tobytes() + bytes(f.b)
+        f"{path} {f.scale}".encode() + b"".join(map(bytes, jax.tree.leaves(f)))
         for path, f in sorted(got.lora.items())
     )
 

@@ -152,7 +152,7 @@ def quantize(
 @click.option("--portable", is_flag=True, help="Write only what vLLM loads.")
 @click.option(
     "--dialect",
-    type=click.Choice(["mlx", "kohya", "diffusers"]),
+    type=click.Choice(["mlx", "kohya", "kohya-sdxl", "diffusers"]),
     help="Whose files to write in place of PEFT's.",
 )
 @options.overwrite

@@ -18,6 +18,7 @@ from .._io.shards import FileSlot, Slot, find_tensors, open_tensors, tensor_file
 from .._tables import listed
 from .._text.json_text import parse_json
 from ..errors import CheckpointError, PeftError
+from ._sdxl import stability_name
 from .config import (
     CONFIG,
     FLOATS,
@@ -48,7 +49,8 @@ class Dialect:
       keys: for each of PEFT's names the patterns of the tool's, which have a group
         `module`, and perhaps `component`, the model of several, and `last`.
       turned: whether A is `[in, r]` and B `[r, out]`.
-      flat: whether the module's name has underscores in place of dots.
+      flat: whether the module's name has underscores in place of dots. Reading then
+        takes Stability's names of SDXL's modules too.
       begin: a pattern of the beginning of names, where the rest is as other tools'.
       place: where the tool's source says so.
     """
@@ -86,11 +88,15 @@ KOHYA = Dialect(
     keys=(
         (A, _KOHYA + r"lora_down\.weight"),
         (B, _KOHYA + r"lora_up\.weight"),
+        (MAGNITUDE, _KOHYA + r"dora_scale"),
         (ALPHA, _KOHYA + r"alpha"),
     ),
     place="diffusers 0.42.1, loaders/lora_conversion_utils.py: "
     "_convert_non_diffusers_lora_to_diffusers",
     flat=True,
+)
+KOHYA_SDXL = dataclasses.replace(
+    KOHYA, name="kohya-sdxl", tool="kohya's sd-scripts for SDXL"
 )
 DIFFUSERS = Dialect(
     name="diffusers",
@@ -106,7 +112,8 @@ DIFFUSERS = Dialect(
     place="diffusers 0.42.1, loaders/lora_base.py and loaders/peft.py",
     begin=f"({_COMPONENTS})\\.",
 )
-DIALECTS = (MLX, KOHYA, DIFFUSERS)
+DIALECTS = (MLX, KOHYA, DIFFUSERS)  # as they are read
+WRITTEN = (MLX, KOHYA, KOHYA_SDXL, DIFFUSERS)
 # Files that jlora does not read, by a name in them that no other has.
 _PEFT = r".*\.lora_[AB]\.weight"
 _OTHERS = (
@@ -134,24 +141,21 @@ class _Moved(FileSlot):
 
     Attributes:
       turned: whether its two axes are swapped.
-      ndim: how many axes it has: those of size 1 at its end are left out or added.
+      sizes: what is its shape then, with axes of size 1 added or left out.
     """
 
-    turned: bool = False
-    ndim: int | None = None
+    turned: bool
+    sizes: tuple[int, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its sizes."""
-        sizes = self.info.shape[::-1] if self.turned else self.info.shape
-        if self.ndim is None:
-            return sizes
-        return (*sizes, *[1] * self.ndim)[: self.ndim]
+        return self.sizes
 
     def read(self) -> np.ndarray:
         """Returns the tensor."""
         array = super().read()
-        return (array.T if self.turned else array).reshape(self.shape)
+        return (array.T if self.turned else array).reshape(self.sizes)
 
 
 def dialect_of(place: pathlib.Path) -> Dialect | None:
@@ -250,7 +254,7 @@ def translated(
             alphas[module] = _number(name, slot)
             continue
         if part:
-            slot = _as_peft(dialect, part, slot, (modules or {}).get(module))
+            slot = _as_peft(dialect, part, name, slot, (modules or {}).get(module))
         # What has no part is taken by nothing, and told.
         key = f"{PREFIX}{module}.{part}" if part else f"{PREFIX}{name}"
         if key in named:
@@ -273,8 +277,8 @@ def translated(
     if not ranks:
         raise PeftError(
             f"{str(place)!r}: none of its tensors is A of a module of the model, "
-            f"{listed(map(repr, slots), 2, ', ')}. {_sdxl(slots)}Give names=, or the "
-            "model with the names that the tool has for it."
+            f"{listed(map(repr, slots), 2, ', ')}. Give names=, or the model with "
+            "the names that the tool has for it."
         )
     if dialect is MLX:
         config = _of_mlx(place, ranks, metadata)
@@ -287,18 +291,6 @@ def translated(
     return fields, named, {}
 
 
-def _sdxl(names: Iterable[str]) -> str:
-    """Returns in words that names are those of SDXL's first code, if they are."""
-    if not any(
-        re.search("_(input_blocks|middle_block|output_blocks)_", n) for n in names
-    ):
-        return ""
-    return (
-        "These are kohya's names for SDXL, of Stability's own U-Net (`input_blocks`), "
-        "and diffusers' model has others (`down_blocks`). "
-    )
-
-
 class _Names:
     """What the modules of a tool's file are called in torch."""
 
@@ -309,9 +301,10 @@ class _Names:
         self.flat: dict[str, str] = {}
         twice = set()
         for module in modules if dialect.flat else ():
-            flat = module.replace(".", "_")
-            twice |= {flat} if flat in self.flat else set()
-            self.flat[flat] = module
+            for name in filter(None, (module, stability_name(module))):
+                flat = name.replace(".", "_")
+                twice |= {flat} if flat in self.flat else set()
+                self.flat[flat] = module
         for flat in twice:  # two modules of one name: neither is meant
             del self.flat[flat]
 
@@ -340,17 +333,39 @@ class _Names:
         return "", ""
 
 
-def _as_peft(dialect: Dialect, part: str, slot: FileSlot, ndim: int | None) -> Slot:
+def _as_peft(
+    dialect: Dialect, part: str, name: str, slot: FileSlot, ndim: int | None
+) -> Slot:
     """Returns a tensor with PEFT's axes: those of a convolution if the weight has."""
+    sizes = slot.shape
     # MLX's SwitchLinear, of all experts, has the axes that `layout="stacked"` has.
-    turned = dialect.turned and part in (A, B) and len(slot.shape) == 2
-    if part not in (A, B):
+    turned = dialect.turned and part in (A, B) and len(sizes) == 2
+    if turned:
+        sizes = sizes[::-1]
+    elif part == MAGNITUDE and dialect.flat:
+        sizes = _lengths(name, sizes, ndim or 2)
+    elif part in (A, B) and ndim is not None and not set(sizes[2:]) - {1}:
+        sizes = (*sizes, *[1] * ndim)[:ndim]
+    if sizes == slot.shape and not turned:
         return slot
-    tail = slot.shape[2:]
-    if turned or set(tail) - {1} or ndim is None or ndim == len(slot.shape):
-        ndim = None
-    moved = _Moved(slot.file, slot.info, slot.handles, slot.fault, turned, ndim)
-    return moved if turned or ndim is not None else slot
+    return _Moved(slot.file, slot.info, slot.handles, slot.fault, turned, sizes)
+
+
+def _lengths(name: str, sizes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """Returns the sizes that PEFT's magnitude has for a `dora_scale`.
+
+    LyCORIS has the norms over the inputs as `[out, 1, ...]` (`wd_on_out`, its default
+    today), which are PEFT's `[out]`, of a convolution `[1, out, 1, ...]`.
+    """
+    count = math.prod(sizes)
+    if not sizes or sizes[0] != count:
+        raise PeftError(
+            f"{name!r:.200} is {list(sizes)}: a length for each input (wd_on_out=False "
+            "of LyCORIS), and PEFT's DoRA and jlora's have one for each output, "
+            "[out, 1]. Merge the adapter where it was made, and take the difference "
+            "with jlora.extract."
+        )
+    return (1, count, *[1] * (ndim - 2)) if ndim > 2 else (count,)
 
 
 def _number(name: str, slot: Slot) -> float:

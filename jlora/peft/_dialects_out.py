@@ -14,7 +14,7 @@ from ._dialects import (
     DIFFUSERS,
     DIFFUSERS_KEY,
     DIFFUSERS_STEM,
-    KOHYA,
+    KOHYA_SDXL,
     MLX,
     MLX_STEM,
     SWITCH,
@@ -23,6 +23,7 @@ from ._dialects import (
     Dialect,
 )
 from ._experts import ROLES, role_of
+from ._sdxl import stability_name
 from .config import PeftConfig, pattern_lookup
 from .layers import MAGNITUDE
 
@@ -58,7 +59,7 @@ def in_dialect(
     pairs, magnitudes = _pairs(dialect, tensors, config)
     if dialect is MLX:
         return _mlx(pairs, magnitudes, config)
-    return _of_images(dialect, pairs, config, component)
+    return _of_images(dialect, pairs, magnitudes, component)
 
 
 _Pair = tuple[np.ndarray, np.ndarray, float]  # A, B and the scale
@@ -89,7 +90,7 @@ def _pairs(
                 wrong.append(f"{module}: a convolution")
             else:
                 pairs[module] = array, tensors[f"{module}.{B}"], scale
-        elif name.endswith(f".{MAGNITUDE}") and dialect is MLX:
+        elif name.endswith(f".{MAGNITUDE}"):
             lengths[name.removesuffix(f".{MAGNITUDE}")] = array
         elif not name.endswith(f".{B}"):
             wrong.append(name)
@@ -156,32 +157,21 @@ def _in_mlx(module: str) -> str:
 
 
 def _of_images(
-    dialect: Dialect, pairs: Mapping[str, _Pair], config: PeftConfig, component: str
+    dialect: Dialect,
+    pairs: Mapping[str, _Pair],
+    magnitudes: Mapping[str, np.ndarray],
+    component: str,
 ) -> Written:
     """Returns the one file of kohya's scripts or of diffusers."""
-    if config.dora:
-        raise PeftError(f"{dialect.tool}: jlora does not write its DoRA.")
+    alphas = {module: scale * a.shape[0] for module, (a, _, scale) in pairs.items()}
+    if dialect is not DIFFUSERS:
+        return _kohya(dialect, pairs, magnitudes, alphas, component)
     tensors: dict[str, np.ndarray] = {}
-    flat: dict[str, str] = {}
-    alphas: dict[str, float] = {}
-    for module, (a, b, scale) in pairs.items():
-        alphas[module] = scale * a.shape[0]
-        if dialect is DIFFUSERS:
-            stem = f"{component}.{module}"
-            tensors |= {f"{stem}.{A}": a, f"{stem}.{B}": b}
-            continue
-        name = module.replace(".", "_")
-        if name in flat:
-            raise PeftError(
-                f"{dialect.tool} has one name, {name!r}, for {flat[name]!r} and "
-                f"{module!r}."
-            )
-        flat[name] = module
-        stem = f"lora_{component}_{name}"
-        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}
-        tensors[f"{stem}.{ALPHA}"] = np.asarray(alphas[module], np.float32)
-    if dialect is KOHYA:
-        return KOHYA_STEM, tensors, {"ss_network_module": "networks.lora"}, None
+    for module, (a, b, _) in pairs.items():
+        stem = f"{component}.{module}"
+        tensors |= {f"{stem}.{A}": a, f"{stem}.{B}": b}
+        if module in magnitudes:
+            tensors[f"{stem}.{MAGNITUDE}"] = magnitudes[module]
     ranks = {module: a.shape[0] for module, (a, _, _) in pairs.items()}
     common = max(ranks.values(), key=[*ranks.values()].count)
     alpha = max(alphas.values(), key=[*alphas.values()].count)
@@ -191,7 +181,45 @@ def _of_images(
         "r": common,
         "rank_pattern": {f"^{m}": v for m, v in ranks.items() if v != common},
         "target_modules": sorted(pairs),
+        "use_dora": bool(magnitudes),
     }
     own = {f"{component}.{key}": value for key, value in fields.items()}
     text = json.dumps(own, indent=2, sort_keys=True)
     return DIFFUSERS_STEM, tensors, {"format": "pt", DIFFUSERS_KEY: text}, None
+
+
+def _kohya(
+    dialect: Dialect,
+    pairs: Mapping[str, _Pair],
+    magnitudes: Mapping[str, np.ndarray],
+    alphas: Mapping[str, float],
+    component: str,
+) -> Written:
+    """Returns the file of kohya's scripts, which LyCORIS has too."""
+    sdxl = dialect is KOHYA_SDXL
+    called = {module: stability_name(module) if sdxl else module for module in pairs}
+    if unknown := [module for module, name in called.items() if name is None]:
+        raise PeftError(
+            f"SDXL's U-Net has no {listed(map(repr, unknown), 3)}. dialect='kohya' "
+            "keeps the names of other models, and of SDXL's text encoders."
+        )
+    tensors: dict[str, np.ndarray] = {}
+    flat: dict[str, str] = {}
+    for module, (a, b, _) in pairs.items():
+        name = str(called[module]).replace(".", "_")
+        if name in flat:
+            raise PeftError(
+                f"{dialect.tool} has one name, {name!r}, for {flat[name]!r} and "
+                f"{module!r}."
+            )
+        flat[name] = module
+        stem = f"lora_{component}_{name}"
+        tensors |= {f"{stem}.lora_down.weight": a, f"{stem}.lora_up.weight": b}
+        tensors[f"{stem}.{ALPHA}"] = np.asarray(alphas[module], np.float32)
+        if module in magnitudes:  # of LyCORIS, with wd_on_out
+            m = magnitudes[module].reshape(-1, *[1] * (a.ndim - 1))
+            tensors[f"{stem}.dora_scale"] = m
+    about = {"ss_network_module": "networks.lora"}
+    if sdxl:
+        about["ss_base_model_version"] = "sdxl_base_v1-0"
+    return KOHYA_STEM, tensors, about, None

@@ -21,7 +21,7 @@ from .._tables import listed
 from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
-from ._dialects import DIALECTS, Dialect
+from ._dialects import WRITTEN, Dialect
 from ._dialects_out import Written, in_dialect
 from ._experts import ExpertLayout, layout_of
 from ._writing import Writing
@@ -89,10 +89,11 @@ def save(
         what `names` says, a parameter or a module for each.
       max_shard_bytes: split the tensors into files of at most so many bytes.
       dialect: whose files to write instead of PEFT's: `"mlx"` (`adapters.safetensors`
-        and its config), `"kohya"` (`lora.safetensors`) or `"diffusers"`
-        (`pytorch_lora_weights.safetensors`). They have linear layers, and the last two
-        convolutions; MLX has DoRA, and experts with `layout="stacked"`. `load` reads
-        them back.
+        and its config), `"kohya"` (`lora.safetensors`), `"kohya-sdxl"` (the same, with
+        Stability's names for diffusers' modules of SDXL's U-Net) or `"diffusers"`
+        (`pytorch_lora_weights.safetensors`). They have linear layers and DoRA; MLX has
+        experts with `layout="stacked"`, the others have convolutions. `load` reads them
+        back.
       component: what kohya's scripts and diffusers call the model in its pipeline:
         `"unet"`, `"transformer"`, `"te1"`, `"text_encoder"`.
 
@@ -270,7 +271,7 @@ def _dialect(name: str, *, portable: bool, max_bytes: int | None) -> Dialect | N
     Raises:
       PeftError: for another name, or arguments that only PEFT's files have.
     """
-    known = {dialect.name: dialect for dialect in DIALECTS}
+    known = {dialect.name: dialect for dialect in WRITTEN}
     if name not in ("peft", *known):
         raise PeftError(
             f"dialect must be one of peft, {', '.join(known)}, got {name!r:.50}."

@@ -1,5 +1,6 @@
 """Adapter files of other tools: MLX, kohya's scripts, diffusers, and unknown ones."""
 
+import dataclasses
 import json
 import math
 
@@ -59,9 +60,10 @@ def params(trainable: Trainable) -> dict:
     return tree
 
 
-def same_update(one: Trainable, other: Trainable) -> None:
+def same_update(one: Trainable, other: Trainable, base: float = 0.0) -> None:
     assert one.lora.keys() == other.lora.keys()
-    merged = [jlora.merge(params(one), t) for t in (one, other)]
+    weights = jax.tree.map(lambda x: x + base, params(one))
+    merged = [jlora.merge(weights, t) for t in (one, other)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *merged)
     assert all(np.any(x) for x in jax.tree.leaves(merged[0]))
 
@@ -159,14 +161,126 @@ def test_kohyas_window_of_one_is_a_matrix(tmp_path):
         jlora.files.read(tmp_path / "any.safetensors")
 
 
-def test_kohyas_names_of_sdxl_are_told(tmp_path):
-    stem = "lora_unet_input_blocks_4_1_proj_in"
-    ones = np.ones((2, 6), np.float32)
-    named = {f"{stem}.lora_down.weight": ones, f"{stem}.lora_up.weight": ones.T.copy()}
-    safetensors.numpy.save_file(named, tmp_path / "sdxl.safetensors")
-    own = Trainable({"x/to_q/kernel": factors(0)})
-    with pytest.raises(PeftError, match=r"kohya's names for SDXL, .* Give names="):
-        jlora.peft.load(tmp_path / "sdxl.safetensors", params(own), names=UNET)
+# Names of SDXL's U-Net, and what diffusers 0.42.1 makes of them.
+SDXL = {
+    "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks_2_0_emb_layers_1": "down_blocks.0.resnets.1.time_emb_proj",
+    "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks_4_0_skip_connection": "down_blocks.1.resnets.0.conv_shortcut",
+    "input_blocks_4_1_proj_in": "down_blocks.1.attentions.0.proj_in",
+    "input_blocks_8_1_transformer_blocks_9_attn2_to_out_0":
+        "down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_out.0",
+    "middle_block_0_out_layers_3": "mid_block.resnets.0.conv2",
+    "middle_block_1_proj_out": "mid_block.attentions.0.proj_out",
+    "middle_block_2_in_layers_2": "mid_block.resnets.1.conv1",
+    "output_blocks_0_1_transformer_blocks_3_ff_net_0_proj":
+        "up_blocks.0.attentions.0.transformer_blocks.3.ff.net.0.proj",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks_5_0_skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
+    "output_blocks_8_0_out_layers_3": "up_blocks.2.resnets.2.conv2",
+    "time_embed_2": "time_embedding.linear_2",  # kohya's own rules
+    "label_emb_0_0": "add_embedding.linear_1",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}  # fmt: skip
+
+
+def sdxl() -> tuple[Trainable, dict[str, np.ndarray]]:
+    """An adapter of such modules, and the weights, both under torch's names."""
+    lora, shapes = {}, {}
+    for n, module in enumerate(SDXL.values()):
+        f = factors(n)
+        axes = Axes((), (1,), (0,))
+        spec = dataclasses.replace(f.spec, axes=axes)
+        lora[f"{module}.weight"] = Factors(f.a, f.b, spec)
+        shapes[f"{module}.weight"] = np.zeros((5, 6), np.float32)
+    return Trainable(lora), shapes
+
+
+def test_kohyas_names_of_sdxl_there_and_back(tmp_path):
+    own, shapes = sdxl()
+    jlora.peft.save(tmp_path, own, dialect="kohya-sdxl")
+    names = safetensors.numpy.load_file(tmp_path / "lora.safetensors")
+    assert {n.split(".")[0] for n in names} == {f"lora_unet_{n}" for n in SDXL}
+    read = jlora.peft.load(tmp_path, shapes)
+    assert read.lora.keys() == own.lora.keys()
+    merged = [jlora.merge(shapes, t) for t in (own, read)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), *merged)
+    first = "lora_unet_input_blocks_4_1_proj_in"
+    twice = {n.replace(first, "lora_unet_down_blocks_1_attentions_0_proj_in"): x
+             for n, x in names.items()} | names  # fmt: skip
+    safetensors.numpy.save_file(twice, tmp_path / "lora.safetensors")
+    with pytest.raises(PeftError, match=r"_blocks_4_1_.*' is there twice"):
+        jlora.peft.load(tmp_path, shapes)
+
+
+def test_kohyas_names_that_sdxl_does_not_have(tmp_path):
+    own, shapes = sdxl()
+    (first, _), (second, _), *_ = own.lora.items()
+    other = "down_blocks.3.resnets.0.conv1.weight"
+    with pytest.raises(PeftError, match=r"has no 'down_blocks.3.resnets.0.conv1'.*'ko"):
+        jlora.peft.save(
+            tmp_path, Trainable({other: own.lora[first]}), dialect="kohya-sdxl"
+        )
+    jlora.peft.save(tmp_path, own, dialect="kohya-sdxl")
+    del shapes[second]
+    with pytest.raises(PeftError, match=r"extra: .*input_blocks_2_0_emb_layers_1"):
+        jlora.peft.load(tmp_path, shapes)
+    with pytest.raises(PeftError, match=r"none of its tensors is A .*Give names="):
+        jlora.peft.load(tmp_path, {other: shapes[first]})
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_dora_there_and_back(dialect, tmp_path):
+    """LyCORIS has the lengths of outputs as `[out, 1, ...]`."""
+    own = unet()
+    for path, f in own.lora.items():
+        spec = dataclasses.replace(f.spec, method="dora")
+        lengths = jnp.arange(1.0, 1.0 + f.b.shape[-1])
+        own.lora[path] = Factors(f.a, f.b, spec, lengths)
+    jlora.peft.save(tmp_path, own, names=UNET, dialect=dialect)
+    read = jlora.peft.load(tmp_path, params(own), names=UNET)
+    for path, f in own.lora.items():
+        assert read.lora[path].spec.method == "dora"
+        np.testing.assert_array_equal(read.lora[path].magnitude, f.magnitude)
+    same_update(own, read, base=1.0)
+    (file,) = tmp_path.glob("*.safetensors")
+    sizes = {n: x.shape for n, x in safetensors.numpy.load_file(file).items()}
+    wanted = {
+        "kohya": {"lora_unet_down_blocks_0_a_conv.dora_scale": (5, 1, 1, 1),
+                  "lora_unet_down_blocks_0_a_to_q.dora_scale": (5, 1)},
+        "diffusers": {"unet.down_blocks.0.a.conv.lora_magnitude_vector": (1, 5, 1, 1),
+                      "unet.down_blocks.0.a.to_q.lora_magnitude_vector": (5,)},
+    }[dialect]  # fmt: skip
+    assert wanted.items() <= sizes.items()
+
+
+@pytest.mark.parametrize(
+    ("shape", "text"),
+    [
+        ((5, 1), ""),
+        ((5,), ""),
+        ((1, 6), r"a length for each input \(wd_on_out=False of LyCORIS\)"),
+        ((1, 5), "a length for each input"),
+        ((6, 1), r"the magnitude is \[6\], not \[5\]"),
+        ((), "a length for each input"),
+    ],
+)
+def test_dora_scale_of_the_outputs_and_no_other(shape, text, tmp_path):
+    stem = "lora_unet_down_blocks_0_x_to_q"
+    named = {
+        f"{stem}.lora_down.weight": np.ones((2, 6), np.float32),
+        f"{stem}.lora_up.weight": np.ones((5, 2), np.float32),
+        f"{stem}.dora_scale": np.ones(shape, np.float32),
+    }
+    safetensors.numpy.save_file(named, tmp_path / "any.safetensors")
+    weights = params(Trainable({"x/to_q/kernel": factors(0)}))
+    if text:
+        with pytest.raises(PeftError, match=text):
+            jlora.peft.load(tmp_path / "any.safetensors", weights, names=UNET)
+        return
+    read = jlora.peft.load(tmp_path / "any.safetensors", weights, names=UNET)
+    assert read.lora["x/to_q/kernel"].magnitude.shape == (5,)
 
 
 def test_other_model_of_the_pipeline_is_told(tmp_path):
@@ -258,7 +372,6 @@ def test_what_a_tool_has_no_form_for(tmp_path):
     own = decoder()
     head = Trainable({**own.lora, "lm_head/kernel": factors(8)})
     refuses(head, "MLX adapts only modules in `layers.N.`: lm_head", dialect="mlx")
-    refuses(decoder(method="dora"), "no form for", dialect="kohya")
     refuses(unet(), "a convolution", dialect="mlx", names=UNET)
     refuses(own, "dialect must be one of peft, mlx, kohya", dialect="nemo")
     refuses(own, "only for PEFT's files", dialect="mlx", portable=True)
