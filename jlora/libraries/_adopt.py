@@ -60,7 +60,8 @@ def adopt(
 
     Raises:
       TreeError: lists factors that are left over, that lack their other half or their
-        weight, or whose shapes do not fit or leave the axes open.
+        weight, whose shapes do not fit or leave the axes open, or whose operation
+        neither a rule nor a plan tells.
       ConfigError: if `alpha` is missing, is not wanted or does not cover all weights;
         if an argument is of another type, or `plan` leaves an adapted weight frozen.
 
@@ -94,9 +95,17 @@ def adopt(
         if isinstance(layout, str):
             faults.append(layout)
             continue
+        op = spec.op if spec else pair.place.operation(pair.path, len(w.shape))
+        if not op:
+            faults.append(
+                f"the kernel {pair.path!r} {list(w.shape)} may be of a convolution or "
+                "of an einsum, and its layer's name does not tell: give "
+                "plan=jlora.plan(fn, base_params, *args, config=config)"
+            )
+            continue
         a, b = layout.read(a, b, w.shape)
         own = scales[pair.path](a.shape[-1])
-        own = dataclasses.replace(own, op=pair.place.op, axes=layout.axes)
+        own = dataclasses.replace(own, op=op, axes=layout.axes)
         lora[pair.path] = Factors(a, b, own)
         if spec is not None:
             lora[pair.path] = _as_planned(lora[pair.path], spec)

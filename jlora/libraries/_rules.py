@@ -27,6 +27,10 @@ class Place:
       scale: `"alpha"` if the library multiplies by a number that is not in the tree,
         `"one"` if it does not, or the pattern of the leaf that holds the multiplier.
       op: `"linear"`, `"embedding"` or `"conv"`, unless a plan tells.
+      op_of: for libraries whose layers call kernels of several operations the same:
+        pairs of a regular expression and of the operation that a weight of more than
+        two axes has, if the expression is all of the name of its layer. If none is,
+        only a plan tells. A matrix has `op`.
       stacked: the axis along which the library stacks the layers of a loop in weight
         and factors, if it is not in front. Shapes must agree, else there is no such
         loop. It is for `axes=""`.
@@ -46,6 +50,7 @@ class Place:
     axes: str = ""
     scale: str = ALPHA
     op: str = "linear"
+    op_of: tuple[tuple[str, str], ...] = ()
     stacked: int | None = None
     wrapper: str = ""
 
@@ -60,6 +65,20 @@ class Place:
             )
         if self.axes:
             read_axes(self.axes)
+
+    def operation(self, path: str, ndim: int) -> str:
+        """Returns the operation of the weight at `path`; "" if only a plan tells.
+
+        Examples:
+          >>> rule = Place("*/w", "*/a", "*/b", op_of=((".*conv.*", "conv"),))
+          >>> rule.operation("conv1/w", 4), rule.operation("x/w", 4)
+          ('conv', '')
+        """
+        if ndim <= 2 or not self.op_of:
+            return self.op
+        layer = path.split("/")[-2:][0]
+        hits = (op for name, op in self.op_of if re.fullmatch(name, layer))
+        return next(hits, "")
 
 
 @dataclasses.dataclass(frozen=True)

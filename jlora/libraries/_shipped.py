@@ -45,13 +45,25 @@ GEMMA = Library(
     ),
 )
 
+# Keras calls the kernels of an EinsumDense and of a convolution the same. The names are
+# those that Keras gives if none is given, and those in the attention of KerasHub.
+_EINSUMS = (
+    r"einsum_dense.*|(.*_)?(query|key|value)(_dense)?|(attention_)?output(_dense)?"
+)
+
 #: Keras: `layer.enable_lora` of Dense, EinsumDense, Embedding and convolutions. The
 #: tree is `{v.path: v.value for v in model.variables}`. Scale `lora_alpha / rank`.
 #: https://github.com/keras-team/keras/blob/master/keras/src/layers/core/dense.py
 KERAS = Library(
     "keras",
     (
-        Place("*/kernel", "*/lora_kernel_a", "*/lora_kernel_b", "... o -> ... r, r o"),
+        Place(
+            "*/kernel",
+            "*/lora_kernel_a",
+            "*/lora_kernel_b",
+            "... o -> ... r, r o",
+            op_of=((r"(?i).*conv.*", "conv"), (_EINSUMS, "linear")),
+        ),
         Place(
             "*/embeddings",
             "*/lora_embeddings_a",

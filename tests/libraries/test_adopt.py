@@ -69,8 +69,10 @@ CASES = {
                   (5, 2), (2, 6), "ir,ro->io", 1.0),
     "gemma dense": ("gemma", "d/kernel", (5, 6), "d/lora/{}", (5, 2), (2, 6),
                     "ir,ro->io", 1.0),
-    "keras heads": ("keras", "q/kernel", (6, 2, 6), "q/lora_kernel_{}", (6, 2, 2),
-                    (2, 6), "dnr,rh->dnh", 3.0),
+    "keras heads": ("keras", "query/kernel", (6, 2, 6), "query/lora_kernel_{}",
+                    (6, 2, 2), (2, 6), "dnr,rh->dnh", 3.0),
+    "keras conv": ("keras", "conv2d/kernel", (3, 3, 4, 5), "conv2d/lora_kernel_{}",
+                   (3, 3, 4, 2), (2, 5), "hwir,ro->hwio", 3.0),
     "keras table": ("keras", "t/embeddings", (6, 6), "t/lora_embeddings_{}", (6, 2),
                     (2, 6), "ir,ro->io", 3.0),
     "openpi q": ("openpi", "q_einsum/w", (2, 4, 4), "q_einsum/lora_{}", (2, 4, 2),
@@ -198,26 +200,62 @@ def test_plan_gives_the_axes_of_the_operation():
     params = tree(weight, w, [name.format(half) for half in "ab"], a, b)
     x = rand(3, 6)
     base, plain = jlora.adopt(params, library, alpha=6.0)
-    fn = lambda p, x: jnp.einsum("td,dnh->tnh", x, p["q"]["kernel"])  # noqa: E731
+    fn = lambda p, x: jnp.einsum("td,dnh->tnh", x, p["query"]["kernel"])  # noqa: E731
     frozen, trainable = jlora.adopt(
         params, library, alpha=6.0, plan=planned(base, fn, x)
     )
-    spec = trainable.lora["q/kernel"].spec
+    spec = trainable.lora["query/kernel"].spec
     assert (spec.axes.fan_in, spec.axes.fan_out, spec.rank) == ((0,), (1, 2), 4)
-    merged = [jlora.merge(frozen, t)["q"]["kernel"] for t in (plain, trainable)]
+    merged = [jlora.merge(frozen, t)["query"]["kernel"] for t in (plain, trainable)]
     np.testing.assert_allclose(*merged, rtol=1e-6, atol=1e-6)
     activated = jlora.plan(
         fn, base, x, config=jlora.LoraConfig(rank=1, invocation=(3,))
     )
     _, trainable = jlora.adopt(params, library, alpha=6.0, plan=activated)
-    assert trainable.lora["q/kernel"].spec.invocation == (3,)
+    assert trainable.lora["query/kernel"].spec.invocation == (3,)
     for config, message in (
-        ({"targets": (), "train": ("**",)}, r"leaves 'q/kernel' frozen: name them"),
-        ({"method": "dora"}, r"plain LoRA, but .*'q/kernel': dora"),
+        ({"targets": (), "train": ("**",)}, r"leaves 'query/kernel' frozen: name them"),
+        ({"method": "dora"}, r"plain LoRA, but .*'query/kernel': dora"),
     ):
         plan = jlora.plan(fn, base, x, config=jlora.LoraConfig(rank=1, **config))
         with pytest.raises(jlora.ConfigError, match=message):
             jlora.adopt(params, library, alpha=6.0, plan=plan)
+
+
+def test_kernel_of_a_keras_convolution_is_told_by_its_layer_or_the_plan():
+    def params(layer, *w):
+        names = [f"{layer}/lora_kernel_{half}" for half in "ab"]
+        return tree(f"{layer}/kernel", w, names, (*w[:-1], 2), (2, w[-1]))
+
+    for layer, w, a, b in (
+        ("block1_conv2", (3, 3, 4, 5), (2, 4, 3, 3), (5, 2, 1, 1)),
+        ("conv1d", (3, 4, 5), (2, 4, 3), (5, 2, 1)),
+        ("conv_head", (4, 5), (2, 4), (5, 2)),  # a Dense, whatever its name
+        ("einsum_dense_1", (3, 4, 5), (2, 12), (5, 2)),
+        ("key_dense", (3, 4, 5), (2, 12), (5, 2)),
+        ("attention_output", (3, 4, 5), (2, 12), (5, 2)),
+    ):
+        _, own = jlora.adopt(params(layer, *w), "keras", alpha=6.0)
+        _, arrays = jlora.peft.tensors(own)
+        assert [x.shape for x in arrays.values()] == [a, b], layer
+    mix = params("conv/mix", 3, 4, 5)
+    with pytest.raises(
+        jlora.TreeError, match=r"'conv/mix/kernel' \[3, 4, 5\] may be of a con.*plan="
+    ):
+        jlora.adopt(mix, "keras", alpha=6.0)
+    base = {"conv": {"mix": {"kernel": mix["conv"]["mix"]["kernel"]}}}
+
+    def fn(p, x):
+        sides = ("NWC", "WIO", "NWC")
+        kernel = p["conv"]["mix"]["kernel"]
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1,), "SAME", dimension_numbers=sides
+        )
+
+    config = jlora.LoraConfig(rank=1, targets=("**/kernel",))
+    plan = jlora.plan(fn, base, rand(1, 6, 4), config=config)
+    _, own = jlora.adopt(mix, "keras", alpha=6.0, plan=plan)
+    assert own.lora["conv/mix/kernel"].spec.op == "conv"
 
 
 def test_shared_factor_of_experts_is_repeated_and_goes_back():
