@@ -69,6 +69,10 @@ class Place:
     def operation(self, path: str, ndim: int) -> str:
         """Returns the operation of the weight at `path`; "" if only a plan tells.
 
+        Args:
+          path: of the weight.
+          ndim: how many axes it has.
+
         Examples:
           >>> rule = Place("*/w", "*/a", "*/b", op_of=((".*conv.*", "conv"),))
           >>> rule.operation("conv1/w", 4), rule.operation("x/w", 4)
