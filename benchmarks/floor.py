@@ -15,14 +15,19 @@ from . import common, models
 
 # What a default run covers: kind, width, layers, dtype.
 DEFAULT = (
-    ("linen", 256, 4, "float32"),
-    ("linen", 512, 4, "float32"),
-    ("linen", 1024, 2, "float32"),
-    ("linen", 2048, 2, "float32"),
-    ("nnx", 1024, 2, "float32"),
-    ("scan", 512, 4, "float32"),
-    ("conv", 256, 4, "float32"),
-    ("linen", 512, 4, "bfloat16"),
+    ("linen", 256, 4, "float32", 8),
+    ("linen", 512, 4, "float32", 8),
+    ("linen", 1024, 2, "float32", 8),
+    ("linen", 2048, 2, "float32", 8),
+    ("nnx", 1024, 2, "float32", 8),
+    ("scan", 512, 4, "float32", 8),
+    ("conv", 256, 4, "float32", 8),
+    ("linen", 512, 4, "bfloat16", 8),
+    ("linen", 512, 4, "float32", 4),
+    ("linen", 512, 4, "float32", 64),
+    ("linen", 1024, 2, "float32", 4),
+    ("linen", 1024, 2, "float32", 64),
+    ("linen", 1024, 2, "bfloat16", 8),
 )
 LAYERS = {256: 4, 512: 4, 1024: 2, 2048: 2}
 
@@ -104,21 +109,22 @@ def label(case: common.Figures) -> str:
     )
 
 
-def cases(options: argparse.Namespace) -> list[tuple[str, models.Size]]:
-    """Returns the models that the flags ask for."""
-    if options.kind or options.width or options.dtype:
+def cases(options: argparse.Namespace) -> list[tuple[str, models.Size, int]]:
+    """Returns the models that the flags ask for, and their ranks."""
+    if options.kind or options.width or options.dtype or options.rank:
         chosen = [
-            (kind, width, options.layers or LAYERS.get(width, 2), dtype)
+            (kind, width, options.layers or LAYERS.get(width, 2), dtype, rank)
             for kind in options.kind or ("linen",)
             for width in options.width or (512,)
             for dtype in options.dtype or ("float32",)
+            for rank in options.rank or (8,)
         ]
     else:
         chosen = DEFAULT
     size = models.Size(batch=options.batch, length=options.length)
     return [
-        (kind, dataclasses.replace(size, width=width, layers=layers, dtype=dtype))
-        for kind, width, layers, dtype in chosen
+        (kind, dataclasses.replace(size, width=width, layers=layers, dtype=dtype), rank)
+        for kind, width, layers, dtype, rank in chosen
     ]
 
 
@@ -128,27 +134,26 @@ def main() -> None:
     parser.add_argument("--kind", nargs="*", choices=models.KINDS)
     parser.add_argument("--width", nargs="*", type=int)
     parser.add_argument("--dtype", nargs="*", choices=("float32", "bfloat16"))
-    parser.add_argument("--rank", nargs="*", type=int, default=[8])
+    parser.add_argument("--rank", nargs="*", type=int)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10, help="0: do not time")
     options = parser.parse_args()
     found = []
-    for kind, size in cases(options):
-        for rank in options.rank:
-            model = models.KINDS[kind](size)
-            rows = training(model, rank, options.rounds)
-            use = inference(model, rank, options.rounds)
-            case = {"kind": kind, "rank": rank, **dataclasses.asdict(size)}
-            print(f"\n{label(case)}\n{common.show(columns(rows))}")
-            print(f"merged: {'the' if use['same_program'] else 'NOT the'} base's HLO")
-            if use["seconds"]:
-                ratio = use["seconds"]["unmerged"] / use["seconds"]["base"]
-                print(f"unmerged inference: {ratio:.2f} × base", flush=True)
-            found.append({"case": case, "training": rows, "inference": use})
-            # After each, so that a run that is cut short is not lost.
-            common.write(options.json, common.environment(), cases=found)
+    for kind, size, rank in cases(options):
+        model = models.KINDS[kind](size)
+        rows = training(model, rank, options.rounds)
+        use = inference(model, rank, options.rounds)
+        case = {"kind": kind, "rank": rank, **dataclasses.asdict(size)}
+        print(f"\n{label(case)}\n{common.show(columns(rows))}")
+        print(f"merged: {'the' if use['same_program'] else 'NOT the'} base's HLO")
+        if use["seconds"]:
+            ratio = use["seconds"]["unmerged"] / use["seconds"]["base"]
+            print(f"unmerged inference: {ratio:.2f} × base", flush=True)
+        found.append({"case": case, "training": rows, "inference": use})
+        # After each, so that a run that is cut short is not lost.
+        common.write(options.json, common.environment(), cases=found)
 
 
 if __name__ == "__main__":
