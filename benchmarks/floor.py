@@ -13,7 +13,7 @@ import jlora
 
 from . import common, models
 
-# What a default run covers: kind, width, layers, dtype.
+# What a default run covers: kind, width, layers, dtype, rank.
 DEFAULT = (
     ("linen", 256, 4, "float32", 8),
     ("linen", 512, 4, "float32", 8),
