@@ -41,7 +41,7 @@ class Case:
 
 
 CASES = (
-    Case("–"),
+    Case("nothing"),
     Case("TPU v5p", chip="v5p"),
     Case("TPU v6e", chip="v6e"),
     Case("width 1024", size=(("width", 1024),)),
