@@ -199,6 +199,7 @@ def test_the_loss_is_that_of_the_answers_of_each_document(base, talks):
     assert packed == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "flags",
     [

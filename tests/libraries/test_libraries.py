@@ -655,6 +655,7 @@ def test_fresh_adapter_changes_nothing(case):
     check_fresh(case)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", params(CASES, RANDOM))
 def test_adapted_equals_merged_in_value_and_gradient(case):
     check_random(case)
@@ -672,6 +673,7 @@ def test_gpt2_factors_are_on_the_input_side():
         assert factors.b.shape == (2, 24)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "config"), [("GPT2LMHeadModel", GPT2), ("LlamaForCausalLM", LLAMA)]
 )

@@ -178,6 +178,7 @@ def test_dora_is_the_formula_of_the_paper():
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("alpha", [1e-30, 1e20, 1e35])
 def test_dora_at_a_scale_whose_square_is_out_of_reach(alpha):
     """B that makes up for the scale gives what it gives at a scale of 1."""
@@ -414,6 +415,7 @@ def test_a_misshapen_magnitude_is_named():
         jlora.merge(frozen, jlora.Trainable({"heads": bad}))
 
 
+@pytest.mark.once
 def test_dora_in_low_precision_stays_near_the_merged_weights():
     _, _, frozen, trainable = adapt(jnp.bfloat16, method="dora")
     lora_fn = jlora.apply_lora(model, on_merge="error")
@@ -422,6 +424,7 @@ def test_dora_in_low_precision_stays_near_the_merged_weights():
     np.testing.assert_allclose(out, expected, rtol=0.1, atol=0.15)
 
 
+@pytest.mark.once
 def test_adalora_prunes_to_its_budget_and_trains(standard_dtypes):
     params, plan, frozen, _ = adapt(method="adalora", targets="{layers,heads}")
     _, trainable = jlora.split(jax.random.key(0), params, plan)

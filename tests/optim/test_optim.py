@@ -84,6 +84,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_leaves_stay_bit_identical_and_trained_ones_move(name):
     before = parts()
@@ -97,6 +98,7 @@ def test_frozen_leaves_stay_bit_identical_and_trained_ones_move(name):
         assert bool(jnp.isfinite(b).all())
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trained_leaves_move_as_without_the_frozen_side(name):
     """`masked(tx)` on both sides does what `tx` does on the trainable alone."""

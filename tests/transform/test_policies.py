@@ -178,6 +178,7 @@ def test_a_gain_and_a_shared_product_follow_the_policy(method):
     assert found == floor
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("place", [in_scan, around], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("policy", ["dots", "names", "offloaded dots", "own"])
 def test_values_and_gradients_do_not_depend_on_the_policy(policy, place):

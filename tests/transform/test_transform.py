@@ -68,6 +68,7 @@ def test_plan_names_route_operation_and_axes(case):
         assert row.op == case.op
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("case", ADAPTABLE, ids=str)
 def test_what_the_plan_says_is_what_is_done(case, method):

@@ -16,7 +16,7 @@ import jlora
 from tests.helpers import normal
 from tests.transform.quantised_helpers import KINDS, same_over_codes
 
-EXAMPLES = max(settings().max_examples, min(300, 3 * settings().max_examples))
+EXAMPLES = max(settings().max_examples, min(300, 2 * settings().max_examples))
 SIZES = st.lists(st.integers(1, 3), max_size=2)
 
 
