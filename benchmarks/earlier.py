@@ -196,12 +196,15 @@ def measured(size: Size, sharding: Any = None) -> common.Figures:
 def training_columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns a line for each method's training step, beside LoRA's."""
     base = next(row for row in rows if row["row"] == LORA)
-    head = ("method", "trained", "kept", "temp MiB", "temp × LoRA")
+    head = ("method", "trained", "kept", "step ms", "time × LoRA")
+    head += ("temp MiB", "temp × LoRA")
     return head, [
         (
             row["row"],
             f"{row['trained']:,}",
             nbytes(row["kept_bytes"]),
+            common.fixed(row.get("seconds"), 0, 1e-3),
+            common.ratio(row, base, "seconds"),
             common.fixed(row["temp_bytes"], 1, 2**20),
             common.ratio(row, base, "temp_bytes"),
         )
@@ -228,13 +231,16 @@ def main() -> None:
     parser = common.parser("earlier", __doc__)
     parser.add_argument("--target", choices=("cpu", "tpu"), default="cpu")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=7, help="steps; 0: do not time")
     options = parser.parse_args()
     size = Size(384, options.layers)
     if options.target == "tpu":
         _ahead(options.json.with_suffix(".tpu.json"), size)
         return
     steps = training(size)
-    rows = [_described(name, step) for name, step in steps.items()]
+    about = {name: _described(name, step) for name, step in steps.items()}
+    figures = common.measure(steps, options.rounds)  # donates what steps start from
+    rows = [{**about[name], **own} for name, own in figures.items()]
     shown = {"step": STEP, "layers": options.layers}
     found = measured(size)
     common.write(
@@ -243,12 +249,10 @@ def main() -> None:
 
 
 def _described(name: str, step: common.Step) -> common.Figures:
-    """Returns what a step trains, what is kept of it, and the compiler's figures."""
+    """Returns what a step trains, and how many bytes are kept of it."""
     trained = step[1][0]
     count = sum(x.size for x in jax.tree.leaves(trained))
-    _, figures = common.compile_step(step)
-    kept = kept_bytes(name, trained)
-    return {"row": name, "trained": count, "kept_bytes": kept, **figures}
+    return {"row": name, "trained": count, "kept_bytes": kept_bytes(name, trained)}
 
 
 def _ahead(path: Path, size: Size) -> None:

@@ -161,8 +161,8 @@ def costs(found: common.Figures, ahead: common.Figures | None) -> str:
         source(found["environment"]),
         "MiniLM has random weights here, and each method works in all of its layers. A "
         f"step has {size[0]} sentences of {size[1]} tokens. *Kept* is what has to be "
-        "stored of a task, in float32. The machine was shared, so that steps were not "
-        "timed; the [performance](performance.md) page times LoRA's.\n",
+        "stored of a task, in float32. Steps take turns, and times are medians; the "
+        "[performance](performance.md) page has LoRA's beside the floor.\n",
         markdown(earlier.training_columns(rows)),
         "### Inference\n",
         f"Merged LoRA lowers to {same} program as the frozen model: its ratio should "

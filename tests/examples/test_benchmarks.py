@@ -142,7 +142,7 @@ def test_merged_lora_costs_nothing_and_earlier_methods_do(monkeypatch):
 def test_columns_of_earlier_methods_are_multiples():
     row = {"trained": 8, "kept_bytes": 32, "temp_bytes": 2**20}
     rows = [{"row": earlier.LORA, **row}, {"row": "full", **row, "temp_bytes": 2**21}]
-    assert earlier.training_columns(rows)[1][1][3:] == ("2.0", "2.00")
+    assert earlier.training_columns(rows)[1][1][3:] == ("–", "–", "2.0", "2.00")
     rows = [
         {"row": name, "inputs": at, "flops": flops}
         for name, flops in ((earlier.FROZEN, 10.0), ("prefix", 11.0))

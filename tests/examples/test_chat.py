@@ -29,6 +29,8 @@ from examples.sharded.loop import State, create_state
 from tests.examples.chat_helpers import conversations, hub_directory
 from tests.helpers import close, same
 
+pytestmark = pytest.mark.once
+
 SIZES = ["--length", "64", "--batch-size", "4", "--rank", "2", "--held-out", "8"]
 SIZES += ["--tokens", "4", "--samples", "0"]
 
@@ -123,7 +125,6 @@ def test_one_command_makes_an_adapter_that_peft_reads(start, base, capsys):
     assert tensors[name].shape == (2, 16)
 
 
-@pytest.mark.once
 def test_shares_of_blocks_weights_and_flops(base, capsys):
     """Counted by hand: width 16, hidden 24, heads 2 and 1 of 8, 2 layers, no ties."""
     config, params = hub.load(base, dtype="float32")
@@ -139,7 +140,6 @@ def test_shares_of_blocks_weights_and_flops(base, capsys):
     assert f"2 of 2 blocks, {shares}" in text
 
 
-@pytest.mark.once
 def test_some_blocks_and_a_tied_head(tmp_path):
     folder = hub_directory(tmp_path / "tied", tie_word_embeddings=True)
     config, params = hub.load(folder, dtype="float32", scan=False)
@@ -199,7 +199,6 @@ def test_the_loss_is_that_of_the_answers_of_each_document(base, talks):
     assert packed == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     "flags",
     [
@@ -228,7 +227,6 @@ def test_flags_reach_what_they_name(start, flags, capsys):
         assert "nf4 of float32" in told
 
 
-@pytest.mark.once
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(start, base, talks, tmp_path):
     """Killed in the middle of an epoch, which has 32 rows: four a step."""
     flags = ["--steps", "8", "--save-every", "2", "--no-merged"]
@@ -303,7 +301,6 @@ def test_a_run_goes_on_with_the_same_bits_on_another_mesh(start, monkeypatch):
     assert dict(leaf.sharding.mesh.shape) == {"tensor": 2}
 
 
-@pytest.mark.once
 def test_losses_are_the_same_on_any_mesh(start):
     found = [
         [
@@ -319,7 +316,6 @@ def test_losses_are_the_same_on_any_mesh(start):
     np.testing.assert_allclose(*found, rtol=1e-4)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -337,7 +333,6 @@ def test_flags_that_cannot_be_are_told(flags, told, capsys):
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.once
 def test_what_does_not_fit_is_told_without_a_traceback(start, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"4 rows .* cannot be cut into 8 equal parts"):
         start("--mesh", "fsdp=8")
@@ -354,13 +349,11 @@ def test_what_does_not_fit_is_told_without_a_traceback(start, tmp_path, monkeypa
     start("--steps", "1", "--lr", "0.5", "--restart")
 
 
-@pytest.mark.once
 def test_a_loss_that_is_not_finite_ends_the_run(start):
     with pytest.raises(SystemExit, match=r"The loss of step \d+ is nan. Lower --lr"):
         start("--steps", "6", "--lr", "1e30", "--clip", "1e30", "--save-every", "50")
 
 
-@pytest.mark.once
 def test_metrics_of_steps_that_are_done_again_are_taken_out(tmp_path):
     with metrics.Log(tmp_path, first=0, tensorboard=False) as log:
         for step in range(1, 5):
@@ -374,7 +367,6 @@ def test_metrics_of_steps_that_are_done_again_are_taken_out(tmp_path):
     ]
 
 
-@pytest.mark.once
 def test_tensorboard_gets_the_metrics_or_its_absence_is_told(
     tmp_path, monkeypatch, capsys
 ):
@@ -401,7 +393,6 @@ def test_tensorboard_gets_the_metrics_or_its_absence_is_told(
     assert written == ["tensorboard", ("loss", 1.0, 1), "closed"]
 
 
-@pytest.mark.once
 def test_the_rate_rises_and_falls():
     rate = loop.learning_rate(1.0, 10, warmup=0.2, schedule="linear")
     assert [round(float(rate(i)), 2) for i in range(11)] == [
@@ -413,7 +404,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "docs" / "fine_tune_llm.md", ROOT / "examples" / "chat" / "README.md"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_shows_runs(page, base, tmp_path, monkeypatch):
     """Its data, its commands with a tiny model, and its Python."""
@@ -437,7 +427,6 @@ def test_what_a_page_shows_runs(page, base, tmp_path, monkeypatch):
         assert Path("adapter/adapter_model.safetensors").exists()
 
 
-@pytest.mark.once
 def test_readme_names_each_flag():
     named = {*re.findall(r"`--([a-z-]+)", PAGES[1].read_text())}
     assert {name.replace("_", "-") for name in vars(parse([]))} <= named

@@ -19,14 +19,15 @@ from examples.chat.generate import generate
 from examples.chat.model import decode, empty_cache, forward, init, shapes
 from tests.golden import decoder_cases as golden
 
+pytestmark = pytest.mark.once
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LOGITS = np.load(GOLDEN / "decoders.npz")
 CONFIGS = json.loads((GOLDEN / "decoders.json").read_text())["configs"]
 TOKENS = jnp.asarray(golden.tokens(), jnp.int32)
 # Windows, two kinds of rotary positions and none: what a cache can get wrong.
 VARIED = ("llama_llama3", "mistral", "smollm3_sliding", "gemma2")
-ONCE = pytest.mark.once
-SCAN = pytest.mark.parametrize("scan", [True, pytest.param(False, marks=ONCE)])
+SCAN = pytest.mark.parametrize("scan", [True, False])
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +78,6 @@ def run(params, tokens, positions=None, segments=None, *, config, last=None):
     return forward(params, tokens, positions, segments, config=config, last=last)
 
 
-@pytest.mark.once
-@ONCE
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("case", golden.CASES)
 def test_logits_are_those_of_transformers(model, case, scan):
@@ -86,7 +85,6 @@ def test_logits_are_those_of_transformers(model, case, scan):
     near(run(params, TOKENS, config=config), LOGITS[case])
 
 
-@ONCE
 @pytest.mark.parametrize("case", golden.CASES)
 def test_old_and_new_forms_of_a_config_say_the_same(case):
     assert DecoderConfig.from_hub(golden.CASES[case]) == DecoderConfig.from_hub(
@@ -98,8 +96,8 @@ def test_old_and_new_forms_of_a_config_say_the_same(case):
     ("case", "scan"),
     [
         ("gemma3", True),
-        pytest.param("gemma3", False, marks=ONCE),
-        *(pytest.param(case, True, marks=ONCE) for case in VARIED),
+        ("gemma3", False),
+        *((case, True) for case in VARIED),
     ],
 )
 def test_tokens_with_a_cache_have_the_logits_of_the_whole(model, case, scan):
@@ -120,9 +118,7 @@ def test_tokens_with_a_cache_have_the_logits_of_the_whole(model, case, scan):
         near(logits[:, 0], whole[[asked + i, short + i]])
 
 
-@pytest.mark.parametrize(
-    "case", ["gemma3", pytest.param("smollm3_sliding", marks=ONCE)]
-)
+@pytest.mark.parametrize("case", ["gemma3", "smollm3_sliding"])
 def test_a_document_does_not_see_the_one_before_it(model, case):
     config, params = model(case)
     first, second = jnp.split(TOKENS, [11], axis=1)
@@ -248,7 +244,6 @@ def test_a_model_is_loaded_onto_a_mesh_and_into_codes(directory):
     assert np.abs(got - LOGITS["qwen3"]).max() < 0.1
 
 
-@ONCE
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
     """Beside what is on the device; numpy tells what it allocates."""

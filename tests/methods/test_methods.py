@@ -12,6 +12,8 @@ import jlora
 from jlora.methods import leaf_shapes, low_rank_pair
 from jlora.methods.vera import shared
 
+pytestmark = pytest.mark.once
+
 METHODS = ["lora", "dora", "vera", "adalora", "lora_xs", "mica"]
 
 
@@ -61,7 +63,6 @@ def randomised(trainable):
     )
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_at_the_base(method):
     params, plan, _, _ = adapt(method=method)
@@ -123,7 +124,6 @@ def test_leaves_and_counts_are_as_planned(method):
         assert row.trained == sum(jax.tree.leaves(trained))
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("method", METHODS)
 def test_files_and_reports_know_every_method(method, tmp_path):
     _, plan, frozen, trainable = adapt(method=method)
@@ -178,7 +178,6 @@ def test_dora_is_the_formula_of_the_paper():
     )
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("alpha", [1e-30, 1e20, 1e35])
 def test_dora_at_a_scale_whose_square_is_out_of_reach(alpha):
     """B that makes up for the scale gives what it gives at a scale of 1."""
@@ -415,7 +414,6 @@ def test_a_misshapen_magnitude_is_named():
         jlora.merge(frozen, jlora.Trainable({"heads": bad}))
 
 
-@pytest.mark.once
 def test_dora_in_low_precision_stays_near_the_merged_weights():
     _, _, frozen, trainable = adapt(jnp.bfloat16, method="dora")
     lora_fn = jlora.apply_lora(model, on_merge="error")
@@ -424,7 +422,6 @@ def test_dora_in_low_precision_stays_near_the_merged_weights():
     np.testing.assert_allclose(out, expected, rtol=0.1, atol=0.15)
 
 
-@pytest.mark.once
 def test_adalora_prunes_to_its_budget_and_trains(standard_dtypes):
     params, plan, frozen, _ = adapt(method="adalora", targets="{layers,heads}")
     _, trainable = jlora.split(jax.random.key(0), params, plan)

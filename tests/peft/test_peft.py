@@ -22,6 +22,8 @@ from jlora.peft import Entry, NameMap, maps
 from tests.helpers import normal, same
 from tests.peft.models import GOLDEN
 
+pytestmark = pytest.mark.once
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 P = "base_model.model."
 
@@ -867,7 +869,6 @@ print("whole", values)
 """
 
 
-@pytest.mark.once
 def test_a_hundred_killed_saves_leave_a_whole_adapter(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", KILLS, str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
