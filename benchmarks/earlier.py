@@ -242,10 +242,9 @@ def main() -> None:
     figures = common.measure(steps, options.rounds)  # donates what steps start from
     rows = [{**about[name], **own} for name, own in figures.items()]
     shown = {"step": STEP, "layers": options.layers}
-    found = measured(size)
-    common.write(
-        options.json, common.environment(), settings=shown, training=rows, **found
-    )
+    env = common.environment()
+    found = {"training environment": env, "training": rows, **measured(size)}
+    common.write(options.json, env, settings=shown, **found)
 
 
 def _described(name: str, step: common.Step) -> common.Figures:

@@ -158,13 +158,14 @@ def costs(found: common.Figures, ahead: common.Figures | None) -> str:
     same = "the same" if found["same_program"] else "not the same"
     parts = [
         "## What methods cost\n",
-        source(found["environment"]),
+        source(found["training environment"]),
         "MiniLM has random weights here, and each method works in all of its layers. A "
         f"step has {size[0]} sentences of {size[1]} tokens. *Kept* is what has to be "
         "stored of a task, in float32. Steps take turns, and times are medians; the "
         "[performance](performance.md) page has LoRA's beside the floor.\n",
         markdown(earlier.training_columns(rows)),
         "### Inference\n",
+        source(found["environment"]),
         f"Merged LoRA lowers to {same} program as the frozen model: its ratio should "
         "be 1.00, and shows the noise of the others. Head only, BitFit and full "
         "fine-tuning end in the model's own weights and are that program too. The "
