@@ -8,7 +8,6 @@ the share of bytes that it adds. `--target tpu` compiles ahead of time.
 """
 
 import functools
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -158,11 +157,9 @@ def main() -> None:
         return
     jax.config.update("jax_platforms", "cpu")
     cases = [case._replace(dtype="bfloat16") for case in CASES]
-    env = common.environment("TPU v5e, one chip, compiled ahead of time")
-    env["libtpu"] = importlib.metadata.version("libtpu")
     rows = list(measured(cases, 0, tpu.one_chip()))
     path = options.json.with_suffix(".tpu.json")
-    common.write(path, env, settings=SETTINGS, rows=rows)
+    common.write(path, tpu.environment(), settings=SETTINGS, rows=rows)
 
 
 if __name__ == "__main__":

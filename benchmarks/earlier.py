@@ -4,7 +4,6 @@ The model is MiniLM with random weights; each method works in all of its layers.
 """
 
 import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -261,9 +260,7 @@ def _ahead(path: Path, size: Size) -> None:
     jax.config.update("jax_platforms", "cpu")
     # The compiler counts a loop's body once: one layer has no loop.
     found = measured(size._replace(layers=1), tpu.one_chip())
-    env = common.environment("TPU v5e, one chip, compiled ahead of time")
-    env["libtpu"] = importlib.metadata.version("libtpu")
-    common.write(path, env, **found)
+    common.write(path, tpu.environment(), **found)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,14 @@ def placed(step: common.Step, sharding: jax.sharding.Sharding) -> common.Step:
     return fn, state, rest
 
 
+def environment(
+    device: str = "TPU v5e, one chip, compiled ahead of time",
+) -> common.Figures:
+    """Returns what figures of this compiler depend on."""
+    libtpu = importlib.metadata.version("libtpu")
+    return {**common.environment(device), "libtpu": libtpu}
+
+
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table, with multiples of the floor."""
     floor = common.row_of(rows, common.FLOOR)
@@ -108,11 +116,9 @@ def main() -> None:
         print(f"compiled: {name}", flush=True)
     print(f"JAX {jax.__version__}, one TPU v5e chip, not run")
     print(common.show(columns(rows)))
-    env = common.environment("TPU v5e, one chip, compiled ahead of time")
-    libtpu = importlib.metadata.version("libtpu")
     common.write(
         options.json,
-        {**env, "libtpu": libtpu},
+        environment(),
         model={"kind": options.kind, **dataclasses.asdict(size)},
         rows=rows,
     )

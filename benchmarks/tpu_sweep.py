@@ -8,7 +8,6 @@ there, and a sweep that was stopped goes on.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -119,10 +118,9 @@ def main() -> None:
             common.JLORA: compiled(case, common.JLORA),
         }
         rows = [found[c.title] for c in CASES if c.title in found]
-        env = common.environment("TPU, one chip, compiled ahead of time")
-        libtpu = importlib.metadata.version("libtpu")
+        env = tpu.environment("TPU, one chip, compiled ahead of time")
         model = dataclasses.asdict(tpu.MODEL)
-        common.write(options.json, {**env, "libtpu": libtpu}, model=model, rows=rows)
+        common.write(options.json, env, model=model, rows=rows)
         print(common.show(columns([found[case.title]])), flush=True)
 
 
