@@ -107,6 +107,7 @@ SAME = {
     "BitFit": methods.bitfit,
     "Houlsby": lambda: methods.houlsby(3),
     "Pfeiffer": lambda: methods.pfeiffer(3),
+    "Lin": lambda: methods.pfeiffer(3, norm=True),
     "IA3": methods.ia3,
     "LoRA": lambda: methods.lora(2),
     "DoRA": lambda: methods.dora(2),
@@ -320,6 +321,11 @@ def test_parameters_of_the_papers_tables(reported):
     digits = len(reported.millions.split(".")[1])
     equal = f"{found / 1e6:.{digits}f}" == reported.millions
     assert equal == (reported in EQUAL)
+
+
+def test_readme_says_how_many_of_the_papers_figures_follow():
+    counted = f"{len(EQUAL)} of {len(EQUAL + DIFFERENT)} are what the paper prints"
+    assert counted in (learnt.ROOT / "examples/earlier_methods/README.md").read_text()
 
 
 def test_rates_rise_and_fall():
