@@ -1,6 +1,7 @@
 """What does a LoRA step cost on other TPU chips, at other sizes and ranks?
 
     python -m benchmarks.tpu_sweep
+    python -m benchmarks.tpu_sweep --cases "rank 8" "rank 64"
 
 The model is that of `benchmarks.tpu`, with one thing changed at a time. Nothing runs:
 libtpu compiles ahead of time. It takes half an hour; each row is written when it is
@@ -65,12 +66,12 @@ def compiled(case: Case, step: str) -> common.Figures:
 
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table."""
-    head = ("changed", "GB moved: floor", "jlora", "× floor")
+    head = ("changed", "FLOPs × floor", "GB moved: floor", "jlora", "× floor")
     head += ("peak GiB: floor", "jlora", "× floor")
 
     def line(row: common.Figures) -> tuple[str, ...]:
         floor, own = row[common.FLOOR], row[common.JLORA]
-        cells = [row["case"]]
+        cells = [row["case"], common.ratio(own, floor, "flops")]
         for field, unit in (("bytes", 1e9), ("peak_bytes", 2**30)):
             cells += [common.fixed(x[field], 2, unit) for x in (floor, own)]
             cells.append(common.ratio(own, floor, field))
@@ -93,9 +94,17 @@ def section(found: common.Figures) -> str:
     )
 
 
+def place_of(row: common.Figures) -> str:
+    """Returns the chip and the size of a row, which its floor depends on."""
+    return json.dumps([row["chip"], row["size"]])
+
+
 def main() -> None:
     """Compiles what the file lacks."""
-    options = common.parser("tpu_sweep", __doc__).parse_args()
+    titles = [case.title for case in CASES]
+    parser = common.parser("tpu_sweep", __doc__)
+    parser.add_argument("--cases", nargs="*", choices=titles, default=titles)
+    options = parser.parse_args()
     if find_spec(tpu.COMPILER) is None:
         print(tpu.MISSING)
         return
@@ -104,20 +113,18 @@ def main() -> None:
     if options.json.exists():
         rows = json.loads(options.json.read_text())["rows"]
         found = {row["case"]: row for row in rows}
-    floors: dict[tuple[Any, ...], common.Figures] = {}
+    floors = {place_of(row): row[common.FLOOR] for row in found.values()}
     for case in CASES:
-        if case.title in found:
+        if case.title in found or case.title not in options.cases:
             continue
-        at = (case.chip, case.size)
+        about = dataclasses.asdict(case)
+        row = {"case": about.pop("title"), **about}
+        at = place_of(row)
         if at not in floors:
             floors[at] = compiled(case, common.FLOOR)
-        found[case.title] = {
-            "case": case.title,
-            **{k: v for k, v in dataclasses.asdict(case).items() if k != "title"},
-            common.FLOOR: floors[at],
-            common.JLORA: compiled(case, common.JLORA),
-        }
-        rows = [found[c.title] for c in CASES if c.title in found]
+        own = compiled(case, common.JLORA)
+        found[case.title] = row | {common.FLOOR: floors[at], common.JLORA: own}
+        rows = [found[title] for title in titles if title in found]
         env = tpu.environment("TPU, one chip, compiled ahead of time")
         model = dataclasses.asdict(tpu.MODEL)
         common.write(options.json, env, model=model, rows=rows)

@@ -27,6 +27,7 @@ from benchmarks import (
     scale,
     slices,
     tpu,
+    tpu_sweep,
 )
 from examples.earlier_methods.counts import Size
 
@@ -149,6 +150,28 @@ def test_columns_of_earlier_methods_are_multiples():
         for at in earlier.INPUTS
     ]
     assert earlier.inference_columns(rows, "flops")[1][1] == ("prefix", *["1.10"] * 4)
+
+
+def test_a_sweep_that_goes_on_compiles_no_floor_again(tmp_path, monkeypatch):
+    seen = []
+
+    def compiled(case, step):
+        seen.append((case.title, step))
+        return {"flops": 1.0, "bytes": 1.0, "peak_bytes": 1.0}
+
+    monkeypatch.setattr(tpu_sweep, "compiled", compiled)
+    monkeypatch.setattr(tpu, "COMPILER", "json")
+    monkeypatch.setattr(tpu, "environment", common.environment)
+    path = tmp_path / "sweep.json"
+    for title in ("rank 8", "width 1024", "rank 64"):
+        argv = ["tpu_sweep", "--json", str(path), "--cases", title]
+        monkeypatch.setattr(sys, "argv", argv)
+        tpu_sweep.main()
+    at_8 = [("rank 8", common.FLOOR), ("rank 8", common.JLORA)]
+    wider = [("width 1024", common.FLOOR), ("width 1024", common.JLORA)]
+    assert seen == [*at_8, *wider, ("rank 64", common.JLORA)]
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["width 1024", "rank 8", "rank 64"]
 
 
 def test_slope():
