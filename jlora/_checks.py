@@ -32,6 +32,15 @@ def check_function(owner: str, fn: object) -> None:
     )
 
 
+def check_optimizer(owner: str, tx: object) -> None:
+    """Raises a ConfigError if `tx` is not an optimizer of optax."""
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise ConfigError(
+            f"jlora.{owner} takes an optimizer of optax, such as optax.adamw(1e-4), "
+            f"got {type(tx).__name__}."
+        )
+
+
 def check_key(name: str, key: object) -> None:
     """Raises a ConfigError unless `key` is one PRNG key, new style or old."""
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)

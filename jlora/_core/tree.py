@@ -160,11 +160,11 @@ def check(leaves: Mapping[str, Leaf], trainable: Trainable) -> None:
         )
 
 
-def check_trainable(trainable: object) -> None:
-    """Raises a TreeError if `trainable` is not a `Trainable`."""
+def check_trainable(trainable: object, name: str = "trainable") -> None:
+    """Raises a TreeError if the argument `name` is not a `Trainable`."""
     if not isinstance(trainable, Trainable):
         raise TreeError(
-            f"trainable must be a jlora.Trainable, got {type(trainable).__name__}. "
+            f"{name} must be a jlora.Trainable, got {type(trainable).__name__}. "
             "Take it from jlora.split; mind the order (frozen, trainable, *args)."
         )
 

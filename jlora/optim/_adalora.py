@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import check_params
+from .._checks import check_optimizer, check_params
 from ..errors import ConfigError, TreeError
 from ..factors import Factors
 
@@ -75,7 +75,7 @@ def adalora(
       uncertainty_decay: of the running mean of uncertainty, β2.
 
     Raises:
-      ConfigError: for numbers that cannot work.
+      ConfigError: for numbers that cannot work, or if `tx` is not an optimizer.
       TreeError: (from `init`) if no factors of the method `"adalora"` are in the tree,
         or a mask parts them.
       ConfigError: (from `update`) without `params`.
@@ -102,6 +102,7 @@ def adalora(
     """
     import optax
 
+    check_optimizer("optim.adalora", tx)
     if not (warmup >= 0 and final >= 0 and warmup + final <= steps and every > 0):
         raise ConfigError(
             f"adalora: warmup {warmup} and final {final} must fit in {steps} steps, "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks import check_positive
+from .._checks import check_optimizer, check_positive
 from ..factors import Factors, PyTree, Trainable
 from ._labels import is_trainable
 
@@ -36,7 +36,7 @@ def lora_plus(
         which is `1e-6 / learning_rate` here.
 
     Raises:
-      ConfigError: if a ratio is not a positive number.
+      ConfigError: if a ratio is not a positive number, or `tx` is not an optimizer.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -54,6 +54,7 @@ def lora_plus(
     import optax
 
     check_positive(ratio=ratio, embedding_ratio=embedding_ratio)
+    check_optimizer("optim.lora_plus", tx)
 
     def times(x: jax.Array, factor: ArrayLike) -> jax.Array:
         return x * jnp.asarray(factor).astype(x.dtype)

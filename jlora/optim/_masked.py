@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import check_optimizer
 from ..factors import Leaf
 from ._labels import mask
 
@@ -26,6 +27,9 @@ def masked(
     Args:
       tx: any optax transformation, chains, schedules and `optax.MultiSteps` included.
 
+    Raises:
+      ConfigError: if `tx` is not an optimizer.
+
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
       >>> params = {
@@ -39,6 +43,7 @@ def masked(
     """
     import optax
 
+    check_optimizer("optim.masked", tx)
     if isinstance(tx, optax.MultiSteps):
         tx = tx.gradient_transformation()
     inner = optax.masked(tx, mask)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from .._checks import check_params, check_positive
+from .._checks import check_optimizer, check_params, check_positive
 from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Spec, Trainable
@@ -49,6 +49,7 @@ def lora_fa(
       A transformation whose `update` needs `params`.
 
     Raises:
+      ConfigError: if `tx` is not an optimizer.
       TreeError: (from `update`) if a mask removes only one of A and B.
 
     Examples:
@@ -69,6 +70,7 @@ def lora_fa(
     """
     import optax
 
+    check_optimizer("optim.lora_fa", tx)
     inner = optax.with_extra_args_support(tx)
 
     def correct(gradient: Factors, own: Factors) -> Factors:
@@ -131,7 +133,7 @@ def riemannian(
       A transformation whose `update` needs `params`.
 
     Raises:
-      ConfigError: if `damping` is not a positive number.
+      ConfigError: if `damping` is not a positive number, or `tx` is not an optimizer.
       TreeError: (from `update`) if a mask removes only one of A and B.
 
     Examples:
@@ -152,6 +154,7 @@ def riemannian(
     import optax
 
     check_positive(damping=damping)
+    check_optimizer("optim.riemannian", tx)
     inner = optax.with_extra_args_support(tx)
 
     def precondition(gradient: Factors, own: Factors) -> Factors:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from .._core.algebra import lora_spec
 from .._core.rebase import changed_base
+from .._core.tree import check_trainable
 from .._numerics import is_finite
 from .._tables import listed
 from ..adapters import to_lora
@@ -67,6 +68,7 @@ def create(like: Trainable, capacity: int) -> Pool:
       PoolError: if `like` has leaves trained in full or leaves of other methods than
         plain LoRA, which a pool cannot hold; lists them. Also if `capacity` is not a
         whole number from 1.
+      TreeError: if `like` is not a `jlora.Trainable`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,6 +80,7 @@ def create(like: Trainable, capacity: int) -> Pool:
       ((5, 3, 2), 56)
     """
     check_number("capacity", capacity)
+    check_trainable(like, "like")
     wrong = [f"{p!r} is trained in full" for p in like.full]
     wrong += [
         f"{p!r} has method {f.spec.method!r}"

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from .._checks import check_function
+from .._checks import check_function, check_optimizer
+from .._core.tree import check_trainable
 from .._tables import listed
 from ..adapters import per_row
 from ..adapters._stack import pick
@@ -72,7 +73,7 @@ class Trainer:
         `optax.inject_hyperparams` a slot has its own learning rate.
 
     Raises:
-      ConfigError: if `loss` is not a function.
+      ConfigError: if `loss` is not a function, or `tx` is not an optimizer of optax.
 
     Examples:
       >>> import optax, jlora
@@ -103,6 +104,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         check_function("pool.Trainer", self.loss)
+        check_optimizer("pool.Trainer", self.tx)
 
     def create(self, like: Trainable, capacity: int) -> Slots:
         """Returns empty slots for adapters of the plan that `like` is of.
@@ -113,7 +115,9 @@ class Trainer:
 
         Raises:
           PoolError: if `capacity` is not a whole number from 1.
+          TreeError: if `like` is not a `jlora.Trainable`.
         """
+        check_trainable(like, "like")
         check_number("capacity", capacity)
 
         def zeros(x: Leaf) -> jax.Array:

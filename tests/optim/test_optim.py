@@ -383,3 +383,13 @@ def test_lora_plus_composes_with_masked():
 def test_lora_plus_checks_its_ratios(name):
     with pytest.raises(ValueError, match=f"{name} must be a positive number"):
         jlora.optim.lora_plus(optax.sgd(1.0), **{name: 0})
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["masked", "lora_plus", "lora_fa", "riemannian"])
+def test_what_is_not_an_optimizer_is_an_error(name):
+    for tx in (None, optax.sgd):  # a function that makes one
+        with pytest.raises(jlora.ConfigError, match=f"{name} takes an optimizer of op"):
+            getattr(jlora.optim, name)(tx)
+    with pytest.raises(jlora.ConfigError, match=r"adalora takes an.*got NoneType"):
+        jlora.optim.adalora(None, target_rank=2, steps=10)

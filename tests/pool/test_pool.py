@@ -202,6 +202,10 @@ def test_a_pool_has_a_whole_number_of_slots(capacity):
         with pytest.raises(jlora.PoolError, match="budget must be a whole number from"):
             pool.capacity_for(LIKE, budget)
     assert pool.create(LIKE, np.int64(2)).capacity == 2
+    with pytest.raises(
+        jlora.TreeError, match=r"like must be a jlora\.Trainable, got N"
+    ):
+        pool.create(None, 2)
 
 
 @pytest.mark.parametrize("slot", [3, -1, -3, 2**40, np.int32(3), jnp.int32(-1)])

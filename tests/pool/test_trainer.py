@@ -240,3 +240,11 @@ def test_what_slots_cannot_take_is_an_error():
         whole.evaluate(slots, PARAMS, *batch(0)[:2])
     with pytest.raises(jlora.ConfigError, match=r"pool\.Trainer"):
         Trainer(None, TX)
+    for tx in (None, optax.adam):
+        with pytest.raises(
+            jlora.ConfigError, match=r"pool\.Trainer takes an optimizer"
+        ):
+            Trainer(fn, tx)
+    for like in (None, PARAMS):
+        with pytest.raises(jlora.TreeError, match=r"like must be a jlora\.Trainable"):
+            TRAINER.create(like, 2)
