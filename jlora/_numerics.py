@@ -3,7 +3,7 @@
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from .factors import Array
 Fault = type[Exception]  # the class of the errors that the caller's user sees
 HIGHEST = jax.lax.Precision.HIGHEST
 COMPLEX = {jnp.dtype("complex64"), jnp.dtype("complex128")}
+K = TypeVar("K")
 DOUBLE = {jnp.dtype("float64"), jnp.dtype("complex128")}
 
 
@@ -93,8 +94,11 @@ def is_finite(x: Array) -> bool:
     return not not_finite({"": x})
 
 
-def not_finite(named: Mapping[str, Array]) -> list[str]:
-    """Returns the names of the arrays that hold NaN or infinity."""
+def not_finite(named: Mapping[K, Array]) -> list[K]:
+    """Returns the names of the arrays that hold NaN or infinity.
+
+    It waits for arrays on devices once, for all of them.
+    """
     inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     # NumPy first: files are written without starting a device.
     on_host = {k: x for k, x in inexact.items() if isinstance(x, np.ndarray)}

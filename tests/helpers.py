@@ -1,5 +1,7 @@
 """What the tests of many rooms share: random trees, and how two trees are compared."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,6 +42,23 @@ def same(actual: PyTree, expected: PyTree) -> None:
     """Asserts that two trees have one structure and are equal to the bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     assert bits(actual) == bits(expected)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Yields a list that has an entry for each compilation of XLA's, as they happen."""
+    heard: list[str] = []
+
+    def listen(event: str, seconds: float, **kwargs: Any) -> None:
+        del seconds, kwargs
+        if "backend_compile" in event:
+            heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def close(

@@ -174,7 +174,11 @@ def tensors(
     compiles it once, however the numbers change. So the names and shapes follow from
     the shapes only. Where `save` leaves out what is zero (padding in a stack, parts of
     a fused leaf that are not adapted), the tensors have it; leaves that are one tensor
-    in torch do not share A. Numbers are not checked: NaN and infinity pass.
+    in torch do not share A.
+
+    Outside `jit` the numbers are checked as in `save`: it waits for them once, and
+    compiles nothing again. Under `jit` there are none to check. NaN and infinity pass
+    there, and what `dtype` does not hold becomes infinite.
 
     Args:
       trainable: the adapter.

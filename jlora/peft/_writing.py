@@ -5,17 +5,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from .._core.tree import widened
 from .._io.tensors import NAMES
-from .._numerics import is_finite, narrowed
+from .._numerics import is_finite, narrowed, not_finite
 from .._tables import listed
 from ..errors import PeftError
 from ..factors import Axes, Factors, Spec, Trainable
 from ..methods import find_init, low_rank_pair
+from ..transform.compat import is_staging
 from . import layers
 from ._expert_writing import relaid
 from ._experts import ExpertLayout
@@ -40,6 +42,8 @@ class Writing:
       dtype: float type to write in; None keeps that of each array.
       on_device: keep JAX arrays, and all that the shapes allow, whatever the numbers.
       layout: how to write experts; None as the names say.
+
+    The others gather what is found; `casts` has the arrays on devices, and their casts.
     """
 
     names: NameMap
@@ -67,6 +71,9 @@ class Writing:
     heads: set[str] = dataclasses.field(default_factory=set)
     packed: list[str] = dataclasses.field(default_factory=list)
     wrong: list[str] = dataclasses.field(default_factory=list)
+    casts: dict[tuple[str, int], tuple[jax.Array, jax.Array]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def write(self, trainable: Trainable) -> PeftConfig:
         """Gathers the tensors of an adapter and returns its config.
@@ -109,6 +116,7 @@ class Writing:
                 "PEFT has DoRA for all adapted modules or none, these are without: "
                 + listed(others, 5, ", ")
             )
+        self._check_casts()
         if self.wrong:
             raise PeftError(
                 f"This adapter has no form as PEFT files: {'; '.join(self.wrong)}."
@@ -157,7 +165,14 @@ class Writing:
         if not jnp.issubdtype(array.dtype, jnp.floating):
             return array
         if self.on_device:
-            return array.astype(self.dtype or array.dtype)
+            out = array.astype(self.dtype or array.dtype)
+            if not is_staging(out):
+                self.casts[path, len(self.casts)] = array, out
+            return out
+        return self._cast_on_host(path, array)
+
+    def _cast_on_host(self, path: str, array: np.ndarray) -> np.ndarray:
+        """Returns an array in the dtype to write; notes numbers that it cannot be."""
         if not is_finite(array):
             self.wrong.append(f"{path!r} holds NaN or infinity")
         if self.dtype is None:
@@ -167,6 +182,12 @@ class Writing:
         except PeftError as error:
             self.wrong.append(str(error).rstrip("."))
             return array
+
+    def _check_casts(self) -> None:
+        """Notes what `_cast_on_host` does of arrays on devices, which it waits for."""
+        casts = {key: out for key, (_, out) in self.casts.items()}
+        for path, n in not_finite(casts):
+            self._cast_on_host(path, on_host(self.casts[path, n][0]))
 
     def _factors(self, path: str, factors: Factors) -> None:
         spec = factors.spec

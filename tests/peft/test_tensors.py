@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import jlora
 from jlora.peft import Entry, NameMap
-from tests.helpers import normal
+from tests.helpers import compilations, normal
 from tests.peft.models import tensors as read_file
 
 pytestmark = pytest.mark.once
@@ -107,14 +107,51 @@ def test_tensors_lie_where_the_adapter_does():
 
 @pytest.mark.once
 def test_only_shapes_decide_what_is_there(tmp_path):
-    """A fresh adapter, one of zeros and one that holds NaN have the same names."""
+    """A fresh adapter and one of zeros have the same names."""
     _, trainable = adapted()
     names = jlora.peft.tensors(trainable, names=NAMES)[1].keys()
-    for number in (0.0, jnp.nan):
-        other = jax.tree.map(lambda x: jnp.full_like(x, number), trainable)  # noqa: B023
-        assert jlora.peft.tensors(other, names=NAMES)[1].keys() == names
-        with pytest.raises(jlora.PeftError, match=r"zero in A|NaN"):
-            jlora.peft.save(tmp_path, other, names=NAMES)
+    other = jax.tree.map(jnp.zeros_like, trainable)
+    assert jlora.peft.tensors(other, names=NAMES)[1].keys() == names
+    with pytest.raises(jlora.PeftError, match="zero in A"):
+        jlora.peft.save(tmp_path, other, names=NAMES)
+
+
+def pair(number, dtype="float32"):
+    """A pair of factors, with one number in B."""
+    a, b = jnp.ones((4, 2), dtype), jnp.ones((2, 6), dtype).at[1, 1].set(number)
+    spec = jlora.Spec(rank=2, alpha=4)
+    return jlora.Trainable({"up/kernel": jlora.Factors(a, b, spec)})
+
+
+@pytest.mark.parametrize(
+    ("number", "own", "dtype"),
+    [
+        (np.nan, "float32", None),
+        (-np.inf, "bfloat16", "float16"),
+        (7e4, "float32", "float16"),
+        (-7e4, "bfloat16", "float16"),
+        (3.4e38, "float32", "bfloat16"),
+    ],
+)
+def test_numbers_that_save_refuses(number, own, dtype, tmp_path):
+    """One rule: the same error, from the devices and from the host."""
+    adapter = pair(number, own)
+    with pytest.raises(jlora.PeftError, match=r"'up/kernel' holds [-\dN]") as saved:
+        jlora.peft.save(tmp_path, adapter, dtype=dtype)
+    with pytest.raises(jlora.PeftError) as told:
+        jlora.peft.tensors(adapter, dtype=dtype)
+    assert str(told.value) == str(saved.value)
+    under_jit = jax.jit(lambda t: jlora.peft.tensors(t, dtype=dtype)[1])(adapter)
+    assert not jnp.isfinite(under_jit["base_model.model.up.lora_B.weight"]).all()
+
+
+def test_checking_numbers_compiles_nothing_again():
+    first, *others = map(pair, (2.0, 3.0, 6e4))
+    jlora.peft.tensors(first, dtype="float16")
+    with compilations() as compiled:
+        for other in others:
+            jlora.peft.tensors(other, dtype="float16")
+    assert not compiled
 
 
 @pytest.mark.once

@@ -10,7 +10,7 @@ import pytest
 
 import jlora
 from jlora.pool import Trainer
-from tests.helpers import normal
+from tests.helpers import compilations, normal
 
 # optax needs these dtypes
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("standard_dtypes")]
@@ -145,13 +145,6 @@ def test_bad_data_touches_no_other_slot():
 
 
 def test_nothing_compiles_while_adapters_come_and_go():
-    compiled = []
-
-    def listen(event, seconds, **kwargs):
-        del seconds, kwargs
-        if "backend_compile" in event:
-            compiled.append(event)
-
     ids, x, y = batch(0)
     adapters = [fresh(seed) for seed in range(3)]
 
@@ -163,16 +156,13 @@ def test_nothing_compiles_while_adapters_come_and_go():
         return REMOVE(slots, i % 4)
 
     slots = cycle(TRAINER.create(fresh(0), 4), 0)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         for i in range(1, 101):
             slots = cycle(slots, i)
         jax.block_until_ready(slots)
         assert not compiled
-        jax.jit(lambda x: x + 1.5)(x)  # the listener hears compilations
+        jax.jit(lambda x: x + 1.5)(x)  # compilations are heard
         assert compiled
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not slots.occupied.any()
 
 
