@@ -95,7 +95,8 @@ def adopt(
         if isinstance(layout, str):
             faults.append(layout)
             continue
-        op = spec.op if spec else pair.place.operation(pair.path, len(w.shape))
+        op = pair.place.operation(pair.path, has_window=layout.has_window)
+        op = spec.op if spec else op
         if not op:
             faults.append(
                 f"the kernel {pair.path!r} {list(w.shape)} may be of a convolution or "

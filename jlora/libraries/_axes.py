@@ -48,6 +48,17 @@ class Layout:
         )
         return Axes(batch, fan_in, fan_out)
 
+    @property
+    def has_window(self) -> bool:
+        """Whether factors lie as those of a convolution: A `[*window, in, r]`.
+
+        So A has each axis of the weight but the last one by itself, less those that
+        both have. An einsum over several axes can have them so too.
+        """
+        axes = self.axes
+        last = axes.fan_out == (len(self.weight) - 1,)
+        return last and len(axes.fan_in) > 1 and all(len(g) == 1 for g in self.a)
+
     def expanded(self, ndim: int) -> "Layout":
         """Returns the layout of a weight of `ndim` axes: names in place of `...`."""
         if REST not in self.weight:

@@ -28,9 +28,11 @@ class Place:
         `"one"` if it does not, or the pattern of the leaf that holds the multiplier.
       op: `"linear"`, `"embedding"` or `"conv"`, unless a plan tells.
       op_of: for libraries whose layers call kernels of several operations the same:
-        pairs of a regular expression and of the operation that a weight of more than
-        two axes has, if the expression is all of the name of its layer. If none is,
-        only a plan tells. A matrix has `op`.
+        pairs of a regular expression and of the operation of a weight, if the
+        expression is all of the name of its layer. If none is, only a plan tells. They
+        are for weights whose A has two or more axes of the weight, as `[*window, in,
+        r]`, and whose B has the last one. Others are not kernels of a convolution, and
+        have `op`.
       stacked: the axis along which the library stacks the layers of a loop in weight
         and factors, if it is not in front. Shapes must agree, else there is no such
         loop. It is for `axes=""`.
@@ -66,19 +68,19 @@ class Place:
         if self.axes:
             read_axes(self.axes)
 
-    def operation(self, path: str, ndim: int) -> str:
+    def operation(self, path: str, *, has_window: bool) -> str:
         """Returns the operation of the weight at `path`; "" if only a plan tells.
 
         Args:
           path: of the weight.
-          ndim: how many axes it has.
+          has_window: whether its factors may be those of a convolution, see `op_of`.
 
         Examples:
           >>> rule = Place("*/w", "*/a", "*/b", op_of=((".*conv.*", "conv"),))
-          >>> rule.operation("conv1/w", 4), rule.operation("x/w", 4)
-          ('conv', '')
+          >>> [rule.operation(p, has_window=True) for p in ("conv1/w", "x/w")]
+          ['conv', '']
         """
-        if ndim <= 2 or not self.op_of:
+        if not (has_window and self.op_of):
             return self.op
         layer = path.split("/")[-2:][0]
         hits = (op for name, op in self.op_of if re.fullmatch(name, layer))

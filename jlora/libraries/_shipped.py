@@ -1,17 +1,32 @@
 """The rules of libraries: names, axes and scales as their code has them."""
 
+import dataclasses
+
 from ._rules import ONE, Library, Place
 
 _DENSE = "i o -> i r, r o"
 _LAYERS = "... i o -> ... i r, ... r o"  # of one, or of all in a loop
 
+# qwix keeps the axes of A apart for a convolution and for an einsum. Flax's own layers
+# of either kind call the weight `kernel`; elsewhere only a convolution's layer says so.
+_CONV = (r"(?i).*conv.*", "conv")
+_KERNEL = Place(
+    "*/kernel",
+    "*/kernel_lora_a",
+    "*/kernel_lora_b",
+    op_of=(_CONV, (r"(?i).*(einsum|expert).*", "linear")),
+)
+_OTHER = Place("*", "*_lora_a", "*_lora_b", op_of=(_CONV, (".*", "linear")))
+
 #: qwix, and tunix, which trains with it: Linen and NNX. Scale `alpha / rank`.
 #: https://github.com/google/qwix/blob/main/qwix/_src/providers/lora.py
-QWIX = Library("qwix", (Place("*", "*_lora_a", "*_lora_b"),))
+QWIX = Library("qwix", (_KERNEL, _OTHER))
 
 #: MaxText, which makes them with qwix. Scanned layers lie along the second axis.
 #: https://github.com/AI-Hypercomputer/maxtext
-MAXTEXT = Library("maxtext", (Place("*", "*_lora_a", "*_lora_b", stacked=1),))
+MAXTEXT = Library(
+    "maxtext", tuple(dataclasses.replace(x, stacked=1) for x in QWIX.places)
+)
 
 #: Flax: `nnx.LoRA` around a layer, and `nnx.LoRALinear`. No scale.
 #: https://github.com/google/flax/blob/main/flax/nnx/nn/lora.py
@@ -62,7 +77,7 @@ KERAS = Library(
             "*/lora_kernel_a",
             "*/lora_kernel_b",
             "... o -> ... r, r o",
-            op_of=((r"(?i).*conv.*", "conv"), (_EINSUMS, "linear")),
+            op_of=(_CONV, (_EINSUMS, "linear")),
         ),
         Place(
             "*/embeddings",

@@ -41,8 +41,8 @@ CASES = {
                    "ir,ro->io", 3.0),
     "qwix join": ("qwix", "o/kernel", (2, 4, 6), "o/kernel_lora_{}", (8, 2), (2, 6),
                   "ir,ro->io", 3.0),
-    "qwix conv": ("qwix", "c/kernel", (3, 4, 6), "c/kernel_lora_{}", (3, 4, 2), (2, 6),
-                  "kir,ro->kio", 3.0),
+    "qwix conv": ("qwix", "conv/kernel", (3, 4, 6), "conv/kernel_lora_{}", (3, 4, 2),
+                  (2, 6), "kir,ro->kio", 3.0),
     "qwix experts": ("qwix", "e/w", (3, 4, 6), "e/w_lora_{}", (3, 4, 2), (2, 6),
                      "eir,ro->eio", 3.0),
     "qwix stack": ("qwix", "s/w", (3, 4, 6), "s/w_lora_{}", (3, 4, 2), (3, 2, 6),
@@ -222,27 +222,45 @@ def test_plan_gives_the_axes_of_the_operation():
             jlora.adopt(params, library, alpha=6.0, plan=plan)
 
 
-def test_kernel_of_a_keras_convolution_is_told_by_its_layer_or_the_plan():
-    def params(layer, *w):
-        names = [f"{layer}/lora_kernel_{half}" for half in "ab"]
-        return tree(f"{layer}/kernel", w, names, (*w[:-1], 2), (2, w[-1]))
+CONV = (3, 3, 4, 5), (2, 4, 3, 3), (5, 2, 1, 1)  # the weight, and A and B in PEFT
+CONV_1D = (3, 4, 5), (2, 4, 3), (5, 2, 1)
+EINSUM = (3, 4, 5), (2, 12), (5, 2)
+KERNELS = {"keras": "{}/lora_kernel_{}", "qwix": "{}/kernel_lora_{}"}
 
-    for layer, w, a, b in (
-        ("block1_conv2", (3, 3, 4, 5), (2, 4, 3, 3), (5, 2, 1, 1)),
-        ("conv1d", (3, 4, 5), (2, 4, 3), (5, 2, 1)),
-        ("conv_head", (4, 5), (2, 4), (5, 2)),  # a Dense, whatever its name
-        ("einsum_dense_1", (3, 4, 5), (2, 12), (5, 2)),
-        ("key_dense", (3, 4, 5), (2, 12), (5, 2)),
-        ("attention_output", (3, 4, 5), (2, 12), (5, 2)),
-    ):
-        _, own = jlora.adopt(params(layer, *w), "keras", alpha=6.0)
-        _, arrays = jlora.peft.tensors(own)
-        assert [x.shape for x in arrays.values()] == [a, b], layer
-    mix = params("conv/mix", 3, 4, 5)
+
+@pytest.mark.parametrize(
+    ("library", "layer", "sizes"),
+    [
+        ("keras", "block1_conv2", CONV),
+        ("keras", "conv1d", CONV_1D),
+        ("keras", "conv_head", ((4, 5), (2, 4), (5, 2))),  # a Dense, whatever its name
+        ("keras", "einsum_dense_1", EINSUM),
+        ("keras", "key_dense", EINSUM),
+        ("keras", "attention_output", EINSUM),
+        ("qwix", "params/Conv_0", CONV),
+        ("qwix", "layers/3/conv1", CONV_1D),
+        ("qwix", "params/Einsum_0", EINSUM),
+        ("qwix", "experts", EINSUM),
+        ("maxtext", "conv1d", CONV_1D),
+    ],
+)
+def test_kernel_of_a_convolution_is_told_by_its_layer(library, layer, sizes):
+    w, *wanted = sizes
+    names = [KERNELS.get(library, KERNELS["qwix"]).format(layer, half) for half in "ab"]
+    params = tree(f"{layer}/kernel", w, names, (*w[:-1], 2), (2, w[-1]))
+    _, own = jlora.adopt(params, library, alpha=6.0)
+    _, arrays = jlora.peft.tensors(own)
+    assert [x.shape for x in arrays.values()] == wanted
+
+
+@pytest.mark.parametrize("library", KERNELS)
+def test_kernel_of_a_convolution_is_told_by_the_plan(library):
+    names = [KERNELS[library].format("conv/mix", half) for half in "ab"]
+    mix = tree("conv/mix/kernel", (3, 4, 5), names, (3, 4, 2), (2, 5))
     with pytest.raises(
         jlora.TreeError, match=r"'conv/mix/kernel' \[3, 4, 5\] may be of a con.*plan="
     ):
-        jlora.adopt(mix, "keras", alpha=6.0)
+        jlora.adopt(mix, library, alpha=6.0)
     base = {"conv": {"mix": {"kernel": mix["conv"]["mix"]["kernel"]}}}
 
     def fn(p, x):
@@ -254,8 +272,20 @@ def test_kernel_of_a_keras_convolution_is_told_by_its_layer_or_the_plan():
 
     config = jlora.LoraConfig(rank=1, targets=("**/kernel",))
     plan = jlora.plan(fn, base, rand(1, 6, 4), config=config)
-    _, own = jlora.adopt(mix, "keras", alpha=6.0, plan=plan)
+    _, own = jlora.adopt(mix, library, alpha=6.0, plan=plan)
     assert own.lora["conv/mix/kernel"].spec.op == "conv"
+
+
+def test_qwix_keeps_the_axes_of_a_only_of_convolutions_and_einsums():
+    """A product over several axes has one axis for them in A, so no name is needed."""
+    for name, w, a, b in (
+        ("mix/kernel", (3, 4, 6), (12, 2), (2, 6)),
+        ("mix/kernel", (3, 4, 6), (3, 2), (2, 24)),
+        ("o_proj/w", (3, 4, 6), (3, 4, 2), (2, 6)),  # Flax's layers have a kernel
+    ):
+        params = tree(name, w, (f"{name}_lora_a", f"{name}_lora_b"), a, b)
+        _, own = jlora.adopt(params, "qwix", alpha=6.0)
+        assert own.lora[name].spec.op == "linear"
 
 
 def test_shared_factor_of_experts_is_repeated_and_goes_back():
@@ -298,7 +328,7 @@ def dense(**changes):
         (dense(kernel_lora_b=rand(3, 5)), "qwix", {"alpha": 1.0}, r"do not fit"),
         (dense(), "nnx", {}, r"no rule is for .* are those of 'qwix' or 'maxtext'"),
         ({"d": {"kernel": rand(6, 5)}}, "qwix", {"alpha": 1.0},
-         r"has no factors of 'qwix': none of its 1 leaves is named like '\*_lora_a'"),
+         r"has no factors of 'qwix': none of its 1 leaves is named like .*'\*_lora_a'"),
         (dense(), "qwix", {}, r"alpha is not in the tree: give alpha=, for 'd/kernel'"),
         (dense(), "qwix", {"alpha": {"x/*": 1.0}}, r"'x/\*' matches no weight"),
         (dense(), "qwix", {"alpha": {"d/*": 1.0, "**": 2.0}}, r"'d/kernel' gets 2 val"),
