@@ -93,6 +93,7 @@ def read(
     tied: bool | None = None,
     step: int | None = None,
     layout: "ExpertLayout | str | None" = None,
+    component: str | None = None,
 ) -> Trainable:
     """Returns the adapter at `path`, of any format.
 
@@ -106,6 +107,8 @@ def read(
       tied: for PEFT with `base`: see `jlora.peft.load`.
       step: for Orbax: the step to read; None is the newest.
       layout: for PEFT: how the file keeps experts, see `jlora.peft.load`.
+      component: for kohya's scripts and diffusers: which model's adapter, see
+        `jlora.peft.load`.
 
     Raises:
       JloraError: if the adapter cannot be read, or if `path` is a model.
@@ -124,7 +127,7 @@ def read(
         case "orbax":
             return checkpoint.restore(path, step=step).trainable
         case "peft":
-            return _read_peft(path, base, names, tied, layout)
+            return _read_peft(path, base, names, tied, layout, component)
     raise CheckpointError(
         f"{str(path)!r} is a model, not an adapter. `jlora extract` makes an adapter "
         "from a fine-tuned model and its base."
@@ -247,8 +250,8 @@ def write(path: Path, trainable: Trainable, format: Format, **options: Any) -> N
 def describe(path: Path, *, step: int | None = None) -> Json:
     """Returns what is stored with the adapter at `path` besides its leaves, as JSON.
 
-    For PEFT this is its config. For Orbax it is the step, config, metrics, position and
-    metadata. For other formats it is empty.
+    For PEFT this is its config, for files of another tool the `tool`. For Orbax it is
+    the step, config, metrics, position and metadata. For other formats it is empty.
 
     Args:
       path: see `detect`.
@@ -267,8 +270,12 @@ def describe(path: Path, *, step: int | None = None) -> Json:
     """
     match detect(path):
         case "peft":
+            from .peft._dialects import dialect_of
             from .peft._load import open_adapter
 
+            found = dialect_of(pathlib.Path(path))
+            if found is not None:
+                return {"tool": found.dialect.tool}
             return open_adapter(pathlib.Path(path), CheckpointError)[0]
         case "orbax":
             read = checkpoint.restore(path, step=step)
@@ -290,6 +297,7 @@ def _read_peft(
     names: "NameMap | None",
     tied: bool | None,
     layout: "ExpertLayout | str | None",
+    component: str | None,
 ) -> Trainable:
     """Returns a PEFT adapter with the paths of its base, or torch's without one."""
     from .peft import report
@@ -299,7 +307,13 @@ def _read_peft(
     leaves = None if base is None else leaves_of(open_model(base).arrays())
     facts = None if base is None else facts_of(base)
     trainable, found = read_adapter(
-        path, leaves, names=names, tied=tied, facts=facts, layout=layout
+        path,
+        leaves,
+        names=names,
+        tied=tied,
+        facts=facts,
+        layout=layout,
+        component=component,
     )
     report.check(found, f"The adapter in {str(path)!r}")
     return trainable

@@ -30,14 +30,25 @@ def read(
     tied: bool | None = None,
     step: int | None = None,
     layout: str | None = None,
+    component: str | None = None,
 ) -> Trainable:
     """Returns the adapter at a path; the other arguments are options of the command."""
     own, kept = name_map(names), layout_by_text("--layout", layout)
     if step is not None and files.detect(adapter) != "orbax":
         raise click.UsageError(f"--step: {adapter!r} is not an Orbax checkpoint.")
-    if kept is not None and files.detect(adapter) != "peft":
-        raise click.UsageError(f"--layout: {adapter!r} is not an adapter of PEFT's.")
-    return files.read(adapter, base=base, names=own, tied=tied, step=step, layout=kept)
+    given = {"--layout": kept, "--component": component}
+    only = [option for option, value in given.items() if value is not None]
+    if only and files.detect(adapter) != "peft":
+        raise click.UsageError(f"{only[0]}: {adapter!r} is not an adapter of PEFT's.")
+    return files.read(
+        adapter,
+        base=base,
+        names=own,
+        tied=tied,
+        step=step,
+        layout=kept,
+        component=component,
+    )
 
 
 def layout_by_text(option: str, text: str | None) -> "ExpertLayout | None":

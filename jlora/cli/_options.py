@@ -18,12 +18,14 @@ class How(TypedDict, total=False):
       names: a name map of PEFT's tensors.
       tied: whether the embedding table is the output head too.
       layout: how a PEFT adapter keeps a mixture's experts.
+      component: which model's adapter, of a file for several.
     """
 
     step: int | None
     names: str | None
     tied: bool | None
     layout: str | None
+    component: str | None
 
 
 class _PathType(click.Path):
@@ -97,6 +99,10 @@ _HOW = {
         metavar="LAYOUT",
         help="For PEFT: how experts are kept: peft, unsloth, per-expert, stacked or "
         "shared; with :interleaved or :concatenated, how gate and up lie in one.",
+    ),
+    "component": click.option(
+        "--component",
+        help="Of kohya's and diffusers' files: which model's adapter, as unet or te1.",
     ),
 }
 

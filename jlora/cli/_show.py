@@ -23,7 +23,7 @@ from ._output import bar, print_json, tell
 
 @click.command(epilog="Example: jlora inspect adapter.safetensors")
 @click.argument("adapter", type=options.PATH)
-@options.how("step", "base", "names", "tied", "layout")
+@options.how("step", "base", "names", "tied", "layout", "component")
 @options.as_json
 def inspect(
     adapter: str, base: str | None, as_json: bool, **how: Unpack[options.How]
@@ -84,7 +84,7 @@ def _fields(row: Row) -> Json:
 @click.command(epilog="Example: jlora diff adapter.safetensors again.safetensors")
 @click.argument("a", type=options.PATH)
 @click.argument("b", type=options.PATH)
-@options.how("base", "names", "tied", "layout")
+@options.how("base", "names", "tied", "layout", "component")
 @options.as_json
 def diff(
     a: str, b: str, base: str | None, as_json: bool, **how: Unpack[options.How]
@@ -108,7 +108,7 @@ def diff(
 
 @click.command(epilog="Example: jlora validate run --base base.safetensors")
 @click.argument("adapter", type=options.PATH)
-@options.how("step", "base", "names", "tied", "layout")
+@options.how("step", "base", "names", "tied", "layout", "component")
 @click.option(
     "--for",
     "server",

@@ -42,7 +42,7 @@ from ._output import bar, counts, done
     is_flag=True,
     help="In a file: write a quantised model as codes again.",
 )
-@options.how("step", "names", "tied", "layout")
+@options.how("step", "names", "tied", "layout", "component")
 @options.overwrite
 @options.as_json
 def merge(
@@ -145,7 +145,7 @@ def quantize(
     type=click.Choice(["file", "orbax", "peft"]),
     help="The format of OUT; file for *.safetensors.",
 )
-@options.how("step", "base", "names", "tied", "layout")
+@options.how("step", "base", "names", "tied", "layout", "component")
 @options.to_layout
 @click.option("--base-model", help="PEFT's base_model_name_or_path.")
 @click.option("--task-type", help="PEFT's task_type, such as CAUSAL_LM.")
@@ -154,6 +154,9 @@ def quantize(
     "--dialect",
     type=click.Choice(["mlx", "kohya", "kohya-sdxl", "diffusers"]),
     help="Whose files to write in place of PEFT's.",
+)
+@click.option(
+    "--to-component", help="To kohya or diffusers: whose adapter it is; unet if absent."
 )
 @options.overwrite
 @options.as_json
@@ -166,6 +169,7 @@ def convert(
     task_type: str | None,
     portable: bool,
     dialect: str | None,
+    to_component: str | None,
     to_layout: str | None,
     overwrite: bool,
     as_json: bool,
@@ -174,7 +178,8 @@ def convert(
     """Write ADAPTER in another format: PEFT, Orbax or one file.
 
     Adapters of MLX, kohya's scripts and diffusers are read as PEFT's, and written with
-    --dialect. From PEFT, --base says which model it is for; to PEFT, --names what its
+    --dialect. Of a file for several models, --component says which one's is read. From
+    PEFT, --base says which model it is for; to PEFT, --names what its
     modules are called there, and --base gives the table whose single rows are trained.
     A mixture's experts go from --layout to --to-layout.
     """
@@ -192,6 +197,7 @@ def convert(
         "--portable": portable or None,
         "--dialect": dialect,
         "--to-layout": to_layout,
+        "--to-component": to_component,
     }
     if to != "peft":
         idle = writing if kind == "peft" else {**reading, **writing}
@@ -209,6 +215,7 @@ def convert(
             "portable": portable,
             "task_type": task_type,
             "dialect": dialect or "peft",
+            "component": to_component or "unet",
             **_about_base(base, tied, to_layout),
         }
     trainable = read(source, base=base, **how)

@@ -110,7 +110,6 @@ def adalora(
         )
     if target_rank <= 0:
         raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
-
     schedule = _Schedule(target_rank, steps, warmup, final, every)
 
     def init(params: Any) -> Any:

@@ -21,7 +21,8 @@ from ..errors import PeftError
 from ..factors import Array, PyTree, Trainable
 from ..transform.compat import is_staging
 from ..transform.stage import is_array
-from ._dialects import dialect_of, translated
+from ._dialects import dialect_of
+from ._dialects_in import translated
 from ._expert_reading import modules_of, relaid
 from ._experts import ExpertLayout, layout_of
 from ._leaves import TargetLeaf, leaves_of
@@ -43,6 +44,7 @@ def load(
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
     layout: ExpertLayout | str | None = None,
+    component: str | None = None,
 ) -> Trainable:
     """Returns the adapter that Hugging Face PEFT wrote into `directory`.
 
@@ -63,12 +65,16 @@ def load(
       dtype: type of A and B; None means float32, as in PEFT, or wider if the file is.
       layout: how the file keeps the experts of a mixture, see `ExpertLayout`. None
         takes what names and shapes tell.
+      component: which model's adapter to read, of a file of kohya's scripts or of
+        diffusers that has several: `"unet"`, `"te1"`, `"text_encoder_2"`, as its names
+        begin. Those of other models are left alone.
 
     Raises:
       PeftError: if a file is missing, damaged or not a LoRA adapter, or a number is too
-        large for the dtype; lists all that is
-        missing, extra, misshapen or of a wrong type, every field of the config that
-        jlora lacks, and every contradiction between config and tensors.
+        large for the dtype; if the file is for several models, and `component` is none
+        of them or is not given; lists all that is missing, extra, misshapen or of a
+        wrong type, every field of the config that jlora lacks, and every contradiction
+        between config and tensors.
 
     Examples:
       >>> import tempfile, numpy as np, jlora
@@ -81,7 +87,13 @@ def load(
       2.0
     """
     trainable, report = load_partial(
-        directory, params_or_plan, names=names, tied=tied, dtype=dtype, layout=layout
+        directory,
+        params_or_plan,
+        names=names,
+        tied=tied,
+        dtype=dtype,
+        layout=layout,
+        component=component,
     )
     check(report, f"The adapter in {str(directory)!r}", "load_partial")
     return trainable
@@ -95,6 +107,7 @@ def load_partial(
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
     layout: ExpertLayout | str | None = None,
+    component: str | None = None,
 ) -> tuple[Trainable, LoadReport]:
     """Returns what fits of an adapter that `load` reads, and a report of the rest.
 
@@ -105,6 +118,7 @@ def load_partial(
       tied: see `load`.
       dtype: see `load`.
       layout: see `load`.
+      component: see `load`.
 
     Returns:
       `(adapter, report)`; the report is false if everything fits.
@@ -129,6 +143,7 @@ def load_partial(
         tied=tied,
         dtype=dtype,
         layout=layout,
+        component=component,
     )
 
 
@@ -140,6 +155,7 @@ def read_adapter(
     tied: bool | None = None,
     dtype: DTypeLike | None = None,
     layout: ExpertLayout | str | None = None,
+    component: str | None = None,
     facts: Facts | None = None,
 ) -> tuple[Trainable, LoadReport]:
     """Returns what fits of an adapter, and a report of the rest: the one reader.
@@ -152,6 +168,7 @@ def read_adapter(
       tied: see `load`.
       dtype: see `load`.
       layout: see `load`.
+      component: see `load`.
       facts: what the model's `config.json` says, where its leaves have torch's names.
 
     Raises:
@@ -159,14 +176,18 @@ def read_adapter(
     """
     folder = pathlib.Path(directory)
     with told(f"{str(directory)!r} cannot be read", PeftError):
-        dialect = dialect_of(folder) if os.path.exists(directory) else None
-        if dialect is None and not os.path.isdir(directory):
-            raise PeftError(f"There is no directory {str(directory)!r} to load from.")
-    if dialect is None:
+        found = dialect_of(folder)
+    if component is not None and (found is None or not found.dialect.begin):
+        whose = "PEFT" if found is None else found.dialect.tool
+        raise PeftError(
+            f"component={component!r:.50} is for files of kohya's scripts and of "
+            f"diffusers. Leave it out: {str(directory)!r} is read as one of {whose}."
+        )
+    if found is None:
         fields, slots, metadata = open_adapter(folder)
     else:
         fields, slots, metadata = translated(
-            dialect, folder, _axes_of_modules(leaves, names)
+            found, folder, _axes_of_modules(leaves, names), component
         )
         facts = dataclasses.replace(facts or Facts(), known=True)  # it has no Conv1D
     what = repr(str(directory))
@@ -329,6 +350,8 @@ def open_adapter(
 
     def read() -> tuple[Json, dict[str, FileSlot], dict[str, str]]:
         if not any(file.exists() for file in paired.places(folder, CONFIG)):
+            if not os.path.isdir(folder):
+                raise fault(f"There is no directory {str(folder)!r} to load from.")
             read_json(folder / CONFIG, fault)  # says what is wrong
         slots, metadata = open_tensors(folder, STEM, fault=fault)
         fields = read_json(paired.find(folder, CONFIG, metadata), fault)

@@ -98,17 +98,12 @@ class Writing:
         self._full(trainable.full)
         self._wrap_packed()
         drops = {spec.dropout for spec in specs}
-        if len(drops) > 1:
-            self.wrong.append(
-                f"dropout differs between leaves ({sorted(drops)}), PEFT has one for "
-                "all"
-            )
         invocations = {spec.invocation for spec in specs}
-        if len(invocations) > 1:
-            self.wrong.append(
-                f"the invocation differs between leaves ({sorted(invocations)}), PEFT "
-                "has one for all"
-            )
+        self.wrong += [
+            f"{what} differs between leaves ({sorted(found)}), PEFT has one for all"
+            for what, found in (("dropout", drops), ("the invocation", invocations))
+            if len(found) > 1
+        ]
         others = sorted(p for p, f in low_rank.items() if f.spec.method != "dora")
         dora = len(others) < len(low_rank)
         if dora and others:

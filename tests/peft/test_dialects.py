@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 
 import jlora
@@ -283,18 +286,80 @@ def test_dora_scale_of_the_outputs_and_no_other(shape, text, tmp_path):
     assert read.lora["x/to_q/kernel"].magnitude.shape == (5,)
 
 
-def test_other_model_of_the_pipeline_is_told(tmp_path):
-    own = unet()
-    jlora.peft.save(tmp_path, own, names=UNET, dialect="kohya")
-    file = tmp_path / "lora.safetensors"
+CLIP = NameMap(
+    (Entry("{n:q,v}/kernel", "text_model.encoder.layers.0.self_attn.{n}_proj.weight"),)
+)
+PIPELINES = {"kohya": ("unet", "te1", "te2"),
+             "diffusers": ("unet", "text_encoder", "text_encoder_2")}  # fmt: skip
+
+
+def pipeline(dialect: str, folder: pathlib.Path) -> dict[str, tuple]:
+    """One file for a U-Net and two text encoders that call their modules the same."""
+    first, second, third = PIPELINES[dialect]
+    own = {
+        first: (unet(), UNET),
+        second: (Trainable({"q/kernel": factors(4)}), CLIP),
+        third: (Trainable({n: factors(5, alpha=7.0) for n in ("q/kernel", "v/kernel")}),
+                CLIP),
+    }  # fmt: skip
+    tensors, about = {}, {}
+    for component, (trainable, names) in own.items():
+        part = folder / component
+        options = {"dialect": dialect, "component": component}
+        jlora.peft.save(part, trainable, names=names, **options)
+        (file,) = part.glob("*.safetensors")
+        tensors |= safetensors.numpy.load_file(file)
+        with safetensors.safe_open(file, "np") as opened:
+            about |= json.loads(opened.metadata().get("lora_adapter_metadata", "{}"))
+    metadata = {"lora_adapter_metadata": json.dumps(about)} if about else None
+    safetensors.numpy.save_file(tensors, folder / "all.safetensors", metadata)
+    return own
+
+
+@pytest.mark.parametrize("dialect", PIPELINES)
+def test_each_model_of_a_pipeline_reads_its_own_part(dialect, tmp_path):
+    file, components = tmp_path / "all.safetensors", sorted(PIPELINES[dialect])
+    for component, (own, names) in pipeline(dialect, tmp_path).items():
+        options = {"names": names, "component": component}
+        read, report = jlora.peft.load_partial(file, params(own), **options)
+        assert not report
+        same_update(own, read)
+    there = ", ".join(map(repr, components))
+    for name, text in (
+        (None, f"has adapters of 3 models: {there}. Say which one"),
+        ("te3", f"has no adapter of component='te3', but of {there}."),
+        ("", f"has no adapter of component='', but of {there}."),
+    ):
+        with pytest.raises(PeftError, match=re.escape(text)):
+            jlora.peft.load(file, params(own), names=CLIP, component=name)
+    with pytest.raises(PeftError, match=r"none of its tensors is A|extra: .*down_bl"):
+        jlora.peft.load(file, params(own), names=CLIP, component="unet")
+
+
+def test_a_part_is_read_strictly_and_the_others_are_left_alone(tmp_path):
+    own = pipeline("kohya", tmp_path)["te1"][0]
+    file = tmp_path / "all.safetensors"
     named = safetensors.numpy.load_file(file)
-    named["lora_te1_text_model_q.lora_down.weight"] = np.ones((2, 6), np.float32)
-    safetensors.numpy.save_file(named, file)
-    with pytest.raises(PeftError, match=r"extra: .*lora_te1_text_model_q"):
-        jlora.peft.load(tmp_path, params(own), names=UNET)
-    read, report = jlora.peft.load_partial(tmp_path, params(own), names=UNET)
-    same_update(own, read)
-    assert len(report.extra) == 1
+    more = {
+        "lora_te2_x.hada_w1_a": "",
+        "lora_te1_y.lora_up.weight": "te1_y",
+        "z": "'z'",
+    }
+    for name, extra in more.items():
+        safetensors.numpy.save_file(named | {name: np.ones((2, 2), np.float32)}, file)
+        options = {"names": CLIP, "component": "te1"}
+        read, report = jlora.peft.load_partial(file, params(own), **options)
+        same_update(own, read)
+        assert len(report.extra) == bool(extra), name
+        assert extra.strip("'") in "".join(report.extra)
+
+
+@pytest.mark.parametrize("dialect", ["peft", "mlx"])
+def test_component_is_only_for_files_of_several_models(dialect, tmp_path):
+    own = decoder()
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect=dialect)
+    with pytest.raises(PeftError, match=rf"component='unet' is for.*{dialect.upper()}"):
+        jlora.peft.load(tmp_path, params(own), names=maps.LLAMA, component="unet")
 
 
 @pytest.mark.parametrize(

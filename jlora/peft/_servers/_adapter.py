@@ -128,11 +128,11 @@ def read_adapter(directory: pathlib.Path) -> Adapter:
       PeftError: if a file is missing, damaged or not a LoRA adapter.
     """
     with told(f"{str(directory)!r} cannot be read", PeftError):
-        dialect = dialect_of(directory) if directory.exists() else None
-    if dialect is not None:
+        found = dialect_of(directory)
+    if found is not None:
         raise PeftError(
-            f"{str(directory)!r} is an adapter of {dialect.tool}. Servers read PEFT's: "
-            "write it so first, with `jlora convert --to peft`."
+            f"{str(directory)!r} is an adapter of {found.dialect.tool}. Servers read "
+            "PEFT's: write it so first, with `jlora convert --to peft`."
         )
     fields, slots, _ = open_adapter(directory)
     config, _ = parse_config(fields)
