@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -357,15 +357,14 @@ def save_base(
     leaves, _ = flatten(params)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
     wrong = [f"{path!r} is not an array" for path in leaves if path not in arrays]
-    read: Read = arrays.__getitem__
-    tensors = functools.partial(_tensors, arrays, names=names, tied=tied, dtype=dtype)
-    tensors(read, wrong)
+    tensors, faults = _tensors(arrays, names, tied, dtype)
+    wrong += faults
     if wrong:
         raise PeftError(f"This model has no form in torch: {'; '.join(wrong)}.")
     about = _config_text(config)
 
     def write(read: Read) -> None:
-        own = tensors(read, [])
+        own = {name: tensor.pending(read) for name, tensor in tensors.items()}
         with replacing_files(pathlib.Path(directory), STEM, PeftError) as new:
             metadata = {"format": "pt"}
             write_tensors(new, STEM, own, metadata=metadata, max_bytes=max_shard_bytes)
@@ -375,20 +374,29 @@ def save_base(
     write_in_first(write, arrays, PeftError)
 
 
+class _Tensor(NamedTuple):
+    """A tensor of torch's: what it is, and how it is made of the leaves."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[Read], np.ndarray]
+
+    def pending(self, read: Read) -> Pending:
+        """Returns it as one to write, whose leaves `read` returns."""
+        return Pending(self.dtype, self.shape, functools.partial(self.make, read))
+
+
 def _tensors(
     arrays: Mapping[str, Shaped],
-    read: Read,
-    wrong: list[str],
-    *,
     names: NameMap,
     tied: bool,
     dtype: DTypeLike | None,
-) -> dict[str, Pending]:
-    """Returns torch's tensors, whose leaves `read` returns; tells `wrong` misfits."""
+) -> tuple[dict[str, _Tensor], list[str]]:
+    """Returns torch's tensors of a model, and what has no form there."""
     placed, nameless, faults = _placed(arrays, names)
-    wrong += faults + nameless
-    tensors: dict[str, Pending] = {}
-    shares: dict[str, dict[Cut, Pending]] = {}
+    wrong = faults + nameless
+    tensors: dict[str, _Tensor] = {}
+    shares: dict[str, dict[Cut, _Tensor]] = {}
     for path, places in zip(placed, untied(placed.values()), strict=True):
         own = _dtype(arrays[path], dtype)
         if own not in NAMES:
@@ -396,9 +404,7 @@ def _tensors(
             continue
         for place in places:
             shape = place.shape(tuple(arrays[path].shape))
-            tensor = Pending(
-                own, shape, functools.partial(_made, path, place, read, own)
-            )
+            tensor = _Tensor(own, shape, functools.partial(_made, path, place, own))
             if place.cut is not None:
                 shares.setdefault(place.name, {})[place.cut] = tensor
                 continue
@@ -411,22 +417,22 @@ def _tensors(
         absent = gaps(list(found))
         wrong += [f"no leaf has {absent} of {name}"] if absent else []
         tensors[name] = _beside(found)
-    return tensors
+    return tensors, wrong
 
 
-def _made(path: str, place: Place, read: Read, dtype: np.dtype) -> np.ndarray:
+def _made(path: str, place: Place, dtype: np.dtype, read: Read) -> np.ndarray:
     own = narrowed(path, on_host(read(path)), dtype, PeftError)
     return layers.weight_out(place, own)
 
 
-def _beside(shares: Mapping[Cut, Pending]) -> Pending:
+def _beside(shares: Mapping[Cut, _Tensor]) -> _Tensor:
     """Returns the tensor that holds several leaves side by side."""
     axis = next(iter(shares)).axis
     parts = [shares[cut] for cut in sorted(shares)]
-    return Pending(
+    return _Tensor(
         np.result_type(*(part.dtype for part in parts)),
         parts[0].shape,
-        lambda: np.concatenate([part.make() for part in parts], axis),
+        lambda read: np.concatenate([part.make(read) for part in parts], axis),
     )
 
 
