@@ -21,6 +21,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import operator
 import pathlib
 import subprocess
 import sys
@@ -584,6 +585,8 @@ def check(case: Case) -> dict[str, Any]:
     if case.alone:
         _, own = jlora.adopt(case.params, case.library, **case.settings)
         found["forward"] = apart(run(case, frozen, own), wanted)
+        told = ({p: f.spec.op for p, f in t.lora.items()} for t in (own, trainable))
+        assert operator.eq(*told), "the plan tells another operation"
     found["leaves"] = len(trainable.lora)
     found["forward, with a plan"] = apart(run(case, frozen, trainable), wanted)
     merged = jax.jit(case.base)(jlora.merge(frozen, trainable))
