@@ -62,6 +62,13 @@ def strict_promotion() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def settled() -> Iterator[None]:
+    """What a file leaves in JAX's caches stays: the collector need not look again."""
+    yield
+    gc.freeze()
+
+
 @pytest.fixture
 def standard_dtypes() -> Iterator[None]:
     """Lets a test run Adam: optax raises a float to the power of an int32 counter."""

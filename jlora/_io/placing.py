@@ -85,14 +85,14 @@ def placed(path: str, x: Any, like: Leaf, encoder: Encoder | None = None) -> Lea
     where = getattr(like, "sharding", None)
     if is_quantized(x):
         return _placed(path, x, where)
+    # Neither way in the background, where leaves would wait in a queue.
     if encoder is None:
-        return jax.device_put(x, where)
+        return jax.block_until_ready(jax.device_put(x, where))
     if is_quantized(like) or not _is_host(where):
         _check_finite(path, x)
         mesh = getattr(where, "mesh", None)
         own = jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else None
         with own or contextlib.nullcontext():
-            # Not in the background, where leaves to be quantised would wait in a queue.
             return jax.block_until_ready(encoder(jax.device_put(x, where)))
     return jax.tree.map(functools.partial(_put, where=where), encoded(path, x, encoder))
 

@@ -14,6 +14,8 @@ from jlora import adapters
 from jlora.factors import Axes, Factors, Spec, Trainable
 from tests.helpers import update
 
+pytestmark = pytest.mark.once
+
 SHAPES = {
     "linear": ((6, 5), Axes()),
     "heads": ((6, 2, 3), Axes(fan_in=(0,), fan_out=(1, 2))),

@@ -246,7 +246,7 @@ def test_a_model_is_loaded_onto_a_mesh_and_into_codes(directory):
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
-    """Beside what is on the device; numpy tells what it allocates."""
+    """Beside the model, which on a CPU may take over what numpy allocated."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
     about = {**SMALL, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -258,11 +258,12 @@ def test_loading_holds_one_leaf_and_its_tensors(tmp_path, quantize):
     load()  # what is traced and compiled stays
     tracemalloc.start()
     try:
-        load()
-        _, peak = tracemalloc.get_traced_memory()
+        model = load()
+        taken_over, peak = tracemalloc.get_traced_memory()
+        del model
     finally:
         tracemalloc.stop()
-    assert peak < 3.5 * max(leaves) < sum(leaves)
+    assert peak - taken_over < 3.5 * max(leaves) < sum(leaves)
 
 
 SMALL = {**golden.SIZES, "model_type": "llama"}

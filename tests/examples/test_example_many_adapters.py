@@ -24,6 +24,8 @@ from examples.many_adapters.config import parse
 from examples.sentiment import assets
 from tests.helpers import normal, random_like
 
+pytestmark = pytest.mark.once
+
 CONFIG = DecoderConfig(
     vocab=258, width=16, hidden=24, layers=2, heads=2, kv_heads=1, head=8, tied=True
 )

@@ -25,6 +25,8 @@ from examples.sentiment.model import BertConfig, SentenceClassifier
 from examples.sentiment.runs import Result, run
 from examples.sentiment.task import LENGTH, Task, planned, pretrained, quantised
 
+pytestmark = pytest.mark.once
+
 SIZES = BertConfig(
     vocab_size=40,
     hidden_size=16,

@@ -9,6 +9,8 @@ from examples.sentiment.model import BertConfig, SentenceClassifier
 from examples.sentiment.task import LENGTH, Task
 from examples.sweep import sweep
 
+pytestmark = pytest.mark.once
+
 SIZES = BertConfig(
     vocab_size=40,
     hidden_size=16,

@@ -13,6 +13,8 @@ import jlora
 from docs import address
 from tests.examples.chat_helpers import conversations, hub_directory
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -169,7 +171,6 @@ def test_quickstart_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.once
 def test_eight_chips_runs(tmp_path, monkeypatch):
     file = ROOT / "notebooks" / "05-eight-chips.ipynb"
     notebook = execute(file, tmp_path, monkeypatch)
@@ -193,7 +194,6 @@ def test_eight_chips_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.once
 def test_fine_tune_an_llm_runs(tmp_path, monkeypatch):
     """The files that the notebook takes if they lie beside it are small ones here."""
     file = ROOT / "notebooks" / "02-fine-tune-an-llm.ipynb"
@@ -220,7 +220,6 @@ OTHERS = [file for file in NOTEBOOKS if file.stem not in OWN_TEST]
 
 
 @pytest.mark.slow
-@pytest.mark.once
 @pytest.mark.parametrize("file", OTHERS, ids=lambda f: f.stem)
 def test_notebook_says_what_it_shows(file, tmp_path, monkeypatch):
     out, kept = printed(execute(file, tmp_path, monkeypatch)), printed(read(file))

@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.peers import common, runner as peers
 
+pytestmark = pytest.mark.once
+
 ONLY = ("floor", "jlora", "manual", "full")
 TINY = ("--here", "--sizes", "64x1", "--length", "16", "--batch", "2", "--steps", "2")
 

@@ -19,6 +19,8 @@ from jlora._io.torch_models import facts_of
 from jlora._text.json_text import parse_json
 from tests.io.helpers import adapter, orbax_fails
 
+pytestmark = pytest.mark.once
+
 SHAPES = {"up/kernel": jax.ShapeDtypeStruct((4, 6), np.float32)}
 
 

@@ -14,7 +14,7 @@ from jlora import optim
 from jlora._core.algebra import delta
 from jlora.factors import Axes, Factors, Spec
 
-pytestmark = pytest.mark.usefixtures("standard_dtypes")
+pytestmark = [pytest.mark.usefixtures("standard_dtypes"), pytest.mark.once]
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "peft.npz")
 

@@ -17,6 +17,8 @@ from jlora.peft import maps
 from tests.peft import file_cases
 from tests.peft.file_cases import CASES, HEAD, TABLE, Case
 
+pytestmark = pytest.mark.once
+
 DOCS = pathlib.Path(__file__).parents[2] / "docs" / "peft.md"
 
 

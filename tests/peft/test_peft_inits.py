@@ -11,6 +11,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.once
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DATA = np.load(GOLDEN / "peft_inits.npz")
 LAYERS = ("first", "second")

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.faults import soak
 
+pytestmark = pytest.mark.once
+
 
 def test_threads_serve_right_rows_whatever_fails():
     progress = io.StringIO()
