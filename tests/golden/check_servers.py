@@ -70,6 +70,10 @@ class Vllm:
         self.packed = {
             k: list(v) for k, v in self.about["packed_modules_mapping"].items()
         }
+        lasts = {n.split(".")[-2] for n in self.tensors if n.count(".")}
+        for whole, parts in self.about.get("siblings", {}).items():
+            if {*parts} <= lasts:  # its `__init__` goes by the config
+                self.packed[whole] = parts
         self.modules = self._modules()
 
     def _modules(self) -> dict[str, tuple[int, ...]]:
@@ -92,7 +96,7 @@ class Vllm:
             found.setdefault(head, found.get("model.embed_tokens", ()))
         return found
 
-    def manager(self, adapter_config: dict):
+    def manager(self, max_rank: int = 512):
         from vllm.lora.lora_model import LoRAModel
         from vllm.lora.model_manager import LoRAModelManager
         from vllm.lora.worker_manager import WorkerLoRAManager
@@ -137,7 +141,7 @@ class Vllm:
             m._classification_head = head, wrapper
         w = object.__new__(WorkerLoRAManager)
         w._adapter_manager, w._lora_model_cls = m, LoRAModel
-        w.lora_config = types.SimpleNamespace(max_lora_rank=512, lora_dtype=None)
+        w.lora_config = types.SimpleNamespace(max_lora_rank=max_rank, lora_dtype=None)
         w.max_position_embeddings = None
         w.vocab_size = self.config.get("vocab_size")
         return w, m
@@ -155,7 +159,7 @@ class Vllm:
                 return tuple(tensor.shape)
         return None
 
-    def says(self, folder: pathlib.Path) -> str | list[str]:
+    def says(self, folder: pathlib.Path, max_rank: int = 512) -> str | list[str]:
         """What vLLM does: its error, or for each tensor what becomes of it."""
         import torch
         from safetensors import safe_open
@@ -167,7 +171,7 @@ class Vllm:
         config = json.loads((folder / "adapter_config.json").read_text())
         if self.about["packed_modules_mapping"] is None or not self.lora:
             return "does not support LoRA yet"
-        worker, manager = self.manager(config)
+        worker, manager = self.manager(max_rank)
         request = types.SimpleNamespace(
             lora_path=str(folder), lora_int_id=1, lora_name="", is_3d_lora_weight=False
         )
@@ -196,36 +200,50 @@ class Vllm:
             altered = set()
             for name in touched.keys() & raw.keys():
                 altered |= (
-                    {name} if self.copied(name, *raw[name], config, torch) else set()
+                    {name}
+                    if self.copied(name, *raw[name], config, max_rank, torch)
+                    else set()
                 )
         except Exception as error:  # whatever vLLM raises
-            return f"{type(error).__name__}: {error}"[:200]
-        out = []
+            return f"{type(error).__name__}: {error}"
+        rename, slots = self.mapper.get_rename_mapper(), {}
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             for name in sorted(file.keys()):
-                if is_base_embedding_weights(name):
-                    out.append("left")
-                    continue
-                rename = self.mapper.get_rename_mapper()
-                module, _ = parse_fine_tuned_lora_name(name, rename)
-                whole = module in adapter.modules_to_save
-                used = module in touched or whole
-                out.append(
-                    "altered" if module in altered else "used" if used else "lost"
-                )
-        return out
+                left = is_base_embedding_weights(name)
+                parse = parse_fine_tuned_lora_name
+                slots[name] = None if left else parse(name, rename)
+        return [
+            self._fate(slot, slots, adapter, touched, altered)
+            for slot in slots.values()
+        ]
 
-    def copied(self, name, a, b, config, torch) -> bool:
+    def _fate(self, slot, slots, adapter, touched, altered) -> str:
+        """What becomes of a tensor, which vLLM takes for one factor of a module."""
+        if slot is None:
+            return "left"
+        if slot[0] in adapter.modules_to_save:
+            return "used"
+        if slot[0] not in touched:
+            return "lost"
+        own = [other for other in slots.values() if other and other[0] == slot[0]]
+        part = len(own) > len({*own}) or slot[0] in altered
+        return "altered" if part else "used"  # it keeps one of several, or a part
+
+    def copied(self, name, a, b, config, most, torch) -> bool:
         """`BaseLinearLayerWithLoRA.set_lora`; whether it leaves some weights out."""
         if a is None or b is None:
+            parts = [p for own in self.packed.values() if len(own) > 1 for p in own]
+            if name.rpartition(".")[2] in parts:
+                return True  # `MergedColumnParallelLinearWithLoRA.set_lora`
             raise TypeError(f"{name} lacks a factor")
         shape = self.shape(name, name)
         if name.endswith((".experts", ".experts.base_layer")):
             return False
         n_out, n_in = shape or (b.shape[0], a.shape[1])
-        if a.shape[1] == self.config.get("vocab_size") != n_in:  # a table's
-            n_out, n_in = n_in, n_out
-        for x, sizes in ((a, (512, n_in)), (b, (n_out, 512))):
+        last = name.rpartition(".")[2]
+        if last in self.about["embedding_modules"] and last != "lm_head":
+            n_out, n_in = n_in, n_out  # `VocabParallelEmbeddingWithLoRA.set_lora`
+        for x, sizes in ((a, (most, n_in)), (b, (n_out, most))):
             slot = torch.zeros(sizes)
             slot[: x.shape[0], : x.shape[1]].copy_(x)
         rank = config["r"]
@@ -260,22 +278,9 @@ def attributes(models: Models, architecture: str) -> dict:
 
 def vllm(root: pathlib.Path) -> int:
     check_vllm.set_up(root)
-    found: dict[str, str | list[str]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        servers: dict[str, Vllm] = {}
-        for number, case in enumerate(server_cases.cases()):
-            if case.base not in servers:
-                base = server_cases.write_base(folder / "bases", case.base)
-                servers[case.base] = Vllm(root, base)
-            here = folder / str(number)
-            server_cases.write_adapter(here, case)
-            found[f"{number} {case.name}"] = servers[case.base].says(here)
-    text = json.dumps(found, indent=0)
-    TABLE.write_text(re.sub(r'\[\s+|,\s+(?=")(?!"\d+ )|\s+\]', _joined, text) + "\n")
-    raised = sum(isinstance(value, str) for value in found.values())
-    print(f"{len(found)} adapters, vLLM refuses {raised}")
-    return 0
+    return server_cases.recorded(
+        "vLLM", server_cases.cases(), lambda base: Vllm(root, base), TABLE
+    )
 
 
 def memory(root: pathlib.Path) -> int:
@@ -301,7 +306,7 @@ def memory(root: pathlib.Path) -> int:
             base = server_cases.write_base(folder / "bases", case.base)
             here = folder / str(number)
             server_cases.write_adapter(here, case)
-            worker, _ = Vllm(root, base).manager(case.config)
+            worker, _ = Vllm(root, base).manager()
             tensors = load_file(here / "adapter_model.safetensors")
             request = own["TensorRequest"](
                 "own", 1, str(here), config=case.config, tensors=tensors
@@ -413,10 +418,6 @@ def compared(server: str) -> int:
             print(f"!! {case.name}: {said if refused or isinstance(said, str) else ''}")
     print(f"{server}: {bad} of {len(cases)} adapters are judged otherwise")
     return int(bad > 0)
-
-
-def _joined(match: re.Match[str]) -> str:
-    return {"[": "[", ",": ", ", "]": "]"}[match[0].strip()]
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ class Sglang:
             try:
                 manager = self.manager(here)
             except Exception as error:  # whatever SGLang raises
-                return f"{type(error).__name__}: {error}"[:100]
+                return f"{type(error).__name__}: {error}"
         config = json.loads(text)
         held = Held(manager, config["r"], self.tensors)
         fates = {
@@ -441,28 +441,13 @@ def main(root: pathlib.Path) -> int:
     set_up(root)
     logging.disable()
     patterns = make_servers.sglang(root)["architectures"]
-    found: dict[str, str | list[str]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        servers: dict[str, Sglang] = {}
-        for number, case in enumerate(server_cases.cases() + server_cases.of_modules()):
-            if case.base not in servers:
-                base = server_cases.write_base(folder / "bases", case.base)
-                about = json.loads((base / "config.json").read_text())
-                own = patterns.get(about["architectures"][0], "")
-                servers[case.base] = Sglang(own, base)
-            here = folder / str(number)
-            server_cases.write_adapter(here, case)
-            found[f"{number} {case.name}"] = servers[case.base].says(here)
-    text = json.dumps(found, indent=0)
-    TABLE.write_text(re.sub(r'\[\s+|,\s+(?=")(?!"\d+ )|\s+\]', _joined, text) + "\n")
-    raised = sum(isinstance(value, str) for value in found.values())
-    print(f"{len(found)} adapters, SGLang refuses {raised}")
-    return 0
 
+    def made(base: pathlib.Path) -> Sglang:
+        about = json.loads((base / "config.json").read_text())
+        return Sglang(patterns.get(about["architectures"][0], ""), base)
 
-def _joined(match: re.Match[str]) -> str:
-    return {"[": "[", ",": ", ", "]": "]"}[match[0].strip()]
+    cases = server_cases.cases() + server_cases.of_modules()
+    return server_cases.recorded("SGLang", cases, made, TABLE)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,8 @@ class Models:
             if isinstance(statement, ast.FunctionDef):
                 if statement.name == "get_mm_mapping":
                     out["mm"] = ast.unparse(statement.body[-1])
+                elif statement.name == "__init__":
+                    out["siblings"] = out.get("siblings", {}) | _packed_by(statement)
                 elif statement.name in READ:
                     out[statement.name] = None  # decided when it runs
             value = getattr(statement, "value", None)
@@ -96,6 +98,17 @@ class Models:
             return eval(compile(ast.Expression(node), "vllm", "eval"), {}, names)
         except Exception:
             return None
+
+
+def _packed_by(function: ast.FunctionDef) -> dict[str, list[str]]:
+    """The entries that a function adds to `packed_modules_mapping`, if it does."""
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+            target = node.targets[0]
+            if ast.unparse(target.value) == "self.packed_modules_mapping":
+                found[ast.literal_eval(target.slice)] = ast.literal_eval(node.value)
+    return found
 
 
 class Names(dict):
@@ -149,6 +162,7 @@ def of_class(models: Models, module: str, name: str) -> dict[str, Any] | None:
         "packed": packed or {},
         "embeddings": [*(found.get("embedding_modules") or ())],
     }
+    own["siblings"] = found.get("siblings")
     if language:
         own["language"] = language[1]
     if found.get("is_3d_moe_weight"):

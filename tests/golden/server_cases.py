@@ -10,8 +10,9 @@ import json
 import pathlib
 import random
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -518,14 +519,19 @@ def broken(case: Case, rng: random.Random, *names: str) -> Case:
 
 
 def write_base(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Writes a model, and returns where."""
-    config, shapes = bases()[name]
-    here = folder / name
-    here.mkdir(parents=True)
-    (here / "config.json").write_text(json.dumps(config))
+    """Writes a model of `bases`, and returns where."""
+    return write_model(folder / name, *bases()[name])
+
+
+def write_model(
+    folder: pathlib.Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> pathlib.Path:
+    """Writes a model of zeros, and returns where."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
     arrays = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-    save_file(arrays, here / "model.safetensors")
-    return here
+    save_file(arrays, folder / "model.safetensors")
+    return folder
 
 
 def write_adapter(folder: pathlib.Path, case: Case) -> None:
@@ -544,3 +550,56 @@ def write_adapter(folder: pathlib.Path, case: Case) -> None:
         where |= dict.fromkeys(own, file)
     index = {"weight_map": where}
     (folder / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+class Reader(Protocol):
+    """A server's own code, with one model."""
+
+    def says(self, folder: pathlib.Path) -> str | list[str]:
+        """Returns its error, or what becomes of each tensor of an adapter."""
+        ...
+
+
+def recorded(
+    server: str,
+    cases: Sequence[Case],
+    made: Callable[[pathlib.Path], Reader],
+    table: pathlib.Path,
+) -> int:
+    """Writes what a server says of each adapter to `table`; returns the exit code.
+
+    Args:
+      server: its name, for what is printed.
+      cases: the adapters.
+      made: returns the server with the model of a directory.
+      table: a file of JSON, an adapter a line.
+    """
+    found: dict[str, str | list[str]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        readers: dict[str, Reader] = {}
+        for number, case in enumerate(cases):
+            if case.base not in readers:
+                readers[case.base] = made(write_base(folder / "bases", case.base))
+            here = folder / str(number)
+            write_adapter(here, case)
+            said = readers[case.base].says(here)
+            found[f"{number} {case.name}"] = _repeatable(said, str(here))
+    lines = [f"{json.dumps(key)}: {json.dumps(said)}" for key, said in found.items()]
+    table.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    refused = sum(isinstance(said, str) for said in found.values())
+    broken = sum(" + " in case.name for case in cases)
+    print(f"{len(found)} adapters, {broken} of them broken, {server} refuses {refused}")
+    return 0
+
+
+def _repeatable(said: str | list[str], folder: str) -> str | list[str]:
+    """Returns an error without what another run has otherwise: folders, sets' order."""
+    if not isinstance(said, str):
+        return said
+    said = re.sub(
+        r"\{([^{}]*)\}",
+        lambda found: "{" + ", ".join(sorted(found[1].split(", "))) + "}",
+        said.replace(folder, "ADAPTER"),
+    )
+    return said[:120]

@@ -11,7 +11,7 @@ from jlora.cli import run as run_command
 from jlora.errors import PeftError
 from jlora.peft import ServerReport, validate
 from tests.golden import server_cases
-from tests.golden.server_cases import Case
+from tests.golden.server_cases import Case, P
 
 pytestmark = pytest.mark.once
 GOLDEN = pathlib.Path(server_cases.__file__).parent
@@ -177,6 +177,68 @@ def test_rank_above_the_servers(judged):
     assert judged("vllm").notes == ("start vllm with --max-lora-rank 8",)
     with pytest.raises(PeftError, match="has no --max-lora-rank 17, only 1, 8, 16"):
         judged("vllm", max_rank=17)
+
+
+def _sized(name: str, *shape: int):
+    def change(case):
+        case.tensors[f"{P}{name}"] = np.ones(shape, np.float32)
+
+    return change
+
+
+def _prefixed_twice(case):
+    case.tensors = {P + name: x for name, x in case.tensors.items()}
+
+
+def _without(part: str):
+    def change(case):
+        case.tensors = {n: x for n, x in case.tensors.items() if part not in n}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor", "outcome"),
+    [
+        (_prefixed_twice, f"{P}{Q}.lora_A.weight", "applied"),
+        (_sized(f"{Q}.lora_B.weight", 9, 8), f"{Q}.lora_B.weight", "refused"),
+        (_sized(f"{Q}.lora_A.weight", 9, 8), f"{Q}.lora_A.weight", "refused"),
+        (_sized("x.q_proj.lora_A.weight", 2, 8), "x.q_proj.lora_A.weight", "refused"),
+        (_sized(f"{Q}.lora_embedding_A", 2, 8), f"{Q}.lora_embedding_A", "refused"),
+        (_sized(f"{Q}.lora_embedding_B", 8, 2), f"{Q}.lora_B.weight", "altered"),
+        (_without("q_proj.lora_A"), f"{Q}.lora_B.weight", "altered"),
+        (_without("lora_A"), f"{Q}.lora_B.weight", "refused"),
+    ],
+    ids=[
+        "prefix twice",
+        "B transposed, too large in one axis",
+        "rank above what the server was started with",
+        "A alone in no module",
+        "a table's A in no table",
+        "two tensors for one factor",
+        "B alone in a part",
+        "no A anywhere",
+    ],
+)
+def test_vllm_reads_factors(judged, change, tensor, outcome):
+    report = judged("vllm", change, max_rank=8)
+    told = {v.name.removeprefix(P): v.outcome for v in report.verdicts}
+    assert told[tensor] == outcome
+
+
+def test_parts_that_vllm_finds_by_the_config(bases, tmp_path):
+    """Gate and up of a shared expert are one module, those of experts another."""
+    name = "model.layers.0.mlp.shared_expert."
+    parts = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
+    shapes = {f"{name}{part}.weight": shape for part, shape in parts.items()}
+    config = {"architectures": ["Qwen2MoeForCausalLM"], "vocab_size": 20}
+    base = server_cases.write_model(tmp_path / "base", config, shapes)
+    tensors = server_cases.factors(f"{name}up_proj", 12, 8)
+    case = Case("", "", server_cases.fields([f"{name}up_proj"]), tensors)
+    server_cases.write_adapter(tmp_path / "adapter", case)
+    first = validate(tmp_path / "adapter", base).verdicts[0]
+    assert first.outcome == "applied"
+    assert first.target == f"{name}gate_up_proj (up_proj)"
 
 
 def test_index_is_enough(judged, bases):

@@ -93,9 +93,19 @@ class Adapter:
         found = self._ranks(module)
         return found[1] if found else self.config.r
 
+    def scale(self, module: str) -> float:
+        """Returns what PEFT multiplies the update of a module by."""
+        found, rank = self._alphas(module), self.rank(module)
+        alpha = found[1] if found else self.config.alpha
+        return alpha / (rank**0.5 if self.config.rslora else rank)
+
     @functools.cached_property
     def _ranks(self):
         return pattern_lookup(self.config.rank_pattern)
+
+    @functools.cached_property
+    def _alphas(self):
+        return pattern_lookup(self.config.alpha_pattern)
 
     def targets(self, module: str) -> bool:
         """Returns whether the config's targets name a module, as PEFT decides it."""

@@ -1,6 +1,6 @@
 """Whether A and B fit the weight that a server adds them to."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..._tables import shortened
 from .._own_names import core_of
@@ -32,40 +32,65 @@ def misfit(
     """
     other = adapter.parts.get((piece.module, OTHER[piece.part]))
     if other is None:
-        name = shortened(f"{piece.module}.{_ENDS[OTHER[piece.part]]}", 200)
-        return server.one_factor, f"{name} is missing", "write both factors"
+        return server.one_factor, *lone(piece)
+    if shape is not None and piece.part in ("table_a", "table_b"):
+        shape = shape[::-1]
+    return unfit(server, adapter, (piece, other), shape, base)
+
+
+def lone(piece: Piece) -> tuple[str, str]:
+    """Returns what is wrong with A or B alone, and what to do."""
+    name = shortened(f"{piece.module}.{_ENDS[OTHER[piece.part]]}", 200)
+    return f"{name} is missing", "write both factors"
+
+
+def unfit(
+    server: Server,
+    adapter: Adapter,
+    pair: tuple[Piece, Piece],
+    shape: Shape | None,
+    base: Base,
+) -> Fault | None:
+    """Returns what is wrong with A and B of a weight `[out, in]`, None if nothing is.
+
+    Args:
+      server: see `misfit`.
+      adapter: likewise.
+      pair: both factors. The first one's fault is told, but for a worse one.
+      shape: of the weight, a table's transposed; None where it is not known.
+      base: see `misfit`.
+    """
+    rank = adapter.rank(pair[0].module)
     faults = [
-        fault
-        for one in (piece, other)
-        if (fault := _misfit(server, one, adapter.rank(piece.module), shape, base))
+        fault for one in pair for fault in _misfits(server, one, rank, shape, base)
     ]
     worst = [fault for fault in faults if fault[0] == "refused"]
     return next(iter(worst or faults), None)
 
 
-def _misfit(
+def _misfits(
     server: Server, piece: Piece, rank: int, shape: Shape | None, base: Base
-) -> Fault | None:
-    """Returns what is wrong with the sizes of one factor."""
+) -> Iterator[Fault]:
+    """Yields what is wrong with the sizes of one factor."""
     if len(piece.shape) != 2:
-        return "refused", f"its shape is {list(piece.shape)}, not a matrix's", REMEDY
+        why = f"its shape is {list(piece.shape)}, not a matrix's"
+        yield "refused", why, REMEDY
+        return
     first = piece.part in A
     own, size = piece.shape if first else piece.shape[::-1]
     if own != rank:
         why = f"its rank is {own}, by the config {rank}"
         larger = own > max(server.ranks, default=own)
-        return "refused" if larger else server.other_rank, why, REMEDY
+        yield "refused" if larger else server.other_rank, why, REMEDY
     if shape is None or len(shape) != 2:
-        return None
-    turned = piece.part in ("table_a", "table_b")
-    sides = [shape[::-1] if turned else shape]
-    sides += [shape[::-1]] if base.facts.conv1d and not turned else []
+        return
+    sides = [shape]
+    sides += [shape[::-1]] if base.facts.conv1d and piece.part in ("a", "b") else []
     wanted = [side[1 if first else 0] for side in sides]
-    if size in wanted:
-        return None
-    which = "inputs" if first else "outputs"
-    outcome = "refused" if size > wanted[0] else server.smaller
-    return outcome, f"it has {size} {which}, the weight {wanted[0]}", REMEDY
+    if size not in wanted:
+        which = "inputs" if first else "outputs"
+        outcome = "refused" if size > wanted[0] else server.smaller
+        yield outcome, f"it has {size} {which}, the weight {wanted[0]}", REMEDY
 
 
 class Names:

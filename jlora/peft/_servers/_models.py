@@ -26,6 +26,7 @@ class VllmModel:
       prefix: likewise, the beginnings of names, after `substr`.
       suffix: likewise, their ends, after `prefix`.
       packed: its own modules, and the parts that an adapter has instead.
+      siblings: likewise, where a block of the base has all of the parts.
       embeddings: tables and heads that take an adapter.
       language: the text model in a model of several; only that takes an adapter.
       stacked_experts: whether an adapter has one tensor for all experts of a layer.
@@ -37,6 +38,7 @@ class VllmModel:
     prefix: Names = ()
     suffix: Names = ()
     packed: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    siblings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     embeddings: tuple[str, ...] = ()
     language: str = ""
     stacked_experts: bool = False

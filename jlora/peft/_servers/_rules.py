@@ -44,7 +44,8 @@ class Server:
       place: the file that looks tensors up by name.
       required: fields that the config must have.
       fields: rules on fields of the config.
-      ranks: what `option` may be; empty if it may be any rank.
+      ranks: what `option` may be; empty if it may be any rank. The last one is the
+        largest that the server takes.
       option: what starts the server with a larger rank.
       shards: whether it reads an adapter in several files.
       smaller: what it does with factors that are smaller than the weight's axes.
@@ -235,8 +236,8 @@ def find_server(name: str) -> Server:
     return SERVERS[name]
 
 
-def rank_limit(server: Server, given: int | None) -> int | None:
-    """Returns the largest rank that a server takes; None if there is no limit.
+def started(server: Server, given: int | None) -> Server:
+    """Returns the rules of a server that takes no larger rank than `given`.
 
     Raises:
       PeftError: if it cannot be started with the limit that is `given`.
@@ -246,7 +247,10 @@ def rank_limit(server: Server, given: int | None) -> int | None:
             f"{server.name} {server.version} has no {server.option} {given}, only "
             f"{', '.join(map(str, server.ranks))}."
         )
-    return given if given is not None else max(server.ranks, default=None)
+    if given is None:
+        return server
+    ranks = tuple(rank for rank in server.ranks if rank <= given) or (given,)
+    return dataclasses.replace(server, ranks=ranks)
 
 
 def fields_of_module(rule: FieldRule, fields: Json) -> Collection[str]:

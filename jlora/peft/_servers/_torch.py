@@ -12,10 +12,10 @@ from ._fused import FusedExperts, shapes_in_memory
 from ._layouts import advice, form_of
 from ._report import Outcome, Verdict
 from ._rules import Server
+from ._targets import Targets
 
 _Found = tuple[Outcome, str, str, str]
 _LINEAR_ONLY = ("lora_bias", "alora_invocation_tokens")
-_HEADS = ("classifier", "score")  # which PEFT keeps whole for a classifier
 
 
 def _applied(module: str) -> _Found:
@@ -33,16 +33,19 @@ class Lookup:
         self._prefix = "" if any(n.startswith(prefix) for n in names) else prefix
         self.fused = FusedExperts(adapter, base, self._in_memory)
         self.modules, self.tensors = shapes_in_memory(base, self.fused, self._in_memory)
+        ties: dict[str, str] = {}
         for table, shape in base.tables.items():
             head = head_of(table, base.tensors)
             if head is not None and base.facts.tied is not False:
                 self.modules.setdefault(head, shape)
                 self.tensors.setdefault(f"{head}.weight", shape)
+                ties[self._in_memory(table)] = head
+        by_task = server.name == "peft"  # its own classes keep heads whole
+        self.targets = Targets(adapter, self.modules, ties, by_task=by_task)
         self.parents = {n.rpartition(".")[0] for n in self.tensors}
         self.names = Names([*self.modules, *(self.parents - self.modules.keys())])
         entries = {*adapter.config.parameters}
         raw = (n for n in self.tensors if entries and entries & {*endings(n)})
-        self._excluded = {*adapter.config.excluded}
         self.raw = {name.rpartition(".")[0] for name in raw}
         self.raw |= {name for name in self.fused.banks if self.fused.is_raw(name)}
 
@@ -76,10 +79,10 @@ class Lookup:
             return "dropped", "", why, self.names.nearest(module)
         if piece.part == "tokens":
             return self._tokens(piece, module)
-        if not self._adapted(module):
+        if not self.targets.adapts(module):
             why = "target_modules does not name it"
             return "dropped", "", why, f"add {module.rpartition('.')[2]!r:.100} to it"
-        if self.server.name != "peft" and self._is_saved(module):
+        if self.server.name != "peft" and self.targets.keeps(module):
             why = "load_adapter keeps the module whole, as modules_to_save says"
             return "dropped", "", why, "load it with peft.PeftModel.from_pretrained"
         if piece.part == "copy":
@@ -99,21 +102,6 @@ class Lookup:
         fault = misfit(self.server, self.adapter, piece, shape, self.base)
         return (fault[0], module, *fault[1:]) if fault else _applied(module)
 
-    def _adapted(self, module: str) -> bool:
-        """Returns whether the config has PEFT adapt a module."""
-        config = self.adapter.config
-        if self._excluded & {*endings(module)}:
-            return False
-        if config.tying and module == head_of("model.embed_tokens"):
-            return self.adapter.targets("model.embed_tokens") and not self._every
-        if self._every:  # PEFT leaves the head and tables out
-            return module in self.base.linear and not module.endswith("lm_head")
-        return self.adapter.targets(module)
-
-    @property
-    def _every(self) -> bool:
-        return str(self.adapter.fields.get("target_modules")).lower() == "all-linear"
-
     def _tokens(self, piece: Piece, module: str) -> _Found:
         named = [n for n, _ in self.adapter.config.tokens]
         if any(not n or names_module(n, module) for n in named):
@@ -132,7 +120,9 @@ class Lookup:
         """Returns what is done with a whole tensor: it is put over the base's own."""
         module, last = piece.module, piece.name.rpartition(".")[2]
         plain = module.removesuffix(".base_layer")
-        if not self._is_saved(plain) and (plain != module) != self._adapted(plain):
+        if not self.targets.keeps(plain) and (plain != module) != self.targets.adapts(
+            plain
+        ):
             why = "target_modules names it" if plain == module else "it is not adapted"
             return "dropped", "", why, "save the adapter with PEFT's `save_pretrained`"
         if f"{plain}.{last}" not in self.tensors:
@@ -144,19 +134,13 @@ class Lookup:
             return "refused", plain, why, "give the base that it was trained on"
         return "applied", plain, "", ""
 
-    def _is_saved(self, module: str) -> bool:
-        """Returns whether PEFT keeps a whole module with the adapter."""
-        task = self.adapter.fields.get("task_type")
-        heads = _HEADS if task in ("SEQ_CLS", "TOKEN_CLS") else ()
-        return any(module.endswith(e) for e in (*self.adapter.config.saved, *heads))
-
     def of_config(self) -> Iterator[Verdict]:
         """Yields what PEFT makes of the config before it reads a tensor."""
         fields, config = self.adapter.fields, self.adapter.config
         if fields.get("target_modules") is None and not config.parameters:
             why = "without it PEFT goes by the model's type"
             yield self._told("target_modules", "altered", why, "write it")
-        adapted = [name for name in self.modules if self._adapted(name)]
+        adapted = [name for name in self.modules if self.targets.adapts(name)]
         if not (adapted or config.parameters or self.fused.targeted):
             why = f"it names no module of {self.base.architecture}"
             experts = any(map(form_of, self.adapter.pieces))
@@ -170,7 +154,7 @@ class Lookup:
             p.module for p in self.adapter.pieces if p.part == "whole" and p.prefixed
         }
         every = {*self.parents, *self.modules}
-        absent = sorted(m for m in every - whole if self._is_saved(m))
+        absent = sorted(m for m in every - whole if self.targets.keeps(m))
         if absent and self.server.name == "peft":
             why = f"the file has no {absent[0]!r:.100}"
             yield self._told("modules_to_save", "refused", why, "leave it out there")

@@ -18,7 +18,7 @@ from ._rules import (
     Server,
     fields_of_module,
     find_server,
-    rank_limit,
+    started,
 )
 
 
@@ -59,12 +59,11 @@ def validate(
       >>> report.fine, report.verdicts[0].outcome, report.verdicts[0].instead
       (False, 'dropped', "the base has 'model.layers.0.self_attn.q_proj'")
     """
-    rules = find_server(server)
-    limit = rank_limit(rules, max_rank)
+    rules = started(find_server(server), max_rank)
     adapter = read_adapter(pathlib.Path(directory))
     about = read_base(base)
     judge = _judge(rules, adapter, about)
-    found = [*_of_config(rules, adapter, limit), *judge.of_config()]
+    found = [*_of_config(rules, adapter), *judge.of_config()]
     own = [judge.verdict(piece) for piece in adapter.pieces]
     own = [
         with_layout(_altered(rules, adapter, *pair), pair[0], adapter, judge.layouts)
@@ -107,7 +106,7 @@ class _Judge(Protocol):
 def _judge(server: Server, adapter: Adapter, base: Base) -> _Judge:
     match server.name:
         case "vllm":
-            return _vllm.Lookup(adapter, base)
+            return _vllm.Lookup(server, adapter, base)
         case "sglang":
             return _sglang.Lookup(adapter, base)
         case "llama.cpp":
@@ -115,9 +114,7 @@ def _judge(server: Server, adapter: Adapter, base: Base) -> _Judge:
     return _torch.Lookup(server, adapter, base)
 
 
-def _of_config(
-    server: Server, adapter: Adapter, limit: int | None
-) -> Iterator[Verdict]:
+def _of_config(server: Server, adapter: Adapter) -> Iterator[Verdict]:
     """Yields what the server refuses of the config and of the files."""
     for field in server.required:
         if field not in adapter.fields:
@@ -125,7 +122,7 @@ def _of_config(
     for rule in server.fields:
         if rule.outcome == "refused" and not rule.fine(adapter.fields.get(rule.field)):
             yield _refusal(f"{CONFIG}: {rule.field}", rule.why, rule.instead)
-    top = _top_rank(adapter)
+    top, limit = _top_rank(adapter), max(server.ranks, default=None)
     if limit is not None and top > limit:
         why = f"rank {top} is above {server.option} {limit}"
         yield _refusal(f"{CONFIG}: r", why, "lower it, with jlora.adapters.truncate")

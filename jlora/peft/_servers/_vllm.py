@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 
 from ..config import PREFIX
-from ._adapter import Adapter, Piece
+from ._adapter import A, Adapter, Piece
 from ._base import Base, Shape
-from ._fit import FACTORS, Fault, Names, misfit
+from ._fit import FACTORS, Fault, Names, lone, unfit
 from ._models import VllmModel, is_classifier, vllm_model
 from ._report import Verdict
-from ._rules import VLLM
+from ._rules import Server
 
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.[^.]+")
 _STACKED = re.compile(r"(.*\.experts)\.[^.0-9]+")  # of all experts of a layer
@@ -32,7 +33,7 @@ class Taker:
     Attributes:
       module: vLLM's module.
       part: what of it the factors are for, empty for the whole.
-      shape: of the weight in the base, if it is known.
+      shape: of the weight in the base, a table's transposed, if it is known.
       bank: the experts that it is one of, or empty.
       why: why vLLM leaves it without an adapter; empty if it does not.
     """
@@ -53,6 +54,7 @@ class Lookup:
     """Where vLLM applies the tensors of an adapter.
 
     Attributes:
+      server: its rules, with the largest rank that it was started with.
       adapter: the adapter.
       base: the model.
       model: what vLLM's class of it says; None if it takes no adapters.
@@ -60,27 +62,47 @@ class Lookup:
       expected: last parts of names that vLLM lets pass.
     """
 
-    def __init__(self, adapter: Adapter, base: Base):
-        self.adapter, self.base = adapter, base
+    def __init__(self, server: Server, adapter: Adapter, base: Base):
+        self.server, self.adapter, self.base = server, adapter, base
         self.model = vllm_model(base.architecture)
         self.takers: dict[str, Taker] = {}
         self.expected: set[str] = set()
         if self.model is not None:
             self._gather(self.model)
-        named = (p for p in adapter.pieces if p.part in FACTORS)
-        there = {self._renamed(p.module) for p in named}
+        there = {self._name(p) for p in adapter.pieces if p.part in FACTORS}
         self.names = Names(self.takers)
         self.missing: dict[str, str] = {}  # by bank, the first that is not there
         for name, taker in self.takers.items():
             if taker.bank and name not in there:
                 self.missing.setdefault(taker.bank, name)
 
-    def _renamed(self, module: str) -> str:
+    def _name(self, piece: Piece) -> str:
+        """Returns what vLLM calls the module of a tensor.
+
+        It takes PEFT's prefix out of a name as often as it is there.
+        """
+        module = piece.module
+        if piece.prefixed:
+            module = module.replace(PREFIX, "")
         return (self.model and self.model.renamed(module)) or module
+
+    @functools.cached_property
+    def _slots(self) -> dict[tuple[str, bool], list[Piece]]:
+        """The tensors that vLLM takes for A, and for B, of a module."""
+        found: dict[tuple[str, bool], list[Piece]] = {}
+        for piece in self.adapter.pieces:
+            last = piece.module.rpartition(".")[2]
+            if piece.part == "whole" and last in _HEADS:
+                found.setdefault((last, False), []).append(piece)
+            elif piece.part in FACTORS:
+                slot = self._name(piece), piece.part in A
+                found.setdefault(slot, []).append(piece)
+        return found
 
     def _gather(self, model: VllmModel) -> None:
         """Finds what takes factors, by the base's own names."""
         part_of = {p: whole for whole, parts in model.packed.items() for p in parts}
+        together = {p: (n, ps) for n, ps in model.siblings.items() for p in ps}
         for module, shape in self.base.linear.items():
             name = model.renamed(module, loading=True)
             if name is None or name.endswith("lm_head"):
@@ -91,6 +113,9 @@ class Lookup:
             elif last in part_of:
                 part = last if part_of[last] != last else ""
                 self._add(name, Taker(f"{parent}{dot}{part_of[last]}", part, shape))
+            elif last in together and self._beside(module, together[last][1]):
+                whole = f"{parent}{dot}{together[last][0]}"
+                self._add(name, Taker(whole, last, shape))
             elif last in model.packed:  # the base has it packed, an adapter its parts
                 for part in model.packed[last]:
                     self._add(f"{parent}{dot}{part}", Taker(name, part))
@@ -103,9 +128,17 @@ class Lookup:
                 self._stack(name)
         for module, shape in self._tables().items():
             name = model.renamed(module, loading=True)
-            if name is not None and module.rpartition(".")[2] in model.embeddings:
+            last = module.rpartition(".")[2]
+            if name is not None and last in model.embeddings:
+                if shape is not None and last != "lm_head":
+                    shape = shape[::-1]
                 self._add(name, Taker(name, shape=shape))
         self.expected |= {*model.embeddings}
+
+    def _beside(self, module: str, parts: Sequence[str]) -> bool:
+        """Returns whether the base has all parts in the block of a module."""
+        parent, dot, _ = module.rpartition(".")
+        return all(f"{parent}{dot}{part}" in self.base.linear for part in parts)
 
     def _tables(self) -> dict[str, Shape | None]:
         """Returns tables, and the head, which is not in the files if it is tied."""
@@ -113,6 +146,26 @@ class Lookup:
         of_tokens = {n.rpartition(".")[2]: shape for n, shape in tables.items()}
         heads = {n: x for n, x in self.base.linear.items() if n.endswith("lm_head")}
         return tables | (heads or {"lm_head": of_tokens.get("embed_tokens")})
+
+    @functools.cached_property
+    def _headless(self) -> bool:
+        """Returns whether the A at which vLLM looks first is not there.
+
+        It looks for its device: of the first module by name that is not a part of
+        another one, or else of the first module that is made of parts.
+        """
+        order = sorted(self.adapter.pieces, key=lambda piece: piece.name)
+        names = dict.fromkeys(self._name(p) for p in order if p.part in FACTORS)
+        single = [name for name in names if not self._is_packed(name)]
+        if single:
+            return not self._slots.get((single[0], True))
+        packed = [t.module for name, t in self.takers.items() if name in names]
+        first = [n for n in names if self.takers[n].module == next(iter(packed), "")]
+        return bool(first) and not any(self._slots.get((n, True)) for n in first)
+
+    def _is_packed(self, name: str) -> bool:
+        taker = self.takers.get(name)
+        return taker is not None and bool(taker.part) and not taker.why
 
     def _expert(
         self, model: VllmModel, name: str, bank: str, shape: Shape | None
@@ -181,15 +234,41 @@ class Lookup:
             return last, self._whole(piece, last)
         if piece.part not in FACTORS:
             return "", ("refused", *_unsupported(piece))
-        name = self._renamed(piece.module)
+        name = self._name(piece)
         taker = self.takers.get(name)
+        unread = self._unread(piece, name)
+        if unread is not None:
+            return taker.target if taker else "", unread
         if taker is None:
             return "", self._unknown(name, last)
         if taker.why:
             more = "start vLLM with --enable-tower-connector-lora"
             return "", ("dropped", taker.why, more)
-        fault = self._fault(piece, taker)
+        fault = self._fault(piece, taker) or self._twice(name)
         return taker.target, fault or ("applied", "", "")
+
+    def _twice(self, name: str) -> Fault | None:
+        """Returns what is wrong where several tensors are one factor of a module."""
+        for first in (True, False):
+            taken = self._slots.get((name, first), ())
+            if len(taken) > 1:
+                names = " and ".join(f"{other.name!r:.100}" for other in taken[:2])
+                why = f"vLLM takes {names} for one factor, and keeps one of them"
+                return "altered", why, "leave one of them out"
+        return None
+
+    def _unread(self, piece: Piece, name: str) -> Fault | None:
+        """Returns what stops vLLM before it looks for the module of a factor."""
+        size = self.base.vocabulary
+        if piece.part == "table_a" and size is not None and piece.shape[1:] != (size,):
+            why = f"it is for {list(piece.shape[1:])} tokens, the base has {size}"
+            return "refused", why, "give the base with the added tokens"
+        alone = piece.part in A and not self._slots.get((name, False))
+        if alone and self.adapter.scale(piece.module) != 1:
+            return "refused", "vLLM scales B, which is missing", "write both"
+        if self._headless:
+            return "refused", "the A that vLLM reads first is missing", "write it"
+        return None
 
     def _unknown(self, name: str, last: str) -> Fault:
         """Returns what vLLM does with factors for which it has no module."""
@@ -213,11 +292,12 @@ class Lookup:
             if self._uneven(piece, taker):
                 why = "its sizes are not those of the other experts"
                 return "refused", why, "save the adapter again where it was trained"
-        size = self.base.vocabulary
-        if piece.part == "table_a" and size is not None and piece.shape[1:] != (size,):
-            why = f"it is for {list(piece.shape[1:])} tokens, the base has {size}"
-            return "refused", why, "give the base with the added tokens"
-        return misfit(VLLM, self.adapter, piece, taker.shape, self.base)
+        other = self._slots.get((self._name(piece), piece.part not in A))
+        if other is None:
+            outcome = "refused" if not taker.part or taker.bank else "altered"
+            return outcome, *lone(piece)
+        pair = piece, other[0]
+        return unfit(self.server, self.adapter, pair, taker.shape, self.base)
 
     def _uneven(self, piece: Piece, taker: Taker) -> bool:
         """Returns whether a factor cannot be stacked with those of other experts."""
@@ -229,7 +309,7 @@ class Lookup:
         """The shapes of experts' factors, by bank, weight and part."""
         found: dict[tuple[str, str, str], set[Shape]] = {}
         for piece in self.adapter.pieces:
-            taker = self.takers.get(self._renamed(piece.module))
+            taker = self.takers.get(self._name(piece))
             if taker is not None and taker.bank:
                 which = taker.part.rpartition(".")[2], piece.part
                 found.setdefault((taker.bank, *which), set()).add(piece.shape)
@@ -246,6 +326,9 @@ class Lookup:
     def _whole(self, piece: Piece, last: str) -> Fault:
         """Returns what vLLM does with a classifier's head."""
         if last not in self.adapter.config.saved:
+            if self._slots.get((last, True)):
+                why = "modules_to_save does not name it, so vLLM takes it for a B"
+                return "altered", why, f"write {last} there"
             why = f"modules_to_save does not name {last}"
             return "refused", why, f"write {last} there"
         heads = {n.rpartition(".")[2]: x for n, x in self.base.modules.items()}
