@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .._io import paired
 from .._io.shards import find_tensors, open_tensors
 from ..errors import CheckpointError, PeftError
+from ._sdxl import stability_name
 from .config import CONFIG
 from .layers import ENDS, MAGNITUDE
 
@@ -48,6 +49,7 @@ class Dialect:
     begin: str = ""
 
 
+CLIP = "text_model."
 SWITCH = ".switch_mlp."  # what MLX calls the experts of most models
 A, B, ALPHA = *ENDS["linear"], "alpha"
 # What one model of diffusers writes lacks the component that its pipeline writes.
@@ -120,6 +122,35 @@ _OTHERS = (
     (r".*\.lora_[AB]\.[^.]+\.weight", "PEFT's model, and not its `save_pretrained`"),
     (r".*\.lora_(down|up)\.weight", "kohya's scripts, for a model of another kind"),
 )
+
+
+def names_of(module: str) -> list[str]:
+    """Returns what tools call a module of torch's, its own name first.
+
+    A text model of CLIP has its modules in `text_model`, and none in transformers 5.
+
+    Examples:
+      >>> names_of("encoder.layers.0.mlp.fc1")
+      ['encoder.layers.0.mlp.fc1', 'text_model.encoder.layers.0.mlp.fc1']
+    """
+    bare = module.removeprefix(CLIP)
+    clip = [bare, CLIP + bare] if bare.startswith("encoder.layers.") else []
+    others = [stability_name(module), *clip]
+    return [module, *(name for name in others if name and name != module)]
+
+
+def in_pipeline(module: str, component: str) -> str:
+    """Returns what a pipeline's tools call a module of one of its models.
+
+    Examples:
+      >>> in_pipeline("encoder.layers.0.mlp.fc1", "te1")
+      'text_model.encoder.layers.0.mlp.fc1'
+      >>> in_pipeline("mid_block.resnets.0.conv1", "unet")
+      'mid_block.resnets.0.conv1'
+    """
+    is_text = component.startswith(("te", "text_encoder"))
+    names = [name for name in names_of(module) if name.startswith(CLIP)]
+    return names[0] if is_text and names else module
 
 
 class Found(NamedTuple):

@@ -14,8 +14,17 @@ from .._io.shards import FileSlot, Slot, open_tensors
 from .._tables import listed
 from .._text.json_text import parse_json
 from ..errors import PeftError
-from ._dialects import ALPHA, DIFFUSERS_KEY, MLX, SWITCH, A, B, Dialect, Found
-from ._sdxl import stability_name
+from ._dialects import (
+    ALPHA,
+    DIFFUSERS_KEY,
+    MLX,
+    SWITCH,
+    A,
+    B,
+    Dialect,
+    Found,
+    names_of,
+)
 from .config import (
     CONFIG,
     FLOATS,
@@ -178,15 +187,20 @@ class _Names:
         self.dialect = dialect
         self.keys = [(part, re.compile(p)) for part, p in dialect.keys]
         self.begin = re.compile(dialect.begin)
-        self.flat: dict[str, str] = {}
+        self.modules: dict[str, str] = {}
+        own = {self._written(module) for module in modules}
         twice = set()
-        for module in modules if dialect.flat else ():
-            for name in filter(None, (module, stability_name(module))):
-                flat = name.replace(".", "_")
-                twice |= {flat} if flat in self.flat else set()
-                self.flat[flat] = module
-        for flat in twice:  # two modules of one name: neither is meant
-            del self.flat[flat]
+        for module in modules:
+            first, *others = map(self._written, names_of(module))
+            for name in (first, *(x for x in others if x not in own)):
+                twice |= {name} if name in self.modules else set()
+                self.modules[name] = module
+        for name in twice:  # two modules of one name: neither is meant
+            del self.modules[name]
+
+    def _written(self, module: str) -> str:
+        """Returns a name as the tool writes it."""
+        return module.replace(".", "_") if self.dialect.flat else module
 
     def is_known(self, name: str) -> bool:
         """Returns whether the tool has tensors of such a name."""
@@ -212,8 +226,7 @@ class _Names:
                 module = module.replace(SWITCH, ".experts.")
             if last := groups.get("last"):
                 module = f"{module}.{'to_out.0' if last == 'to_out' else last}"
-            if self.dialect.flat:
-                module = self.flat.get(module)
+            module = self.modules.get(module, None if self.dialect.flat else module)
             if module is None or (groups.get("component") or "") != chosen:
                 return "", ""
             return part, module
@@ -340,7 +353,7 @@ def _of_diffusers(
         raise PeftError(f"{DIFFUSERS_KEY}: {error}.") from error
     out = {}
     for module, rank in ranks.items():
-        hit = find(module)
+        hit = next(filter(None, map(find, names_of(module))), None)
         alpha = float(hit[1] if hit else own["lora_alpha"])
         out[module] = alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
     return out

@@ -11,6 +11,7 @@ from .._tables import listed
 from ..errors import PeftError
 from ._dialects import (
     ALPHA,
+    CLIP,
     DIFFUSERS,
     DIFFUSERS_KEY,
     DIFFUSERS_STEM,
@@ -21,6 +22,7 @@ from ._dialects import (
     A,
     B,
     Dialect,
+    in_pipeline,
 )
 from ._experts import ROLES, role_of
 from ._sdxl import stability_name
@@ -168,24 +170,35 @@ def _of_images(
         return _kohya(dialect, pairs, magnitudes, alphas, component)
     tensors: dict[str, np.ndarray] = {}
     for module, (a, b, _) in pairs.items():
-        stem = f"{component}.{module}"
+        stem = f"{component}.{in_pipeline(module, component)}"
         tensors |= {f"{stem}.{A}": a, f"{stem}.{B}": b}
-        if module in magnitudes:
-            tensors[f"{stem}.{MAGNITUDE}"] = magnitudes[module]
+        if module in magnitudes:  # transformers drops it without the last word
+            tensors[f"{stem}.{MAGNITUDE}.weight"] = magnitudes[module]
     ranks = {module: a.shape[0] for module, (a, _, _) in pairs.items()}
+    keys = {module: _pattern(module, component) for module in pairs}
     common = max(ranks.values(), key=[*ranks.values()].count)
     alpha = max(alphas.values(), key=[*alphas.values()].count)
     fields = {
-        "alpha_pattern": {f"^{m}": v for m, v in alphas.items() if v != alpha},
+        "alpha_pattern": {keys[m]: v for m, v in alphas.items() if v != alpha},
         "lora_alpha": alpha,
         "r": common,
-        "rank_pattern": {f"^{m}": v for m, v in ranks.items() if v != common},
-        "target_modules": sorted(pairs),
+        "rank_pattern": {keys[m]: v for m, v in ranks.items() if v != common},
+        "target_modules": sorted(key.removeprefix("^") for key in keys.values()),
         "use_dora": bool(magnitudes),
     }
     own = {f"{component}.{key}": value for key, value in fields.items()}
     text = json.dumps(own, indent=2, sort_keys=True)
     return DIFFUSERS_STEM, tensors, {"format": "pt", DIFFUSERS_KEY: text}, None
+
+
+def _pattern(module: str, component: str) -> str:
+    """Returns PEFT's pattern for a module, also if its model lacks the first part.
+
+    PEFT compares the end of a name. So in transformers 4 and 5 the pattern for a text
+    model of CLIP is the name without `text_model`, and is not anchored.
+    """
+    name = in_pipeline(module, component)
+    return name.removeprefix(CLIP) if name.startswith(CLIP) else f"^{module}"
 
 
 def _kohya(
@@ -197,7 +210,10 @@ def _kohya(
 ) -> Written:
     """Returns the file of kohya's scripts, which LyCORIS has too."""
     sdxl = dialect is KOHYA_SDXL
-    called = {module: stability_name(module) if sdxl else module for module in pairs}
+    called = {
+        module: stability_name(module) if sdxl else in_pipeline(module, component)
+        for module in pairs
+    }
     if unknown := [module for module, name in called.items() if name is None]:
         raise PeftError(
             f"SDXL's U-Net has no {listed(map(repr, unknown), 3)}. dialect='kohya' "

@@ -249,11 +249,12 @@ def test_dora_there_and_back(dialect, tmp_path):
     same_update(own, read, base=1.0)
     (file,) = tmp_path.glob("*.safetensors")
     sizes = {n: x.shape for n, x in safetensors.numpy.load_file(file).items()}
+    end = "lora_magnitude_vector.weight"
     wanted = {
         "kohya": {"lora_unet_down_blocks_0_a_conv.dora_scale": (5, 1, 1, 1),
                   "lora_unet_down_blocks_0_a_to_q.dora_scale": (5, 1)},
-        "diffusers": {"unet.down_blocks.0.a.conv.lora_magnitude_vector": (1, 5, 1, 1),
-                      "unet.down_blocks.0.a.to_q.lora_magnitude_vector": (5,)},
+        "diffusers": {f"unet.down_blocks.0.a.conv.{end}": (1, 5, 1, 1),
+                      f"unet.down_blocks.0.a.to_q.{end}": (5,)},
     }[dialect]  # fmt: skip
     assert wanted.items() <= sizes.items()
 
@@ -352,6 +353,38 @@ def test_a_part_is_read_strictly_and_the_others_are_left_alone(tmp_path):
         same_update(own, read)
         assert len(report.extra) == bool(extra), name
         assert extra.strip("'") in "".join(report.extra)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "component"), [("kohya", "te1"), ("diffusers", "text_encoder")]
+)
+def test_a_text_model_of_clip_has_its_modules_in_another_or_not(
+    dialect, component, tmp_path
+):
+    """transformers 5 has left `text_model` out; the tools' files have it."""
+    written = []
+    for start in ("text_model.", ""):
+        own = {}
+        for i in (1, 2):
+            f = factors(i, alpha=float(i))
+            spec = dataclasses.replace(f.spec, axes=Axes((), (1,), (0,)))
+            own[f"{start}encoder.layers.0.mlp.fc{i}.weight"] = Factors(f.a, f.b, spec)
+        folder = tmp_path / f"{start}x"
+        options = {"dialect": dialect, "component": component}
+        jlora.peft.save(folder, Trainable(own), **options)
+        (file,) = folder.glob("*.safetensors")
+        written.append(set(safetensors.numpy.load_file(file)))
+        for other in ("text_model.", ""):
+            names = [f"{other}{name.removeprefix(start)}" for name in own]
+            read = jlora.peft.load(file, dict.fromkeys(names, np.zeros((5, 6))))
+            assert list(read.lora) == names
+            assert [f.scale for f in read.lora.values()] == [0.5, 1.0]
+        with safetensors.safe_open(file, "np") as opened:
+            about = json.loads(opened.metadata().get("lora_adapter_metadata", "{}"))
+        fc = [f"encoder.layers.0.mlp.fc{i}" for i in (1, 2)]  # at the end of both
+        assert about.get("text_encoder.target_modules", fc) == fc
+    assert written[0] == written[1]
+    assert all(name.count("text_model") == 1 for name in written[0])
 
 
 @pytest.mark.parametrize("dialect", ["peft", "mlx"])

@@ -1,0 +1,235 @@
+"""Adapters of an SDXL pipeline, LoRA and DoRA: of a U-Net and two text encoders.
+
+    python tests/golden/check_pipeline.py diffusers DIR  # torch, peft, diffusers
+    python -m tests.golden.check_pipeline jlora DIR      # reads each part, writes all
+    python tests/golden/check_pipeline.py diffusers DIR  # loads what jlora wrote
+
+diffusers and transformers run as they are, on tiny models with SDXL's own modules. The
+first time they make adapters and merge them; the second time they load jlora's, in
+their format and (LoRA) in kohya's. jlora reads the first text encoder under the names
+that transformers 5 saves, and under those that it has on the Hub (`text_model.`). Each
+step exits with 1 where a merged weight differs by more than a part in 1e6 of its
+largest entry.
+
+transformers 5.24 adapts no model beside PEFT 0.21: take 5.23, or PEFT 0.22.
+"""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+COMPONENTS = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}
+AIMS = {
+    "unet": ["to_q", "to_v", "to_out.0", "proj_in", "conv1", "conv_shortcut", "conv"],
+    "text_encoder": ["q_proj", "out_proj", "fc1"],
+    "text_encoder_2": ["q_proj", "v_proj", "out_proj", "fc2"],
+}
+KINDS = ("lora", "dora")
+
+
+def compare(what: str, found: dict, wanted: dict) -> int:
+    """Prints how far two sets of weights are from each other; returns the exit code."""
+    if found.keys() != wanted.keys():
+        print(f"{what}: other weights: {sorted(found.keys() ^ wanted.keys())[:4]}")
+        return 1
+    worst = max(
+        np.abs(np.asarray(found[n], np.float64) - wanted[n]).max()
+        / np.abs(wanted[n]).max()
+        for n in wanted
+    )
+    print(f"{what}: {len(wanted)} merged weights differ by {worst:.1e} at most")
+    return int(not worst < 1e-6)
+
+
+def load(file: pathlib.Path) -> dict:
+    from safetensors.numpy import load_file
+
+    return load_file(file)
+
+
+def save(arrays: dict, file: pathlib.Path, metadata: dict | None = None) -> None:
+    from safetensors.numpy import save_file
+
+    arrays = {n: np.ascontiguousarray(x) for n, x in arrays.items()}
+    save_file(arrays, file, metadata)
+
+
+def pipeline():
+    import torch
+    from diffusers import (
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+    )
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+        down_block_types=(
+            "DownBlock2D",
+            "CrossAttnDownBlock2D",
+            "CrossAttnDownBlock2D",
+        ),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    config = CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+    )
+
+
+def merged(model) -> dict:
+    """Returns the weights of a model of torch's with PEFT's adapters merged in."""
+    from peft.tuners.lora import LoraLayer
+
+    out = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.merge()
+            weight = module.get_base_layer().weight.detach().numpy().copy()
+            out[f"{name.removeprefix('text_model.')}.weight"] = weight
+    return out
+
+
+def make(folder: pathlib.Path) -> None:
+    """Writes the models, and for each kind one file for all three."""
+    import torch
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    for kind in KINDS:
+        pipe, states = pipeline(), {}
+        for i, component in enumerate(COMPONENTS):
+            model = getattr(pipe, component)
+            model.save_pretrained(str(folder / component))
+            config = LoraConfig(
+                r=3 + i,
+                lora_alpha=5 + i,
+                target_modules=AIMS[component],
+                use_dora=kind == "dora",
+            )
+            model.add_adapter(config)
+            for name, x in model.named_parameters():
+                if "magnitude" in name:
+                    x.data *= 1 + torch.rand_like(x)
+                elif "lora_" in name:
+                    torch.nn.init.normal_(x, std=0.2)
+            state = get_peft_model_state_dict(model)
+            states[f"{component}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        about = _collate_lora_metadata({c: getattr(pipe, c) for c in COMPONENTS})
+        pipe.save_lora_weights(str(folder / kind), **states, **about)
+        for component in COMPONENTS:
+            wanted = folder / f"{kind}_{component}.safetensors"
+            save(merged(getattr(pipe, component)), wanted)
+
+
+def diffusers(folder: pathlib.Path) -> int:
+    if not (folder / "dora_unet.safetensors").exists():
+        make(folder)
+        return 0
+    bad = 0
+    for own in sorted(folder.glob("own_*")):
+        pipe = pipeline()
+        pipe.load_lora_weights(str(own), weight_name="all.safetensors")
+        kind = "dora" if "dora" in own.name else "lora"
+        for component in COMPONENTS:
+            wanted = load(folder / f"{kind}_{component}.safetensors")
+            found = merged(getattr(pipe, component))
+            bad |= compare(f"diffusers loads {own.name}, {component}", found, wanted)
+    return bad
+
+
+def own(folder: pathlib.Path) -> int:
+    bad = 0
+    for component in COMPONENTS:
+        (file,) = (folder / component).glob("*.safetensors")
+        params = load(file)
+        hub = {f"text_model.{n}" if n.startswith("enc") else n: x
+               for n, x in params.items()}  # fmt: skip
+        for names, base in (("new", params), ("hub", hub)):
+            (folder / "bases").mkdir(exist_ok=True)
+            save(base, folder / "bases" / f"{names}_{component}.safetensors")
+    for kind in KINDS:
+        for names in ("new", "hub"):
+            bad |= convert(folder, kind, names)
+    return bad
+
+
+def convert(folder: pathlib.Path, kind: str, names: str) -> int:
+    """Reads each part of a file, and writes it with the others in each format."""
+    import jlora
+
+    bad = 0
+    files: dict[str, tuple[dict, dict]] = {}
+    for component, te in COMPONENTS.items():
+        base = folder / "bases" / f"{names}_{component}.safetensors"
+        read = jlora.files.read(folder / kind, base=base, component=component)
+        params = load(base)
+        after = jlora.merge({n: params[n] for n in read.lora}, read)
+        after = {n.removeprefix("text_model."): x for n, x in after.items()}
+        wanted = load(folder / f"{kind}_{component}.safetensors")
+        bad |= compare(f"jlora reads {kind} of {component}, {names}", after, wanted)
+        options = {"diffusers": component}
+        if kind == "lora":
+            options["kohya-sdxl" if te == "unet" else "kohya"] = te
+        for dialect, name in options.items():
+            part = folder / "parts" / f"{kind}_{names}_{dialect}_{component}"
+            jlora.peft.save(part, read, dialect=dialect, component=name)
+            own = f"own_{kind}" if dialect == "diffusers" else "own_kohya"
+            gather(part, *files.setdefault(f"{own}_{names}", ({}, {})))
+            again = jlora.files.read(part, base=base)
+            after = jlora.merge({n: params[n] for n in read.lora}, again)
+            after = {n.removeprefix("text_model."): x for n, x in after.items()}
+            bad |= compare(f"jlora reads its own {dialect}", after, wanted)
+    for name, (tensors, about) in files.items():
+        (folder / name).mkdir(exist_ok=True)
+        text = {"lora_adapter_metadata": json.dumps(about), "format": "pt"}
+        save(tensors, folder / name / "all.safetensors", text if about else None)
+    return bad
+
+
+def gather(part: pathlib.Path, tensors: dict, about: dict) -> None:
+    """Adds the one file in a directory to a file of several models."""
+    from safetensors import safe_open
+
+    (file,) = part.glob("*.safetensors")
+    tensors |= load(file)
+    with safe_open(file, "np") as opened:
+        about |= json.loads(opened.metadata().get("lora_adapter_metadata", "{}"))
+
+
+if __name__ == "__main__":
+    steps = {"diffusers": diffusers, "jlora": own}
+    sys.exit(steps[sys.argv[1]](pathlib.Path(sys.argv[2])))
