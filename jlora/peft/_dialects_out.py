@@ -30,6 +30,7 @@ from .config import PeftConfig, pattern_lookup
 from .layers import MAGNITUDE
 
 KOHYA_STEM = "lora"
+_HEAD = "lm_head"
 _LAYER = re.compile(r".+?\.layers\.\d+\.(.+)")
 
 Written = tuple[str, dict[str, np.ndarray], dict[str, str], str | None]
@@ -110,17 +111,18 @@ def _mlx(
     magnitudes: Mapping[str, np.ndarray],
     config: PeftConfig,
 ) -> Written:
-    """Returns MLX's files: one rank and scale for all, and only modules in layers.
+    """Returns MLX's files: one rank and scale, for modules in layers and the head.
 
     Smaller ranks are filled up with zeros, and other scales go into B.
     """
     pairs = {_in_mlx(module): pair for module, pair in pairs.items()}
     keys = {module: found[1] for module in pairs if (found := _LAYER.fullmatch(module))}
+    keys |= {module: module for module in pairs if module == _HEAD}
     outside = [module for module in pairs if module not in keys]
     if outside:
         raise PeftError(
-            f"MLX adapts only modules in `layers.N.`: {listed(outside, 5, ', ')}. "
-            "Leave them out of the adapter."
+            f"MLX adapts only modules in `layers.N.` and {_HEAD}: "
+            f"{listed(outside, 5, ', ')}. Leave them out of the adapter."
         )
     rank = max(a.shape[-2] for a, _, _ in pairs.values())
     scales = [scale for _, _, scale in pairs.values()]

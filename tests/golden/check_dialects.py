@@ -162,6 +162,13 @@ def mlx(folder: pathlib.Path) -> int:
             if "lora_a" in module
         }
 
+    def fused(adapted) -> dict:
+        return {
+            f"{name}.weight": np.array(module.fuse().weight)
+            for name, module in adapted.named_modules()
+            if "lora_a" in module
+        }
+
     if not (folder / "mlx_gain.safetensors").exists():
         own = model()
         about = {"rank": 3, "scale": 2.5, "dropout": 0.0}
@@ -180,12 +187,10 @@ def mlx(folder: pathlib.Path) -> int:
         save(exact(own), folder / "mlx_gain.safetensors")
         dora = model()
         linear_to_lora_layers(dora, 2, about, use_dora=True)
-        fused = {}
-        for name, module in dora.named_modules():
+        for _, module in dora.named_modules():
             if "lora_a" in module:
                 module.lora_b = mx.random.normal(module.lora_b.shape)
                 module.m = module.m * 1.3
-                fused[f"{name}.weight"] = np.array(module.fuse().weight)
         (folder / "mlx_dora").mkdir()
         adapted = dict(tree_flatten(dora.parameters()))
         ends = ("lora_a", "lora_b", ".m")
@@ -193,13 +198,16 @@ def mlx(folder: pathlib.Path) -> int:
         mx.save_safetensors(str(folder / "mlx_dora" / "adapters.safetensors"), adapted)
         config = {**config, "fine_tune_type": "dora"}
         (folder / "mlx_dora" / "adapter_config.json").write_text(json.dumps(config))
-        save(fused, folder / "mlx_dora_fused.safetensors")
+        save(fused(dora), folder / "mlx_dora_fused.safetensors")
         return 0
+    dora = load_adapters(model(), str(folder / "own_mlx_dora"))
+    wanted = load(folder / "mlx_dora_fused.safetensors")
+    bad = compare("MLX loads DoRA", fused(dora), wanted)
     wanted = load(folder / "mlx_gain.safetensors")
     found = exact(load_adapters(model(), str(folder / "own_mlx")))
     idle = {name for name, x in found.items() if name not in wanted and not x.any()}
     found = {name: x for name, x in found.items() if name not in idle}  # of layer 0
-    return compare("MLX", found, wanted)
+    return bad | compare("MLX", found, wanted)
 
 
 def own(folder: pathlib.Path) -> int:
@@ -217,6 +225,7 @@ def own(folder: pathlib.Path) -> int:
         ):
             jlora.peft.save(folder / f"own_{dialect}", read, dialect=dialect)
     read = jlora.files.read(folder / "mlx_dora", base=LLAMA)
+    jlora.peft.save(folder / "own_mlx_dora", read, dialect="mlx")
     wanted = load(folder / "mlx_dora_fused.safetensors")
     base = load(LLAMA / "model.safetensors")
     merged = jlora.merge({n: base[n] for n in wanted}, read)

@@ -112,6 +112,15 @@ def test_mlx_has_one_rank_and_one_scale(tmp_path):
     same_update(own, jlora.peft.load(tmp_path, params(own), names=maps.LLAMA))
 
 
+def test_mlx_adapts_the_head_by_its_whole_name(tmp_path):
+    own = Trainable({**decoder().lora, "lm_head/kernel": factors(8)})
+    jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    keys = ["lm_head", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"]
+    assert config["lora_parameters"]["keys"] == keys
+    same_update(own, jlora.peft.load(tmp_path, params(own), names=maps.LLAMA))
+
+
 def test_mlx_dora_there_and_back(tmp_path):
     own = decoder(method="dora")
     jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
@@ -468,8 +477,9 @@ def test_what_a_tool_has_no_form_for(tmp_path):
             jlora.peft.save(tmp_path / "out", trainable, **options)
 
     own = decoder()
-    head = Trainable({**own.lora, "lm_head/kernel": factors(8)})
-    refuses(head, "MLX adapts only modules in `layers.N.`: lm_head", dialect="mlx")
+    other = Trainable({**own.lora, "score/kernel": factors(8)})
+    text = "MLX adapts only modules in `layers.N.` and lm_head: score"
+    refuses(other, text, dialect="mlx", names=None)
     refuses(unet(), "a convolution", dialect="mlx", names=UNET)
     refuses(own, "dialect must be one of peft, mlx, kohya", dialect="nemo")
     refuses(own, "only for PEFT's files", dialect="mlx", portable=True)
