@@ -8,7 +8,8 @@ the config, or a tensor that is added, left out, swapped or there under two name
 `peft.load` reads it. It may raise jlora's own error. If it does not, every number in
 the file has to count: each tensor is changed by itself, and the adapter that is read
 then must be another one. A tensor that makes no difference was dropped in silence, and
-the command ends with 1, as it does after any other error (a crash).
+the command ends with 1, as it does after any other error (a crash). Of a file for two
+models ("part"), one is read, and only its tensors have to count.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -36,6 +38,7 @@ E, H, N, R = 3, 6, 4, 2  # experts, features, hidden, rank
 Tensors = dict[str, np.ndarray]
 Change = Callable[[Tensors, dict, random.Random], None]
 STEM = "model.layers.0."
+ALPHAS = "lora_adapter_metadata"  # in the metadata of diffusers' files
 DENSE = {"q_proj": (H, H), "k_proj": (H, N), "v_proj": (H, N)}
 EXPERTS = {"gate_up_proj": (H, 2 * N), "down_proj": (N, H)}
 NAMES = NameMap(
@@ -50,7 +53,11 @@ NAMES = NameMap(
         ),
     )
 )
-DIALECTS = ("mlx", "kohya", "kohya dora", "diffusers")
+PARTS = {  # the model that is read, how its names begin, and the other model
+    "kohya part": ("te1", "lora_te1_", "te2"),
+    "diffusers part": ("text_encoder", "text_encoder.", "text_encoder_2"),
+}
+DIALECTS = ("mlx", "kohya", "kohya dora", "diffusers", "diffusers dora", *PARTS)
 LAYOUTS = ("peft", "unsloth", "per-expert", "stacked", "shared")
 ENDS = ("refused", "applied", "dropped", "crash")
 FORMATS = ("dense", *DIALECTS, *LAYOUTS)
@@ -88,17 +95,37 @@ def params(form: str) -> dict[str, jax.ShapeDtypeStruct]:
 def write(form: str, folder: pathlib.Path) -> pathlib.Path:
     """Writes a good adapter and returns the file of its tensors."""
     layout = form if form in LAYOUTS else None
-    dialect = form.removesuffix(" dora") if form in DIALECTS else "peft"
-    own = adapter(form)
-    jlora.peft.save(folder, own, names=NAMES, layout=layout, dialect=dialect)
+    dialect = form.split()[0] if form in DIALECTS else "peft"
+    component, _, other = PARTS.get(form, ("unet", "", ""))
+    options = {"names": NAMES, "layout": layout, "dialect": dialect}
+    jlora.peft.save(folder, adapter(form), component=component, **options)
     (file,) = folder.glob("*.safetensors")
+    if other:
+        jlora.peft.save(folder / other, adapter(form), component=other, **options)
+        _add(file, folder / other / file.name)
     return file
+
+
+def _add(file: pathlib.Path, other: pathlib.Path) -> None:
+    """Adds the tensors and the metadata of another file."""
+    alphas = [json.loads(metadata(x).get(ALPHAS, "{}")) for x in (file, other)]
+    about = {ALPHAS: json.dumps(alphas[0] | alphas[1])} if any(alphas) else None
+    save_file(load_file(file) | load_file(other), file, about)
+
+
+def metadata(file: pathlib.Path) -> dict[str, str]:
+    """Returns diffusers' metadata of a file; others have a checksum of their config."""
+    with safe_open(file, "np") as opened:
+        found = opened.metadata() or {}
+    return found if ALPHAS in found else {}
 
 
 def read(form: str, folder: pathlib.Path) -> bytes:
     """Returns all that an adapter computes with, of what is in a folder."""
     layout = "unsloth" if form == "unsloth" else None
-    got = jlora.peft.load(folder, params(form), names=NAMES, layout=layout)
+    component = PARTS[form][0] if form in PARTS else None
+    options = {"names": NAMES, "layout": layout, "component": component}
+    got = jlora.peft.load(folder, params(form), **options)
     return b"".join(
         f"{path} {f.scale}".encode() + b"".join(map(bytes, jax.tree.leaves(f)))
         for path, f in sorted(got.lora.items())
@@ -196,6 +223,7 @@ def twice(tensors: Tensors, config: dict, rng: random.Random) -> None:
         (r"lora_A\.weight", "lora.down.weight"),
         (r"lora_unet_", "lora_te_"),
         (r"unet\.", ""),
+        (r"te1_|text_encoder\.", "unet_"),
         (r"model\.layers", "layers"),
     ]
     pattern, new = rng.choice(pairs)
@@ -243,15 +271,18 @@ def dropped(form: str, folder: pathlib.Path, file: pathlib.Path) -> list[str] | 
         whole = read(form, folder)
     except jlora.JloraError:
         return None
-    tensors, idle = load_file(file), []
+    tensors, idle, about = load_file(file), [], metadata(file)
+    begin = PARTS[form][1] if form in PARTS else ""
     for name, x in tensors.items():
-        save_file({**tensors, name: np.asarray(x * 2 + 1, x.dtype)}, file)
+        if not name.startswith(begin):
+            continue  # of the other model
+        save_file({**tensors, name: np.asarray(x * 2 + 1, x.dtype)}, file, about)
         try:
             if read(form, folder) == whole:
                 idle.append(name)
         except jlora.JloraError:
             pass  # it counts
-    save_file(tensors, file)
+    save_file(tensors, file, about)
     return idle
 
 
@@ -263,7 +294,8 @@ def once(form: str, change: Change, rng: random.Random) -> tuple[str, list[str]]
         tensors, about = load_file(file), folder / "adapter_config.json"
         config = json.loads(about.read_text()) if about.exists() else {}
         change(tensors, config, rng)
-        save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, file)
+        tensors = {n: np.ascontiguousarray(x) for n, x in tensors.items()}
+        save_file(tensors, file, metadata(file))
         if config:
             about.write_text(json.dumps(config))
         try:
