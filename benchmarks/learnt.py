@@ -179,7 +179,7 @@ def costs(found: common.Figures, ahead: common.Figures | None) -> str:
             source(ahead["environment"]),
             "Nothing ran. These are one layer and the head, as multiples of the frozen "
             "model's. LoRA that is not merged is computed by a temporary weight where "
-            "rows × tokens reach a product's fan-in, so it costs the least with 32 rows. "
+            "rows × tokens reach a product's fan-in, so it costs least with 32 rows. "
             "What other methods add to the activations takes the most bytes with 32 "
             "rows. FLOPs:\n",
             markdown(earlier.inference_columns(ahead["inference"], "flops")),
