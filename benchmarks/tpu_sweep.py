@@ -18,6 +18,7 @@ import jax
 
 from . import common, models, tpu
 from .page import markdown, source
+from .traffic import hbm_bytes
 
 RANK = 16
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -54,26 +55,28 @@ CASES = (
 
 
 def compiled(case: Case, step: str) -> common.Figures:
-    """Returns the compiler's figures of one step."""
+    """Returns the compiler's figures of one step, and its traffic to HBM."""
     size = dataclasses.replace(tpu.MODEL, **dict(case.size))
     sharding = jax.sharding.SingleDeviceSharding(tpu.chips(CHIPS[case.chip])[0])
     steps = common.training_steps(
         models.KINDS["scan"](size), case.rank, names=[step], abstract=True
     )
-    _, figures = common.compile_step(tpu.placed(steps[step], sharding))
-    return figures
+    program, figures = common.compile_step(tpu.placed(steps[step], sharding))
+    return {**figures, "hbm_bytes": hbm_bytes(program.as_text())}
 
 
 def columns(rows: Sequence[common.Figures]) -> common.Columns:
     """Returns the rows for a table."""
     head = ("changed", "FLOPs × floor", "GB moved: floor", "jlora", "× floor")
+    head += ("GB of HBM: floor", "jlora", "× floor")
     head += ("peak GiB: floor", "jlora", "× floor")
 
     def line(row: common.Figures) -> tuple[str, ...]:
         floor, own = row[common.FLOOR], row[common.JLORA]
         cells = [row["case"], common.ratio(own, floor, "flops")]
-        for field, unit in (("bytes", 1e9), ("peak_bytes", 2**30)):
-            cells += [common.fixed(x[field], 2, unit) for x in (floor, own)]
+        units = {"bytes": 1e9, "hbm_bytes": 1e9, "peak_bytes": 2**30}
+        for field, unit in units.items():
+            cells += [common.fixed(x.get(field), 2, unit) for x in (floor, own)]
             cells.append(common.ratio(own, floor, field))
         return tuple(cells)
 

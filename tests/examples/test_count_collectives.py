@@ -150,7 +150,7 @@ def test_steps_of_loops_are_counted_or_read():
     known = 'body=%body..sunk, backend_config={"known_trip_count":{"n":"5"}}'
     (one,) = collectives(WINDOWED.replace("body=%body..sunk", known))
     assert one.times == 5
-    with pytest.raises(ValueError, match="'loop' holds collectives, and its number"):
+    with pytest.raises(ValueError, match="How many steps the loop 'loop' takes"):
         collectives(WINDOWED.replace("direction=LT", "direction=NE"))
     with pytest.raises(ValueError, match="no ENTRY"):
         collectives("module @jit_step {}")
