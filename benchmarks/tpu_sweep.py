@@ -83,6 +83,35 @@ def columns(rows: Sequence[common.Figures]) -> common.Columns:
     return head, [line(row) for row in rows]
 
 
+WHAT = """\
+*FLOPs*, *GB moved* and *peak* are the compiler's own figures. In FLOPs and GB it counts
+a loop's body once. It counts arrays in the chip's own memory as it counts others, and
+copies between the two memories. *GB of HBM* is read from the compiled program
+(`benchmarks/traffic.py`): what all layers read from HBM and write to it, where an
+operation reads each operand once.
+"""
+WHY = """\
+What the bytes above 1.10 times the floor are, by the compiled programs:
+
+- *Passes over activations*, in every row. The gradient of A reads each input again. The
+  gradients of B and of the input read each gradient of a result twice more. The term of
+  the widest gradient, that of the input of `down`, is added in a pass of its own. With
+  8192 tokens in a row, the attention of both programs moves most, and the ratio is near
+  one.
+- *Copies*, at width 1024. Activations are small enough to be brought into the chip's
+  own memory for the products that read them. The compiler's figure counts these copies,
+  HBM's counts the read only.
+- *A and B themselves*, at ranks 64 and 256. The optimizer reads and writes A, B, their
+  gradients and two moments in float32. They are most of what the peak is higher by.
+- *Attention's scores*, at width 4096. In the forward pass this compiler writes the
+  scores of a layer in float32, and reads and writes them once more. In the frozen
+  model's program it does so only once, as it also does when layers are computed again.
+  Both forms of the product have the extra pass, with barriers and without them. So it
+  follows from the layouts that the compiler chooses for queries and keys, and not from
+  what LoRA adds.
+"""
+
+
 def section(found: common.Figures) -> str:
     """Returns the text on other chips, sizes and ranks."""
     model = found["model"]
@@ -92,7 +121,9 @@ def section(found: common.Figures) -> str:
             f"{source(found['environment'])}\nThe model is that of the table on a "
             f"TPU v5e: width {model['width']}, {model['batch']} × {model['length']} "
             f"tokens, rank {RANK}. One thing is changed in each row.\n",
+            WHAT,
             markdown(columns(found["rows"])),
+            WHY,
         )
     )
 

@@ -92,8 +92,9 @@ def _fused(
     moved = 0
     for at, operand in enumerate(operands):
         read = _read(program, name, at)
-        whole = read is None or len(operand) != 1
-        moved += _outside(operand if whole else [_part(operand[0], read)])
+        if read is not None and len(operand) == 1:
+            operand = [_part(operand[0], read)]
+        moved += _outside(operand)
     root = body[program.roots[name]]
     ends = [body[x] for x in root.operands] if root.op == "tuple" else [root]
     for end, result in zip(ends, results, strict=True):
