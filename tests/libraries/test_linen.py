@@ -20,6 +20,8 @@ from tests.libraries.library_cases import (
     params,
 )
 
+pytestmark = pytest.mark.once
+
 IDS = jnp.array([[0, 3, 1], [2, 2, 4]])
 
 
@@ -616,7 +618,6 @@ CASES = [
 ]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("case", params(CASES, PLAN))
 def test_plan_adapts_every_weight(case):
     check_plan(case)

@@ -14,6 +14,8 @@ from jlora.transform import compat
 from jlora.transform.shards import varied_axes
 from tests.helpers import close, normal
 
+pytestmark = pytest.mark.once
+
 N, RATE = 8, 0.5
 MESH = jax.make_mesh(
     (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -236,7 +238,6 @@ def product(p, x):
     return x @ p["w"]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("spec", "axes"),
     [(P(), set()), (P("data"), {"data"}), (ALL, {"data", "model"})],
