@@ -70,7 +70,9 @@ def check_positive(**settings: Any) -> None:
     A traced number, as from `optax.inject_hyperparams`, is not checked.
     """
     for name, value in settings.items():
-        if not is_staging(value) and not value > 0:
+        if is_staging(value):
+            continue
+        if isinstance(value, str | None) or not value > 0:
             raise ConfigError(f"{name} must be a positive number, got {value!r}.")
 
 

@@ -1,6 +1,7 @@
 """Plain-text tables, sizes in words, and names and findings that share a line."""
 
 import re
+import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from html import escape
 from typing import TypeVar
@@ -13,6 +14,8 @@ def table(
 ) -> str:
     """Returns `lines` under `head` in aligned columns; `right` names those set right.
 
+    Cells are made `printable`. A column is as wide as a terminal shows its characters.
+
     Examples:
       >>> print(table(("leaf", "n"), [("w", "12"), ("bias", "3")], right=["n"]))
       leaf   n
@@ -20,17 +23,42 @@ def table(
       w     12
       bias   3
     """
-    rows = [tuple(head), *map(tuple, lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [tuple(map(printable, cells)) for cells in (head, *lines)]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
     to_right = [name in right for name in head]
     rows.insert(1, tuple("─" * width for width in widths))
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if flip else cell.ljust(width)
+            " " * (width - _width(cell)) + cell
+            if flip
+            else cell + " " * (width - _width(cell))
             for cell, width, flip in zip(row, widths, to_right, strict=True)
         ).rstrip()
         for row in rows
     )
+
+
+def printable(text: str) -> str:
+    r"""Returns `text` with an escape for each character that is not shown as itself.
+
+    Names come from files of anybody: a line feed would break a table, and an escape
+    sequence is a command to a terminal.
+
+    Examples:
+      >>> print(printable("layer\\n0"))
+      layer\\n0
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _width(text: str) -> int:
+    """Returns how many columns of a terminal `text` takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def html(head: Sequence[str], lines: Sequence[Sequence[str]], caption: str) -> str:
@@ -86,7 +114,7 @@ def pattern_of(name: str) -> str:
 
 
 def folded(names: Sequence[str]) -> str:
-    """Returns one name for `names` that differ only in numbers.
+    """Returns one name for `names` that differ only in numbers, made `printable`.
 
     Examples:
       >>> folded([f"layer_{i}/kernel" for i in range(12)]), folded(["layer_0/bias"])
@@ -97,7 +125,8 @@ def folded(names: Sequence[str]) -> str:
     for column in zip(*parts, strict=True):
         values = sorted(set(column), key=lambda v: (len(v), v))
         out.append(column[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
-    return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")
+    name = printable("".join(out))
+    return name + (f" (×{len(names)})" if len(names) > 1 else "")
 
 
 def alike(named: Iterable[tuple[str, T]]) -> list[tuple[list[str], T]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ._text.json_text import parse_json
 from .errors import ConfigError
-from .factors import FORMS, Axes, Form, FusedParts, tuples
+from .factors import FORMS, Axes, Form, FusedParts, python_numbers, tuples
 from .factors._scale import scale_fault
 from .methods import INITS, METHODS, find_init, init_name
 
@@ -72,6 +72,7 @@ class Rule:
         _refuse(Rule, unknown)
         if not isinstance(pattern, str):
             raise ConfigError(f"Rule.pattern must be a glob, got {pattern!r}.")
+        parts = python_numbers(parts)
         if not isinstance(parts, FusedParts | None):
             raise ConfigError(f"Rule.parts must be jlora.FusedParts, got {parts!r}.")
         if parts is not None and rank is not None:
@@ -142,7 +143,7 @@ class TokenRows:
                 f"TokenRows({pattern!r}): ids must be row numbers from 0, each once, "
                 f"got {ids!r}."
             )
-        _set(self, pattern=pattern, ids=tuple(map(int, rows)))
+        _set(self, pattern=pattern, ids=rows)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -231,7 +232,7 @@ class LoraConfig:
         _refuse(LoraConfig, unknown)
         if not (callable(targets) or targets == "all-linear"):
             targets = _globs("targets", targets)
-        if not isinstance(rslora, bool):
+        if not isinstance(python_numbers(rslora), bool):
             raise ConfigError(f"rslora must be True or False, got {rslora!r}.")
         ids = tuple(invocation) if isinstance(invocation, Iterable) else ()
         if not isinstance(invocation, Iterable) or not _are_numbers(ids):
@@ -249,7 +250,7 @@ class LoraConfig:
             rslora=rslora,
             dropout=dropout,
             dtype=None if dtype is None else _float_name(dtype),
-            invocation=tuple(map(int, ids)),
+            invocation=ids,
         )
         for name in ("rank", "dropout", "method", "init"):
             if getattr(self, name) is None:
@@ -351,7 +352,7 @@ def _is_number(value: object) -> bool:
 def _set(record: LoraConfig | Rule | TokenRows, **fields: Any) -> None:
     """Sets the fields of a frozen record that is being made."""
     for name, value in fields.items():
-        object.__setattr__(record, name, value)
+        object.__setattr__(record, name, python_numbers(value))
 
 
 def _globs(name: str, value: Any) -> tuple[str, ...]:
@@ -359,9 +360,10 @@ def _globs(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(globs, Sequence | Set) or not all(
         isinstance(g, str) for g in globs
     ):
+        also = ", or lambda row: regex.search(row.path)" if name == "targets" else ""
         raise ConfigError(
             f"{name} must be a glob or a tuple of globs, got {value!r}. "
-            "Write e.g. '**/attn/{q,v}/kernel'."
+            f"Write e.g. '**/attn/{{q,v}}/kernel'{also}."
         )
     return tuple(sorted(globs) if isinstance(globs, Set) else globs)
 

@@ -103,9 +103,10 @@ def matches(pattern: str, path: str) -> bool:
     """Returns whether the glob `pattern` matches the whole of `path`.
 
     `*` stands for anything inside one component, `?` for one character, `[ab]` for
-    one of a set, `**` for any number of components (also none), `{a,b}` for either,
-    `{0..5}` for any of the numbers. In a set every character stands for itself, so
-    `[*]` is a star; `escape` writes that.
+    one of a set, `[!ab]` for any other, `[a-c]` for one of a range, `**` for any number
+    of components (also none), `{a,b}` for either, `{0..5}` for any of the numbers. In a
+    set `*`, `?`, `[` and `{` stand for themselves, so `[*]` is a star; `escape` writes
+    that.
 
     Args:
       pattern: the glob.
@@ -114,8 +115,8 @@ def matches(pattern: str, path: str) -> bool:
     Matching takes one pass over the path, whatever the pattern is.
 
     Raises:
-      TreeError: for a `{` without its `}`, a pattern of over 4,000 characters, or a
-        number in it of over 18 digits.
+      TreeError: for a `{` without its `}`, a set that begins with `^`, a pattern of
+        over 4,000 characters, or a number in it of over 18 digits.
 
     Examples:
       >>> matches("**/attn/{q,v}/kernel", "params/blocks_0/attn/q/kernel")

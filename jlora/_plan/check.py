@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..factors import Spec
+from ..factors import Axes, Spec
 from ..methods import method_of
 from ..quantised import is_quantized
 from ..transform import compat
@@ -49,10 +49,20 @@ def check_routes(
 def _is_doubtful(row: Row) -> bool:
     if row.spec is None:
         return False
-    has_gain = method_of(row.spec).gain is not None
+    axes, has_gain = row.spec.axes, method_of(row.spec).gain is not None
     return has_gain or any(
-        use.route not in (FACTORED, WIDENED) or use.doubtful for use in row.uses
+        use.route not in (FACTORED, WIDENED)
+        or use.doubtful
+        or (use.route == FACTORED and not _has_axes(use, axes))
+        for use in row.uses
     )
+
+
+def _has_axes(use: Use, axes: Axes) -> bool:
+    """Returns whether `use` sums over the fan-in or the fan-out, batch by batch."""
+    sides = {frozenset(use.fan_in), frozenset(use.fan_out)}
+    same = sides == {frozenset(axes.fan_in), frozenset(axes.fan_out)}
+    return same and set(use.batch) == set(axes.batch)
 
 
 def _taken(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import paths
 from .._tables import listed
-from ..config import LoraConfig, Rule
+from ..config import LoraConfig, Predicate, Rule
 from ..errors import TargetError
 from ..factors import Axes, Form, FusedParts, Spec
 from ..factors._scale import scale_fault
@@ -126,6 +127,8 @@ def _match(
 
 def _instead(field: str, pattern: str, rows: Sequence[Row]) -> str:
     """Returns what to write in place of a pattern that matches nothing."""
+    if field == "targets" and re.sub("[-_ ]", "", pattern.lower()) == "alllinear":
+        return "it is not a glob: write targets='all-linear', and nothing beside it"
     able = [row.path for row in rows if field != "targets" or _can_adapt(row)]
     tails = set()
     if not set("*/") & set(pattern):  # the name of a module, as PEFT takes it
@@ -137,6 +140,13 @@ def _instead(field: str, pattern: str, rows: Sequence[Row]) -> str:
         tail = tails.pop() if len(tails) == 1 else "**"
         glob = f"**/{pattern}/{tail}".removesuffix("/")
         return f"a glob is for whole paths: write {glob!r}"
+    begin = pattern.rstrip("/")
+    below = paths.select(f"{begin}/**/*", able) if begin else ()
+    if below:
+        lasts = {path.rpartition("/")[2] for path in below}
+        last = lasts.pop() if field == "targets" and len(lasts) == 1 else ""
+        glob = f"{begin}/**/{last}".removesuffix("/")
+        return f"it is the beginning of paths, and not a whole one: write {glob!r}"
     near = paths.nearest(pattern, [row.path for row in rows], n=2)
     return f"nearest: {' or '.join(map(repr, near))}"
 
@@ -152,22 +162,24 @@ def _targets(
     """Returns the paths to adapt."""
     taken = excluded | trained
     if config.targets == "all-linear":
-        usable = [
-            row
-            for row in rows
-            if row.path not in taken and _can_adapt(row) and not _unsuited(row)
-        ]
+        suited = [row for row in rows if _can_adapt(row) and not _unsuited(row)]
+        usable = [row for row in suited if row.path not in taken]
         chosen = [row for row in usable if not row.head] or usable
         wide = [row for row in chosen if not _too_narrow(row, settings[row.path])]
         chosen = wide or chosen
-        if not chosen:
+        if suited and not chosen:
+            wrong.append(
+                "targets: exclude= and train= take every weight that 'all-linear' "
+                "means. To train only what train= names, write targets=()"
+            )
+        elif not chosen:
             wrong.append(
                 "targets: 'all-linear' found no weight of a linear operation"
                 + _hint([row for row in rows if row.op])
             )
         return {row.path for row in chosen}
     if callable(config.targets):
-        hits = {row.path for row in rows if config.targets(row)}
+        hits = {row.path for row in rows if _chooses(config.targets, row)}
         if not hits:
             wrong.append(f"targets: the predicate chose none of {len(rows)} leaves")
     else:
@@ -187,6 +199,18 @@ def _targets(
                 + (f"; nearest that does: {near[0]!r}" if near else "")
             )
     return {row.path for row in chosen if row.path in able}
+
+
+def _chooses(predicate: Predicate, row: Row) -> bool:
+    """Returns whether the user's `predicate` chooses `row`."""
+    try:
+        return bool(predicate(row))
+    except Exception as error:
+        raise TargetError(
+            f"targets: the predicate failed at {row.path!r}: {type(error).__name__}: "
+            f"{error}. It is called with a jlora.Row, as in "
+            "targets=lambda row: 'attn' in row.path."
+        ) from error
 
 
 def _can_adapt(row: Row) -> bool:
@@ -340,6 +364,8 @@ def _spec(row: Row, config: LoraConfig, settings: Settings, wrong: list[str]) ->
         _, n_in, n_out = axes.sizes(row.shape)
         if parts is not None:
             parts = _checked_parts(parts, row, axes, method, init, wrong)
+        elif not min(n_in, n_out):
+            wrong.append(f"{row.path!r} has an axis of size 0: exclude it")
         elif rank > min(n_in, n_out) and method != "vera":
             wrong.append(
                 f"rank {rank} is above min(in, out) = min({n_in}, {n_out}) of "

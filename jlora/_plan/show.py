@@ -1,6 +1,6 @@
 """Shows a plan as a table with a line for each group of leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .._tables import alike, count, folded, html, nbytes, pattern_of, table
 from ..factors import Spec
@@ -58,13 +58,13 @@ def _summary(leaves: Sequence[Row], coverage: Coverage) -> str:
         + (f", {in_full:,} of them in full" if in_full else "")
         + f"; {nbytes(4 * trained)} in float32, {nbytes(12 * trained)} with Adam"
     )
-    merges = [
-        f"  {row.path}: {use.place}"
+    merges = _places(
+        (row.path, use.place)
         for row in leaves
         if row.status == "adapted"
         for use in row.uses
         if use.route not in (FACTORED, WIDENED)
-    ]
+    )
     warning = ["merged on the fly (correct, but slower):", *merges] if merges else []
     shares = [str(coverage)] if any(row.status == "adapted" for row in leaves) else []
     return "\n".join([counts, *shares, *_base(leaves), *_forms(leaves), *warning])
@@ -81,10 +81,14 @@ def _base(leaves: Sequence[Row]) -> list[str]:
         f"base {nbytes(dense)} dense, {nbytes(stored)} quantised ({kinds}; "
         f"{100 * stored / max(dense, 1):.0f} %)"
     )
-    places = [(row.path, use.place) for row in leaves for use in row.widenings]
-    lines = [f"  {folded(names)}: {place}" for names, place in alike(places)]
+    lines = _places((row.path, use.place) for row in leaves for use in row.widenings)
     told = "widened whole (correct, but takes the memory of the dense weight):"
     return [size, *([told, *lines] if lines else [])]
+
+
+def _places(found: Iterable[tuple[str, str]]) -> list[str]:
+    """Returns lines of paths and places, one for paths that differ only in numbers."""
+    return [f"  {folded(names)}: {place}" for names, place in alike(found)]
 
 
 def _forms(leaves: Sequence[Row]) -> list[str]:

@@ -23,7 +23,8 @@ def compile_glob(pattern: str) -> Automaton:
     """Returns the automaton of a glob, for paths with a `/` at the end.
 
     Raises:
-      TreeError: if it is too long, or has a `{` without its `}`.
+      TreeError: if it is too long, has a `{` without its `}`, or a set that begins
+        with `^`, which means the others elsewhere.
     """
     if len(pattern) > _MAX_PATTERN:
         raise TreeError(
@@ -38,6 +39,11 @@ def compile_glob(pattern: str) -> Automaton:
     for token in _TOKEN.finditer(pattern):
         text = token[0]
         if token["set"]:
+            if text.startswith("[^") and len(text) > 3:
+                raise TreeError(
+                    f"The pattern {pattern[:200]!r} has the set {text!r}. Write "
+                    f"{'[!' + text[2:]!r} for any other character, or the ^ at the end."
+                )
             node = out.read(node, re.compile(_set_regex(text[1:-1])))
         elif token["range"]:
             node = _add_range(out, node, pattern, text)

@@ -14,8 +14,8 @@ from ._fold import combine, weighted_sum
 from ._several import (
     as_lora,
     check_base,
-    check_rank,
     check_share,
+    checked_rank,
     dora_leaves,
     leaves_of,
     sequence,
@@ -49,7 +49,8 @@ def scale(
       >>> scale(x, 0.5).lora["w"].b[0, 0]
       Array(0.5, dtype=float32)
     """
-    return _sum("scale", sequence("scale", [trainable]), [weight], params)
+    found = sequence("scale", [trainable])
+    return _sum("scale", found, weights_for("scale", found, [weight]), params)
 
 
 def negate(trainable: Trainable, *, params: PyTree = None) -> Trainable:
@@ -228,6 +229,7 @@ def interpolate(
       1.5
     """
     found = sequence("interpolate", [x, y])
+    (t,) = weights_for("interpolate", found[:1], [t])
     if isinstance(t, int | float) and t in (0, 1):
         end = found[int(t)]
         return end if rank is None else truncate(end, rank, params=params)
@@ -310,7 +312,7 @@ def truncate(
       Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
     if rank is not None and energy is None:
-        check_rank(rank)
+        rank = checked_rank(rank)
         shorten = functools.partial(cut, rank=rank)
     elif energy is not None and rank is None:
         check_share(energy=energy)

@@ -28,7 +28,7 @@ from .._numerics import key_of_path
 from ..errors import ConfigError
 from ..factors import Array, Factors, PyTree, Trainable
 from ._fold import combine
-from ._several import check_rank, check_share, sequence, weights_for
+from ._several import check_share, checked_rank, sequence, weights_for
 
 # From the key of a leaf, changes `[adapters, matrices, entries]` and weights
 # `[adapters]`, to the combined change `[matrices, entries]`.
@@ -225,7 +225,7 @@ def _merged(
 ) -> Trainable:
     """Returns the adapters combined by `merge`, cut to `rank` or the sum of ranks."""
     check_share(density=density)
-    check_rank(rank)
+    rank = checked_rank(rank)
     found = sequence(name, trainables)
     return combine(
         name,

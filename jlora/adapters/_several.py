@@ -1,9 +1,11 @@
 """Several adapters side by side: which leaves they have, and whether the leaves fit."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from .. import paths
@@ -14,7 +16,15 @@ from .._core.tree import Missing, widened
 from .._numerics import at_least_float32
 from .._tables import listed
 from ..errors import ConfigError, TreeError
-from ..factors import Array, Factors, Leaf, PyTree, Spec, Trainable
+from ..factors import (
+    Array,
+    Factors,
+    Leaf,
+    PyTree,
+    Spec,
+    Trainable,
+    python_numbers,
+)
 from ..methods import low_rank_pair, method_of
 from ..methods.init import matrices, shaped
 
@@ -49,6 +59,10 @@ def weights_for(
     """Returns one weight for each adapter: 1 for each where `weights` is None.
 
     Python numbers are not converted, so that a weight of 1 is recognised as such.
+
+    Raises:
+      TreeError: if there are more weights than adapters, or fewer.
+      ConfigError: if a weight is not a finite number.
     """
     found: list[ArrayLike] = [1] * len(trainables) if weights is None else list(weights)
     if len(found) != len(trainables):
@@ -56,19 +70,40 @@ def weights_for(
             f"{name} got {len(trainables)} adapters and {len(found)} weights. Give "
             "one weight for each."
         )
+    wrong = [repr(weight) for weight in found if not _is_weight(weight)]
+    if wrong:
+        raise ConfigError(
+            f"{name} takes a finite number for each adapter, got {listed(wrong)}."
+        )
     return found
 
 
-def check_rank(rank: int | None) -> None:
-    """Raises a ConfigError unless `rank` is None or a positive integer."""
+def _is_weight(weight: object) -> bool:
+    """Returns whether `weight` is a real number, or an array of one number."""
+    if isinstance(weight, jax.Array):  # its value may not be known yet
+        kinds = (jnp.floating, jnp.integer)
+        return not weight.ndim and any(jnp.issubdtype(weight.dtype, k) for k in kinds)
+    number = (
+        weight[()] if isinstance(weight, np.ndarray) and not weight.ndim else weight
+    )
+    number = python_numbers(number)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return False
+    return math.isfinite(number)
+
+
+def checked_rank(rank: int | None) -> int | None:
+    """Returns `rank`; raises a ConfigError unless it is None or a positive integer."""
+    rank = python_numbers(rank)
     if rank is not None and (type(rank) is not int or rank < 1):
         raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
+    return rank
 
 
 def check_share(**shares: float) -> None:
     """Raises a ConfigError for the first of `shares` that is outside (0, 1]."""
     for name, share in shares.items():
-        if not 0 < share <= 1:
+        if not _is_weight(share) or not 0 < share <= 1:
             raise ConfigError(f"{name} must be in (0, 1], got {share!r}.")
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import check_optimizer, check_params
+from .._checks import check_optimizer, check_params, check_positive
 from ..errors import ConfigError, TreeError
 from ..factors import Factors
 
@@ -53,7 +53,7 @@ def adalora(
     every: int = 1,
     sensitivity_decay: float = 0.85,
     uncertainty_decay: float = 0.85,
-) -> "optax.GradientTransformation":
+) -> "optax.GradientTransformationExtraArgs":
     """Returns `tx` that also prunes singular values of `method="adalora"` adapters.
 
     After each update the singular values with the least importance, over all adapted
@@ -108,8 +108,8 @@ def adalora(
             f"adalora: warmup {warmup} and final {final} must fit in {steps} steps, "
             f"and every must be positive, got {every}."
         )
-    if target_rank <= 0:
-        raise ConfigError(f"adalora: target_rank must be positive, got {target_rank}.")
+    check_positive(target_rank=target_rank)
+    optimizer = optax.with_extra_args_support(tx)
     schedule = _Schedule(target_rank, steps, warmup, final, every)
 
     def init(params: Any) -> Any:
@@ -117,12 +117,12 @@ def adalora(
         zeros = [jax.tree.map(jnp.zeros_like, f) for f in factors]
         kept = [jnp.ones(f.magnitude.shape, bool) for f in factors]
         count = jnp.zeros((), jnp.int32)
-        return RankBudgetState(tx.init(params), count, zeros, zeros, kept)
+        return RankBudgetState(optimizer.init(params), count, zeros, zeros, kept)
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         check_params("adalora", params)
         gradient = _adaptive(updates)
-        updates, inner = tx.update(updates, state.inner, params)
+        updates, inner = optimizer.update(updates, state.inner, params, **extra)
         count = state.step + 1
         moved = jax.tree.map(
             lambda p, u: p + u.astype(p.dtype), _adaptive(params), _adaptive(updates)
@@ -148,7 +148,7 @@ def adalora(
         updates = _pruned(params, updates, [mask | ~pruning for mask in kept])
         return updates, RankBudgetState(inner, count, mean, spread, kept)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 @dataclasses.dataclass(frozen=True)

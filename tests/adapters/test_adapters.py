@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import jlora
 from jlora import adapters
 from jlora.factors import Axes, Factors, Spec, Trainable
-from tests.helpers import update
+from tests.helpers import same, update
 
 pytestmark = pytest.mark.once
 
@@ -84,7 +84,7 @@ def total(weighted):
 
 def test_one_adapter_with_weight_one_is_that_adapter():
     assert adapters.add([X]).lora == dict(X.lora)
-    for same in (
+    for again in (
         adapters.scale(X, 1),
         adapters.linear([X], [1.0]),
         adapters.concat([X]),
@@ -98,9 +98,9 @@ def test_one_adapter_with_weight_one_is_that_adapter():
         adapters.to_lora(X),
     ):
         for path, f in X.lora.items():
-            assert same.lora[path].a is f.a
-            assert same.lora[path].b is f.b
-            assert same.lora[path].spec == f.spec
+            assert again.lora[path].a is f.a
+            assert again.lora[path].b is f.b
+            assert again.lora[path].spec == f.spec
 
 
 @pytest.mark.parametrize("weight", [0.5, -2, 0])
@@ -546,3 +546,36 @@ def test_merged_adapters_are_switched_in_place_from_the_kept_base():
     again = switch(jax.device_put(kept), y)
     expected = jlora.merge(jax.device_put(kept), y)
     np.testing.assert_array_equal(again["linear"], expected["linear"])
+
+
+WEIGHTS = ["2", float("nan"), float("inf"), True, None, [1.0], 1j]
+
+
+@pytest.mark.parametrize("weight", [*WEIGHTS, jnp.ones(2), np.ones(1)], ids=repr)
+def test_a_weight_that_is_not_a_number_is_refused(weight):
+    own = Factors(jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1.0))
+    x = Trainable({"w": own})
+    with pytest.raises(jlora.ConfigError, match="linear takes a finite number for"):
+        adapters.linear([x, x], [1, weight])
+    with pytest.raises(jlora.ConfigError, match="scale takes a finite number for"):
+        adapters.scale(x, weight)
+    with pytest.raises(jlora.ConfigError, match="interpolate takes a finite number"):
+        adapters.interpolate(x, x, weight)
+
+
+def test_numbers_of_numpy_are_weights_and_ranks(tmp_path):
+    own = Factors(jnp.ones((3, 2)), jnp.ones((2, 2)), Spec(rank=2, alpha=2.0))
+    x = Trainable({"w": own})
+    for half in (np.float16(0.5), np.array(0.5), jnp.float32(0.5)):
+        same(adapters.scale(x, half).lora["w"].b, own.b / 2)
+    cut = adapters.truncate(x, np.int64(1))
+    assert cut.lora["w"].rank == 1
+    jlora.save(tmp_path / "cut.safetensors", cut)
+
+
+def test_a_share_that_is_not_a_number_is_refused():
+    own = Factors(jnp.ones((3, 1)), jnp.ones((1, 2)), Spec(rank=1, alpha=1.0))
+    with pytest.raises(
+        jlora.ConfigError, match=r"density must be in \(0, 1\], got '1'"
+    ):
+        adapters.magnitude_prune([Trainable({"w": own})], density="1")

@@ -1,6 +1,7 @@
 """Optimizers that keep state for the trained leaves and leave all others alone."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import jlora
+from jlora.factors import Factors, Spec
 from tests.helpers import bits
 
 pytestmark = pytest.mark.usefixtures("standard_dtypes")
@@ -393,3 +395,25 @@ def test_what_is_not_an_optimizer_is_an_error(name):
             getattr(jlora.optim, name)(tx)
     with pytest.raises(jlora.ConfigError, match=r"adalora takes an.*got NoneType"):
         jlora.optim.adalora(None, target_rank=2, steps=10)
+
+
+def test_lora_plus_refuses_a_text():
+    with pytest.raises(ValueError, match="ratio must be a positive number, got '16'"):
+        jlora.optim.lora_plus(optax.sgd(1.0), **{"ratio": "16"})
+
+
+def test_adalora_passes_extra_arguments_on():
+    spec = Spec(rank=2, alpha=2, method="adalora")
+    own = Factors(jnp.eye(3, 2), jnp.eye(2, 4), spec, jnp.ones(2))
+    tree = jlora.Trainable({"w": own})
+    tx = optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau())
+    tx = jlora.optim.adalora(tx, target_rank=1, steps=3)
+    _, state = tx.update(tree, tx.init(tree), tree, value=jnp.float32(1.0))
+    assert isinstance(state, jlora.optim.RankBudgetState)
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize("rank", [math.nan, 0, "2"])
+def test_adalora_checks_its_target(rank):
+    with pytest.raises(jlora.ConfigError, match="target_rank must be a positive"):
+        jlora.optim.adalora(optax.sgd(1.0), target_rank=rank, steps=3)

@@ -520,7 +520,8 @@ def test_a_target_that_exclude_takes_away_whole_is_a_contradiction():
 
 
 def test_excluding_everything_leaves_nothing_to_adapt():
-    refused("'all-linear' found no weight of a linear operation", exclude="**")
+    told = "exclude= and train= take every weight that 'all-linear' means"
+    refused(told, exclude="**")
 
 
 def test_training_an_integer_leaf_is_refused():
@@ -710,3 +711,89 @@ def test_a_scale_of_several_rules_is_told_with_its_leaf():
     text = "'w': alpha must give a scale that float32 holds, got 2e-38 at rank 4"
     assert text in str(caught.value)
     assert "rank 4 is above min(in, out) = min(4, 3) of 'v'" in str(caught.value)
+
+
+# What one use factors may not serve the others.
+
+GROUPS = jnp.array([1, 2, 1])
+EXPERTS = jlora.Axes(batch=(0,), fan_in=(1,), fan_out=(2,))
+
+
+def experts_twice(p, x):
+    return jnp.einsum("td,edf->tef", x, p["w"]), jax.lax.ragged_dot(x, p["w"], GROUPS)
+
+
+@pytest.mark.parametrize("rules", [(), (jlora.Rule("w", axes=EXPERTS),)])
+def test_a_use_that_the_chosen_axes_do_not_serve_is_told(rules):
+    args = {"w": jnp.ones((3, 4, 4))}, jnp.ones((4, 4))
+    config = jlora.LoraConfig(rank=1, targets="w", rules=rules)
+    made = jlora.plan(experts_twice, *args, config=config)
+    parts = jlora.split(jax.random.key(0), args[0], made)
+    if rules:
+        assert row(made, "w").route == "factored"
+        jlora.apply_lora(experts_twice, on_merge="error")(*parts, args[1])
+        return
+    assert row(made, "w").route == "factored+merged"
+    assert "w: `ragged_dot_general` at" in str(made)
+    with pytest.raises(jlora.MergeError, match="ragged_dot_general"):
+        jlora.apply_lora(experts_twice, on_merge="error")(*parts, args[1])
+
+
+def test_leaves_that_are_merged_alike_share_a_line():
+    params = {"layers": [{"w": shape(4, 4)} for _ in range(3)]}
+
+    def fn(p, x):
+        for layer in p["layers"]:
+            x = x @ layer["w"] ** 2
+        return x
+
+    config = jlora.LoraConfig(rank=1, targets="layers/*/w")
+    text = str(jlora.plan(fn, params, shape(2, 4), config=config))
+    assert text.count("integer_pow") == 1
+    assert "  layers/{0..2}/w (×3): `integer_pow` at" in text
+
+
+# What to write instead.
+
+
+@pytest.mark.parametrize(
+    ("config", "remedy"),
+    [
+        ({"targets": "all_linear"}, "write targets='all-linear', and nothing"),
+        ({"targets": ("all-linear", "head")}, "write targets='all-linear', and"),
+        ({"targets": "layer_0/"}, "not a whole one: write 'layer_0/**/kernel'"),
+        ({"targets": "layer_*/up"}, "not a whole one: write 'layer_*/up/**/kernel'"),
+        ({"exclude": "layer_0/up"}, "not a whole one: write 'layer_0/up/**'"),
+        ({"targets": lambda path: "up" in path}, "lambda row: 'attn' in row.path"),
+        ({"targets": "layer_[^0]/up/kernel"}, "Write '[!0]' for any other"),
+    ],
+    ids=str,
+)
+def test_a_wrong_pattern_is_told_what_to_write(config, remedy):
+    with pytest.raises(jlora.JloraError, match=re.escape(remedy)):
+        plan(rank=2, **config)
+
+
+def test_a_target_of_no_size_is_to_be_excluded():
+    config = jlora.LoraConfig(rank=1, targets="w")
+    with pytest.raises(jlora.TargetError, match="'w' has an axis of size 0: exclude"):
+        jlora.plan(
+            lambda p, x: x @ p["w"], {"w": shape(0, 4)}, shape(2, 0), config=config
+        )
+
+
+def test_names_of_any_characters_make_a_straight_table():
+    names = ["重み", "new\nline", "\x1b[31mred", "w"]
+    params = {name: shape(4, 4) for name in names}
+
+    def fn(p, x):
+        for name in names:
+            x = x @ p[name]
+        return x
+
+    config = jlora.LoraConfig(rank=1, targets=lambda row: True)
+    lines = str(jlora.plan(fn, params, shape(2, 4), config=config)).splitlines()[:6]
+    assert lines[2].startswith(r"\x1b[31mred  float32")
+    assert lines[3].startswith(r"new\nline    float32")
+    assert lines[5].startswith("重み         float32")  # two columns a character
+    assert "\x1b" not in "".join(lines)

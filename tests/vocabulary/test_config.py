@@ -122,6 +122,17 @@ def test_all_linear_in_a_tuple_is_a_glob():
     assert jlora.LoraConfig(targets="all-linear").targets == "all-linear"
 
 
+def test_numbers_of_numpy_become_pythons():
+    one, two = np.int64(1), np.int32(2)
+    parts = jlora.FusedParts(axis=one, sizes=(two, two), ranks=(two, np.int8(0)))
+    axes = jlora.Axes(batch=(), fan_in=(np.uint8(0),), fan_out=(one,))
+    rules = jlora.Rule("q", parts=parts), jlora.Rule("k", rank=two, axes=axes)
+    given = {"rank": two, "alpha": np.float32(3), "dropout": np.float32(0.5)}
+    config = jlora.LoraConfig(**given, rslora=np.True_, rules=rules)
+    assert (config.rank, config.alpha, config.rslora) == (2, 3.0, True)
+    assert jlora.LoraConfig.from_json(config.to_json()) == config
+
+
 def test_a_single_rule_and_a_list_of_rules_become_a_tuple():
     rule = jlora.Rule("**", rank=2)
     assert jlora.LoraConfig(rules=rule).rules == (rule,)
@@ -160,7 +171,7 @@ BAD = [
     ("alpha", float("inf"), "alpha must be a positive number, got inf"),
     ("alpha", True, "alpha must be a positive number, got True"),
     ("alpha", "16", "alpha must be a positive number, got '16'"),
-    ("alpha", np.float32(1), "alpha must be a positive number, got"),
+    ("alpha", np.float32(-1), "alpha must be a positive number, got -1.0"),
     ("alpha", 1e308, "a scale that float32 holds, got 1e+308 at rank 8"),
     ("alpha", 10**400, "alpha must give a scale that float32 holds, got 1000"),
     ("alpha", 1e-40, "a scale that float32 holds, got 1e-40 at rank 8"),
@@ -179,7 +190,8 @@ BAD = [
     ("dtype", "fp32", "got 'fp32'."),
     ("targets", 3, "targets must be a glob or a tuple of globs, got 3."),
     ("targets", None, "targets must be a glob or a tuple of globs, got None."),
-    ("targets", ("a", 1), "Write e.g. '**/attn/{q,v}/kernel'."),
+    ("targets", ("a", 1), "'**/attn/{q,v}/kernel', or lambda row: regex.search("),
+    ("exclude", ("a", 1), "Write e.g. '**/attn/{q,v}/kernel'."),
     ("exclude", ("a", None), "exclude must be a glob or a tuple of globs"),
     ("exclude", {"a": 1}, "exclude must be a glob or a tuple of globs"),
     ("train", 1.5, "train must be a glob or a tuple of globs, got 1.5."),

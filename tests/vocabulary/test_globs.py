@@ -94,6 +94,7 @@ def test_no_glob_takes_for_ever(name):
         ("a" * 5000, "'aaa.* has 5000 characters, more than 4000"),
         ("w{0.." + "9" * 5000 + "}", "has 50.. characters"),
         ("w{0.." + "9" * 19 + "}", r"'w\{0\.\.9+\}' has a number of over 18 digits"),
+        ("a[^bc]d", r"has the set '\[\^bc\]'. Write '\[!bc\]' for any other"),
         ("w{3..2}{", r"'w\{3\.\.2\}\{' has a '\{' without its"),
     ],
 )
@@ -106,6 +107,11 @@ def test_a_glob_out_of_bounds_is_an_error_that_shows_it(pattern, message):
 def test_a_positive_set_stays_inside_its_component():
     assert paths.matches("a[+-9]b", "a-b")
     assert not paths.matches("a[+-9]b", "a/b")
+
+
+def test_a_caret_is_a_character_of_a_set():
+    assert paths.matches("a[^]", "a^")
+    assert paths.matches("a[b^]", "a^")
 
 
 def test_a_long_path_is_its_own_pattern():
