@@ -45,8 +45,8 @@ def printable(text: str) -> str:
     sequence is a command to a terminal.
 
     Examples:
-      >>> print(printable("layer\\n0"))
-      layer\\n0
+      >>> print(printable("layer\n0"))
+      layer\n0
     """
     if text.isprintable():
         return text
@@ -120,13 +120,17 @@ def folded(names: Sequence[str]) -> str:
       >>> folded([f"layer_{i}/kernel" for i in range(12)]), folded(["layer_0/bias"])
       ('layer_{0..11}/kernel (×12)', 'layer_0/bias')
     """
+    return printable(_as_one(names))
+
+
+def _as_one(names: Sequence[str]) -> str:
+    """Returns one text for `names` that differ only in numbers, with their count."""
     parts = [re.split(r"(\d+)", name) for name in names]
     out = []
     for column in zip(*parts, strict=True):
         values = sorted(set(column), key=lambda v: (len(v), v))
         out.append(column[0] if len(values) == 1 else f"{{{values[0]}..{values[-1]}}}")
-    name = printable("".join(out))
-    return name + (f" (×{len(names)})" if len(names) > 1 else "")
+    return "".join(out) + (f" (×{len(names)})" if len(names) > 1 else "")
 
 
 def alike(named: Iterable[tuple[str, T]]) -> list[tuple[list[str], T]]:
@@ -171,4 +175,4 @@ def listed(findings: Iterable[str], n: int = 10, separator: str = "; ") -> str:
         groups.setdefault(kind, []).append(finding)
     shown, hidden = list(groups.values())[:n], list(groups.values())[n:]
     more = [f"and {sum(map(len, hidden))} more"] if hidden else []
-    return separator.join([*map(folded, shown), *more])
+    return separator.join([*map(_as_one, shown), *more])

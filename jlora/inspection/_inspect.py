@@ -8,7 +8,7 @@ import numpy as np
 from .._core import algebra
 from .._io.describe import arrays, check_whole
 from .._numerics import is_finite
-from .._tables import count, listed, nbytes, table
+from .._tables import count, listed, nbytes, printable, table
 from ..errors import TreeError
 from ..factors import Factors, Leaf, Trainable
 from ..methods import trained_leaves
@@ -203,7 +203,7 @@ def _oddities(leaves: list[InspectedLeaf]) -> list[str]:
     }
     told = [
         f"{what} {len(found)} of {len(leaves)} leaves: "
-        + listed([leaf.path for leaf in found], 3, ", ")
+        + listed([printable(leaf.path) for leaf in found], 3, ", ")
         for what, found in groups.items()
         if found
     ]

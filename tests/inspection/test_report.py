@@ -234,3 +234,10 @@ def test_dora_is_measured_where_the_weight_hardly_moves(size, axes):
     found = jlora.report({"w": w}, jlora.Trainable({"w": spoilt})).entries[0]
     assert math.isnan(found.update)
     assert not found.finite
+
+
+def test_warnings_show_names_that_are_commands_to_a_terminal_as_text():
+    own = Factors(np.ones((3, 1)), np.zeros((1, 2)), Spec(rank=1, alpha=1.0))
+    shown = str(jlora.inspection.inspect(jlora.Trainable({"\x1b[2Jw\n": own})))
+    assert "\x1b" not in shown
+    assert r"in 1 of 1 leaves: \x1b[2Jw\n" in shown
