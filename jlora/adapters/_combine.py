@@ -312,8 +312,7 @@ def truncate(
       Eckart and Young, 1936, https://doi.org/10.1007/BF02288367
     """
     if rank is not None and energy is None:
-        rank = checked_rank(rank)
-        shorten = functools.partial(cut, rank=rank)
+        shorten = functools.partial(cut, rank=checked_rank(rank))
     elif energy is not None and rank is None:
         check_share(energy=energy)
         shorten = functools.partial(_keep_energy, energy=energy)

@@ -225,7 +225,7 @@ def _merged(
 ) -> Trainable:
     """Returns the adapters combined by `merge`, cut to `rank` or the sum of ranks."""
     check_share(density=density)
-    rank = checked_rank(rank)
+    rank = None if rank is None else checked_rank(rank)
     found = sequence(name, trainables)
     return combine(
         name,

@@ -92,10 +92,10 @@ def _is_weight(weight: object) -> bool:
     return math.isfinite(number)
 
 
-def checked_rank(rank: int | None) -> int | None:
-    """Returns `rank`; raises a ConfigError unless it is None or a positive integer."""
+def checked_rank(rank: int) -> int:
+    """Returns `rank`; raises a ConfigError unless it is a positive integer."""
     rank = python_numbers(rank)
-    if rank is not None and (type(rank) is not int or rank < 1):
+    if type(rank) is not int or rank < 1:
         raise ConfigError(f"rank must be a positive integer, got {rank!r}.")
     return rank
 

@@ -137,14 +137,37 @@ def _transpose_b(dy, x, b, *, numbers, dtype, precision, x_first):
     contracted = [c for _, c in sorted(zip(cx, cb, strict=True))]
     free = _free(b.ndim, cb, bb)
     if x.size <= dy.size:
-        db = lax.dot_general(x, dy, ((rows, free_x), (bx, batch)), **params)
+        db = _over_rows(x, dy, ((rows, free_x), (bx, batch)), **params)
         axes = [*bb, *contracted, *free]
     else:
-        db = lax.dot_general(dy, x, ((free_x, rows), (batch, bx)), **params)
+        db = _over_rows(dy, x, ((free_x, rows), (batch, bx)), **params)
         db = _unfolded(db, len(batch), len(free_x))
         axes = [*bb, *free, *contracted]
     db = cast(db, b.dtype)
     return lax.transpose(db, [axes.index(i) for i in range(b.ndim)])
+
+
+def _over_rows(x, y, numbers, *, preferred_element_type, precision):
+    """Returns the product of `x` and `y`, `y` the wide one, that sums over rows.
+
+    XLA's CPU compiler (JAX 0.10) cannot sum bfloat16 in float32 over one axis if the
+    second operand has several others. It can over two axes, so one of length 1 is added
+    to the rows.
+    """
+    ((rx, ry), (bx, by)) = numbers
+    several = y.ndim - len(ry) - len(by) > 1
+    if len(rx) == 1 and several and x.dtype != preferred_element_type:
+        (at_x,), (at_y,) = rx, ry
+        x, y = lax.expand_dims(x, [at_x]), lax.expand_dims(y, [at_y])
+        rx, ry = (at_x, at_x + 1), (at_y, at_y + 1)
+        bx, by = [i + (i >= at_x) for i in bx], [i + (i >= at_y) for i in by]
+    return lax.dot_general(
+        x,
+        y,
+        ((rx, ry), (bx, by)),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
 
 
 def _unfolded(db, n_batch, n_free):

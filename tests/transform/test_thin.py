@@ -160,6 +160,34 @@ def test_low_precision_sums_in_float32():
     assert float(out[0, 0]) == 4096
 
 
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("side", ["x", "y"])
+def test_bfloat16_sums_over_one_axis_of_tokens(side, batch):
+    """XLA's CPU compiler did not have this product where the wide side has heads."""
+    n = len(batch)
+    many, few = (4, 16), (2,)
+    ins, outs = (many, few) if side == "x" else (few, many)
+    x, ct = (
+        jnp.asarray(
+            np.random.default_rng(i).normal(size=(*batch, 8, *axes)), "bfloat16"
+        )
+        for i, axes in enumerate((ins, outs))
+    )
+    b = jnp.ones((*batch, *ins, *outs))
+    axes = tuple(range(n))
+    summed = range(n + 1, n + 1 + len(ins)), range(n, n + len(ins))
+    numbers = (tuple(map(tuple, summed)), (axes, axes))
+
+    def loss(b, x, ct):
+        y = thin_dot(x, b, numbers, dtype="bfloat16", precision=None)
+        return jnp.vdot(y.astype("float32"), ct.astype("float32"))
+
+    flat = (*batch, 8, -1)
+    wide = (v.astype("float32").reshape(flat) for v in (x, ct))
+    expected = jnp.einsum("...ti,...to->...io", *wide).reshape(b.shape)
+    close(jax.jit(jax.grad(loss))(b, x, ct), expected, 1e-5)
+
+
 def test_the_wide_array_is_never_transposed():
     """In the backward pass only arrays with the rank axis are transposed."""
     rank, rows, wide = 2, 7, 5
