@@ -320,15 +320,15 @@ def sides(
     alike: dict[str, Side] = {pattern_of(m): side for m, side in proven.items()}
     flagged: Side = "conv1d" if flag else "linear"
     gpt2s: Side = "conv1d" if facts.conv1d else "linear"
-    family: set[Side] = {side for m, side in proven.items() if _is_gpt2s(m)}
+    family: set[Side] = {side for m, side in proven.items() if is_conv1d(m)}
     seen = bool(flag) or "conv1d" in proven.values()
     one_kind = len({pattern_of(module) for module in adapted}) == 1
-    one_family = all(map(_is_gpt2s, adapted)) and bool(adapted)
+    one_family = all(map(is_conv1d, adapted)) and bool(adapted)
 
     def side(module: str) -> Side | None:
         if (known := alike.get(pattern_of(module))) is not None:
             return known
-        own = _is_gpt2s(module)
+        own = is_conv1d(module)
         if facts.known:
             return gpt2s if own else "linear"
         if flag is not None and (one_kind or (one_family and not family)):
@@ -340,7 +340,8 @@ def sides(
     return {module: side(module) for module in asked}
 
 
-def _is_gpt2s(module: str) -> bool:
+def is_conv1d(module: str) -> bool:
+    """Returns whether a module is of class Conv1D in GPT-2's family, by its name."""
     return module.rpartition(".")[2] in _CONV1D
 
 

@@ -1,10 +1,10 @@
 """Reads what servers say of their models, into `jlora/peft/_servers/models.json`.
 
-    python -m tests.golden.make_servers VLLM SGLANG LLAMA_CPP TRANSFORMERS
+    python -m tests.golden.make_servers VLLM SGLANG LLAMA_CPP TRANSFORMERS PEFT
 
-Each is a folder where the source is unpacked: wheels of vLLM, SGLang and transformers
-from PyPI, and llama.cpp, as the source of `llama-cpp-python` has it. Nothing of them
-is run, and they need not be installed: classes are read as syntax trees.
+Each is a folder where the source is unpacked: wheels of vLLM, SGLang, transformers and
+PEFT from PyPI, and llama.cpp, as the source of `llama-cpp-python` has it. Nothing of
+them is run, and they need not be installed: classes are read as syntax trees.
 """
 
 import ast
@@ -257,6 +257,17 @@ def transformers(root: pathlib.Path) -> dict[str, Any]:
     raise ValueError("conversion_mapping.py has no table of types.")
 
 
+def peft(root: pathlib.Path) -> dict[str, Any]:
+    """What PEFT adapts of a type of model if a config does not say: names, no regex."""
+    tree = ast.parse((root / "peft/utils/constants.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and "_TO_LORA_" in ast.unparse(node.targets[0]):
+            found = ast.literal_eval(node.value)
+            lists = {k: v for k, v in found.items() if isinstance(v, list)}
+            return {"architectures": dict(sorted(lists.items()))}
+    raise ValueError("constants.py has no table of types.")
+
+
 def version(root: pathlib.Path, name: str) -> str:
     (about,) = root.glob(f"{name}-*.dist-info/METADATA")
     return VERSIONS.search(about.read_text())[1]
@@ -272,6 +283,7 @@ def main(*folders: str) -> None:
             "version": version(roots[3], "transformers"),
             **transformers(roots[3]),
         },
+        "peft": {"version": version(roots[4], "peft"), **peft(roots[4])},
     }
     lines = []
     for name, about in found.items():

@@ -200,7 +200,7 @@ def _without(part: str):
 @pytest.mark.parametrize(
     ("change", "tensor", "outcome"),
     [
-        (_prefixed_twice, f"{P}{Q}.lora_A.weight", "applied"),
+        (_prefixed_twice, P + f"{Q}.lora_A.weight", "applied"),
         (_sized(f"{Q}.lora_B.weight", 9, 8), f"{Q}.lora_B.weight", "refused"),
         (_sized(f"{Q}.lora_A.weight", 9, 8), f"{Q}.lora_A.weight", "refused"),
         (_sized("x.q_proj.lora_A.weight", 2, 8), "x.q_proj.lora_A.weight", "refused"),
@@ -222,6 +222,71 @@ def _without(part: str):
 )
 def test_vllm_reads_factors(judged, change, tensor, outcome):
     report = judged("vllm", change, max_rank=8)
+    told = {v.name.removeprefix(P): v.outcome for v in report.verdicts}
+    assert told[tensor] == outcome
+
+
+def _config(**fields):
+    def change(case):
+        case.config.update(fields)
+
+    return change
+
+
+def _tied_and_saved(case):
+    case.config.update(ensure_weight_tying=True, modules_to_save=["lm_head"])
+    case.config["target_modules"].append("embed_tokens")
+    for end, shape in (("A", (2, 20)), ("B", (8, 2))):
+        _sized(f"model.embed_tokens.lora_embedding_{end}", *shape)(case)
+
+
+def _saved(case):
+    case.config["modules_to_save"] = ["layers.0.self_attn.q_proj"]
+    _sized(f"{Q}.weight", 8, 8)(case)
+
+
+def _without_body(case):
+    case.tensors = {
+        n.replace("model.layers", "layers"): x for n, x in case.tensors.items()
+    }
+
+
+def _b_as_a(case):
+    del case.tensors[f"{P}{Q}.lora_B.weight"]
+    _sized(f"{Q}.lora_A.weight", 12, 2)(case)
+
+
+A_OF_Q, E_OF_Q = f"{Q}.lora_A.weight", f"{Q}.lora_embedding_A"
+TABLE = "model.embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("server", "change", "tensor", "outcome"),
+    [
+        ("transformers", _tied_and_saved, f"{TABLE}.lora_embedding_A", "dropped"),
+        ("peft", _config(ensure_weight_tying=True), A_OF_Q, "applied"),
+        ("peft", _config(layers_to_transform=[0]), A_OF_Q, "applied"),
+        ("peft", _config(layers_to_transform=1), A_OF_Q, "dropped"),
+        ("peft", _config(exclude_modules=r".*\.q_\w+"), A_OF_Q, "dropped"),
+        ("peft", _saved, A_OF_Q, "dropped"),
+        ("peft", _sized(E_OF_Q, 2, 8), E_OF_Q, "dropped"),
+        ("peft", _b_as_a, A_OF_Q, "refused"),
+        ("peft", _config(trainable_token_indices=[1]), A_OF_Q, "refused"),
+        ("transformers", _config(trainable_token_indices=[1]), A_OF_Q, "applied"),
+        ("peft", _config(init_lora_weights="loftq"), A_OF_Q, "refused"),
+        ("peft", _config(init_lora_weights="orthogonal"), A_OF_Q, "applied"),
+        ("peft", _config(target_modules=["q_proj", "norm"]), A_OF_Q, "refused"),
+        ("peft", _config(target_modules=None), A_OF_Q, "refused"),
+        ("peft", _config(task_type="CAUSAL_LM"), A_OF_Q, "applied"),
+        ("peft", _config(task_type="ANY"), A_OF_Q, "refused"),
+        ("peft", _config(target_parameters=["q_proj.weight"]), A_OF_Q, "refused"),
+        ("transformers", _without_body, A_OF_Q.removeprefix("model."), "applied"),
+        ("peft", _without_body, A_OF_Q.removeprefix("model."), "dropped"),
+        ("transformers", _prefixed_twice, P + A_OF_Q, "applied"),
+    ],
+)  # fmt: skip
+def test_peft_goes_by_the_config(judged, server, change, tensor, outcome):
+    report = judged(server, change)
     told = {v.name.removeprefix(P): v.outcome for v in report.verdicts}
     assert told[tensor] == outcome
 

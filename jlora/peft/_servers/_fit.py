@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from ..._io.torch_models import is_conv1d
 from ..._tables import shortened
 from .._own_names import core_of
 from ._adapter import OTHER, A, Adapter, B, Piece
@@ -31,10 +32,12 @@ def misfit(
       base: says whether a weight may be `[in, out]`.
     """
     other = adapter.parts.get((piece.module, OTHER[piece.part]))
-    if other is None:
-        return server.one_factor, *lone(piece)
     if shape is not None and piece.part in ("table_a", "table_b"):
         shape = shape[::-1]
+    if other is None:
+        fault = unfit(server, adapter, (piece,), shape, base)
+        refused = fault is not None and fault[0] == "refused"
+        return fault if refused else (server.one_factor, *lone(piece))
     return unfit(server, adapter, (piece, other), shape, base)
 
 
@@ -47,7 +50,7 @@ def lone(piece: Piece) -> tuple[str, str]:
 def unfit(
     server: Server,
     adapter: Adapter,
-    pair: tuple[Piece, Piece],
+    pair: tuple[Piece, ...],
     shape: Shape | None,
     base: Base,
 ) -> Fault | None:
@@ -56,7 +59,8 @@ def unfit(
     Args:
       server: see `misfit`.
       adapter: likewise.
-      pair: both factors. The first one's fault is told, but for a worse one.
+      pair: both factors, or the one that is there. The first one's fault is told, but
+        for a worse one.
       shape: of the weight, a table's transposed; None where it is not known.
       base: see `misfit`.
     """
@@ -84,13 +88,12 @@ def _misfits(
         yield "refused" if larger else server.other_rank, why, REMEDY
     if shape is None or len(shape) != 2:
         return
-    sides = [shape]
-    sides += [shape[::-1]] if base.facts.conv1d and piece.part in ("a", "b") else []
-    wanted = [side[1 if first else 0] for side in sides]
-    if size not in wanted:
+    turned = base.facts.conv1d and is_conv1d(piece.module)
+    wanted = shape[int(first is not turned)]
+    if size != wanted:
         which = "inputs" if first else "outputs"
-        outcome = "refused" if size > wanted[0] else server.smaller
-        yield outcome, f"it has {size} {which}, the weight {wanted[0]}", REMEDY
+        outcome = "refused" if size > wanted else server.smaller
+        yield outcome, f"it has {size} {which}, the weight {wanted}", REMEDY
 
 
 class Names:

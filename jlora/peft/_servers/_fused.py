@@ -124,14 +124,23 @@ def shapes_in_memory(
     base: Base, fused: FusedExperts, in_memory: Callable[[str], str]
 ) -> tuple[dict[str, Shape | None], dict[str, Shape | None]]:
     """Returns the modules and the tensors that the model's class has."""
-    modules = {
-        in_memory(name): shape
-        for name, shape in base.modules.items()
-        if not fused.holds(name)
-    }
-    tensors = {
-        in_memory(name): shape
-        for name, shape in base.tensors.items()
-        if not fused.holds(name.rpartition(".")[0])
-    }
+    modules, tensors = (
+        {
+            fused.renamed(in_memory(name)): shape
+            for name, shape in every.items()
+            if not fused.holds(name.removesuffix(".weight"))
+        }
+        for every in (base.modules, base.tensors)
+    )
+    if fused.projections:
+        files = {fused.renamed(in_memory(n)): s for n, s in base.modules.items()}
+        gate, _, down = fused.projections
+        for bank, count in fused.banks.items():
+            for name, part, times in zip(
+                _PARAMETERS, (gate, down), (2, 1), strict=True
+            ):
+                one, shape = files.get(f"{bank}.0.{part}"), None
+                if count is not None and one is not None:
+                    shape = (count, times * one[0], *one[1:])
+                tensors.setdefault(f"{bank}.{name}", shape)
     return modules, tensors

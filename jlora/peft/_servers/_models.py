@@ -132,6 +132,11 @@ def fused_like(model_type: str) -> str:
     return _models()["transformers"]["architectures"].get(model_type, "")
 
 
+def peft_targets(model_type: str) -> tuple[str, ...]:
+    """Returns what PEFT adapts of a type of model if a config does not say."""
+    return tuple(_models()["peft"]["architectures"].get(model_type, ()))
+
+
 def llama_cpp_knows(architecture: str) -> bool:
     """Returns whether llama.cpp converts models of an architecture."""
     return architecture in _models()["llama.cpp"]["architectures"]

@@ -7,7 +7,7 @@ PeftModelForSequenceClassification.__init__`.
 """
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from ..._io.torch_models import is_head, is_table
 from ..._text.automata import first_match
@@ -30,6 +30,7 @@ class Targets:
     """What PEFT makes of a config, for one model.
 
     Attributes:
+      of_type: what PEFT adapts of the model's type if the config does not say.
       saved: the ends of modules that are kept whole.
       tied: the head whose factors are those of its table, or empty.
     """
@@ -40,6 +41,7 @@ class Targets:
         modules: Mapping[str, Shape | None],
         ties: Mapping[str, str],
         *,
+        of_type: Sequence[str],
         by_task: bool,
     ):
         """Reads a config.
@@ -48,9 +50,10 @@ class Targets:
           adapter: the adapter.
           modules: the model's, as its class names them.
           ties: tables of the model, each with the head that has the same weight.
+          of_type: what PEFT adapts of the model's type if the config does not say.
           by_task: whether the config's task keeps more modules whole.
         """
-        self._adapter, self._modules = adapter, modules
+        self._adapter, self._modules, self.of_type = adapter, modules, of_type
         task = adapter.fields.get("task_type") if by_task else None
         self.saved = (*adapter.config.saved, *_HEADS.get(str(task), ()))
         self.tied = self._table = ""
@@ -87,7 +90,15 @@ class Targets:
             shape = self._modules.get(module)
             flat = shape is None or len(shape) == 2
             return flat and not is_table(module) and not self._is_output(module)
-        return self._adapter.targets(module) and self._in_layers(module)
+        if module in (self._adapter.config.targets or ()):
+            return True
+        return self._of_type(module) and self._in_layers(module)
+
+    def _of_type(self, module: str) -> bool:
+        """Returns whether targets name it; without any, those of the model's type."""
+        if self._adapter.fields.get("target_modules") is not None:
+            return self._adapter.targets(module)
+        return bool({*self.of_type} & {*endings(module)})
 
     def _is_output(self, module: str) -> bool:
         task = self._adapter.fields.get("task_type")
