@@ -232,7 +232,10 @@ def _weight_shape(factors: Factors) -> tuple[int, ...]:
     as_is = factors.spec.method in ("lora", "dora") and factors.spec.parts is None
     pair = low_rank_pair if as_is else functools.partial(jax.eval_shape, low_rank_pair)
     a, b = pair(factors)
-    if (a.ndim, b.ndim) != (n + n_in + 1, n + n_out + 1):
+    more = a.ndim - (n + n_in + 1), b.ndim - (n + n_out + 1)
+    if more == (1, 1):
+        raise ValueError("of a stack, take each of jlora.adapters.unstack(x)")
+    if more != (0, 0):
         raise ValueError(f"{a.ndim} and {b.ndim} axes for {axes}")
     return axes.weight_shape(a.shape, b.shape)
 

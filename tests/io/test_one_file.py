@@ -381,7 +381,7 @@ UNSAVED = {
     ),
     "a stack of adapters": (
         {"w": Factors(normal((5, 3, 2)), normal((5, 2, 4)), SPEC)},
-        "the arrays of 'w' do not fit its settings",
+        "of a stack, take each of jlora.adapters.unstack(x)",
     ),
     "no B": ({"w": Factors(normal((3, 2)), None, SPEC)}, "the arrays of 'w' do not"),
     "no magnitude": (
