@@ -232,7 +232,8 @@ def methods_section(found: common.Figures) -> str:
             f"width {case['width']}, {case['layers']} layers, rank {case['rank']} on "
             f"all linear weights, {case['batch'] * case['length']} tokens. The "
             "gradient of DoRA's magnitude is computed from the scaled output of each "
-            "layer, which plain LoRA need not keep.\n",
+            "layer. Plain LoRA need not keep that where it is added to the residual "
+            "stream.\n",
             markdown(methods.columns(found["training"])),
         )
     )

@@ -5,9 +5,7 @@ several platforms is right on all of them. Only the value uses the temporary wei
 `w + s a b`. Derivatives are those of `x . w + t . b` with `t = s x . a`, so no
 weight-sized gradient is formed.
 
-With a gain `g` the value is `g (x . w) + t . g b`. Its derivative with respect to `g`
-is the result divided by `g`. So the result is kept for the gradient, and not `x . w`:
-later operations often keep the result anyway.
+With a gain `g` the value is `g (x . w + t . b)`, see `sums`.
 """
 
 import dataclasses
@@ -27,11 +25,11 @@ from . import cost
 from .atoms import OTHER, Atom, Group, Labels
 from .coded import Coded
 from .compat import Primitive, has_typed_placement, partitions, policies_see, shaped
-from .kept import added, made_once
-from .low_rank import Site, first_product, gained, oriented, second_product
+from .low_rank import Site, first_product, oriented, second_product
+from .sums import added, not_zero, tangent
 from .thin import Dims
 from .trail import Source
-from .values import Term, Weight, dense, rescaled
+from .values import Term, Weight, dense, gain_along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,19 +79,8 @@ def adapted_dot(
     static = Static(
         site, bare, t_labels, weight.gain_labels, weight.dims, numbers, form
     )
-    gain = () if weight.gain is None else (_not_zero(weight.gain, site.dtype),)
+    gain = () if weight.gain is None else (not_zero(weight.gain, site.dtype),)
     return adapted_dot_p.bind(x, weight.w, term.a, term.b, t, *gain, static=static)
-
-
-def _not_zero(gain: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns `gain`, moved away from zero by an amount that is negligible in `dtype`.
-
-    So the derivative can divide by it, and a column of length zero can grow again.
-    """
-    least = jnp.asarray(jnp.finfo(dtype).smallest_normal ** (2 / 3), gain.dtype)
-    near = jnp.where(gain < 0, -least, least) - gain
-    is_near = jnp.abs(gain) < least
-    return gain + lax.stop_gradient(jnp.where(is_near, near, jnp.zeros_like(gain)))
 
 
 def _is_plain(x: jax.Array, w: Leaf) -> bool:
@@ -115,45 +102,42 @@ def has_forms(x: jax.Array, w: Leaf, dtype: DTypeLike) -> bool:
 def form_of(x: jax.Array, weight: Weight, site: Site, form: Form) -> Form | None:
     """Returns the form of the `adapted_dot` to use, or None where it does not help.
 
-    It helps where some platform uses a temporary weight, and where the gradient of a
-    gain keeps less.
+    It helps where some platform uses a temporary weight.
     """
-    if not _is_plain(x, weight.w):
+    if not has_forms(x, weight.w, site.dtype):
         return None
-    if has_forms(x, weight.w, site.dtype):
-        forms = (form,)
-        if form == "auto":
-            forms = cost.forms(site.tokens, site.fan_in, x.dtype)
-        if "merged" in forms:
-            return form
-    return None if weight.gain is None else "factored"
+    forms = (form,)
+    if form == "auto":
+        forms = cost.forms(site.tokens, site.fan_in, x.dtype)
+    return form if "merged" in forms else None
 
 
-def _dot(
-    x: jax.Array, w: jax.Array, gain: Sequence[jax.Array], static: Static
-) -> jax.Array:
+def _dot(x: jax.Array, w: jax.Array, static: Static) -> jax.Array:
     site = static.site
-    y = lax.dot_general(
+    return lax.dot_general(
         *((x, w) if site.x_first else (w, x)),
         static.numbers,
         precision=site.precision,
         preferred_element_type=site.dtype,
     )
-    return rescaled(y, static.weight(w, (), gain), site.want)
 
 
-def _expand(
-    t: jax.Array, b: jax.Array, gain: Sequence[jax.Array], static: Static
-) -> jax.Array:
+def _expand(t: jax.Array, b: jax.Array, static: Static) -> jax.Array:
     term = dataclasses.replace(static.term, b=b)
-    term = gained(term, static.weight(None, (), gain))
     return second_product(t, static.t_labels, term, static.site)
+
+
+def _along(gain: Sequence[jax.Array], static: Static) -> tuple[Any, Any]:
+    """Returns the gain and how it lies along the result; None if there is none."""
+    site = static.site
+    weight = static.weight(None, (), gain)
+    return gain_along(weight, site.want, site.dtype, site.view)
 
 
 def _factored(*operands: jax.Array, static: Static) -> jax.Array:
     x, w, _, b, t, *gain = operands
-    y, z = _dot(x, w, gain, static), _expand(t, b, gain, static)
-    return added(y, z, kept=static.kept)
+    y, z = _dot(x, w, static), _expand(t, b, static)
+    return added(y, z, *_along(gain, static), kept=static.kept)
 
 
 def _lowered(
@@ -170,7 +154,7 @@ def _lowered(
     if platform != "cpu":
         # Without it XLA may give `w` the layout of the sum, and copy a stack of layers.
         merged = lax.optimization_barrier(merged)
-    return _dot(x, merged, (), static)
+    return _dot(x, merged, static)
 
 
 def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
@@ -180,19 +164,20 @@ def _jvp(primals: Any, tangents: Any, *, static: Static) -> Any:
     out = adapted_dot_p.bind(*primals, static=static)
     parts = []
     if dx is not None:
-        parts.append(_dot(dx, w, gain, static))
+        parts.append(_dot(dx, w, static))
     if dw is not None:
-        parts.append(_dot(x, dw, gain, static))
+        parts.append(_dot(x, dw, static))
     if dt is not None:  # the tangent of A is part of that of `t`
-        parts.append(_expand(dt, b, gain, static))
+        parts.append(_expand(dt, b, static))
     if db is not None:
-        parts.append(_expand(t, db, gain, static))
-    if dgain and dgain[0] is not None:  # computed from `out`, so `x . w` is not kept
-        rate = static.weight(w, (), [dgain[0] / gain[0]])
-        parts.append(rescaled(out, rate, static.site.want))
-    return out, made_once(
-        functools.reduce(operator.add, parts or [jnp.zeros_like(out)])
-    )
+        parts.append(_expand(t, db, static))
+    summed = functools.reduce(operator.add, parts) if parts else None
+    if not gain:
+        return out, tangent(out, summed)
+    own, spread = _along(gain, static)
+    (dgain,) = dgain
+    change = None if dgain is None else _along([dgain], static)[0]
+    return out, tangent(out, summed, own, change, spread)
 
 
 def _transpose(ct: Any, x: Any, w: Any, a: Any, b: Any, t: Any, *gain: Any, static):
@@ -227,6 +212,7 @@ def _batch(operands: Any, axes: Any, *, static: Static) -> Any:
         x_groups=((new,), *site.x_groups),
         want=(*site.want[:place], new, *site.want[place:]),
         shape=(*site.shape[:at], new.size, *site.shape[at:]),
+        view=site.view and (None if at else site.view.rows(new.size)),
     )
     static = dataclasses.replace(
         static,

@@ -10,7 +10,7 @@ import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 from jax import ad_checkpoint, core
@@ -19,6 +19,7 @@ from jax.extend import core as jex_core, source_info_util
 from jax.interpreters import partial_eval
 from jax.typing import DTypeLike
 
+T = TypeVar("T")  # what a function returns
 Literal = jex_core.Literal
 Primitive = jex_core.Primitive
 Equation = jex_core.JaxprEqn
@@ -255,7 +256,7 @@ def partitions(ctx: Any) -> int:
     return getattr(ctx.module_context.axis_context, "num_devices", 1)
 
 
-def kept_call(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
+def kept_call(fun: Callable[..., T], *args: Any) -> T:
     """Returns `fun(*args)`, as a call that XLA's CPU compiler does not inline.
 
     Functions that are equal are traced once.
@@ -265,7 +266,7 @@ def kept_call(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _called(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
+def _called(fun: Callable[..., T], *args: Any) -> T:
     return fun(*args)
 
 

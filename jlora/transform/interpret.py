@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Form
-from . import compat, share
+from . import compat, share, views
 from .compat import Equation, Literal, Var
 from .primitives import CHEAP, KEPT, SEPARATE
 from .running import ON_ARRAYS, Run
@@ -56,7 +56,7 @@ class Context:
       varies: the mesh axes along which each variable differs inside a `shard_map`.
       sites: counts the uses of the key.
       calls: functions already rewritten, so that a `jit` called twice stays one.
-      made: the equation that made each variable of the code being interpreted.
+      code: the code being interpreted.
       trail: the cheap equations so far, or None where no derivative may follow.
     """
 
@@ -77,8 +77,19 @@ class Context:
     varies: Mapping[Var, frozenset[str]] = dataclasses.field(default_factory=dict)
     sites: Iterator[int] = dataclasses.field(default_factory=itertools.count)
     calls: dict = dataclasses.field(default_factory=dict)
-    made: Mapping[Var, Equation] = dataclasses.field(default_factory=dict)
+    code: compat.Jaxpr | None = None
     trail: Trail | None = None
+
+    @functools.cached_property
+    def made(self) -> Mapping[Var, Equation]:
+        """The equation that made each variable of the code being interpreted."""
+        eqns = () if self.code is None else self.code.eqns
+        return {v: eqn for eqn in eqns for v in eqn.outvars}
+
+    @functools.cached_property
+    def read(self) -> views.Readers:
+        """The equations that read each variable of the code being interpreted."""
+        return {} if self.code is None else views.readers(self.code)
 
     def next_key(self) -> jax.Array | None:
         """Returns a new key for a place that draws random numbers; None without one."""
@@ -163,7 +174,7 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
     def read(atom: Var | Literal) -> Value:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
-    ctx = dataclasses.replace(ctx, made={v: e for e in jaxpr.eqns for v in e.outvars})
+    ctx = dataclasses.replace(ctx, code=jaxpr)
     eqns, uses = jaxpr.eqns, {}
     if ctx.share:
         weights = [v for v, value in env.items() if isinstance(value, Weight)]

@@ -1,12 +1,11 @@
 """Work that XLA's CPU compiler is kept from taking apart, to save memory.
 
-That compiler drops `optimization_barrier`, but it keeps a call that is marked so. Two
-things are done in such calls. A sum `x w + t b` is one array: otherwise both products
-are kept for the gradient, and each reader adds them again. And the gradient of A is
-computed from the roots of its activation (see `trail`), so the activation is not kept.
+That compiler drops `optimization_barrier`, but it keeps a call that is marked so. The
+gradient of A is computed in such a call, from the roots of its activation (see
+`trail`), so the activation is not kept. `sums` has the other use.
 
-On other platforms, inside `shard_map` and on meshes with explicit axes, both are the
-plain operations.
+On other platforms, inside `shard_map` and on meshes with explicit axes, it is the plain
+operation.
 """
 
 import dataclasses
@@ -19,54 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-from .compat import Primitive, has_typed_placement, kept_call, policies_see
+from .compat import Primitive, kept_call, policies_see
 from .trail import Source
 
 Product = Callable[..., jax.Array]
-
-
-def added(y: jax.Array, z: jax.Array, *, kept: bool = False) -> jax.Array:
-    """Returns `y + z` of two arrays of one shape and dtype.
-
-    It is one array where a derivative is taken, or if `kept`. A value alone is a plain
-    sum, which XLA may fuse with what follows.
-    """
-    if has_typed_placement(y) or has_typed_placement(z):
-        return y + z
-    return added_p.bind(y, z, kept=kept)
-
-
-def _add_kept(y: jax.Array, z: jax.Array, *, kept: bool) -> jax.Array:
-    return kept_call(jax.lax.add, y, z) if kept else y + z
-
-
-def _add(y: jax.Array, z: jax.Array, *, kept: bool) -> jax.Array:
-    return y + z
-
-
-def _add_jvp(primals: Sequence[Any], tangents: Sequence[Any], *, kept: bool) -> Any:
-    return added(*primals, kept=True), made_once(ad.add_tangents(*tangents))
-
-
-def made_once(tangent: Any) -> Any:
-    """Returns a tangent whose cotangent is one array, which several products read.
-
-    Else XLA, on other platforms than a CPU, may make it anew for each of them.
-    """
-    if type(tangent) is ad.Zero:
-        return tangent
-    return jax.lax.optimization_barrier(tangent)
-
-
-def _add_transpose(ct: Any, y: Any, z: Any, *, kept: bool) -> Any:
-    return tuple(ct if ad.is_undefined_primal(v) else None for v in (y, z))
-
-
-def _batch_added(operands: Sequence[Any], axes: Sequence[Any], *, kept: bool) -> Any:
-    pairs = list(zip(operands, axes, strict=True))
-    n = next(v.shape[axis] for v, axis in pairs if axis is not None)
-    y, z = (batching.bdim_at_front(v, axis, n) for v, axis in pairs)
-    return added_p.bind(y, z, kept=kept), 0
 
 
 def one_at_a_time(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
@@ -79,18 +34,6 @@ def one_at_a_time(fun: Callable[..., jax.Array], *args: Any) -> jax.Array:
     )
 
 
-added_p = Primitive("added")
-added_p.def_impl(_add)
-added_p.def_abstract_eval(lambda y, z, kept: y)
-ad.primitive_jvps[added_p] = _add_jvp
-ad.primitive_transposes[added_p] = _add_transpose
-batching.primitive_batchers[added_p] = _batch_added
-mlir.register_lowering(added_p, mlir.lower_fun(_add, multiple_results=False))
-mlir.register_lowering(
-    added_p, mlir.lower_fun(_add_kept, multiple_results=False), platform="cpu"
-)
-
-
 def product_of_roots(
     fn: Product,
     x: jax.Array,
@@ -98,6 +41,8 @@ def product_of_roots(
     source: Source | None,
     seen: Callable[..., Any] | None = None,
     more: Sequence[jax.Array] = (),
+    *,
+    inside: bool = True,
 ) -> jax.Array:
     """Returns `fn(x, b, *more)`, linear in `x` and `b`.
 
@@ -111,12 +56,14 @@ def product_of_roots(
       seen: `(types of x and b, type of the result) -> ` what a policy of
         `jax.checkpoint` sees, see `policies_see`; None for a primitive of its own.
       more: integers.
+      inside: whether the product may be in a call that XLA keeps; else only the
+        activation is computed in one.
     """
     if source is None:
         return fn(x, b, *more)
     operands = (x, b, *more, *source.roots)
     settings = {"fn": fn, "n": len(more), "chain": source.chain, "seen": seen}
-    return product_of_roots_p.bind(*operands, late=False, **settings)
+    return product_of_roots_p.bind(*operands, late=False, inside=inside, **settings)
 
 
 def _product(x: Any, b: Any, *rest: Any, fn: Product, n: int, **__: Any) -> jax.Array:
@@ -187,11 +134,22 @@ def _batch(operands: Sequence[Any], axes: Sequence[Any], *, n: int, **params: An
 
 
 def _product_kept(
-    x: Any, b: Any, *rest: Any, fn: Product, n: int, chain: Any, late: bool, **_: Any
+    x: Any,
+    b: Any,
+    *rest: Any,
+    fn: Product,
+    n: int,
+    chain: Any,
+    late: bool,
+    inside: bool,
+    **_: Any,
 ) -> jax.Array:
     if not late:
         return fn(x, b, *rest[:n])
-    return kept_call(_Late(fn, n, chain), b, *rest)
+    if inside:
+        return kept_call(_Late(fn, n, chain), b, *rest)
+    x, b = kept_call(_After(chain), b, *rest[n:])
+    return fn(x, b, *rest[:n])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +162,16 @@ class _Late:
 
     def __call__(self, b: jax.Array, *rest: jax.Array) -> jax.Array:
         return self.fn(self.chain(*rest[self.n :]), b, *rest[: self.n])
+
+
+@dataclasses.dataclass(frozen=True)
+class _After:
+    """An activation that is computed from its roots, not before `b` is there."""
+
+    chain: Callable[..., jax.Array]
+
+    def __call__(self, b: jax.Array, *roots: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.chain(*roots), b
 
 
 def _seen(eqn: Any) -> Any:

@@ -29,13 +29,14 @@ from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
 from .compat import Equation, kind, placed_like
 from .gate import no_gate
 from .interpret import Context
-from .kept import added, product_of_roots
+from .kept import product_of_roots
 from .low_rank import join_groups
 from .products import adapted_product, meet
 from .quantised_linear import base_product
+from .sums import added
 from .thin import thin_dot
-from .trail import cast_both
-from .values import Derived, Operand, Term, Value, Weight, rescaled
+from .trail import Source, cast_both
+from .values import Derived, Operand, Term, Value, Weight, with_terms
 
 
 def dot_general(
@@ -184,21 +185,21 @@ def conv_general_dilated(
         return [base]
     if ctx.gate is not None:
         raise no_gate(weight, eqn, "mixes positions")
-    # XLA's CPU compiler has no fast convolution in a call that it keeps: no roots.
-    x = x.astype(dtype_of_activation(x.dtype, weight.w.dtype, base.dtype))
-    for term, a, b in factors:
-        kept, _ = ctx.drop(x, term.dropout, eqn.invars[0], None)
-        product = functools.partial(
-            _conv_product, scale=term.scale, dtype=base.dtype, params=params
-        )
-        base = added(base, placed_like(base, product, kept, a, b))
+    compute = dtype_of_activation(x.dtype, weight.w.dtype, base.dtype)
+    x, source = cast_both(x, ctx.source(x), compute)
     channels = params["dimension_numbers"].out_spec[1]
     shown = [
         atom
         for i, n in enumerate(base.shape)
         for atom in (outs if i == channels else (Atom((OTHER, i), n),))
     ]
-    return [rescaled(base, weight, shown)]
+    zs = []
+    for term, a, b in factors:
+        kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
+        settings = {"scale": term.scale, "dtype": base.dtype, "params": params}
+        product = functools.partial(_conv_product, source=own, **settings)
+        zs.append(placed_like(base, product, kept, a, b))
+    return [with_terms(base, zs, weight, shown)]
 
 
 def _stacked_kernels(outs: Group, groups: int) -> Group:
@@ -352,6 +353,19 @@ def _conv_factors(term: Term, outs: Group, ins: tuple[Group, ...], groups: int):
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class _ThinConv:
+    """The convolution with these parameters of the primitive."""
+
+    params: tuple[tuple[str, Any], ...]
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated_p.bind(x, kernel, **dict(self.params))
+
+    def seen(self, types: Sequence[Any], _: Any) -> Any:
+        return lax.conv_general_dilated_p, types, dict(self.params)
+
+
 def _conv_product(
     x: jax.Array,
     a: jax.Array,
@@ -360,6 +374,7 @@ def _conv_product(
     scale: float,
     dtype: DTypeLike,
     params: Mapping[str, Any],
+    source: Source | None,
 ) -> jax.Array:
     """Returns `scale * conv(x, a) . b`."""
     numbers = params["dimension_numbers"]
@@ -370,16 +385,10 @@ def _conv_product(
     sums = dtype_of_sums(compute, dtype)
     place = [numbers.rhs_spec.index(i) for i in range(len(window) + 1)]
     kernel = jnp.broadcast_to(a[:, None], (stack, repeats, rank, *window))
-    t = lax.conv_general_dilated(
-        x,
-        lax.transpose(kernel.reshape(-1, *window), place).astype(compute),
-        dimension_numbers=numbers,
-        preferred_element_type=wide,
-        precision=params["precision"],
-        feature_group_count=groups,
-        **{k: params[k] for k in ("window_strides", "padding")},
-        **{k: params[k] for k in ("lhs_dilation", "rhs_dilation")},
-    )
+    kernel = lax.transpose(kernel.reshape(-1, *window), place).astype(compute)
+    thin = _ThinConv(tuple({**params, "preferred_element_type": wide}.items()))
+    # XLA's CPU compiler has no fast convolution in a call that it keeps.
+    t = product_of_roots(thin, x, kernel, source, thin.seen, inside=False)
     t = (t * scale).astype(compute)
     channels = numbers.out_spec[1]
     if stack * repeats == 1 and channels == t.ndim - 1:

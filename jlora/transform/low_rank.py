@@ -12,7 +12,8 @@ from .._numerics import at_least_float32, cast, dtype_of_sums
 from .atoms import RANK, Atom, Group, Labels, lay_out, regroup, size
 from .thin import PrecisionLike, thin_dot
 from .trail import Source
-from .values import Term, Weight, contract, rescaled, sum_out
+from .values import Term, Weight, contract, sum_out
+from .views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Site:
       dtype: dtype of the result.
       compute: dtype in which the activation meets factors.
       precision: as in `dot_general`.
+      view: how later operations keep the result; None if as it is, or if the weight has
+        no gain.
     """
 
     x_groups: tuple[Group, ...]
@@ -36,6 +39,7 @@ class Site:
     dtype: DTypeLike
     compute: DTypeLike
     precision: PrecisionLike
+    view: View | None = None
 
     @property
     def x_labels(self) -> Labels:
@@ -78,16 +82,6 @@ def oriented(term: Term, site: Site) -> Term:
     if summed(term.b_labels) <= summed(term.a_labels):
         return term
     return term.swapped()
-
-
-def gain_fits(term: Term, weight: Weight) -> bool:
-    """Returns whether B of `term` has the axes of the gain of `weight`."""
-    return set(weight.gain_labels) <= set(term.b_labels)
-
-
-def gained(term: Term, weight: Weight) -> Term:
-    """Returns `term` times the gain of `weight`; `gain_fits` has to hold."""
-    return dataclasses.replace(term, b=rescaled(term.b, weight, term.b_labels))
 
 
 def first_product(

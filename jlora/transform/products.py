@@ -3,6 +3,7 @@
 Products that are alike, such as those of every layer, are traced and derived once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -17,12 +18,12 @@ from .coded import Coded
 from .compat import INLINE, Equation, has_typed_placement, is_staging, kind, placed_like
 from .gate import gated
 from .interpret import Context
-from .kept import added
-from .low_rank import Site, gain_fits, gained, join_groups, low_rank_product
+from .low_rank import Site, join_groups, low_rank_product
 from .quantised_linear import base_product
 from .thin import Dims
 from .trail import Chain, Source, cast_both
-from .values import Weight, rescaled
+from .values import Weight, rescaled, with_terms
+from .views import view_of
 
 Input = tuple[jax.Array, Source | None]  # of a term, and how it follows from its roots
 
@@ -42,8 +43,6 @@ def meet(
             return None
         x = rescaled(x.astype(site.compute), weight, site.x_labels)
         weight = weight.replace(gain=None, gain_labels=())
-    if not all(gain_fits(term, weight) for term in weight.terms):
-        return None
     return x, weight, site
 
 
@@ -84,6 +83,9 @@ def adapted_product(
 
     `dims` are the groups of the frozen array's axes.
     """
+    if weight.gain is not None:
+        view = view_of(eqn.outvars[0], ctx.read)
+        site = dataclasses.replace(site, view=view)
     known, source = like(eqn), ctx.source(x)
     is_whole = ctx.gate is None and not any(ctx.drops(t.dropout) for t in weight.terms)
     if known is not None and is_whole and _can_repeat(x, weight.w):
@@ -147,10 +149,11 @@ def _in_a_form(
     own = form_of(x, weight, site, form if first.form == "auto" else first.form)
     if own is not None and not more and inputs is None:
         return adapted_dot(x, weight, site, numbers, own, source)
-    y = rescaled(base(), weight, site.want)
+    y = base()
     x, source = cast_both(x, source, site.compute)
     entered = [(x, source)] * len(weight.terms) if inputs is None else inputs(x, source)
+    zs = []
     for term, (x, roots) in zip(weight.terms, entered, strict=True):
         product = functools.partial(low_rank_product, site=site, source=roots)
-        y = added(y, placed_like(y, product, x, gained(term, weight)))
-    return y
+        zs.append(placed_like(y, product, x, term))
+    return with_terms(y, zs, weight, site.want, site.view)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from .._numerics import add_rounded, at_least_float32
 from ..factors import Form, Leaf
@@ -29,8 +30,10 @@ from .atoms import (
     regroup,
 )
 from .coded import Coded, coded_leaf, widened
-from .compat import placed_like
+from .compat import has_typed_placement, placed_like
+from .sums import Spread, added, not_zero, times
 from .thin import Dims, thin_dot
+from .views import View
 
 
 @jax.tree_util.register_dataclass
@@ -208,22 +211,51 @@ def dense(weight: Weight) -> jax.Array:
 
 def rescaled(x: jax.Array, weight: Weight, want: Sequence[Atom]) -> jax.Array:
     """Returns `x`, whose axes are `want` (some joined), times the gain of `weight`."""
-    if weight.gain is None:
+    gain, spread = gain_along(weight, want, x.dtype)
+    if gain is None:
         return x
+    return placed_like(x, functools.partial(times, spread=spread), x, gain)
+
+
+def with_terms(
+    y: jax.Array,
+    zs: Sequence[jax.Array],
+    weight: Weight,
+    want: Sequence[Atom],
+    view: View | None = None,
+) -> jax.Array:
+    """Returns the sum of `y` and all `zs`, times the gain of `weight`.
+
+    Args:
+      y: the product with the frozen array.
+      zs: the products with the terms; there is at least one.
+      weight: what was multiplied by.
+      want: the axes of `y`.
+      view: how later operations keep the result; None if as it is.
+    """
+    *first, last = zs
+    y = functools.reduce(added, first, y)
+    if has_typed_placement(y) or has_typed_placement(last):
+        return rescaled(y + last, weight, want)
+    if weight.gain is not None:
+        weight = weight.replace(gain=not_zero(weight.gain, y.dtype))
+    return added(y, last, *gain_along(weight, want, y.dtype, view))
+
+
+def gain_along(
+    weight: Weight, want: Sequence[Atom], dtype: DTypeLike, view: View | None = None
+) -> tuple[jax.Array | None, Spread | None]:
+    """Returns the gain of `weight`, and how it lies along an array of axes `want`.
+
+    It has the dtype to multiply an array of `dtype` in. Both are None if there is none.
+    """
+    if weight.gain is None:
+        return None, None
     own = [atom for atom in want if atom in weight.gain_labels]
     gain = regroup(weight.gain, weight.gain_labels, [(atom,) for atom in own])
-    gain = gain.astype(at_least_float32(x.dtype, gain.dtype))
-    along = [i for i, atom in enumerate(want) if atom in own]
-
-    def times(x: jax.Array, gain: jax.Array) -> jax.Array:
-        parted = x
-        if x.ndim != len(want):
-            parted = lax.reshape(x, [atom.size for atom in want])
-        spread = lax.broadcast_in_dim(gain, parted.shape, along)
-        y = (parted.astype(gain.dtype) * spread).astype(x.dtype)
-        return lax.reshape(y, x.shape)
-
-    return placed_like(x, times, x, gain)
+    along = tuple(i for i, atom in enumerate(want) if atom in own)
+    wide = gain.astype(at_least_float32(dtype, gain.dtype))
+    return wide, Spread(tuple(atom.size for atom in want), along, view)
 
 
 def contract(
