@@ -76,7 +76,9 @@ def bind_again(eqn: Equation, *values: Any) -> list[jax.Array]:
 
     The equation is then in a `jit` that is inlined, as those of `jax.numpy` are.
     """
-    if not any(map(derives, values)) or eqn.effects or not _CODE.isdisjoint(eqn.params):
+    if not any(map(derives, map(type, values))):
+        return bind(eqn, *values)
+    if eqn.effects or not _CODE.isdisjoint(eqn.params):
         return bind(eqn, *values)
     known = like(eqn)
     if known is None:

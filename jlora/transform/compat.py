@@ -111,9 +111,10 @@ def bind(eqn: Bindable, *values: Any) -> list[jax.Array]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def derives(x: Any) -> bool:
-    """Returns whether `x` is an array that a derivative is being taken through."""
-    return hasattr(type(x), "tangent")
+@functools.cache
+def derives(kind: type) -> bool:
+    """Returns whether arrays of the class `kind` are those of a derivative."""
+    return hasattr(kind, "tangent")
 
 
 def rebind(eqn: Equation, x: Any, **changes: Any) -> jax.Array:

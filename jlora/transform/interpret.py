@@ -155,9 +155,12 @@ class Context:
         return self.trail.source(x)
 
 
+_SPECIAL = {Weight, Derived}
+
+
 def is_special(value: Value) -> bool:
     """Returns whether a rule has to look at `value`."""
-    return isinstance(value, Weight | Derived)
+    return type(value) in _SPECIAL
 
 
 def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[Value]:
@@ -189,7 +192,7 @@ def interpret(ctx: Context, code: compat.Code, values: Sequence[Value]) -> list[
 
     for i, eqn in enumerate(eqns):
         operands = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
-        if not any(map(is_special, operands)):
+        if _SPECIAL.isdisjoint(map(type, operands)):
             results = _unreached(ctx, eqn, operands)
         else:
             with ctx.run.at(eqn):

@@ -86,7 +86,9 @@ def adapted_product(
     if weight.gain is not None:
         view = view_of(eqn.outvars[0], ctx.read)
         site = dataclasses.replace(site, view=view)
-    known, source = like(eqn), ctx.source(x)
+    known, source = like(eqn), None
+    if any(term.product is None for term in weight.terms):
+        source = ctx.source(x)
     is_whole = ctx.gate is None and not any(ctx.drops(t.dropout) for t in weight.terms)
     if known is not None and is_whole and _can_repeat(x, weight.w):
         bare = weight.replace(parts=(), mixed=())
