@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -18,7 +19,11 @@ def counts(trainable: Trainable) -> dict[str, int]:
 
 
 def tell(text: str) -> None:
-    """Prints `text` as one line for people, beside the result."""
+    """Prints `text` as one line for people, beside the result.
+
+    Findings that have a line each, as in jlora's errors, are parted by a semicolon.
+    """
+    text = re.sub(r"(?<=[^\s:;,.])\n  (?=\S)", "; ", text)
     click.echo(" ".join(text.split()), err=True)
 
 

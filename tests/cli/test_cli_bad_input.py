@@ -14,6 +14,7 @@ import safetensors.numpy
 import jlora
 from jlora import cli, files
 from jlora.cli._main import UNEXPECTED
+from jlora.cli._output import tell
 from jlora.factors import Axes, Factors, Spec
 from tests.helpers import normal
 
@@ -403,3 +404,10 @@ def test_tensors_without_numbers_are_read_like_others(capfd, tmp_path, monkeypat
         ):
             assert told(capfd, command, "")[0] == 0, command
     assert told(capfd, "inspect hf", "")[0] == 0
+
+
+def test_findings_on_one_line_are_parted(capfd):
+    """An error that lists its findings on lines of their own."""
+    tell("This does not fit:\n  a is too wide\n  b is not there.\nTake c.\n")
+    told = "This does not fit: a is too wide; b is not there. Take c.\n"
+    assert capfd.readouterr().err == told
