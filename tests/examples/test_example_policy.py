@@ -94,5 +94,6 @@ def test_rewards_rise():
 
 
 def test_rewards_are_checked_by_a_program():
-    cases = {"12": 1.0, " 12.\n": 1.0, "13": train.FORMAT, "It is 12": 0.0, "": 0.0}
+    cases = {"12": 1.0, " 12.\n": 1.0, "13": train.FORMAT, "": 0.0, "It is": 0.0}
+    cases |= {"It is 12": 0.25, "5 + 7 = 12": 0.4, "12 + 1": train.FORMAT / 2}
     assert {text: train.reward((5, 7), text) for text in cases} == cases

@@ -387,7 +387,19 @@ def loaded(folder: pathlib.Path, case: server_cases.Case, server: str) -> dict |
         if bool((x == MARK).all()):
             there[begin + name] = tuple(x.shape)
     own = {n: n if n.startswith(server_cases.P) else begin + n for n in case.tensors}
-    return {n: there.get(own[n]) == x.shape for n, x in case.tensors.items()}
+    return {
+        n: any(there.get(name) == x.shape for name in _also(own[n], server))
+        for n, x in case.tensors.items()
+    }
+
+
+def _also(name: str, server: str) -> tuple[str, ...]:
+    """A tensor's names in memory: transformers takes `model.` in and out of them."""
+    inner = name.removeprefix(server_cases.P)
+    if server == "peft":
+        return (name,)
+    added, less = f"model.{inner}", inner.removeprefix("model.")
+    return name, server_cases.P + added, server_cases.P + less
 
 
 def compared(server: str) -> int:
