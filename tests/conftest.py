@@ -55,6 +55,13 @@ pytest.register_assert_rewrite(
 collect_ignore_glob = ["golden/*.py"]  # these make golden files; they need torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuses names with an address: `-n 2` would collect other tests in each worker."""
+    found = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if found:
+        raise pytest.UsageError(f"Give ids= to parametrize of {found[0]}")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def strict_promotion() -> Iterator[None]:
     """Casts and broadcasts are written; doctests run as a user would run them."""

@@ -767,7 +767,6 @@ def test_leaves_that_are_merged_alike_share_a_line():
         ({"targets": lambda path: "up" in path}, "lambda row: 'attn' in row.path"),
         ({"targets": "layer_[^0]/up/kernel"}, "Write '[!0]' for any other"),
     ],
-    ids=str,
 )
 def test_a_wrong_pattern_is_told_what_to_write(config, remedy):
     with pytest.raises(jlora.JloraError, match=re.escape(remedy)):
