@@ -56,7 +56,7 @@ collect_ignore_glob = ["golden/*.py"]  # these make golden files; they need torc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuses names with an address: `-n 2` would collect other tests in each worker."""
+    """Refuses names with an address: each worker of `-n 2` would have its own tests."""
     found = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if found:
         raise pytest.UsageError(f"Give ids= to parametrize of {found[0]}")
