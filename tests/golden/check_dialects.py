@@ -22,34 +22,12 @@ import sys
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from tests.golden.arrays import compare, load, save
+
 LLAMA = pathlib.Path(__file__).parent / "peft" / "llama"
 AIMS = ("to_q", "to_out.0", "conv1", "conv_shortcut", "proj_in")
-
-
-def compare(what: str, found: dict, wanted: dict) -> int:
-    """Prints how far two sets of updates are from each other; returns the exit code."""
-    if found.keys() != wanted.keys():
-        print(f"{what}: other weights: {sorted(found.keys() ^ wanted.keys())[:4]}")
-        return 1
-    worst = max(
-        np.abs(np.asarray(found[n], np.float64) - wanted[n]).max()
-        / np.abs(wanted[n]).max()
-        for n in wanted
-    )
-    print(f"{what}: {len(wanted)} weights, updates differ by {worst:.1e} at most")
-    return int(not worst < 1e-6)
-
-
-def load(file: pathlib.Path) -> dict:
-    from safetensors.numpy import load_file
-
-    return load_file(file)
-
-
-def save(arrays: dict, file: pathlib.Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()}, file)
 
 
 def unet():

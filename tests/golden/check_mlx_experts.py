@@ -16,6 +16,10 @@ import sys
 
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from tests.golden.arrays import compare, load, save
+
 SIZES = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
@@ -43,33 +47,6 @@ MODELS = {
 }
 ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's
 TOKENS = [[1, 5, 9, 2, 30]]
-
-
-def load(file: pathlib.Path) -> dict:
-    from safetensors.numpy import load_file
-
-    return load_file(file)
-
-
-def save(arrays: dict, file: pathlib.Path) -> None:
-    from safetensors.numpy import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()}, file)
-
-
-def compare(what: str, found: dict, wanted: dict, most: float = 1e-6) -> int:
-    """Prints how far two sets of arrays are from each other; returns the exit code."""
-    if found.keys() != wanted.keys():
-        print(f"{what}: other weights: {sorted(found.keys() ^ wanted.keys())[:4]}")
-        return 1
-    worst = max(
-        np.abs(np.asarray(found[n], np.float64) - wanted[n]).max()
-        / np.abs(wanted[n]).max()
-        for n in wanted
-    )
-    print(f"{what}: {len(wanted)} arrays differ by {worst:.1e} at most")
-    return int(not worst < most)
 
 
 def split_experts(kind: str, arrays: dict) -> dict:

@@ -19,7 +19,9 @@ import json
 import pathlib
 import sys
 
-import numpy as np
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from tests.golden.arrays import compare, load, save
 
 COMPONENTS = {"unet": "unet", "text_encoder": "te1", "text_encoder_2": "te2"}
 AIMS = {
@@ -28,33 +30,6 @@ AIMS = {
     "text_encoder_2": ["q_proj", "v_proj", "out_proj", "fc2"],
 }
 KINDS = ("lora", "dora")
-
-
-def compare(what: str, found: dict, wanted: dict) -> int:
-    """Prints how far two sets of weights are from each other; returns the exit code."""
-    if found.keys() != wanted.keys():
-        print(f"{what}: other weights: {sorted(found.keys() ^ wanted.keys())[:4]}")
-        return 1
-    worst = max(
-        np.abs(np.asarray(found[n], np.float64) - wanted[n]).max()
-        / np.abs(wanted[n]).max()
-        for n in wanted
-    )
-    print(f"{what}: {len(wanted)} merged weights differ by {worst:.1e} at most")
-    return int(not worst < 1e-6)
-
-
-def load(file: pathlib.Path) -> dict:
-    from safetensors.numpy import load_file
-
-    return load_file(file)
-
-
-def save(arrays: dict, file: pathlib.Path, metadata: dict | None = None) -> None:
-    from safetensors.numpy import save_file
-
-    arrays = {n: np.ascontiguousarray(x) for n, x in arrays.items()}
-    save_file(arrays, file, metadata)
 
 
 def pipeline():
