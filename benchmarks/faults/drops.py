@@ -180,7 +180,7 @@ def swapped(tensors: Tensors, config: dict, rng: random.Random) -> None:
     tensors[one], tensors[other] = tensors[other], tensors[one]
 
 
-def turned(tensors: Tensors, config: dict, rng: random.Random) -> None:
+def transposed(tensors: Tensors, config: dict, rng: random.Random) -> None:
     name = _pick(tensors, rng)
     tensors[name] = tensors[name].swapaxes(-1, 0) if tensors[name].ndim else 2
     tensors[name] = np.asarray(tensors[name], np.float32)
@@ -256,7 +256,7 @@ CHANGES: dict[str, Change] = {
     "a module less": without_a_module,
     "other rank": other_rank,
     "swapped": swapped,
-    "axes turned": turned,
+    "axes transposed": transposed,
     "other dtype": other_dtype,
     "added": added,
     "twice": twice,

@@ -32,7 +32,7 @@ class Dialect:
       tool: as a user knows it.
       keys: for each of PEFT's names the patterns of the tool's, which have a group
         `module`, and perhaps `component`, the model of several, and `last`.
-      turned: whether A is `[in, r]` and B `[r, out]`.
+      transposed: whether A is `[in, r]` and B `[r, out]`.
       flat: whether the module's name has underscores in place of dots. Reading then
         takes Stability's names of SDXL's modules too.
       begin: a pattern of the beginning of names, if they begin with the model's, which
@@ -44,7 +44,7 @@ class Dialect:
     tool: str
     keys: tuple[tuple[str, str], ...]
     place: str
-    turned: bool = False
+    transposed: bool = False
     flat: bool = False
     begin: str = ""
 
@@ -68,7 +68,7 @@ MLX = Dialect(
         (MAGNITUDE, r"(?P<module>.+)\.m"),
     ),
     place="mlx-lm 0.32.2, mlx_lm/tuner/lora.py: LoRALinear",
-    turned=True,
+    transposed=True,
 )
 KOHYA = Dialect(
     name="kohya",

@@ -46,11 +46,11 @@ class _Moved(FileSlot):
     """A tensor of another tool, with PEFT's axes.
 
     Attributes:
-      turned: whether its two axes are swapped.
+      transposed: whether its two axes are swapped.
       sizes: what is its shape then, with axes of size 1 added or left out.
     """
 
-    turned: bool
+    transposed: bool
     sizes: tuple[int, ...]
 
     @property
@@ -61,7 +61,7 @@ class _Moved(FileSlot):
     def read(self) -> np.ndarray:
         """Returns the tensor."""
         array = super().read()
-        return (array.T if self.turned else array).reshape(self.sizes)
+        return (array.T if self.transposed else array).reshape(self.sizes)
 
 
 def translated(
@@ -239,16 +239,16 @@ def _as_peft(
     """Returns a tensor with PEFT's axes: those of a convolution if the weight has."""
     sizes = slot.shape
     # MLX's SwitchLinear, of all experts, has the axes that `layout="stacked"` has.
-    turned = dialect.turned and part in (A, B) and len(sizes) == 2
-    if turned:
+    transposed = dialect.transposed and part in (A, B) and len(sizes) == 2
+    if transposed:
         sizes = sizes[::-1]
     elif part == MAGNITUDE and dialect.flat:
         sizes = _lengths(name, sizes, ndim or 2)
     elif part in (A, B) and ndim is not None and not set(sizes[2:]) - {1}:
         sizes = (*sizes, *[1] * ndim)[:ndim]
-    if sizes == slot.shape and not turned:
+    if sizes == slot.shape and not transposed:
         return slot
-    return _Moved(slot.file, slot.info, slot.handles, slot.fault, turned, sizes)
+    return _Moved(slot.file, slot.info, slot.handles, slot.fault, transposed, sizes)
 
 
 def _lengths(name: str, sizes: tuple[int, ...], ndim: int) -> tuple[int, ...]:

@@ -61,13 +61,13 @@ class Module(NamedTuple):
       form: `"peft"` for bare parameters, `"per-expert"` for a module each.
       names: the parameters in the order of their registration, or the projections.
       number: how many experts it has.
-      turned: whether a parameter is `[E, in, out]`.
+      transposed: whether a parameter is `[E, in, out]`.
     """
 
     form: Form
     names: tuple[str, ...]
     number: int
-    turned: bool
+    transposed: bool
 
 
 def modules_of(leaves: Iterable[TargetLeaf], names: Names | None) -> dict[str, Module]:
@@ -108,8 +108,8 @@ def _module(own: Mapping[str, list[tuple[Place, int]]], known: bool) -> Module:
     if raw and known:
         names = sorted(own, key=lambda name: places[name].order)
     count = max(many for group in own.values() for _, many in group)
-    turned = not known or any(p.kind == "experts_t" for p in places.values())
-    return Module("peft" if raw else "per-expert", tuple(names), count, turned)
+    transposed = not known or any(p.kind == "experts_t" for p in places.values())
+    return Module("peft" if raw else "per-expert", tuple(names), count, transposed)
 
 
 def relaid(
@@ -298,7 +298,7 @@ def _target(
     """Returns the layout that the model needs."""
     if layout is not None and layout.interleaved is not None:
         interleaved = layout.interleaved
-    if interleaved is None and not own.turned and own.form == "peft":
+    if interleaved is None and not own.transposed and own.form == "peft":
         interleaved = False
     roles = {role_of(name): name for name in own.names}
     called: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ def relaid(
     experts: Experts = {}
     own: dict[str, list[str]] = {}
     places = []
-    turned = False
+    transposed = False
     for place in sorted(raw, key=lambda place: place.order):
         match = _PARAMETER.fullmatch(place.name)
         if match is None or place.kind == "parameter":
@@ -74,7 +74,7 @@ def relaid(
         experts.setdefault(match[1], {})[role_of(match[2])] = expert
         own.setdefault(match[1], []).append(match[2])
         places.append(place)
-        turned |= place.kind == "experts_t"
+        transposed |= place.kind == "experts_t"
     groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in tensors:
         match = _ONE.fullmatch(name.removesuffix(_A)) if name.endswith(_A) else None
@@ -91,7 +91,7 @@ def relaid(
             f"layout={layout.form!r} is for experts, and the adapter has none: their "
             "names in torch have `experts` before a number or the parameter."
         )
-    if places and not turned and layout.interleaved is None:
+    if places and not transposed and layout.interleaved is None:
         layout = dataclasses.replace(layout, interleaved=False)
     modules = [module for ones in groups.values() for module in ones.values()]
     return Relaid(named(experts, layout, own), modules, places)

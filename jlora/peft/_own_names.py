@@ -388,5 +388,5 @@ def _raw_kinds(shape: _Shape, a: Slot | None, b: Slot | None) -> list[str]:
     sizes = b.shape[0], a.shape[1]
     if len(shape) == 2:
         return ["parameter"] if sizes == shape else []
-    turned = ["experts_t"] if sizes == (shape[2], shape[1]) else []
-    return (["experts"] if sizes == shape[1:] else []) + turned
+    transposed = ["experts_t"] if sizes == (shape[2], shape[1]) else []
+    return (["experts"] if sizes == shape[1:] else []) + transposed

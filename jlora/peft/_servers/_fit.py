@@ -88,8 +88,8 @@ def _misfits(
         yield "refused" if larger else server.other_rank, why, REMEDY
     if shape is None or len(shape) != 2:
         return
-    turned = base.facts.conv1d and is_conv1d(piece.module)
-    wanted = shape[int(first is not turned)]
+    transposed = base.facts.conv1d and is_conv1d(piece.module)
+    wanted = shape[int(first is not transposed)]
     if size != wanted:
         which = "inputs" if first else "outputs"
         outcome = "refused" if size > wanted else server.smaller
