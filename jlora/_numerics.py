@@ -1,5 +1,6 @@
 """Numbers: the dtype and precision of sums, random keys by path, finiteness."""
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .factors import Array
+from .factors import Array, Axes, FusedParts
 
 Fault = type[Exception]  # the class of the errors that the caller's user sees
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -225,3 +226,23 @@ def add_rounded(
     if rescale is not None:
         total = rescale(total)
     return total.astype(w.dtype)
+
+
+def python_numbers(value: Any) -> Any:
+    """Returns `value` with Python's numbers for NumPy's, which JSON does not take.
+
+    Looks into tuples, `Axes` and `FusedParts`.
+
+    Examples:
+      >>> python_numbers(Axes((), (np.int64(0),), (1,)))
+      Axes(batch=(), fan_in=(0,), fan_out=(1,))
+    """
+    match value:
+        case np.generic():
+            return value.item()
+        case tuple():
+            return tuple(map(python_numbers, value))
+        case Axes() | FusedParts():
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            return type(value)(**{k: python_numbers(v) for k, v in fields.items()})
+    return value

@@ -8,9 +8,10 @@ from typing import Any, Literal, Never
 import jax.typing
 import numpy as np
 
+from ._numerics import python_numbers
 from ._text.json_text import parse_json
 from .errors import ConfigError
-from .factors import FORMS, Axes, Form, FusedParts, python_numbers, tuples
+from .factors import FORMS, Axes, Form, FusedParts, tuples
 from .factors._scale import scale_fault
 from .methods import INITS, METHODS, find_init, init_name
 

@@ -12,6 +12,7 @@ import pytest
 # it saves. Read when JAX starts its backend.
 XLA_FLAGS = ["--xla_backend_optimization_level=0"]
 XLA_FLAGS += ["--xla_llvm_disable_expensive_passes=true"]
+XLA_FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]  # workers fill the cores
 if jax.__version_info__ < (0, 11):
     XLA_FLAGS += ["--xla_cpu_use_fusion_emitters=false"]  # a third of the time
 os.environ.setdefault("XLA_FLAGS", " ".join(XLA_FLAGS))

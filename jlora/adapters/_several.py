@@ -13,7 +13,7 @@ from .._core.algebra import lora_spec, weight_sizes
 from .._core.merge import merge
 from .._core.rebase import changed_base
 from .._core.tree import Missing, widened
-from .._numerics import at_least_float32
+from .._numerics import at_least_float32, python_numbers
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import (
@@ -23,7 +23,6 @@ from ..factors import (
     PyTree,
     Spec,
     Trainable,
-    python_numbers,
 )
 from ..methods import low_rank_pair, method_of
 from ..methods.init import matrices, shaped

@@ -14,6 +14,5 @@ from ._records import (
     PyTree as PyTree,
     Spec as Spec,
     Trainable as Trainable,
-    python_numbers as python_numbers,
     tuples as tuples,
 )

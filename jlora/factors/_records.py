@@ -217,26 +217,6 @@ def tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
-def python_numbers(value: Any) -> Any:
-    """Returns `value` with Python's numbers for NumPy's, which JSON does not take.
-
-    Looks into tuples, `Axes` and `FusedParts`.
-
-    Examples:
-      >>> python_numbers(Axes((), (np.int64(0),), (1,)))
-      Axes(batch=(), fan_in=(0,), fan_out=(1,))
-    """
-    match value:
-        case np.generic():
-            return value.item()
-        case tuple():
-            return tuple(map(python_numbers, value))
-        case Axes() | FusedParts():
-            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-            return type(value)(**{k: python_numbers(v) for k, v in fields.items()})
-    return value
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Factors:

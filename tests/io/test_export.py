@@ -399,7 +399,7 @@ def test_extracting_from_files(tmp_path):
     [
         ({"rank": 9}, r"rank 9 is above min\(in, out\) = min\(4, 6\) of 'a/kernel'"),
         ({"targets": "c/*"}, r"targets: 'c/\*' matched none of 4 leaves, nearest"),
-        ({"exclude": "a/*"}, "found no weight of a linear operation"),
+        ({"exclude": "a/*"}, "exclude= and train= take every weight"),
         ({"targets": lambda row: True}, "takes only globs"),
         ({"targets": "b"}, r"'b' \(float32\[2\]\) is not a weight of a linear"),
         ({"targets": "stack"}, r"the roles of the axes.*: 'stack'\. Say with Rule"),
