@@ -16,14 +16,7 @@ from .._core.tree import Missing, widened
 from .._numerics import at_least_float32, python_numbers
 from .._tables import listed
 from ..errors import ConfigError, TreeError
-from ..factors import (
-    Array,
-    Factors,
-    Leaf,
-    PyTree,
-    Spec,
-    Trainable,
-)
+from ..factors import Array, Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import low_rank_pair, method_of
 from ..methods.init import matrices, shaped
 
@@ -82,10 +75,9 @@ def _is_weight(weight: object) -> bool:
     if isinstance(weight, jax.Array):  # its value may not be known yet
         kinds = (jnp.floating, jnp.integer)
         return not weight.ndim and any(jnp.issubdtype(weight.dtype, k) for k in kinds)
-    number = (
-        weight[()] if isinstance(weight, np.ndarray) and not weight.ndim else weight
-    )
-    number = python_numbers(number)
+    if isinstance(weight, np.ndarray) and not weight.ndim:
+        weight = weight[()]
+    number = python_numbers(weight)
     if isinstance(number, bool) or not isinstance(number, int | float):
         return False
     return math.isfinite(number)
