@@ -14,7 +14,9 @@ import re
 from typing import Literal
 
 Label = str | re.Pattern[str]  # a character, or a regex that takes one character
-Where = Literal["", "^", "$"]  # a free step anywhere, at the text's begin, at its end
+# A free step anywhere, at the text's begin, at its end, at the edge of a word, inside
+# or outside one.
+Where = Literal["", "^", "$", "b", "B"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,11 +59,11 @@ def first_match(automaton: Automaton, text: str) -> int | None:
       >>> first_match(machine, "a"), first_match(machine, "aa")
       (7, None)
     """
-    nodes = _started(automaton, not text)
-    *pieces, last = _PIECE.findall(text) or [""]
-    for piece in pieces:
-        nodes = _walk(automaton, nodes, piece, False)
-    return _lowest(automaton, _walk(automaton, nodes, last, True))
+    nodes, before = 1, ""
+    for piece in _PIECE.findall(text):
+        nodes = _walk(automaton, nodes, before, piece)
+        before = _kind(piece[-1])
+    return _lowest(automaton, nodes, before)
 
 
 # Paths of one model share most of their components.
@@ -69,42 +71,47 @@ _PIECE = re.compile("[^/]+/?|/")
 
 
 @functools.lru_cache(maxsize=1024)
-def _started(automaton: Automaton, at_end: bool) -> int:
-    return reached(automaton, 1, at_start=True, at_end=at_end)
-
-
-@functools.lru_cache(maxsize=1024)
-def _lowest(automaton: Automaton, nodes: int) -> int | None:
+def _lowest(automaton: Automaton, nodes: int, before: str) -> int | None:
+    nodes = reached(automaton, nodes, before, "")
     return min((tag for node, tag in automaton.ends if nodes >> node & 1), default=None)
 
 
 @functools.lru_cache(maxsize=2**14)
-def _walk(automaton: Automaton, nodes: int, piece: str, at_end: bool) -> int:
-    """Returns the nodes that `piece` leads to from any of `nodes`."""
-    last = len(piece) - 1
-    for i, char in enumerate(piece):
+def _walk(automaton: Automaton, nodes: int, before: str, piece: str) -> int:
+    """Returns the nodes that `piece`, after `before`, leads to from any of `nodes`."""
+    for char in piece:
         if not nodes:
             break
-        nodes = _step(automaton, nodes, char, at_end and i == last)
+        nodes = _step(automaton, nodes, before, char)
+        before = _kind(char)
     return nodes
 
 
 @functools.lru_cache(maxsize=2**14)
-def _step(automaton: Automaton, nodes: int, char: str, at_end: bool) -> int:
-    """Returns the nodes that `char` leads to from any of `nodes`."""
+def _step(automaton: Automaton, nodes: int, before: str, char: str) -> int:
+    """Returns the nodes that `char` leads to from `nodes` and where these lead free."""
     found = 0
-    for node in members(nodes):
+    for node in members(reached(automaton, nodes, before, char)):
         for label, end in automaton.reads[node]:
             if label == char or (not isinstance(label, str) and label.match(char)):
                 found |= 1 << end
-    return reached(automaton, found, at_end=at_end)
+    return found
 
 
 def reached(
-    automaton: Automaton, nodes: int, *, at_start: bool = False, at_end: bool = False
+    automaton: Automaton, nodes: int, before: str = "/", after: str = "/"
 ) -> int:
-    """Returns `nodes` and all that free steps lead to from them."""
-    allowed = {"": True, "^": at_start, "$": at_end}
+    """Returns `nodes` and all that free steps lead to from them.
+
+    Args:
+      automaton: the pattern.
+      nodes: as bits.
+      before: the character that was read last, or its kind; empty at the text's begin.
+      after: the next one, empty at its end.
+    """
+    edge = "w" in {_kind(before)} ^ {_kind(after)}
+    inside = not edge and bool(before + after)  # Python has no \B in an empty text
+    allowed = {"": True, "^": not before, "$": not after, "b": edge, "B": inside}
     new = list(members(nodes))
     while new:
         for where, end in automaton.free[new.pop()]:
@@ -112,6 +119,11 @@ def reached(
                 nodes |= 1 << end
                 new.append(end)
     return nodes
+
+
+def _kind(char: str) -> str:
+    """Returns a character of the same kind: in a word, outside, or none at all."""
+    return "w" if char.isalnum() or char == "_" else char and "/"
 
 
 def members(nodes: int) -> list[int]:

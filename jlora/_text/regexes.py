@@ -1,9 +1,9 @@
 r"""The regular expressions of adapter files, as automata.
 
 A file is a stranger's, and Python's own matching can take for ever. So its patterns
-are read here: characters, `.`, sets, `\d` and the like, groups, `|`, repeats, `^` and
-`$`. That is what PEFT's files hold. All else (looking around, references to groups) is
-refused.
+are read here: characters, `.`, sets, `\d` and the like, groups, `|`, repeats, `^`, `$`
+and `\b`. That is what PEFT's files hold. All else (looking around, references to
+groups) is refused.
 """
 
 import dataclasses
@@ -11,19 +11,22 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
-from .automata import Automaton, Label
+from .automata import Automaton, Label, Where
 
 _MAX_PATTERN, _MAX_NODES, _MAX_DEPTH = 1000, 5000, 50
 _TOKEN = re.compile(
     r"""(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])
     |(?P<class>\\[dDwWsS])
-    |(?P<end>\\[AZ])
+    |(?P<place>\\[AZbB])
     |\\(?P<escaped>[^0-9A-Za-z])
     |(?P<open>\((?:\?:)?(?!\?))
     |(?P<repeat>(?:[*+?]|\{[0-9]+\}|\{[0-9]*,[0-9]*\})\??)(?!\+)
     |(?P<char>(?!\{(?:[0-9]+|[0-9]*,[0-9]*)\})[^\\\[()*+?])""",
     re.DOTALL | re.VERBOSE,
 )
+_PLACES: dict[str, Where] = {
+    "^": "^", r"\A": "^", "$": "$", r"\Z": "$", r"\b": "b", r"\B": "B"
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +34,10 @@ class Regex:
     """A part of a regular expression.
 
     Attributes:
-      kind: "read" takes a character that `label` is; "at" is a place, `^` or `$`;
-        "either" one of the parts; "all" the parts in order; "repeat" the one part
-        again.
-      label: a character, a regex of one character, or the place.
+      kind: "read" takes a character that `label` is; "at" is a place; "either"
+        one of the parts; "all" the parts in order; "repeat" the one part again.
+      label: a character, or a regex of one character.
+      where: the place.
       parts: the parts.
       least: how often at least.
       most: how often at most; None is any number.
@@ -42,6 +45,7 @@ class Regex:
 
     kind: str
     label: Label = ""
+    where: Where = ""
     parts: tuple["Regex", ...] = ()
     least: int = 1
     most: int | None = 1
@@ -101,8 +105,8 @@ def _check_python(pattern: str, shown: str) -> None:
 
 def _single(kind: str, text: str) -> Regex:
     """Returns the part for one token."""
-    if kind == "end" or (kind == "char" and text in "^$"):
-        return Regex("at", "^" if text in ("^", r"\A") else "$")
+    if kind == "place" or (kind == "char" and text in "^$"):
+        return Regex("at", where=_PLACES[text])
     if kind in ("set", "class") or (kind == "char" and text == "."):
         return Regex("read", re.compile(text))
     return Regex("read", text)
@@ -154,8 +158,8 @@ def literal(regex: Regex) -> tuple[bool, str] | None:
     None is returned for any other pattern.
     """
     parts = list(regex.parts) if regex.kind == "all" else [regex]
-    anchored = bool(parts) and parts[0] == Regex("at", "^")
-    ended = bool(parts) and parts[-1] == Regex("at", "$")
+    anchored = bool(parts) and parts[0].where == "^"
+    ended = bool(parts) and parts[-1].where == "$"
     parts = parts[anchored : len(parts) - ended]
     text = [p.label for p in parts if p.kind == "read" and isinstance(p.label, str)]
     return (anchored, "".join(text)) if len(text) == len(parts) > 0 else None
@@ -174,7 +178,7 @@ def _add(out: Automaton, start: int, regex: Regex) -> int:
             return _add_repeat(out, start, regex)
     end = out.node()
     if regex.kind == "at":
-        out.join(start, end, "^" if regex.label == "^" else "$")
+        out.join(start, end, regex.where)
     for part in regex.parts:
         out.join(_add(out, start, part), end)
     return end

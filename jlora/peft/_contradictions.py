@@ -6,8 +6,10 @@ import jax
 import numpy as np
 
 from .._io.torch_models import is_head
+from ..errors import PeftError
 from ._leaves import TargetLeaf
 from ._places import Place
+from ._selection import left_out_by
 from .config import PeftConfig, endings, names_module
 from .layers import ENDS, LENGTHS
 
@@ -30,6 +32,7 @@ def contradictions(
     tables: Collection[str],
     saved: Collection[str],
     shared: bool,
+    every: Collection[str],
 ) -> list[str]:
     """Returns what the config names and the tensors do not have, and the reverse.
 
@@ -42,6 +45,7 @@ def contradictions(
       tables: modules with trained rows.
       saved: names of the tensors that are in the file whole.
       shared: whether an embedding has an adapter, rows, or is whole.
+      every: names of the model's modules.
     """
     found: list[str] = []
     for field in ("rank_pattern", "alpha_pattern"):
@@ -50,21 +54,10 @@ def contradictions(
             for key, _ in getattr(file, field)
             if (field, key) not in used
         ]
-    if file.targets is not None:
-        ends = {end for module in modules for end in endings(module)}
-        found += [
-            f"target_modules names {t!r:.100}, for which there are no tensors"
-            for t in file.targets
-            if t not in ends and t not in file.excluded
-        ]
-        raw = {place.module for place in stems}
-        named = set(file.targets)
-        found += [
-            f"{module} has an adapter, target_modules does not name it"
-            for module in modules
-            if module not in raw | heads
-            and not any(e in named for e in endings(module))
-        ]
+    raw = {place.module for place in stems}
+    found += _unlike_targets(
+        file, [m for m in modules if m not in raw | heads], modules, every
+    )
     ends = {end for place in stems for end in endings(place.name)}
     found += [
         f"target_parameters names {t!r:.100}, which the model does not have"
@@ -88,6 +81,48 @@ def contradictions(
         f"modules_to_save names {entry!r:.100}, for which there are no tensors"
         for entry in ([] if one else idle)
     ]
+    return found
+
+
+def _unlike_targets(
+    file: PeftConfig,
+    named: Collection[str],
+    adapted: Collection[str],
+    every: Collection[str],
+) -> list[str]:
+    """Returns where PEFT would adapt other modules than have tensors.
+
+    A pattern that cannot be matched in one pass decides nothing.
+
+    Args:
+      file: the config.
+      named: the modules with an adapter that `target_modules` has to name.
+      adapted: all modules with an adapter.
+      every: the model's modules.
+    """
+    try:
+        field = left_out_by(file)
+    except PeftError:
+        return []
+    told = {
+        "target_modules": "target_modules does not name it",
+        "exclude_modules": "exclude_modules takes it out",
+        "layers_to_transform": "layers_to_transform does not have its layer",
+    }
+    found = [
+        f"{module} has an adapter, {told[by]}"
+        for module in named
+        if (by := field(module))
+    ]
+    if isinstance(file.targets, tuple):
+        ends = {end for module in adapted for end in endings(module)}
+        left = {end for m in every for end in endings(m)}  # named, and not adapted
+        left -= {end for m in every if not field(m) for end in endings(m)}
+        found += [
+            f"target_modules names {t!r:.100}, for which there are no tensors"
+            for t in file.targets
+            if t not in ends | left and field(f".{t}") != "exclude_modules"
+        ]
     return found
 
 

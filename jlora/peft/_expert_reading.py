@@ -466,7 +466,9 @@ def _renamed(
         for name, r in made.ranks.items()
     }
     targets = config.targets
-    if targets is not None:
+    if isinstance(targets, str):
+        targets = "all-linear"  # the pattern is for the names in the file
+    elif targets is not None:
         new = [name for name in made.ranks if name not in made.parameters]
         targets = (*filter(is_needed, targets), *new)
     return dataclasses.replace(

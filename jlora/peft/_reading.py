@@ -93,9 +93,8 @@ class Reading:
         if self.file.tying:  # PEFT adapts a tied head without naming it
             tied = {place.tied for _, found in named for place in found if place.tied}
             self.heads = {name.removesuffix(".weight") for name in tied}
-        own = untied(found for _, found in named)
         leaves = [leaf for leaf, _ in named]
-        own = with_prefix(own, self.names, self.left)
+        own = with_prefix(untied(places for _, places in named), self.names, self.left)
         placed = list(zip(leaves, own, strict=True))
         self.stems = nested(
             place
@@ -121,6 +120,7 @@ class Reading:
             saved=self.saved,
             shared=bool(self.tables or self.shared)
             or any(name.endswith("lora_embedding_A") for name in self.slots),
+            every={place.module for place in every},
         )
 
     def _places(self, leaf: TargetLeaf) -> tuple[Place, ...]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +35,6 @@ _NOTES = {
     "base_model_name_or_path",
     "eva_config",
     "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -77,8 +75,10 @@ class PeftConfig:
       dora: whether modules have magnitudes.
       dropout: drop rate on the input of A.
       bias: `"none"`, `"all"` or `"lora_only"`.
-      targets: names of adapted modules; None if the config has a pattern instead.
-      excluded: names of modules that are not adapted, whatever the targets say.
+      targets: names of adapted modules, or a pattern; None leaves it to the model.
+      excluded: names or a pattern of those that are not, whatever the targets say.
+      layers: the numbers of the layers that are adapted; empty for all.
+      layers_in: what may stand before such a number; empty for whatever does.
       parameters: names of adapted bare parameters.
       saved: modules that are in the file whole.
       tokens: `(module, token ids)` of trained rows; the module of a bare list is "".
@@ -96,8 +96,10 @@ class PeftConfig:
     dora: bool = False
     dropout: float = 0.0
     bias: str = "none"
-    targets: tuple[str, ...] | None = None
-    excluded: tuple[str, ...] = ()
+    targets: tuple[str, ...] | str | None = None
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] = ()
+    layers_in: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     tokens: Pattern[tuple[int, ...]] = ()
@@ -266,8 +268,19 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _targets(value: object) -> tuple[str, ...] | None:
-    return None if isinstance(value, str) else _names(value)
+def _targets(value: object) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else _names(value)
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    layers: list[Any] = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int for layer in layers):
+        raise ValueError("it must be a number or a list of numbers")
+    return tuple(layers)
+
+
+def _parents(value: object) -> tuple[str, ...]:
+    return (value,) if value and isinstance(value, str) else _names(value or [])
 
 
 def _pattern(read: Callable[[object], T]) -> Callable[[object], Pattern[T]]:
@@ -325,7 +338,9 @@ _FIELDS: dict[str, tuple[str, Callable[[object], object]]] = {
     "modules_to_save": ("saved", _names),
     "trainable_token_indices": ("tokens", _tokens),
     "ensure_weight_tying": ("tying", _flag),
-    "exclude_modules": ("excluded", lambda value: _targets(value) or ()),
+    "exclude_modules": ("excluded", _targets),
+    "layers_to_transform": ("layers", _layers),
+    "layers_pattern": ("layers_in", _parents),
     "fan_in_fan_out": ("conv1d", _flag),
     "alora_invocation_tokens": ("invocation", _ids),
     "init_lora_weights": ("method", _init),

@@ -379,6 +379,11 @@ def plain_cases() -> dict[str, Case]:
             config={"target_modules": ["q_proj", "k_proj", "up"],
                     "exclude_modules": ["up"]},
         ),
+        "excluded_by_pattern": _plain(
+            "a target that a pattern in `exclude_modules` takes back",
+            config={"target_modules": ["q_proj", "k_proj", "up"],
+                    "exclude_modules": r".*\.up"},
+        ),
         "off": _plain(
             "an unknown field that is null, false, {} or []",
             config={"enable_lora": None, "f": False, "g": {}, "h": []},

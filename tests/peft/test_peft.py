@@ -214,17 +214,17 @@ def test_parts_are_written_to_the_modules_they_are(tmp_path):
 
 
 def test_stack_takes_layers_of_different_rank_and_some_without(tmp_path):
-    names = NameMap((Entry("up/kernel", "l.{i}.up.weight", "i d o -> o d"),))
+    names = NameMap((Entry("up/kernel", "m.l.{i}.up.weight", "i d o -> o d"),))
     tensors = {}
     for i, rank in ((0, 2), (2, 1)):
-        tensors[f"l.{i}.up.lora_A.weight"] = normal((rank, 4), i)
-        tensors[f"l.{i}.up.lora_B.weight"] = normal((5, rank), i + 1)
-    write(tmp_path, tensors, rank_pattern={"l.2.up": 1}, layers_to_transform=[0, 2])
+        tensors[f"m.l.{i}.up.lora_A.weight"] = normal((rank, 4), i)
+        tensors[f"m.l.{i}.up.lora_B.weight"] = normal((5, rank), i + 1)
+    write(tmp_path, tensors, rank_pattern={"m.l.2.up": 1}, layers_to_transform=[0, 2])
     params = {"up": {"kernel": jnp.zeros((3, 4, 5))}}
     adapter = jlora.peft.load(tmp_path, params, names=names)
     w = jlora.merge(params, adapter)["up"]["kernel"]
     for i, scale in ((0, 1.5), (2, 3.0)):
-        a, b = (tensors[f"l.{i}.up.lora_{x}.weight"] for x in "AB")
+        a, b = (tensors[f"m.l.{i}.up.lora_{x}.weight"] for x in "AB")
         np.testing.assert_allclose(w[i], scale * (b @ a).T, atol=1e-5)
     np.testing.assert_array_equal(w[1], np.zeros((4, 5)))
     jlora.peft.save(tmp_path / "2", adapter, names=names)
@@ -598,6 +598,14 @@ CONFIGS = {
     "it must be none, all or lora_only": {"bias": "some"},
     "for which there are no tensors": {"target_modules": ["up", "gate"]},
     "target_modules does not name it": {"target_modules": []},
+    "has an adapter, target_modules does not": {"target_modules": "^(down|u)"},
+    "up has an adapter, exclude_modules takes it out": {"exclude_modules": ["up"]},
+    "up has an adapter, exclude_modules takes it": {"exclude_modules": r"\bu.*"},
+    "layers_to_transform does not have its layer": {
+        "layers_to_transform": 0,
+        "target_modules": "u.",
+    },
+    "it must be a number or a list of numbers": {"layers_to_transform": "0"},
     "which names no adapted module": {"rank_pattern": {"down": 3}},
     "repeats too much": {"alpha_pattern": {"((a{50}){50}){50}": 3}},
     "is not a plain pattern": {"rank_pattern": {"(?=up)up": 3}},
@@ -629,8 +637,8 @@ def test_harmless_fields_of_a_config_are_read(tmp_path):
         "megatron_core": "megatron.core",
         "loftq_config": {},
         "use_qalora": False,
-        "layers_to_transform": [0],
-        "target_modules": ".*",
+        "layers_to_transform": [],
+        "target_modules": "(?=up).*",  # not in one pass: it decides nothing
         "alora_invocation_tokens": None,
     }
     changed_config(fields)(tmp_path)

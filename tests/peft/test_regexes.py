@@ -12,7 +12,21 @@ pytestmark = pytest.mark.once
 LETTERS = st.sampled_from(
     (
         *("a", "b", "_", "1", r"\.", ".", r"\d", r"\w", r"\S", "[ab]", "[^a.]"),
-        *("[a-c1]", "^", "$", r"[\w.]", r"\-", "-", "[]a]", "{", "}", "{}", "]"),
+        *(
+            "[a-c1]",
+            "^",
+            "$",
+            r"\b",
+            r"\B",
+            r"[\w.]",
+            r"\-",
+            "-",
+            "[]a]",
+            "{",
+            "}",
+            "{}",
+            "]",
+        ),
     )
 )
 REPEATS = st.sampled_from(["*", "+", "?", "*?", "+?", "{2}", "{1,2}", "{,2}", "{2,}"])
@@ -35,6 +49,8 @@ NAMES = st.text("ab.1_-{}", max_size=8)
 @example(keys=["a$", "^b$", r"b\.a"], names=["a", "b", "b.a", "c.b", "c.b.a"])
 @example(keys=["(a|ab)(c|bcd)(d*)", "a{0,}"], names=["abcd", "x.abcd", ""])
 @example(keys=["(|a)*", "(a*)*b"], names=["aab", "aa", "x.aab"])
+@example(keys=[r"(?:\ba\.b\.[\d]{1,}\.(?:c|d)\b)"], names=["a.b.1.c", "x.a.b.2.d"])
+@example(keys=[r"\B", r"\b^a", r"a\b$", r"a.\Ba"], names=["", "a", "b.a", "a_a"])
 @example(keys=[r"layers\.\d+\.(q|v)_proj"], names=["m.layers.10.q_proj", "layers.v"])
 def test_the_first_key_that_matches_is_pythons(keys, names):
     try:
@@ -87,7 +103,6 @@ def test_no_pattern_takes_for_ever(name):
         ("(?=a)a", "is not a plain pattern"),
         ("(?i)a", "is not a plain pattern"),
         (r"(a)\1", "is not a plain pattern"),
-        (r"\ba", "is not a plain pattern"),
         ("(?P<x>a)", "is not a plain pattern"),
         ("a*+", "is not a plain pattern"),
         ("a{2}+", "is not a plain pattern"),

@@ -258,6 +258,12 @@ def _b_as_a(case):
 
 A_OF_Q, E_OF_Q = f"{Q}.lora_A.weight", f"{Q}.lora_embedding_A"
 TABLE = "model.embed_tokens"
+# As Unsloth's `get_peft_model` writes it.
+UNSLOTH = (
+    r"(?:.*?(?:vision|language|text).*?(?:self_attn|attention|mlp|dense).*?"
+    r"(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\."
+    r"(?:(?:q_proj|v_proj)))"
+)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +274,7 @@ TABLE = "model.embed_tokens"
         ("peft", _config(layers_to_transform=[0]), A_OF_Q, "applied"),
         ("peft", _config(layers_to_transform=1), A_OF_Q, "dropped"),
         ("peft", _config(exclude_modules=r".*\.q_\w+"), A_OF_Q, "dropped"),
+        ("peft", _config(target_modules=UNSLOTH), A_OF_Q, "applied"),
         ("peft", _saved, A_OF_Q, "dropped"),
         ("peft", _sized(E_OF_Q, 2, 8), E_OF_Q, "dropped"),
         ("peft", _b_as_a, A_OF_Q, "refused"),

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ..._io.disk import Json, told
-from ..._text.automata import first_match
-from ..._text.regexes import compile_all
 from ...errors import PeftError
 from .._dialects import dialect_of
 from .._load import open_adapter
@@ -16,7 +14,6 @@ from ..config import (
     PREFIX,
     STEM,
     PeftConfig,
-    endings,
     parse_config,
     pattern_lookup,
 )
@@ -106,29 +103,6 @@ class Adapter:
     @functools.cached_property
     def _alphas(self):
         return pattern_lookup(self.config.alpha_pattern)
-
-    def targets(self, module: str) -> bool:
-        """Returns whether the config's targets name a module, as PEFT decides it."""
-        wanted = self.fields.get("target_modules")
-        if wanted is None and not self.config.parameters:
-            return True  # it is decided by the model's type
-        if isinstance(wanted, str) and wanted.lower() != "all-linear":
-            return first_match(self._pattern, module) is not None
-        if isinstance(wanted, str):
-            return True
-        return bool(self._targets & {*endings(module)})
-
-    @functools.cached_property
-    def _targets(self) -> frozenset[str]:
-        return frozenset(self.config.targets or ())
-
-    @functools.cached_property
-    def _pattern(self):
-        wanted = self.fields["target_modules"]
-        try:
-            return compile_all({f"^(?:{wanted})$": 0})
-        except ValueError as error:
-            raise PeftError(f"target_modules: {error}.") from error
 
 
 def read_adapter(directory: pathlib.Path) -> Adapter:

@@ -54,8 +54,9 @@ class FusedExperts:
     @functools.cached_property
     def targeted(self) -> frozenset[str]:
         """The projections that the config names."""
-        wanted = self.adapter.config.targets or ()
-        last = {entry.rpartition(".")[2] for entry in wanted}
+        wanted = self.adapter.config.targets
+        listed = wanted if isinstance(wanted, tuple) else ()
+        last = {entry.rpartition(".")[2] for entry in listed}
         return frozenset(last.intersection(self.projections))
 
     def is_raw(self, module: str) -> bool:

@@ -1,18 +1,15 @@
 """Which modules PEFT adapts, and which it keeps whole, by an adapter's config.
 
-Read from PEFT 0.21.2: `tuners_utils.py: check_target_module_exists`,
-`BaseTuner._check_tied_modules`, `_maybe_include_all_linear_layers`; `tuners/lora/
-model.py: LoraModel._add_modules_to_save_to_tie`, `_add_targets_to_tie`; `peft_model.py:
+Read from PEFT 0.21.2: `tuners_utils.py: BaseTuner._check_tied_modules`,
+`_maybe_include_all_linear_layers`; `tuners/lora/model.py:
+LoraModel._add_modules_to_save_to_tie`, `_add_targets_to_tie`; `peft_model.py:
 PeftModelForSequenceClassification.__init__`.
 """
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ..._io.torch_models import is_head, is_table
-from ..._text.automata import first_match
-from ..._text.regexes import compile_all
-from ...errors import PeftError
+from .._selection import left_out_by, targeting
 from ..config import endings
 from ._adapter import Adapter
 from ._base import Shape
@@ -54,6 +51,7 @@ class Targets:
           by_task: whether the config's task keeps more modules whole.
         """
         self._adapter, self._modules, self.of_type = adapter, modules, of_type
+        self._left_out_by = left_out_by(adapter.config)
         task = adapter.fields.get("task_type") if by_task else None
         self.saved = (*adapter.config.saved, *_HEADS.get(str(task), ()))
         self.tied = self._table = ""
@@ -65,14 +63,14 @@ class Targets:
 
     def _names_a_tie(self) -> bool:
         targets = self._adapter.config.targets
-        if targets is not None:
+        if isinstance(targets, tuple):
             return any(entry.rpartition(".")[2] in _TIED for entry in targets)
-        return not self.every and any(map(self._adapter.targets, _TIED))
+        return not self.every and any(map(targeting(self._adapter.config), _TIED))
 
     @property
     def every(self) -> bool:
         """Whether it adapts all linear modules."""
-        return str(self._adapter.fields.get("target_modules")).lower() == "all-linear"
+        return str(self._adapter.config.targets).lower() == "all-linear"
 
     def keeps(self, module: str) -> bool:
         """Returns whether a module is kept whole."""
@@ -82,7 +80,8 @@ class Targets:
         """Returns whether a module gets A and B."""
         if self.tied and module == self.tied:
             return True
-        if self._excludes(module) or self._keeps_around(module):
+        field = self._left_out_by(module)
+        if field == "exclude_modules" or self._keeps_around(module):
             return False
         if self._table and module == self._table:
             return True
@@ -90,15 +89,9 @@ class Targets:
             shape = self._modules.get(module)
             flat = shape is None or len(shape) == 2
             return flat and not is_table(module) and not self._is_output(module)
-        if module in (self._adapter.config.targets or ()):
-            return True
-        return self._of_type(module) and self._in_layers(module)
-
-    def _of_type(self, module: str) -> bool:
-        """Returns whether targets name it; without any, those of the model's type."""
-        if self._adapter.fields.get("target_modules") is not None:
-            return self._adapter.targets(module)
-        return bool({*self.of_type} & {*endings(module)})
+        if self._adapter.config.targets is None:
+            return not (field or {*self.of_type}.isdisjoint(endings(module)))
+        return not field
 
     def _is_output(self, module: str) -> bool:
         task = self._adapter.fields.get("task_type")
@@ -109,46 +102,3 @@ class Targets:
         """Returns whether it is in a module that is kept whole, or is one."""
         parts = f".{module}."
         return any(f".{entry}." in parts for entry in self.saved)
-
-    def _excludes(self, module: str) -> bool:
-        if self._excluding is not None:
-            return first_match(self._excluding, module) is not None
-        return bool({*self._adapter.config.excluded} & {*endings(module)})
-
-    @functools.cached_property
-    def _excluding(self):
-        wanted = self._adapter.fields.get("exclude_modules")
-        if not isinstance(wanted, str) or not wanted:
-            return None
-        try:
-            return compile_all({f"^(?:{wanted})$": 0})
-        except ValueError as error:
-            raise PeftError(f"exclude_modules: {error}.") from error
-
-    def _in_layers(self, module: str) -> bool:
-        """Returns whether `layers_to_transform` has the layer of a module."""
-        fields = self._adapter.fields
-        wanted = fields.get("layers_to_transform")
-        if wanted is None or wanted == []:
-            return True
-        names = fields.get("layers_pattern") or []
-        layer = layer_of(module, [names] if isinstance(names, str) else names)
-        return layer in (wanted if isinstance(wanted, list) else [wanted])
-
-
-def layer_of(module: str, names: Collection[str] = ()) -> int | None:
-    """Returns the number of a module's layer, as `layers_to_transform` counts it.
-
-    Args:
-      module: the module.
-      names: what may stand before the number; without any, whatever does.
-
-    Examples:
-      >>> layer_of("model.layers.1.mlp.experts.0.w1"), layer_of("h.3.x", ["h"])
-      (1, 3)
-    """
-    parts = module.split(".")
-    for at in range(1 if names else 2, len(parts) - 1):
-        if parts[at].isdecimal() and (not names or parts[at - 1] in names):
-            return int(parts[at])
-    return None
