@@ -98,7 +98,8 @@ def is_finite(x: Array) -> bool:
 def not_finite(named: Mapping[K, Array]) -> list[K]:
     """Returns the names of the arrays that hold NaN or infinity.
 
-    It waits for arrays on devices once, for all of them.
+    It waits for arrays on devices once, for all of them. While a function is traced,
+    arrays with known numbers are looked at all the same; leave tracers out.
     """
     inexact = {k: x for k, x in named.items() if jnp.issubdtype(x.dtype, jnp.inexact)}
     # NumPy first: files are written without starting a device.
@@ -106,7 +107,8 @@ def not_finite(named: Mapping[K, Array]) -> list[K]:
     if len(on_host) == len(inexact):
         return [k for k, x in on_host.items() if not _all_finite(x)]
     # One by one: a program for all of thousands takes a minute to compile.
-    finite = jax.device_get([_finite(x) for x in inexact.values()])
+    with jax.ensure_compile_time_eval():
+        finite = jax.device_get([_finite(x) for x in inexact.values()])
     return [k for k, good in zip(inexact, finite, strict=True) if not good]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import paths
 from .._checks import check_key
-from .._numerics import key_of_path
+from .._numerics import key_of_path, not_finite
 from .._plan.plan import Plan
 from .._plan.row import Row
 from .._tables import listed
@@ -301,14 +301,14 @@ def _check_full(leaves: Mapping[str, Leaf], plan: Plan) -> None:
 
 
 def _check_finite(weights: Mapping[str, Leaf]) -> None:
-    wrong = []
-    for path, w in weights.items():
-        own = [x for x in jax.tree.leaves(w) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in own):
-            continue
-        finite = [jnp.isfinite(jnp.asarray(x)).all() for x in own]
-        if not is_staging(finite) and not all(map(bool, finite)):
-            wrong.append(f"{path!r} holds NaN or infinity")
+    known = {
+        (path, i): x
+        for path, w in weights.items()
+        for i, x in enumerate(jax.tree.leaves(w))
+        if not isinstance(x, jax.ShapeDtypeStruct) and not is_staging(x)
+    }
+    paths_of = dict.fromkeys(path for path, _ in not_finite(known))
+    wrong = [f"{path!r} holds NaN or infinity" for path in paths_of]
     if wrong:
         raise TreeError(
             f"These weights cannot be adapted: {listed(wrong)}. Check how "

@@ -144,3 +144,20 @@ def test_shapes_and_arrays_under_jit_are_quantised_as_arrays_are():
     assert jlora.quantize(
         shapes, double=True, scale_dtype="bfloat16"
     ) == jax.eval_shape(lambda: coded)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_known_weights_are_looked_at_while_a_function_is_traced(bad):
+    """A function may close over its weights: their numbers are known all the same."""
+    w = jnp.ones((4, 6)).at[1, 2].set(jnp.nan if bad else 2)
+    config = jlora.LoraConfig(rank=2, targets="w")
+    x = jnp.ones((2, 4))
+    plan = jlora.plan(lambda p, x: x @ p["w"], {"w": w}, x, config=config)
+    coded = jax.jit(lambda: jlora.quantize({"w": w}, kind="int8"))
+    parts = jax.jit(lambda key: jlora.split(key, {"w": w}, plan)[1])
+    for run, args in ((coded, ()), (parts, (jax.random.key(0),))):
+        if bad:
+            with pytest.raises(jlora.TreeError, match="'w' holds NaN or infinity"):
+                run(*args)
+        else:
+            assert jax.tree.leaves(run(*args))

@@ -202,11 +202,9 @@ def test_the_loss_is_that_of_the_answers_of_each_document(base, talks):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--method", "dora"],
-        ["--quantize", "nf4"],
-        ["--dtype", "bfloat16", "--remat"],
+        ["--method", "dora", "--quantize", "nf4"],
         ["--targets", "q_proj", "--train", "norm", "lm_head"],
-        ["--mesh", "fsdp=2,tensor=2", "--accumulate", "2"],
+        ["--dtype=bfloat16", "--remat", "--mesh=fsdp=2,tensor=2", "--accumulate=2"],
     ],
     ids=" ".join,
 )

@@ -749,7 +749,7 @@ def test_a_full_disk_leaves_the_steps_that_were_there(folder):
 def test_a_run_killed_at_random_moments_ends_bit_equal(tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert resume.run(straight, 0, seed=0, steps=60) == 0
-    assert resume.run(broken, 3, seed=0, steps=60) >= 1
+    assert resume.run(broken, 2, seed=0, steps=60) >= 1
     found = resume.bits(broken)
     assert found == resume.bits(straight)
     assert found[:2] == [60, {"at": 60}]

@@ -4,6 +4,7 @@ Each process has its own devices, and gloo connects them.
 """
 
 import hashlib
+import os
 import signal
 import socket
 import subprocess
@@ -149,7 +150,7 @@ def start(program, n, devices, folder, **env):
     return [
         subprocess.Popen(
             [*words, str(i), str(n), str(devices), port, str(folder)],
-            env={"JAX_PLATFORMS": "cpu", **env},
+            env={"JAX_PLATFORMS": "cpu", "XLA_FLAGS": os.environ["XLA_FLAGS"], **env},
             **pipes,
         )
         for i in range(n)

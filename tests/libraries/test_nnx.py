@@ -418,6 +418,7 @@ def test_plan_adapts_every_weight(case):
     check_plan(case)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", params(CASES, VALUES))
 def test_adapted_equals_merged_in_value_and_gradient(case):
     check_values(case)

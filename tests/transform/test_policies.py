@@ -129,6 +129,7 @@ def cost(run, *args):
     return products(jax.make_jaxpr(gradient)(*args).jaxpr), wide
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("place", PLACES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_step_computes_and_keeps_what_the_frozen_models_does(policy, place):

@@ -16,7 +16,6 @@ import jlora
 from tests.helpers import normal
 from tests.transform.quantised_helpers import KINDS, same_over_codes
 
-EXAMPLES = max(settings().max_examples, min(300, 2 * settings().max_examples))
 SIZES = st.lists(st.integers(1, 3), max_size=2)
 
 
@@ -89,7 +88,6 @@ def dot_generals(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES)
 @given(dot_generals())
 def test_any_dot_general_is_factored(drawn):
     w_shape, x_shape, first, numbers = drawn
@@ -230,7 +228,6 @@ def chains(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES)
 @given(chains())
 def test_any_steps_before_a_product(chain):
     shape, _, fn, x_shape = chain
@@ -297,7 +294,6 @@ def convolutions(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=EXAMPLES)
 @given(convolutions())
 def test_any_convolution_is_factored(drawn):
     w_shape, x_shape, config = drawn
