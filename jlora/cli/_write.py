@@ -158,6 +158,9 @@ def quantize(
 @click.option(
     "--to-component", help="To kohya or diffusers: whose adapter it is; unet if absent."
 )
+@click.option(
+    "--add", is_flag=True, help="Keep what OUT has of the pipeline's other models."
+)
 @options.overwrite
 @options.as_json
 def convert(
@@ -171,6 +174,7 @@ def convert(
     dialect: str | None,
     to_component: str | None,
     to_layout: str | None,
+    add: bool,
     overwrite: bool,
     as_json: bool,
     **how: Unpack[options.How],
@@ -198,13 +202,14 @@ def convert(
         "--dialect": dialect,
         "--to-layout": to_layout,
         "--to-component": to_component,
+        "--add": add or None,
     }
     if to != "peft":
         idle = writing if kind == "peft" else {**reading, **writing}
         given = [name for name, value in idle.items() if value is not None]
         if given:
             raise click.UsageError(f"{', '.join(given)}: only for PEFT.")
-    _check_free(out, overwrite, source, base)
+    _check_free(out, overwrite or add, source, base)
     if to == "orbax":
         _check_steps(out)
     more: Json = {"overwrite": overwrite} if to == "orbax" else {}
@@ -216,6 +221,7 @@ def convert(
             "task_type": task_type,
             "dialect": dialect or "peft",
             "component": to_component or "unet",
+            "add": add,
             **_about_base(base, tied, to_layout),
         }
     trainable = read(source, base=base, **how)

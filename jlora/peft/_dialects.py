@@ -8,11 +8,13 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from .._io import paired
+from .._io.disk import Json
 from .._io.shards import find_tensors, open_tensors
+from .._text.json_text import parse_json
 from ..errors import CheckpointError, PeftError
 from ._sdxl import stability_name
 from .config import CONFIG
@@ -151,6 +153,21 @@ def in_pipeline(module: str, component: str) -> str:
     is_text = component.startswith(("te", "text_encoder"))
     names = [name for name in names_of(module) if name.startswith(CLIP)]
     return names[0] if is_text and names else module
+
+
+def settings_of(metadata: Mapping[str, str]) -> Json:
+    """Returns what diffusers wrote of its adapters into a file's metadata, if it did.
+
+    Raises:
+      PeftError: if it is not JSON.
+    """
+    try:
+        fields = parse_json(metadata.get(DIFFUSERS_KEY, "{}"))
+    except ValueError as error:
+        raise PeftError(
+            f"The metadata {DIFFUSERS_KEY} is not JSON: {error}."
+        ) from error
+    return fields if isinstance(fields, dict) else {}
 
 
 class Found(NamedTuple):

@@ -12,7 +12,6 @@ from .._io import paired
 from .._io.disk import Json, read_json
 from .._io.shards import FileSlot, Slot, open_tensors
 from .._tables import listed
-from .._text.json_text import parse_json
 from ..errors import PeftError
 from ._dialects import (
     ALPHA,
@@ -24,6 +23,7 @@ from ._dialects import (
     Dialect,
     Found,
     names_of,
+    settings_of,
 )
 from .config import (
     CONFIG,
@@ -329,18 +329,12 @@ def _of_diffusers(
     """Returns the alphas that diffusers wrote into a file's metadata, if it did."""
     if DIFFUSERS_KEY not in metadata:
         return {}
-    try:
-        fields = parse_json(metadata[DIFFUSERS_KEY])
-    except ValueError as error:
-        raise PeftError(
-            f"The metadata {DIFFUSERS_KEY} is not JSON: {error}."
-        ) from error
     begin = f"{component}." if component else ""
-    own = (
-        {k.removeprefix(begin): v for k, v in fields.items() if k.startswith(begin)}
-        if isinstance(fields, dict)
-        else {}
-    )
+    own = {
+        k.removeprefix(begin): v
+        for k, v in settings_of(metadata).items()
+        if k.startswith(begin)
+    }
     pattern = own.get("alpha_pattern")
     by_module = pattern if isinstance(pattern, dict) else {}
     numbers = [own.get("lora_alpha"), *by_module.values()]

@@ -2,11 +2,13 @@
 
 import json
 import math
+import pathlib
 import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from .._io.shards import open_tensors
 from .._tables import listed
 from ..errors import PeftError
 from ._dialects import (
@@ -23,6 +25,7 @@ from ._dialects import (
     B,
     Dialect,
     in_pipeline,
+    settings_of,
 )
 from ._experts import ROLES, role_of
 from ._sdxl import stability_name
@@ -31,6 +34,7 @@ from .layers import MAGNITUDE
 
 KOHYA_STEM = "lora"
 _HEAD = "lm_head"
+_HASHES = "sshs_"  # kohya's, of the tensors
 _LAYER = re.compile(r".+?\.layers\.\d+\.(.+)")
 
 Written = tuple[str, dict[str, np.ndarray], dict[str, str], str | None]
@@ -63,6 +67,46 @@ def in_dialect(
     if dialect is MLX:
         return _mlx(pairs, magnitudes, config)
     return _of_images(dialect, pairs, magnitudes, component)
+
+
+def with_others(
+    dialect: Dialect, folder: pathlib.Path, written: Written, component: str
+) -> Written:
+    """Returns `written`, with what its file has of the pipeline's other models.
+
+    Args:
+      dialect: of the tool.
+      folder: where the file is, or will be.
+      written: what `in_dialect` returned.
+      component: whose tensors are replaced.
+
+    Raises:
+      PeftError: if the file is damaged, or has names that are not the tool's.
+    """
+    stem, tensors, metadata, text = written
+    file = folder / f"{stem}.safetensors"
+    if not file.exists():
+        return written
+    slots, about = open_tensors(file, fault=PeftError)
+    begins = {name: re.match(dialect.begin, name) for name in slots}
+    others = {}
+    for name, begin in begins.items():
+        if begin is None:
+            raise PeftError(
+                f"{str(file)!r} has {name!r:.200}, whose name is of no model of "
+                f"{dialect.tool}: write into another directory, or leave add out."
+            )
+        if begin["component"] != component:
+            others[name] = slots[name].read()
+    kept = {k: v for k, v in about.items() if not k.startswith(_HASHES)} | metadata
+    settings = {
+        name: value
+        for name, value in settings_of(about).items()
+        if not name.startswith(f"{component}.")
+    }
+    if settings := settings | settings_of(metadata):
+        kept[DIFFUSERS_KEY] = json.dumps(settings, indent=2, sort_keys=True)
+    return stem, others | tensors, kept, text
 
 
 _Pair = tuple[np.ndarray, np.ndarray, float]  # A, B and the scale

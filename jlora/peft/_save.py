@@ -22,7 +22,7 @@ from ..errors import PeftError
 from ..factors import PyTree, Trainable
 from ..paths import flatten
 from ._dialects import WRITTEN, Dialect
-from ._dialects_out import Written, in_dialect
+from ._dialects_out import Written, in_dialect, with_others
 from ._experts import ExpertLayout, layout_of
 from ._writing import Writing
 from .config import (
@@ -60,6 +60,7 @@ def save(
     max_shard_bytes: int | None = None,
     dialect: str = "peft",
     component: str = "unet",
+    add: bool = False,
 ) -> None:
     """Writes an adapter as `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -96,6 +97,8 @@ def save(
         back.
       component: what kohya's scripts and diffusers call the model in its pipeline:
         `"unet"`, `"transformer"`, `"te1"`, `"text_encoder"`.
+      add: keep the adapters of the pipeline's other models that the file of kohya's
+        scripts or of diffusers has. Without it the file is written anew.
 
     Raises:
       PeftError: lists every leaf without a name in torch, or that PEFT has no form for,
@@ -118,7 +121,7 @@ def save(
       https://huggingface.co/docs/peft/developer_guides/checkpoint
     """
     check_name(directory, PeftError)
-    other = _dialect(dialect, portable=portable, max_bytes=max_shard_bytes)
+    other = _dialect(dialect, portable=portable, max_bytes=max_shard_bytes, add=add)
     if isinstance(trainable, Trainable):  # else the next line says what came
         trainable = on_host(trainable)
     fields, named = _converted(
@@ -137,6 +140,8 @@ def save(
         inner = {name.removeprefix(PREFIX): x for name, x in named.items()}
         config, _ = parse_config(fields)
         written = in_dialect(other, inner, config, component)
+        if add:
+            written = with_others(other, pathlib.Path(directory), written, component)
         _write_other(pathlib.Path(directory), written)
         return
     text = json.dumps(fields, indent=2) + "\n"
@@ -269,7 +274,9 @@ def _converted(
     return fields, {PREFIX + name: x for name, x in out.tensors.items()}
 
 
-def _dialect(name: str, *, portable: bool, max_bytes: int | None) -> Dialect | None:
+def _dialect(
+    name: str, *, portable: bool, max_bytes: int | None, add: bool
+) -> Dialect | None:
     """Returns the dialect of a name, None for PEFT's own.
 
     Raises:
@@ -282,7 +289,13 @@ def _dialect(name: str, *, portable: bool, max_bytes: int | None) -> Dialect | N
         )
     if name != "peft" and (portable or max_bytes is not None):
         raise PeftError("portable= and max_shard_bytes= are only for PEFT's files.")
-    return known.get(name)
+    found = known.get(name)
+    if add and not (found and found.begin):
+        raise PeftError(
+            "add=True is for files of several models, of kohya's scripts and of "
+            f"diffusers. A file of {name!r} has one: leave add out."
+        )
+    return found
 
 
 def _write_other(folder: pathlib.Path, written: Written) -> None:

@@ -44,6 +44,16 @@ def test_convert_goes_from_component_to_component(capsys):
     assert cli.run(both) == 0
 
 
+def test_convert_adds_a_component_to_a_file(capsys):
+    for component in ("te1", "te2"):
+        line = f"convert peft_{component} out --to peft --base base.safetensors --add"
+        more = ["--dialect", "kohya", "--to-component", component]
+        assert cli.run([*line.split(), *more]) == 0
+    own, both = load_file("out/lora.safetensors"), load_file("both.safetensors")
+    assert own.keys() == both.keys()
+    assert all((own[name] == both[name]).all() for name in own)
+
+
 def test_inspect_says_whose_file_it_is(capsys):
     line = "inspect both.safetensors --base base.safetensors --component te1 --json"
     assert cli.run(line.split()) == 0

@@ -15,7 +15,6 @@ The first step needs transformers 5.23, or PEFT 0.22: with PEFT 0.21, 5.24 makes
 adapter. The last step ran with 5.23 and 5.24.
 """
 
-import json
 import pathlib
 import sys
 
@@ -138,7 +137,8 @@ def diffusers(folder: pathlib.Path) -> int:
     bad = 0
     for own in sorted(folder.glob("own_*")):
         pipe = pipeline()
-        pipe.load_lora_weights(str(own), weight_name="all.safetensors")
+        (file,) = own.glob("*.safetensors")
+        pipe.load_lora_weights(str(own), weight_name=file.name)
         kind = "dora" if "dora" in own.name else "lora"
         for component in COMPONENTS:
             wanted = load(folder / f"{kind}_{component}.safetensors")
@@ -164,11 +164,10 @@ def own(folder: pathlib.Path) -> int:
 
 
 def convert(folder: pathlib.Path, kind: str, names: str) -> int:
-    """Reads each part of a file, and writes it with the others in each format."""
+    """Reads each part of a file, and adds it to a file of each format."""
     import jlora
 
     bad = 0
-    files: dict[str, tuple[dict, dict]] = {}
     for component, te in COMPONENTS.items():
         base = folder / "bases" / f"{names}_{component}.safetensors"
         read = jlora.files.read(folder / kind, base=base, component=component)
@@ -181,29 +180,14 @@ def convert(folder: pathlib.Path, kind: str, names: str) -> int:
         if kind == "lora":
             options["kohya-sdxl" if te == "unet" else "kohya"] = te
         for dialect, name in options.items():
-            part = folder / "parts" / f"{kind}_{names}_{dialect}_{component}"
-            jlora.peft.save(part, read, dialect=dialect, component=name)
-            own = f"own_{kind}" if dialect == "diffusers" else "own_kohya"
-            gather(part, *files.setdefault(f"{own}_{names}", ({}, {})))
-            again = jlora.files.read(part, base=base)
+            whose = kind if dialect == "diffusers" else "kohya"
+            own = folder / f"own_{whose}_{names}"
+            jlora.peft.save(own, read, dialect=dialect, component=name, add=True)
+            again = jlora.files.read(own, base=base, component=name)
             after = jlora.merge({n: params[n] for n in read.lora}, again)
             after = {n.removeprefix("text_model."): x for n, x in after.items()}
             bad |= compare(f"jlora reads its own {dialect}", after, wanted)
-    for name, (tensors, about) in files.items():
-        (folder / name).mkdir(exist_ok=True)
-        text = {"lora_adapter_metadata": json.dumps(about), "format": "pt"}
-        save(tensors, folder / name / "all.safetensors", text if about else None)
     return bad
-
-
-def gather(part: pathlib.Path, tensors: dict, about: dict) -> None:
-    """Adds the one file in a directory to a file of several models."""
-    from safetensors import safe_open
-
-    (file,) = part.glob("*.safetensors")
-    tensors |= load(file)
-    with safe_open(file, "np") as opened:
-        about |= json.loads(opened.metadata().get("lora_adapter_metadata", "{}"))
 
 
 if __name__ == "__main__":

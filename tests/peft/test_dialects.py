@@ -312,17 +312,11 @@ def pipeline(dialect: str, folder: pathlib.Path) -> dict[str, tuple]:
         third: (Trainable({n: factors(5, alpha=7.0) for n in ("q/kernel", "v/kernel")}),
                 CLIP),
     }  # fmt: skip
-    tensors, about = {}, {}
     for component, (trainable, names) in own.items():
-        part = folder / component
-        options = {"dialect": dialect, "component": component}
-        jlora.peft.save(part, trainable, names=names, **options)
-        (file,) = part.glob("*.safetensors")
-        tensors |= safetensors.numpy.load_file(file)
-        with safetensors.safe_open(file, "np") as opened:
-            about |= json.loads(opened.metadata().get("lora_adapter_metadata", "{}"))
-    metadata = {"lora_adapter_metadata": json.dumps(about)} if about else None
-    safetensors.numpy.save_file(tensors, folder / "all.safetensors", metadata)
+        options = {"dialect": dialect, "component": component, "add": True}
+        jlora.peft.save(folder, trainable, names=names, **options)
+    (file,) = folder.glob("*.safetensors")
+    file.rename(folder / "all.safetensors")
     return own
 
 
@@ -344,6 +338,44 @@ def test_each_model_of_a_pipeline_reads_its_own_part(dialect, tmp_path):
             jlora.peft.load(file, params(own), names=CLIP, component=name)
     with pytest.raises(PeftError, match=r"none of its tensors is A|extra: .*down_bl"):
         jlora.peft.load(file, params(own), names=CLIP, component="unet")
+
+
+@pytest.mark.parametrize("dialect", PIPELINES)
+def test_a_part_is_replaced_and_the_others_keep_their_bits(dialect, tmp_path):
+    own = pipeline(dialect, tmp_path)
+    (other, (_, names)), (component, (_, clip)), _ = own.items()
+    (stem,) = {"kohya": ["lora"], "diffusers": ["pytorch_lora_weights"]}[dialect]
+    file = (tmp_path / "all.safetensors").rename(tmp_path / f"{stem}.safetensors")
+    old = safetensors.numpy.load_file(file)
+    new = Trainable({"v/kernel": factors(6, alpha=9.0)})
+    options = {"names": clip, "dialect": dialect, "component": component}
+    jlora.peft.save(tmp_path, new, **options, add=True)
+    now = safetensors.numpy.load_file(file)
+    begins = (f"{component}.", f"lora_{component}_")
+    kept = {name for name in old if not name.startswith(begins)}
+    assert {name for name in now if not name.startswith(begins)} == kept
+    for name in kept:
+        np.testing.assert_array_equal(now[name], old[name])
+    read = jlora.peft.load(file, params(new), names=clip, component=component)
+    same_update(new, read)
+    first = own[other][0]
+    same_update(
+        first, jlora.peft.load(file, params(first), names=names, component=other)
+    )
+    jlora.peft.save(tmp_path, new, **options)  # without add, only this model's
+    assert all(n.startswith(begins) for n in safetensors.numpy.load_file(file))
+
+
+def test_nothing_is_added_to_files_of_one_model_or_of_another_tool(tmp_path):
+    own = Trainable({"q/kernel": factors(4)})
+    with pytest.raises(PeftError, match="A file of 'mlx' has one: leave add out"):
+        jlora.peft.save(tmp_path, own, names=CLIP, dialect="mlx", add=True)
+    file = tmp_path / "lora.safetensors"
+    safetensors.numpy.save_file({"x.weight": np.ones(2)}, file)
+    before = file.read_bytes()
+    with pytest.raises(PeftError, match=r"'x.weight', whose name is of no model"):
+        jlora.peft.save(tmp_path, own, names=CLIP, dialect="kohya", add=True)
+    assert file.read_bytes() == before
 
 
 def test_a_part_is_read_strictly_and_the_others_are_left_alone(tmp_path):
