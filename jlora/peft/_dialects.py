@@ -8,12 +8,13 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from .._io import paired
 from .._io.disk import Json
 from .._io.shards import find_tensors, open_tensors
+from .._tables import listed
 from .._text.json_text import parse_json
 from ..errors import CheckpointError, PeftError
 from ._sdxl import stability_name
@@ -54,6 +55,7 @@ class Dialect:
 CLIP = "text_model."
 SWITCH = ".switch_mlp."  # what MLX calls the experts of most models
 A, B, ALPHA = *ENDS["linear"], "alpha"
+TABLE_A, TABLE_B = ENDS["embedding"]  # MLX calls these as those of a linear layer
 # What one model of diffusers writes lacks the component that its pipeline writes.
 _BEGIN = r"(?P<component>" + _COMPONENTS + r")\."
 _IN = "(?:" + _BEGIN + r")?(?P<module>.+)\."
@@ -153,6 +155,14 @@ def in_pipeline(module: str, component: str) -> str:
     is_text = component.startswith(("te", "text_encoder"))
     names = [name for name in names_of(module) if name.startswith(CLIP)]
     return names[0] if is_text and names else module
+
+
+def rows_of_tables(tables: Iterable[str]) -> str:
+    """Returns in words why DoRA of these tables is not exchanged with MLX."""
+    return (
+        "MLX's DoRA has a length for each row of a table, PEFT's and jlora's for each "
+        f"column: leave {listed(tables, 3, ', ')} out of the adapter."
+    )
 
 
 def settings_of(metadata: Mapping[str, str]) -> Json:

@@ -11,6 +11,7 @@ import numpy as np
 from .._io import paired
 from .._io.disk import Json, read_json
 from .._io.shards import FileSlot, Slot, open_tensors
+from .._io.torch_models import head_of, is_table
 from .._tables import listed
 from ..errors import PeftError
 from ._dialects import (
@@ -18,11 +19,14 @@ from ._dialects import (
     DIFFUSERS_KEY,
     MLX,
     SWITCH,
+    TABLE_A,
+    TABLE_B,
     A,
     B,
     Dialect,
     Found,
     names_of,
+    rows_of_tables,
     settings_of,
 )
 from .config import (
@@ -38,6 +42,7 @@ from .config import (
 )
 from .layers import MAGNITUDE
 
+_OF_TABLES = {A: TABLE_A, B: TABLE_B}
 Opened = tuple[Json, dict[str, Slot], dict[str, str]]  # config, tensors, metadata
 
 
@@ -69,6 +74,7 @@ def translated(
     place: pathlib.Path,
     modules: Mapping[str, int] | None,
     component: str | None,
+    tied: bool | None,
 ) -> Opened:
     """Returns an adapter of another tool as PEFT would have written it.
 
@@ -78,6 +84,7 @@ def translated(
       modules: the model's modules, and how many axes their weights have; None if there
         is no model at hand.
       component: which of the models that the file is for; None if there is only one.
+      tied: whether the model's table is its output head too; None if nothing tells.
 
     Raises:
       PeftError: if a file is missing or damaged, or says too little; or if there are
@@ -95,13 +102,15 @@ def translated(
     if component is not None:
         slots = {k: x for k, x in slots.items() if names.model_of(k) in (chosen, None)}
     named, alphas = _as_named(place, names, slots, chosen, modules or {})
-    end = f".{A}"
+    if dialect is MLX and tied:
+        named |= _of_tied_heads(named, slots)
+    ends = (f".{A}", f".{TABLE_A}")
     ranks = {
-        key.removeprefix(PREFIX).removesuffix(end): slot.shape[
+        key.removeprefix(PREFIX).rpartition(".lora_")[0]: slot.shape[
             dialect is MLX and len(slot.shape) == 3
         ]
         for key, slot in named.items()
-        if key.endswith(end) and slot.shape
+        if key.endswith(ends) and slot.shape
     }
     _check_ranks(place, ranks, alphas, slots)
     if dialect is MLX:
@@ -151,12 +160,28 @@ def _as_named(
         own: Slot = slot
         if part:
             own = _as_peft(names.dialect, part, name, slot, modules.get(module))
+        if part in _OF_TABLES and names.dialect is MLX and is_table(module):
+            part = _OF_TABLES[part]
         # What has no part is taken by nothing, and told.
         key = f"{PREFIX}{module}.{part}" if part else f"{PREFIX}{name}"
         if key in named:
             raise PeftError(f"{str(place)!r}: {name!r:.200} is there twice.")
         named[key] = own
     return named, alphas
+
+
+def _of_tied_heads(
+    named: Mapping[str, Slot], slots: Mapping[str, FileSlot]
+) -> dict[str, Slot]:
+    """Returns the factors of heads: MLX has those of their table, with its own axes."""
+    found: dict[str, Slot] = {}
+    for name in named:
+        table = name.removeprefix(PREFIX).removesuffix(f".{TABLE_A}")
+        head = head_of(table) if name.endswith(f".{TABLE_A}") else None
+        if head is not None and f"{table}.lora_b" in slots:
+            found[f"{PREFIX}{head}.{A}"] = slots[f"{table}.lora_b"]
+            found[f"{PREFIX}{head}.{B}"] = slots[f"{table}.lora_a"]
+    return found
 
 
 def _check_ranks(
@@ -320,7 +345,12 @@ def _of_mlx(
             f"{drop!r:.50}. A scale is a positive number, and a drop rate is in [0, 1)."
         )
     alphas = {module: scale * rank for module, rank in ranks.items()}
-    return _config(ranks, alphas, dora=kind == "dora", dropout=float(drop))
+    tables = [module for module in ranks if is_table(module)]
+    if tables and kind == "dora":
+        raise PeftError(rows_of_tables(tables))
+    found = _config(ranks, alphas, dora=kind == "dora", dropout=float(drop))
+    # A table that MLX has for the head too is adapted in both places.
+    return dataclasses.replace(found, tying=bool(tables))
 
 
 def _of_diffusers(

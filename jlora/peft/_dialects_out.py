@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from .._io.shards import open_tensors
+from .._io.torch_models import is_head, is_table
 from .._tables import listed
 from ..errors import PeftError
 from ._dialects import (
@@ -21,10 +22,13 @@ from ._dialects import (
     MLX,
     MLX_STEM,
     SWITCH,
+    TABLE_A,
+    TABLE_B,
     A,
     B,
     Dialect,
     in_pipeline,
+    rows_of_tables,
     settings_of,
 )
 from ._experts import ROLES, role_of
@@ -122,6 +126,8 @@ def _pairs(
     pairs: dict[str, _Pair] = {}
     lengths: dict[str, np.ndarray] = {}
     wrong = []
+    if dialect is MLX:
+        tensors = _tables_as_linear(tensors, config)
     for name, array in tensors.items():
         module = name.removesuffix(f".{A}")
         if module != name:
@@ -150,6 +156,24 @@ def _pairs(
     return pairs, lengths
 
 
+def _tables_as_linear(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig
+) -> dict[str, np.ndarray]:
+    """Returns the tensors with a table's factors called as a linear layer's.
+
+    MLX has no head beside a table that is tied, and in DoRA the lengths of rows.
+    """
+    end = f".{TABLE_A}"
+    tables = [name.removesuffix(end) for name in tensors if name.endswith(end)]
+    if tables and config.dora:
+        raise PeftError(rows_of_tables(tables))
+    return {
+        name.replace(f".{TABLE_A}", f".{A}").replace(f".{TABLE_B}", f".{B}"): x
+        for name, x in tensors.items()
+        if not (tables and config.tying and is_head(name.rpartition(".lora_")[0]))
+    }
+
+
 def _mlx(
     pairs: Mapping[str, _Pair],
     magnitudes: Mapping[str, np.ndarray],
@@ -161,11 +185,11 @@ def _mlx(
     """
     pairs = {_in_mlx(module): pair for module, pair in pairs.items()}
     keys = {module: found[1] for module in pairs if (found := _LAYER.fullmatch(module))}
-    keys |= {module: module for module in pairs if module == _HEAD}
+    keys |= {m: m for m in pairs if m == _HEAD or is_table(m)}
     outside = [module for module in pairs if module not in keys]
     if outside:
         raise PeftError(
-            f"MLX adapts only modules in `layers.N.` and {_HEAD}: "
+            f"MLX adapts only modules in `layers.N.`, tables and {_HEAD}: "
             f"{listed(outside, 5, ', ')}. Leave them out of the adapter."
         )
     rank = max(a.shape[-2] for a, _, _ in pairs.values())

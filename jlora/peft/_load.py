@@ -187,7 +187,11 @@ def read_adapter(
         fields, slots, metadata = open_adapter(folder)
     else:
         fields, slots, metadata = translated(
-            found, folder, _axes_of_modules(leaves, names), component
+            found,
+            folder,
+            _axes_of_modules(leaves, names),
+            component,
+            tied if tied is not None else _tie(leaves, facts or Facts()),
         )
         facts = dataclasses.replace(facts or Facts(), known=True)  # it has no Conv1D
     what = repr(str(directory))
@@ -307,7 +311,7 @@ def _adapter_of(
     if torch_named:
         own, open_questions = own_names(leaves, inner, config, facts, names)
         odd += open_questions
-        known = tie_of([leaf.path for leaf in leaves], facts)
+        known = _tie(leaves, facts)
         if tied is not None and known is not None and tied != known:
             odd.append(f"tied={tied} is not what the model and its config.json say")
         tied = known if tied is None else tied
@@ -315,6 +319,12 @@ def _adapter_of(
     found.config += odd
     found.read(leaves)
     return found.result()
+
+
+def _tie(leaves: Sequence[TargetLeaf] | None, facts: Facts) -> bool | None:
+    """Returns whether a table is the output head too, where torch's names tell."""
+    paths = [leaf.path for leaf in leaves or ()]
+    return tie_of(paths, facts) if is_torch_named(paths) else None
 
 
 def _axes_of_modules(

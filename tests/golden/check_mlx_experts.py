@@ -1,4 +1,4 @@
-"""Adapters of mixtures of experts between MLX and jlora, and of an output head.
+"""Adapters of experts, embeddings and output heads between MLX and jlora.
 
     python tests/golden/check_mlx_experts.py mlx DIR       # mlx[cpu], mlx-lm
     python -m tests.golden.check_mlx_experts jlora DIR     # reads them, writes its own
@@ -44,6 +44,12 @@ MODELS = {
         "norm_topk_prob": True,
     },
     "mixtral": {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "qwen3": {
+        **SIZES,
+        "head_dim": 4,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 64,
+    },
 }
 ROLES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Mixtral's
 TOKENS = [[1, 5, 9, 2, 30]]
@@ -95,6 +101,8 @@ def exact(kind: str, model) -> dict:
             continue
         a, b = (np.array(module[x], np.float64) for x in ("lora_a", "lora_b"))
         gain = b @ a if a.ndim == 3 else (a @ b).T
+        if "embedding" in module:
+            gain = gain.T
         if gain.any():  # a layer that is not adapted has zeros
             out[f"{name}.weight"] = module.scale * gain
     return split_experts(kind, out)
@@ -112,7 +120,9 @@ def make(folder: pathlib.Path, kind: str) -> None:
     fields = {**MODELS[kind], "model_type": kind}
     (folder / kind / "base" / "config.json").write_text(json.dumps(fields))
     layer = "mlp" if kind == "qwen3_moe" else "block_sparse_moe"
-    keys = ["self_attn.q_proj", *(f"{layer}.switch_mlp.{x}" for x in ROLES), "lm_head"]
+    keys = ["self_attn.q_proj", "model.embed_tokens"]
+    if kind != "qwen3":  # which has one table for both
+        keys += [*(f"{layer}.switch_mlp.{x}" for x in ROLES), "lm_head"]
     about = {"rank": 3, "scale": 2.5, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, 2, about)
     for _, module in model.named_modules():
@@ -158,7 +168,9 @@ def own(folder: pathlib.Path) -> int:
         zeros = {n: np.zeros(x.shape, np.float32) for n, x in wanted.items()}
         found = jlora.merge(zeros, read)
         bad |= compare(f"jlora reads {kind}", found, wanted)
-        jlora.peft.save(place / "own", read, dialect="mlx", layout="stacked")
+        tied = MODELS[kind].get("tie_word_embeddings", False)
+        options = {"layout": None if kind == "qwen3" else "stacked", "tied": tied}
+        jlora.peft.save(place / "own", read, dialect="mlx", **options)
         base = load(place / "base" / "model.safetensors")
         save(jlora.merge(base, read), place / "merged" / "model.safetensors")
     return bad

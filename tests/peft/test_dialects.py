@@ -121,6 +121,32 @@ def test_mlx_adapts_the_head_by_its_whole_name(tmp_path):
     same_update(own, jlora.peft.load(tmp_path, params(own), names=maps.LLAMA))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_mlx_has_a_table_that_may_be_the_head_too(tied, tmp_path):
+    spec = {"op": "embedding", "axes": Axes((), (0,), (1,))}
+    table = {"model.embed_tokens.weight": factors(8, 9, 6, **spec)}
+    q = "model.layers.0.self_attn.q_proj.weight"
+    own = Trainable({**table, q: factors(1, axes=Axes((), (1,), (0,)))})
+    jlora.peft.save(tmp_path / "mlx", own, dialect="mlx", tied=tied)
+    held = safetensors.numpy.load_file(tmp_path / "mlx" / "adapters.safetensors")
+    assert held["model.embed_tokens.lora_a"].shape == (9, 2)
+    assert not any("lm_head" in name for name in held)
+    shapes = {name: np.zeros(x.shape, np.float32) for name, x in params(own).items()}
+    if not tied:
+        shapes["lm_head.weight"] = np.zeros((9, 6), np.float32)
+    base = tmp_path / "base"
+    base.mkdir()
+    safetensors.numpy.save_file(shapes, base / "model.safetensors")
+    fields = {"model_type": "qwen3", "tie_word_embeddings": tied}
+    (base / "config.json").write_text(json.dumps(fields))
+    same_update(own, jlora.files.read(tmp_path / "mlx", base=base))
+    config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    config["fine_tune_type"] = "dora"
+    (tmp_path / "mlx" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(PeftError, match="a length for each row of a table"):
+        jlora.files.read(tmp_path / "mlx", base=base)
+
+
 def test_mlx_dora_there_and_back(tmp_path):
     own = decoder(method="dora")
     jlora.peft.save(tmp_path, own, names=maps.LLAMA, dialect="mlx")
@@ -510,7 +536,7 @@ def test_what_a_tool_has_no_form_for(tmp_path):
 
     own = decoder()
     other = Trainable({**own.lora, "score/kernel": factors(8)})
-    text = "MLX adapts only modules in `layers.N.` and lm_head: score"
+    text = "MLX adapts only modules in `layers.N.`, tables and lm_head: score"
     refuses(other, text, dialect="mlx", names=None)
     refuses(unet(), "a convolution", dialect="mlx", names=UNET)
     refuses(own, "dialect must be one of peft, mlx, kohya", dialect="nemo")
