@@ -166,7 +166,6 @@ BROKEN: dict[str, Case] = {
 }
 
 LACKING = {
-    "alora_invocation_tokens": [3, 4],
     "kasa_config": {"beta": 1.0},
     "layer_replication": [[0, 2], [0, 2]],
     "use_bdlora": {"nblocks": 2},
