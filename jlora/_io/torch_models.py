@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
 from .disk import Json, Path, read_json
@@ -52,6 +52,26 @@ _PREFIXES = {
         for name in ("bert", "distilbert", "electra", "vit", "gpt_neox")
     },
 }
+# What classes of transformers 5 call otherwise than files: patterns, and what is put in
+# place of the first match, one after the other. A pattern ends where a word does.
+_IN_CLASSES: dict[str, tuple[tuple[str, str], ...]] = {
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"),
+        (
+            ("^visual", "model.visual"),
+            (r"^model(?!\.(language_model|visual))", "model.language_model"),
+        ),
+    ),
+    "vit": (
+        (r"encoder\.layer", "layers"),
+        (r"attention\.query", "q_proj"),
+        (r"attention\.key", "k_proj"),
+        (r"attention\.value", "v_proj"),
+        (r"attention\.output\.dense", "attention.o_proj"),
+        (r"intermediate\.dense", "mlp.fc1"),
+        (r"output\.dense", "mlp.fc2"),
+    ),
+}
 CONFIG = "config.json"
 TIED = "tie_word_embeddings"
 _WRAPPED = "language_model.model."  # of LLaVA, Gemma 3 with images, and their like
@@ -89,6 +109,7 @@ class Facts:
       block: lengths of the blocks of float8, along fan-out and fan-in.
       interleaved: whether gate and up of its experts alternate in the rows of one
         parameter in transformers; None if the type is not known.
+      kind: the type of the model; empty if it does not say.
     """
 
     known: bool = False
@@ -100,6 +121,7 @@ class Facts:
     quantised: str = ""
     block: tuple[int, int] = (128, 128)
     interleaved: bool | None = None
+    kind: str = ""
 
 
 def facts_of(model: Path, *, inside: bool = False) -> Facts:
@@ -136,6 +158,7 @@ def facts_of(model: Path, *, inside: bool = False) -> Facts:
         prefix,
         *_storage(fields),
         bool(types & _INTERLEAVED_TYPES) if types else None,
+        str(fields.get("model_type") or ""),
     )
 
 
@@ -210,9 +233,51 @@ def name_in_memory(name: str) -> str:
     return head if head != name else f"model.{name}"
 
 
+def names_in_classes(names: Collection[str], facts: Facts) -> Callable[[str], str]:
+    """Returns a function that gives names of a model's files those of its class.
+
+    Args:
+      names: the tensors of the files.
+      facts: see `facts_of`.
+
+    Examples:
+      >>> to_class = names_in_classes(["model.norm.weight"], Facts(kind="qwen2_vl"))
+      >>> to_class("model.norm"), to_class("visual.blocks.0.attn.qkv")
+      ('model.language_model.norm', 'model.visual.blocks.0.attn.qkv')
+    """
+    if any(map(is_wrapped, names)):
+        return name_in_memory
+    if facts.kind in _IN_CLASSES:
+        return lambda name: name_in_class(name, facts.kind)
+    lacking = facts.prefix and not any(n.startswith(facts.prefix) for n in names)
+    return facts.prefix.__add__ if lacking else str
+
+
+def name_in_class(name: str, kind: str) -> str:
+    """Returns what the class of a type of model calls a tensor of older files.
+
+    A name that the class has stays as it is, and so do those of types whose classes
+    have the names of files.
+
+    Examples:
+      >>> name_in_class("vit.encoder.layer.0.intermediate.dense", "vit")
+      'vit.layers.0.mlp.fc1'
+      >>> name_in_class("model.layers.0.mlp.up_proj", "llama")
+      'model.layers.0.mlp.up_proj'
+    """
+    for pattern, new in _IN_CLASSES.get(kind, ()):
+        name = re.sub(rf"{pattern}(?!\w)", new, name, count=1)
+    return name
+
+
 def is_table(module: str) -> bool:
     """Returns whether a module is an embedding table, by its name."""
     return _TABLE.fullmatch(module.rpartition(".")[2]) is not None
+
+
+def is_token_table(module: str) -> bool:
+    """Returns whether a module is the table of a model's tokens, by its name."""
+    return module.rpartition(".")[2] in _HEADS
 
 
 def is_head(module: str) -> bool:

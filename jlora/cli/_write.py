@@ -15,8 +15,7 @@ from .._io.torch_models import (
     facts_of,
     has_config,
     is_torch_named,
-    is_wrapped,
-    name_in_memory,
+    names_in_classes,
     tie_of,
 )
 from ..config import LoraConfig
@@ -284,15 +283,9 @@ def _as_loaded(trainable: Trainable, base: str) -> Trainable:
 
     Some files of whole models lack the prefix of the body.
     """
-    prefix, shapes = facts_of(base).prefix, open_model(base).shapes
     if not is_torch_named([*trainable.lora, *trainable.full]):
         return trainable
-    if any(map(is_wrapped, shapes)):
-        rename = name_in_memory
-    elif prefix and not any(name.startswith(prefix) for name in shapes):
-        rename = prefix.__add__
-    else:
-        return trainable
+    rename = names_in_classes(open_model(base).shapes, facts_of(base))
     lora = {rename(name): factors for name, factors in trainable.lora.items()}
     full = {rename(name): leaf for name, leaf in trainable.full.items()}
     return Trainable(lora, full)

@@ -227,9 +227,9 @@ def numbered(case: Case) -> None:
         start = end
     if case.config.get("ensure_weight_tying"):
         for name in tensors:
-            for of_head, of_table in TIES.items():
+            for of_head, of_tables in TIES.items():
                 if name.endswith(of_head):
-                    twins = [n for n in tensors if n.endswith(of_table)]
+                    twins = [n for end in of_tables for n in tensors if n.endswith(end)]
                     x = tensors[twins[0]] if twins else tensors[name]
                     x = x.T if "lora" in of_head else x
                     if x.shape == tensors[name].shape:
@@ -237,10 +237,12 @@ def numbered(case: Case) -> None:
     case.tensors = tensors
 
 
+_INNER = "token_adapter.base_layer.weight"  # of a table whose rows are trained too
 TIES = {
-    "lm_head.lora_A.weight": "embed_tokens.lora_embedding_B",
-    "lm_head.lora_B.weight": "embed_tokens.lora_embedding_A",
-    "lm_head.weight": "embed_tokens.weight",
+    "lm_head.lora_A.weight": ("embed_tokens.lora_embedding_B",),
+    "lm_head.lora_B.weight": ("embed_tokens.lora_embedding_A",),
+    "lm_head.weight": (f"embed_tokens.{_INNER}", "embed_tokens.weight"),
+    f"lm_head.{_INNER}": (f"embed_tokens.{_INNER}", "embed_tokens.weight"),
 }
 
 

@@ -245,16 +245,29 @@ def llama_cpp(root: pathlib.Path) -> dict[str, Any]:
 
 
 def transformers(root: pathlib.Path) -> dict[str, Any]:
-    """The types of models whose experts are one parameter, and as in which type."""
+    """Types of models whose weights are converted, and which have experts in one.
+
+    `converted` has what the conversions are registered for, `architectures` the types
+    whose experts are one parameter, and as in which type.
+    """
     tree = ast.parse((root / "transformers/conversion_mapping.py").read_text())
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and "_MODEL_TO_CONVERSION" in ast.unparse(
-            node.targets[0]
-        ):
+    alike: dict[str, str] = {}
+    converted: set[str] = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign):
+            continue
+        target = ast.unparse(node.targets[0])
+        if "_MODEL_TO_CONVERSION" in target:
             alike = ast.literal_eval(node.value)
-            own = {k: v for k, v in alike.items() if v in FUSED}
-            return {"architectures": dict(sorted({**own, **FUSED}.items()))}
-    raise ValueError("conversion_mapping.py has no table of types.")
+        elif target == "mapping" and isinstance(node.value, ast.Dict):
+            converted |= {ast.literal_eval(key) for key in node.value.keys if key}
+        elif target.startswith("mapping[") and "model_type" not in target:
+            converted.add(ast.literal_eval(node.targets[0].slice))
+    own = {k: v for k, v in alike.items() if v in FUSED}
+    return {
+        "converted": sorted(converted | {*alike}),
+        "architectures": dict(sorted({**own, **FUSED}.items())),
+    }
 
 
 def peft(root: pathlib.Path) -> dict[str, Any]:

@@ -256,6 +256,26 @@ def _b_as_a(case):
     _sized(f"{Q}.lora_A.weight", 12, 2)(case)
 
 
+def _named(old: str, new: str):
+    def change(case):
+        case.tensors = {n.replace(old, new): x for n, x in case.tensors.items()}
+
+    return change
+
+
+def _rows_of_a_kept_table(case):
+    case.config.update(trainable_token_indices=[1], modules_to_save=["embed_tokens"])
+    _sized(f"{TABLE}.token_adapter.trainable_tokens_delta", 1, 8)(case)
+    _sized(f"{TABLE}.token_adapter.base_layer.weight", 20, 8)(case)
+    _sized(f"{TABLE}.weight", 20, 8)(case)
+
+
+def _one_twice(case):
+    _sized(f"{Q}.lora_A.default.weight", 3, 8)(case)
+
+
+D_OF_Q = f"{Q}.lora_A.default.weight"
+to_memory = _named("lora_A", "lora_A.default")
 A_OF_Q, E_OF_Q = f"{Q}.lora_A.weight", f"{Q}.lora_embedding_A"
 TABLE = "model.embed_tokens"
 # As Unsloth's `get_peft_model` writes it.
@@ -290,12 +310,92 @@ UNSLOTH = (
         ("transformers", _without_body, A_OF_Q.removeprefix("model."), "applied"),
         ("peft", _without_body, A_OF_Q.removeprefix("model."), "dropped"),
         ("transformers", _prefixed_twice, P + A_OF_Q, "applied"),
+        ("peft", _config(layer_replication=[[0, 1], [0, 1]]), A_OF_Q, "applied"),
+        ("peft", _config(layer_replication=[[0, 9]]), A_OF_Q, "refused"),
+        ("peft", _config(layer_replication=[[1, 1]]), A_OF_Q, "refused"),
+        ("peft", _config(layer_replication=[0, 1]), A_OF_Q, "refused"),
+        ("peft", _config(init_lora_weights="pissa_niter_4"), A_OF_Q, "applied"),
+        ("peft", _config(init_lora_weights="other"), A_OF_Q, "refused"),
+        ("peft", _config(modules_to_save=["proj"]), A_OF_Q, "refused"),
+        ("peft", to_memory, D_OF_Q, "applied"),
+        ("transformers", to_memory, D_OF_Q, "dropped"),
+        ("peft", _one_twice, D_OF_Q, "dropped"),
+        ("peft", _rows_of_a_kept_table, f"{TABLE}.weight", "dropped"),
+        (
+            "transformers",
+            _rows_of_a_kept_table,
+            f"{TABLE}.token_adapter.base_layer.weight",
+            "applied",
+        ),
     ],
 )  # fmt: skip
 def test_peft_goes_by_the_config(judged, server, change, tensor, outcome):
     report = judged(server, change)
     told = {v.name.removeprefix(P): v.outcome for v in report.verdicts}
     assert told[tensor] == outcome
+
+
+@pytest.fixture
+def outcomes(tmp_path):
+    """What PEFT does with A and B of a module of a model of given shapes."""
+
+    def judge(config, shapes, module, a, b, server="peft", **fields):
+        here = tmp_path / str(len([*tmp_path.iterdir()]))
+        base = server_cases.write_model(here / "base", config, shapes)
+        sizes = {f"{P}{module}.lora_A.weight": a, f"{P}{module}.lora_B.weight": b}
+        tensors = {name: np.ones(size, np.float32) for name, size in sizes.items()}
+        case = Case("", "", server_cases.fields([module]) | fields, tensors)
+        server_cases.write_adapter(here / "adapter", case)
+        report = validate(here / "adapter", base, server=server)
+        return {v.outcome for v in report.verdicts if v.name.startswith(P)}
+
+    return judge
+
+
+GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+CONV1D = "transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "fields", "wanted"),
+    [
+        ((2, 8), (24, 2), {}, "applied"),
+        ((2, 8), (24, 2), {"init_lora_weights": "olora"}, "refused"),
+        ((2, 24), (8, 2), {"init_lora_weights": "olora"}, "altered"),
+        ((2, 8), (24, 2), {"init_lora_weights": "pissa"}, "applied"),
+        ((9, 8), (24, 9), {"init_lora_weights": "pissa", "r": 9}, "refused"),
+        ((8, 8), (24, 8), {"init_lora_weights": "pissa", "r": 9}, "applied"),
+        ((2, 8), (24, 2), {"layer_replication": [[0, 1]]}, "refused"),
+    ],
+)
+def test_inits_and_layers_of_gpt2(outcomes, a, b, fields, wanted):
+    shapes = {f"{CONV1D}.weight": (8, 24), f"{CONV1D}.bias": (24,)}
+    assert outcomes(GPT2, shapes, CONV1D, a, b, **fields) == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "module"),
+    [
+        ("qwen2_vl", "model.layers.0.q", "model.language_model.layers.0.q"),
+        ("qwen2_5_vl", "visual.blocks.0.mlp.up", "model.visual.blocks.0.mlp.up"),
+        ("vit", "vit.encoder.layer.0.output.dense", "vit.layers.0.mlp.fc2"),
+    ],
+)
+def test_names_that_a_class_has_and_its_files_have_not(outcomes, kind, file, module):
+    config = {"architectures": ["Ours"], "model_type": kind}
+    shapes = {f"{file}.weight": (12, 8)}
+    assert outcomes(config, shapes, module, (2, 8), (12, 2)) == {"applied"}
+    fields = {"server": "transformers", "target_modules": [module]}
+    assert outcomes(config, shapes, file, (2, 8), (12, 2), **fields) == {"applied"}
+
+
+def test_layers_that_are_there_twice(outcomes):
+    shapes = {f"model.layers.{i}.up.weight": (8, 8) for i in range(2)}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    for count, wanted in ((2, "dropped"), (3, "applied")):
+        spans = {"layer_replication": [[0, 1]] * count}
+        name = "model.layers.2.up"
+        assert outcomes(config, shapes, name, (2, 8), (8, 2), **spans) == {wanted}
 
 
 def test_parts_that_vllm_finds_by_the_config(bases, tmp_path):

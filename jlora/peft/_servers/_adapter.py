@@ -120,13 +120,20 @@ def read_adapter(directory: pathlib.Path) -> Adapter:
         )
     fields, slots, _ = open_adapter(directory)
     config, _ = parse_config(fields)
-    pieces = tuple(_piece(name, slot.shape) for name, slot in slots.items())
+    pieces = tuple(piece_of(name, slot.shape) for name, slot in slots.items())
     one = {str(slot.file) for slot in slots.values()}
     usual = str(directory / f"{STEM}.safetensors")
     return Adapter(fields, config, pieces, not one or one == {usual})
 
 
-def _piece(name: str, shape: Shape) -> Piece:
+def piece_of(name: str, shape: Shape) -> Piece:
+    """Returns a tensor by its name.
+
+    Examples:
+      >>> own = piece_of("base_model.model.h.0.q.lora_A.weight", (2, 4))
+      >>> own.module, own.part
+      ('h.0.q', 'a')
+    """
     inner = name.removeprefix(PREFIX)
     for end, part in _PARTS.items():
         if inner.endswith(f".{end}"):

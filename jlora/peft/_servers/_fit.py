@@ -19,7 +19,12 @@ _ENDS |= {"table_a": "lora_embedding_A", "table_b": "lora_embedding_B"}
 
 
 def misfit(
-    server: Server, adapter: Adapter, piece: Piece, shape: Shape | None, base: Base
+    server: Server,
+    adapter: Adapter,
+    piece: Piece,
+    shape: Shape | None,
+    base: Base,
+    rank: int | None = None,
 ) -> Fault | None:
     """Returns what is wrong with A or B of a module, None if nothing is.
 
@@ -30,15 +35,21 @@ def misfit(
       shape: of the weight in the base, `[out, in]`, tables `[tokens, features]`; None
         where it is not known.
       base: says whether a weight may be `[in, out]`.
+      rank: of A and B; None is what the config says.
     """
     other = adapter.parts.get((piece.module, OTHER[piece.part]))
     if shape is not None and piece.part in ("table_a", "table_b"):
         shape = shape[::-1]
     if other is None:
-        fault = unfit(server, adapter, (piece,), shape, base)
+        fault = unfit(server, adapter, (piece,), shape, base, rank)
         refused = fault is not None and fault[0] == "refused"
         return fault if refused else (server.one_factor, *lone(piece))
-    return unfit(server, adapter, (piece, other), shape, base)
+    return unfit(server, adapter, (piece, other), shape, base, rank)
+
+
+def no_matrix(piece: Piece) -> str:
+    """Returns in words that a factor has not two axes."""
+    return f"its shape is {list(piece.shape)}, not a matrix's"
 
 
 def lone(piece: Piece) -> tuple[str, str]:
@@ -53,6 +64,7 @@ def unfit(
     pair: tuple[Piece, ...],
     shape: Shape | None,
     base: Base,
+    rank: int | None = None,
 ) -> Fault | None:
     """Returns what is wrong with A and B of a weight `[out, in]`, None if nothing is.
 
@@ -63,8 +75,9 @@ def unfit(
         for a worse one.
       shape: of the weight, a table's transposed; None where it is not known.
       base: see `misfit`.
+      rank: likewise.
     """
-    rank = adapter.rank(pair[0].module)
+    rank = adapter.rank(pair[0].module) if rank is None else rank
     faults = [
         fault for one in pair for fault in _misfits(server, one, rank, shape, base)
     ]
@@ -77,8 +90,7 @@ def _misfits(
 ) -> Iterator[Fault]:
     """Yields what is wrong with the sizes of one factor."""
     if len(piece.shape) != 2:
-        why = f"its shape is {list(piece.shape)}, not a matrix's"
-        yield "refused", why, REMEDY
+        yield "refused", no_matrix(piece), REMEDY
         return
     first = piece.part in A
     own, size = piece.shape if first else piece.shape[::-1]

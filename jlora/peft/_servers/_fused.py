@@ -11,9 +11,10 @@ from .._experts import in_transformers
 from ..config import names_module, pattern_lookup
 from ._adapter import Adapter, Piece
 from ._base import Base, Shape
-from ._fit import Fault
+from ._fit import Fault, no_matrix
 from ._layouts import ONE, banks_of
 from ._models import fused_like
+from ._replication import Replication
 
 _PROJECTIONS = {
     "mixtral": ("w1", "w3", "w2"),
@@ -30,15 +31,22 @@ class FusedExperts:
       banks: how many experts a module has, by its name in memory.
     """
 
-    def __init__(self, adapter: Adapter, base: Base, in_memory: Callable[[str], str]):
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Base,
+        in_memory: Callable[[str], str],
+        layers: Replication | None = None,
+    ):
         self.adapter = adapter
         types = [base.config.get("model_type"), base.text.get("model_type")]
         self.family = next(filter(None, map(fused_like, map(str, types))), "")
         self.projections = _PROJECTIONS.get(self.family, ())
-        self.banks = {
+        banks = {
             self.renamed(in_memory(bank)): count
             for bank, count in banks_of(base).items()
         }
+        self.banks = layers.applied(banks) if layers else banks
 
     def renamed(self, name: str) -> str:
         """Returns what the model's class calls a module of its files."""
@@ -71,7 +79,7 @@ class FusedExperts:
         """Returns what is wrong with A or B of all experts in one."""
         again = "save the adapter again where it was trained"
         if len(piece.shape) != 2:
-            return "refused", f"its shape is {list(piece.shape)}, not a matrix's", again
+            return "refused", no_matrix(piece), again
         count = self.banks.get(module)
         ranks = {self.adapter.rank(f"{module}.{name}") for name in _PARAMETERS}
         size = piece.shape[0 if piece.part == "a" else 1]

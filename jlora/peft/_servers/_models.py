@@ -132,6 +132,11 @@ def fused_like(model_type: str) -> str:
     return _models()["transformers"]["architectures"].get(model_type, "")
 
 
+def is_converted(model_type: str) -> bool:
+    """Returns whether transformers converts the weights of a type of model."""
+    return model_type in _models()["transformers"]["converted"]
+
+
 def peft_targets(model_type: str) -> tuple[str, ...]:
     """Returns what PEFT adapts of a type of model if a config does not say."""
     return tuple(_models()["peft"]["architectures"].get(model_type, ()))

@@ -29,7 +29,9 @@ class Targets:
     Attributes:
       of_type: what PEFT adapts of the model's type if the config does not say.
       saved: the ends of modules that are kept whole.
+      listed: what `modules_to_save` names, with a table that its head's tie adds.
       tied: the head whose factors are those of its table, or empty.
+      table: that table.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class Targets:
         self._left_out_by = left_out_by(adapter.config)
         task = adapter.fields.get("task_type") if by_task else None
         self.saved = (*adapter.config.saved, *_HEADS.get(str(task), ()))
-        self.tied = self._table = ""
+        self.listed = adapter.config.saved
+        self.tied = self.table = ""
         for table, head in ties.items() if adapter.config.tying else ():
             if any(entry.rpartition(".")[2] in _TIED for entry in self.saved):
                 self.saved = (*self.saved, table, head)
+                self.listed = (*self.listed, table)
             elif self._names_a_tie():
-                self.tied, self._table = head, table
+                self.tied, self.table = head, table
 
     def _names_a_tie(self) -> bool:
         targets = self._adapter.config.targets
@@ -83,7 +87,7 @@ class Targets:
         field = self._left_out_by(module)
         if field == "exclude_modules" or self._keeps_around(module):
             return False
-        if self._table and module == self._table:
+        if self.table and module == self.table:
             return True
         if self.every:  # PEFT leaves heads and tables out
             shape = self._modules.get(module)

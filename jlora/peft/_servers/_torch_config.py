@@ -6,13 +6,14 @@ ParamWrapper.__init__`, `utils/other.py: set_additional_trainable_modules`,
 `utils/save_and_load.py: set_peft_model_state_dict`, and the classes of `peft_model.py`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
-from ..._io.torch_models import head_of, is_table
-from ..config import names_module
+from ..._io.torch_models import is_table, is_token_table
+from ..config import Pattern, PeftConfig, names_module
 from ..layers import TOKENS
 from ._adapter import Adapter
 from ._base import Base, Shape
+from ._inits import fault_of
 from ._report import Outcome
 from ._targets import Targets
 
@@ -79,10 +80,13 @@ def of_modules(
         if fields.get(field) and any(map(is_table, adapted)):
             why = "PEFT has it only for linear layers"
             yield field, "refused", why, "leave the table out"
-    odd = [name for name in adapted if adapter.rank(name) % 2]
-    if odd and fields.get("init_lora_weights") == "orthogonal":
-        why = f"PEFT needs an even rank for it, {odd[0]!r:.100} has an odd one"
-        yield "init_lora_weights", "refused", why, "write true"
+    init = fields.get("init_lora_weights", True)
+    for name in adapted:
+        rank, shape = adapter.rank(name), modules[name]
+        if why := fault_of(init, rank, shape, table=is_table(name)):
+            why = f"{why}, as for {name!r:.100} of rank {rank}"
+            yield "init_lora_weights", "refused", why, "write true"
+            break
     for name, shape in tensors.items():
         module, _, last = name.rpartition(".")
         narrow = shape is not None and len(shape) == 1 and module not in modules
@@ -116,6 +120,7 @@ def of_rows(
     adapter: Adapter,
     targets: Targets,
     modules: Mapping[str, Shape | None],
+    ties: Mapping[str, Collection[str]],
     *,
     strict: bool,
 ) -> Iterator[Told]:
@@ -125,19 +130,24 @@ def of_rows(
       adapter: the adapter.
       targets: what it adapts.
       modules: the model's, as its class names them.
+      ties: see `rows_of`.
       strict: whether the rows have to be in the file.
     """
     field = "trainable_token_indices"
     rows = {p.module: p for p in adapter.pieces if p.part == "tokens" and p.prefixed}
-    for entry, ids in adapter.config.tokens:
-        tables = _tables(entry, modules)
+    entries = rows_of(adapter.config, ties)
+    if entries is None:
+        why = "PEFT keeps tied tables equal, and their rows differ"
+        yield field, "refused", why, "write the same rows for both"
+    for entry, ids in entries or ():
+        tables = tables_of(entry, modules)
         if not tables:
             why = f"the model has no table {entry!r:.100}"
             yield field, "refused", why, "name the model's table"
-        if entry in adapter.config.saved:
-            why = "modules_to_save names the table too"
-            yield field, "refused", why, "leave it out in one of them"
         for table in tables:
+            if (entry or table) in targets.listed:
+                why = "modules_to_save names the table too"
+                yield field, "refused", why, "leave it out in one of them"
             shape, piece = modules[table], rows.get(table)
             if targets.adapts(table):
                 why = "target_modules names the table too"
@@ -151,9 +161,43 @@ def of_rows(
                 yield field, "refused", why, "write one id for each row"
 
 
-def _tables(entry: str, modules: Mapping[str, Shape | None]) -> list[str]:
+def rows_of(
+    config: PeftConfig, ties: Mapping[str, Collection[str]]
+) -> Pattern[tuple[int, ...]] | None:
+    """Returns the entries of `trainable_token_indices` that PEFT trains by themselves.
+
+    Of several tables that are tied, with the same rows, it takes the first one's. None
+    if their rows differ though `ensure_weight_tying` wants them equal.
+
+    Args:
+      config: the adapter's.
+      ties: tables of the model, each with the modules that have the same weight.
+
+    Examples:
+      >>> rows = (("embed_tokens", (1,)), ("lm_head", (1,)))
+      >>> config = PeftConfig(r=1, alpha=1, tokens=rows)
+      >>> rows_of(config, {"model.embed_tokens": ["lm_head"]})
+      (('embed_tokens', (1,)),)
+    """
+    rows = config.tokens
+    for table, tied in ties.items() if len(rows) > 1 else ():
+        parts = {part for name in tied for part in name.split(".")}
+        alike = [
+            (entry, ids)
+            for entry, ids in rows
+            if entry in parts or any(n.endswith(entry) for n in (table, *tied))
+        ]
+        if len({ids for _, ids in alike}) > 1:
+            if config.tying:
+                return None
+        elif len(alike) > 1:
+            rows = tuple(row for row in rows if row not in alike or row[0] not in tied)
+    return rows
+
+
+def tables_of(entry: str, modules: Mapping[str, Shape | None]) -> list[str]:
     """Returns the tables that an entry names; without one, the model's of tokens."""
     if entry:
         return [name for name in modules if name.endswith(entry)]
-    tokens = [name for name in modules if is_table(name) and head_of(name)]
+    tokens = [name for name in modules if is_token_table(name)]
     return sorted(tokens, key=lambda name: name.count("."))[:1]
