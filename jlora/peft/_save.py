@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from ..paths import flatten
 from ._dialects import WRITTEN, Dialect
 from ._dialects_out import Written, in_dialect, with_others
 from ._experts import ExpertLayout, layout_of
+from ._servers import refused_by_vllm
 from ._writing import Writing
 from .config import (
     CONFIG,
@@ -268,9 +269,14 @@ def _converted(
     task_type = _task(task_type, base_model, config)
     if names is not None and (task_type == "CAUSAL_LM" or _has_head(leaves, out)):
         _check_prefix(names.prefix, out.tensors)
-    if portable:
-        _check_portable(out.tensors, config, max_shard_bytes)
     fields = config_fields(config, base_model=base_model, task_type=task_type)
+    if portable:
+        size = sum(x.nbytes for x in out.tensors.values())
+        one_file = max_shard_bytes is None or size <= max_shard_bytes
+        shapes = {name: x.shape for name, x in out.tensors.items()}
+        wrong = [*refused_by_vllm(fields, config, shapes, one_file=one_file)]
+        if wrong:
+            raise PeftError(f"vLLM would reject: {'; '.join(wrong)}.")
     return fields, {PREFIX + name: x for name, x in out.tensors.items()}
 
 
@@ -347,52 +353,3 @@ def _task(task: str | None, base_model: str | None, config: PeftConfig) -> str |
     heads = _HEADS.get(found or "", ())
     there = any(module.endswith(heads) for module in config.saved)
     return found if not heads or there else None
-
-
-def _check_portable(
-    tensors: Mapping[str, np.ndarray], config: PeftConfig, max_bytes: int | None
-) -> None:
-    """Raises a PeftError that lists what vLLM would reject.
-
-    `tests/golden/check_vllm.py` compares these rules with vLLM's own functions.
-    """
-    wrong = []
-    if not config.targets and not config.parameters:
-        wrong.append("an adapter without A and B")
-    if max_bytes is not None and sum(x.nbytes for x in tensors.values()) > max_bytes:
-        wrong.append(f"several files (max_shard_bytes={max_bytes})")
-    if config.dora:
-        wrong.append(
-            "DoRA magnitudes: write the merged model with jlora.peft.save_base instead"
-        )
-    if config.invocation:
-        wrong.append(f"activated LoRA (invocation={config.invocation})")
-    if config.bias != "none":
-        wrong.append(f"trained biases (bias={config.bias!r})")
-    heads = [m.rpartition(".")[2] for m in config.saved]
-    if len(heads) > 1 or not set(heads) <= {"classifier", "score"}:
-        wrong.append(
-            f"modules_to_save={list(config.saved)}: it reads only one, `classifier` or "
-            "`score`"
-        )
-    elif config.saved and config.saved != tuple(heads):
-        wrong.append(f"modules_to_save={list(config.saved)}, inside another module")
-    top = max([config.r, *(r for _, r in config.rank_pattern)])
-    if top > 512:
-        wrong.append(f"rank {top}: the largest max_lora_rank is 512")
-    if config.tokens:
-        wrong.append("trained token rows")
-    end = ".lora_embedding_A"
-    tables = [name.removesuffix(end) for name in tensors if name.endswith(end)]
-    wrong += [
-        f"the table {table}: only one called embed_tokens is adapted"
-        for table in tables
-        if table.rpartition(".")[2] != "embed_tokens"
-    ]
-    wrong += [
-        f"{name}: a convolution of {x.ndim - 2} dimensions"
-        for name, x in tensors.items()
-        if name.endswith("lora_A.weight") and x.ndim > 2
-    ]
-    if wrong:
-        raise PeftError("vLLM would reject: " + "; ".join(wrong) + ".")

@@ -495,7 +495,7 @@ def test_save_refuses(text, tmp_path):
 
 AS_IS = NameMap(generic=True)  # torch's names are those of the leaves
 PORTABLE = {
-    "DoRA magnitudes": lambda f: Trainable(
+    "vLLM has no DoRA .use_dora=True.: merge it": lambda f: Trainable(
         {
             "up/kernel": dataclasses.replace(
                 f,
@@ -504,20 +504,22 @@ PORTABLE = {
             )
         }
     ),
-    "trained biases": lambda f: Trainable({"up/kernel": f}, {"up/bias": jnp.ones(6)}),
-    "only one, `classifier` or `score`": lambda f: Trainable(
-        {"up/kernel": f}, {"lm_head/kernel": jnp.ones((4, 2))}
+    "vLLM has no trained biases .bias='lora_only'.": lambda f: Trainable(
+        {"up/kernel": f}, {"up/bias": jnp.ones(6)}
     ),
-    "inside another module": lambda f: Trainable(
-        {"up/kernel": f}, {"x/score/kernel": jnp.ones((4, 2))}
+    "only `classifier` and `score` whole .modules_to_save=..lm_head": lambda f: (
+        Trainable({"up/kernel": f}, {"lm_head/kernel": jnp.ones((4, 2))})
     ),
-    "an adapter without A and B": lambda _: Trainable(
+    "only `classifier` and `score` whole .modules_to_save=..x.score": lambda f: (
+        Trainable({"up/kernel": f}, {"x/score/kernel": jnp.ones((4, 2))})
+    ),
+    "there is no A and no B": lambda _: Trainable(
         full={"score/kernel": jnp.ones((4, 2))}
     ),
-    "the table words: only one called embed_tokens": lambda f: Trainable(
-        {"up/kernel": f, "words/embedding": factors((9, 4), op="embedding")}
+    "words.lora_embedding_A.*only a table that is called embed_tokens": lambda f: (
+        Trainable({"up/kernel": f, "words/embedding": factors((9, 4), op="embedding")})
     ),
-    "a convolution of 2 dimensions": lambda _: Trainable(
+    "c.lora_A.weight: its shape is .2, 2, 3, 3., not a matrix": lambda _: Trainable(
         {"c/kernel": factors((3, 3, 2, 4), CONV, op="conv")}
     ),
 }
@@ -561,7 +563,7 @@ def test_portable_export_passes_the_checks_of_vllm(tmp_path):
     jlora.peft.save(tmp_path, adapter, names=maps.LLAMA, tied=False, portable=True)
     vllm_accepts(config_of(tmp_path), read(tmp_path))
     assert config_of(tmp_path)["use_rslora"]
-    with pytest.raises(PeftError, match=r"several files \(max_shard_bytes=40\)"):
+    with pytest.raises(PeftError, match="reads only adapter_model"):
         jlora.peft.save(
             tmp_path / "b", adapter, names=maps.LLAMA, tied=True, portable=True,
             max_shard_bytes=40,

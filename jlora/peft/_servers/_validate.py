@@ -1,17 +1,18 @@
 """`validate`: what a server does with each tensor of an adapter."""
 
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from ..._io.disk import Path
 from ...errors import PeftError
-from ..config import CONFIG, pattern_lookup
+from ..config import pattern_lookup
 from . import _llama_cpp, _sglang, _torch, _vllm
 from ._adapter import Adapter, Piece, read_adapter
 from ._base import Base, read_base
 from ._fit import FACTORS
 from ._layouts import with_layout
+from ._refusals import of_config, top_rank
 from ._report import ServerReport, Verdict
 from ._rules import (
     FieldRule,
@@ -63,7 +64,7 @@ def validate(
     adapter = read_adapter(pathlib.Path(directory))
     about = read_base(base)
     judge = _judge(rules, adapter, about)
-    found = [*_of_config(rules, adapter), *judge.of_config()]
+    found = [*of_config(rules, adapter), *judge.of_config()]
     own = [judge.verdict(piece) for piece in adapter.pieces]
     own = [
         with_layout(_altered(rules, adapter, *pair), pair[0], adapter, judge.layouts)
@@ -114,31 +115,6 @@ def _judge(server: Server, adapter: Adapter, base: Base) -> _Judge:
     return _torch.Lookup(server, adapter, base)
 
 
-def _of_config(server: Server, adapter: Adapter) -> Iterator[Verdict]:
-    """Yields what the server refuses of the config and of the files."""
-    for field in server.required:
-        if field not in adapter.fields:
-            yield _refusal(f"{CONFIG}: {field}", f"{server.name} needs it", "write it")
-    for rule in server.fields:
-        if rule.outcome == "refused" and not rule.fine(adapter.fields.get(rule.field)):
-            yield _refusal(f"{CONFIG}: {rule.field}", rule.why, rule.instead)
-    top, limit = _top_rank(adapter), max(server.ranks, default=None)
-    if limit is not None and top > limit:
-        why = f"rank {top} is above {server.option} {limit}"
-        yield _refusal(f"{CONFIG}: r", why, "lower it, with jlora.adapters.truncate")
-    if not adapter.one_file and not server.shards:
-        why = f"{server.name} reads only adapter_model.safetensors"
-        yield _refusal("the tensors", why, "save it without max_shard_bytes")
-
-
-def _refusal(name: str, why: str, instead: str) -> Verdict:
-    return Verdict(name=name, outcome="refused", why=why, instead=instead)
-
-
-def _top_rank(adapter: Adapter) -> int:
-    return max([adapter.config.r, *(rank for _, rank in adapter.config.rank_pattern)])
-
-
 def _altered(
     server: Server, adapter: Adapter, piece: Piece, verdict: Verdict
 ) -> Verdict:
@@ -174,6 +150,6 @@ def _notes(server: Server, adapter: Adapter, given: int | None) -> tuple[str, ..
     """Returns what the server has to be started with."""
     if given is not None or not server.ranks:
         return ()
-    top = _top_rank(adapter)
+    top = top_rank(adapter.config)
     enough = [rank for rank in server.ranks if rank >= top]
     return (f"start {server.name} with {server.option} {enough[0]}",) if enough else ()

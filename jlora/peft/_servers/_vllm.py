@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..config import PREFIX
 from ._adapter import A, Adapter, Piece
 from ._base import Base, Shape
-from ._fit import FACTORS, Fault, Names, lone, unfit
+from ._fit import FACTORS, Fault, Names, lone, no_matrix, unfit
 from ._models import VllmModel, is_classifier, vllm_model
 from ._report import Verdict
 from ._rules import Server
@@ -215,9 +215,11 @@ class Lookup:
         fused = self.model is not None and self.model.stacked_experts
         return ("peft",) if fused else ("per-expert",)
 
-    def of_config(self) -> tuple[Verdict, ...]:
-        """Returns nothing: what is refused of a config is in the rules."""
-        return ()
+    def of_config(self) -> Iterator[Verdict]:
+        """Yields what vLLM refuses of all tensors together."""
+        for why, instead in of_all(self.adapter.pieces):
+            name = "the tensors"
+            yield Verdict(name=name, outcome="refused", why=why, instead=instead)
 
     def _found(self, piece: Piece) -> tuple[str, Fault]:
         last = piece.module.rpartition(".")[2]
@@ -344,6 +346,31 @@ class Lookup:
             why = f"it is {list(piece.shape)}, the base's {list(shape)}"
             return "refused", why, "give the base that it was trained on"
         return "applied", "", ""
+
+
+def of_all(pieces: Iterable[Piece]) -> Iterator[tuple[str, str]]:
+    """Yields why vLLM takes no such tensors together, and what to do, of any base."""
+    parts = {piece.part for piece in pieces}
+    if parts.isdisjoint(FACTORS):
+        yield "there is no A and no B", "adapt a module, or serve the merged model"
+    last = {p.module.rpartition(".")[2] for p in pieces if p.part == "whole"}
+    if last.issuperset(_HEADS):
+        yield f"vLLM takes only one of {' and '.join(_HEADS)} whole", _MERGE
+
+
+def of_any_base(piece: Piece) -> tuple[str, str] | None:
+    """Returns why vLLM has no use for a tensor, and what to do, whatever the base is.
+
+    None if it depends on the base.
+    """
+    last = piece.module.rpartition(".")[2]
+    if piece.part in ("table_a", "table_b") and last != "embed_tokens":
+        return "vLLM adapts only a table that is called embed_tokens", _MERGE
+    if piece.part in FACTORS:
+        return None if len(piece.shape) == 2 else (no_matrix(piece), _MERGE)
+    kept = piece.part == "copy" and last in _TABLES
+    kept |= piece.part == "whole" and piece.module in _HEADS
+    return None if kept else _unsupported(piece)
 
 
 def _unsupported(piece: Piece) -> tuple[str, str]:
