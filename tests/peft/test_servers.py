@@ -389,6 +389,13 @@ def test_names_that_a_class_has_and_its_files_have_not(outcomes, kind, file, mod
     assert outcomes(config, shapes, file, (2, 8), (12, 2), **fields) == {"applied"}
 
 
+def test_vllm_takes_factors_of_a_head_for_its_weight(outcomes):
+    config = {"architectures": ["Qwen3ForSequenceClassification"]}
+    sizes = {"score.weight": (3, 8)}, "score", (2, 8), (3, 2), "vllm"
+    assert outcomes(config, *sizes) == {"applied"}
+    assert outcomes(config, *sizes, modules_to_save=["score"]) == {"refused"}
+
+
 def test_layers_that_are_there_twice(outcomes):
     shapes = {f"model.layers.{i}.up.weight": (8, 8) for i in range(2)}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}

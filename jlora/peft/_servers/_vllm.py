@@ -237,6 +237,8 @@ class Lookup:
         if piece.part not in FACTORS:
             return "", ("refused", *_unsupported(piece))
         name = self._name(piece)
+        if name in self.adapter.config.saved:
+            return name, self._for_weight(name)
         taker = self.takers.get(name)
         unread = self._unread(piece, name)
         if unread is not None:
@@ -248,6 +250,16 @@ class Lookup:
             return "", ("dropped", taker.why, more)
         fault = self._fault(piece, taker) or self._twice(name)
         return taker.target, fault or ("applied", "", "")
+
+    def _for_weight(self, head: str) -> Fault:
+        """Returns what vLLM does with A and B of a head that `modules_to_save` names.
+
+        It takes each for the head's weight, and keeps the last one by name.
+        """
+        pieces = self.adapter.pieces
+        whole = any(p.part == "whole" and p.module == head for p in pieces)
+        why = f"modules_to_save names {head}, so vLLM takes it for its weight"
+        return "dropped" if whole else "refused", why, "leave it out there"
 
     def _twice(self, name: str) -> Fault | None:
         """Returns what is wrong where several tensors are one factor of a module."""
