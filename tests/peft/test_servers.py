@@ -389,6 +389,30 @@ def test_names_that_a_class_has_and_its_files_have_not(outcomes, kind, file, mod
     assert outcomes(config, shapes, file, (2, 8), (12, 2), **fields) == {"applied"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "module", "wanted"),
+    [
+        ("qwen3_moe", ["gate"], "mlp.gate", "applied"),
+        ("qwen2_moe", ["gate"], "mlp.gate", "refused"),
+        ("qwen2_moe", ["up_proj"], "mlp.shared_expert.up_proj", "applied"),
+        ("qwen3_moe", ["up_proj"], "mlp.shared_expert.up_proj", "refused"),
+    ],
+)
+def test_names_that_peft_takes_out_of_the_targets(
+    outcomes, kind, targets, module, wanted
+):
+    begin = "model.layers.0.mlp"
+    shapes = {f"{begin}.gate.weight": (3, 8)}
+    parts = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
+    for place in ("shared_expert", *(f"experts.{i}" for i in range(3))):
+        shapes |= {f"{begin}.{place}.{n}.weight": size for n, size in parts.items()}
+    config = {"architectures": ["OursForCausalLM"], "model_type": kind}
+    name = f"model.layers.0.{module}"
+    rows = shapes[f"{name}.weight"][0]
+    fields = {"target_modules": targets}
+    assert outcomes(config, shapes, name, (2, 8), (rows, 2), **fields) == {wanted}
+
+
 def test_vllm_takes_factors_of_a_head_for_its_weight(outcomes):
     config = {"architectures": ["Qwen3ForSequenceClassification"]}
     sizes = {"score.weight": (3, 8)}, "score", (2, 8), (3, 2), "vllm"

@@ -4,11 +4,12 @@ PEFT converts adapters of such models too, in `utils/transformers_weight_convers
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable
 
 from .._experts import in_transformers
-from ..config import names_module, pattern_lookup
+from ..config import PeftConfig, names_module, pattern_lookup
 from ._adapter import Adapter, Piece
 from ._base import Base, Shape
 from ._fit import Fault, no_matrix
@@ -21,6 +22,7 @@ _PROJECTIONS = {
     "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
 }
 _PARAMETERS = ("gate_up_proj", "down_proj")
+_ROUTER = "gate"
 
 
 class FusedExperts:
@@ -29,6 +31,8 @@ class FusedExperts:
     Attributes:
       projections: what files call gate, up and down; empty if PEFT converts nothing.
       banks: how many experts a module has, by its name in memory.
+      converts: whether PEFT makes parameters of the experts that a config names. It has
+        no entry for the type `qwen2_moe` itself, only for those that are like it.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class FusedExperts:
         types = [base.config.get("model_type"), base.text.get("model_type")]
         self.family = next(filter(None, map(fused_like, map(str, types))), "")
         self.projections = _PROJECTIONS.get(self.family, ())
+        self.converts = bool(self.projections) and "qwen2_moe" not in types
         banks = {
             self.renamed(in_memory(bank)): count
             for bank, count in banks_of(base).items()
@@ -65,7 +70,41 @@ class FusedExperts:
         wanted = self.adapter.config.targets
         listed = wanted if isinstance(wanted, tuple) else ()
         last = {entry.rpartition(".")[2] for entry in listed}
-        return frozenset(last.intersection(self.projections))
+        return frozenset(last.intersection(self.projections if self.converts else ()))
+
+    @property
+    def half(self) -> str:
+        """The one of gate and up that is missing; empty for both or none."""
+        pair = self.projections[:2]
+        lacking = [name for name in pair if name not in self.targeted]
+        return lacking[0] if len(lacking) == 1 else ""
+
+    @property
+    def routers(self) -> frozenset[str]:
+        """What may be called a router: its class is none that PEFT adapts."""
+        parents = [bank.rpartition(".")[0] for bank in self.banks]
+        return frozenset(f"{p}.{n}" for p in parents for n in (_ROUTER, "router"))
+
+    def config(self) -> PeftConfig:
+        """Returns what PEFT makes of the config: it takes names of old classes out.
+
+        Those of experts then name parameters, and so does that of the router. PEFT goes
+        by their last part, also where they are meant for a layer that has such a name
+        still, as one of a shared expert.
+        """
+        config = self.adapter.config
+        if not self.converts or not isinstance(config.targets, tuple):
+            return config
+        old = {_ROUTER, *self.projections}
+        kept = [
+            entry for entry in config.targets if entry.rpartition(".")[2] not in old
+        ]
+        if len(kept) == len(config.targets):
+            return config
+        routed = any(e.rpartition(".")[2] == _ROUTER for e in config.targets)
+        more = (f"{_ROUTER}.weight",) if routed else ()
+        parameters = (*config.parameters, *more)
+        return dataclasses.replace(config, targets=tuple(kept), parameters=parameters)
 
     def is_raw(self, module: str) -> bool:
         """Returns whether a module's parameters are adapted as one."""
@@ -97,11 +136,9 @@ class FusedExperts:
         if bank not in self.banks:
             return "dropped", "the model has no experts of this name", ""
         if name not in self.targeted:
+            if not self.converts:
+                return "dropped", "PEFT adapts no experts of this type by name", ""
             return "dropped", "target_modules does not name it", f"add {name!r} to it"
-        other = [n for n in self.projections[:2] if n not in self.targeted]
-        if other and name in self.projections[:2]:
-            why = f"PEFT makes one of {' and '.join(self.projections[:2])}"
-            return "refused", why, f"adapt {other[0]} too"
         there, count = self._there[bank, name, piece.part], self.banks[bank]
         if count is not None and there != count:
             why = f"PEFT stacks the experts, and {there} of {count} are there"

@@ -101,6 +101,8 @@ class Lookup:
         self.modules = self.layers.applied(self.modules)
         self.tensors = self.layers.applied(self.tensors)
         by_task = server.name == "peft"  # its own classes keep heads whole
+        as_listed, config = adapter, self.fused.config()
+        adapter = dataclasses.replace(adapter, config=config)
         self.targets = Targets(
             adapter,
             self.modules,
@@ -111,9 +113,11 @@ class Lookup:
         self.parents = {n.rpartition(".")[0] for n in self.tensors}
         self._own = self._read(adapter)
         self._first = _by_name(self._own, last=server.name == "peft")
-        pieces = tuple(self._own[name] for name in self._first.values())
+        read = [self._own[name] for name in self._first.values()]
+        pieces = tuple(piece for piece in read if piece.prefixed)  # what is looked up
         self.adapter = adapter = dataclasses.replace(adapter, pieces=pieces)
-        self.fused = FusedExperts(adapter, base, self._in_memory, self.layers)
+        listed = dataclasses.replace(as_listed, pieces=pieces)
+        self.fused = FusedExperts(listed, base, self._in_memory, self.layers)
         self.names = Names([*self.modules, *(self.parents - self.modules.keys())])
         entries = {*adapter.config.parameters}
         raw = (n for n in self.tensors if entries and entries & {*endings(n)})
@@ -305,6 +309,13 @@ class Lookup:
             lost = any(map(form_of, self.adapter.pieces))
             instead = advice(self.layouts) if lost else "name its modules"
             yield self._told("target_modules", "refused", why, instead)
+        if half := self.fused.half:
+            why = f"PEFT makes one of {' and '.join(self.fused.projections[:2])}"
+            yield self._told("target_modules", "refused", why, f"adapt {half} too")
+        routers = [] if self.targets.every else self.fused.routers.intersection(adapted)
+        for name in sorted(routers)[:1]:
+            why = f"PEFT does not adapt the router {name!r:.100}"
+            yield self._told("target_modules", "refused", why, "leave it out there")
         wrapped = {*self.raw, *(self.fused.banks if self.fused.targeted else ())}
         for name in filter(self.targets.keeps, (*adapted, *sorted(wrapped))):
             why = f"target_modules or target_parameters name {name!r:.100} too"

@@ -106,7 +106,8 @@ def _of_parameters(
         for name in tensors
         if any(names_module(entry, name) for entry in adapter.config.parameters)
     ]
-    for field in ("use_dora", "lora_bias", "lora_dropout"):
+    lacking = ("use_dora", "lora_bias", "lora_dropout", "alora_invocation_tokens")
+    for field in lacking:
         if named and adapter.fields.get(field):
             why = f"PEFT does not have it for parameters, as {named[0]!r:.100}"
             yield field, "refused", why, "leave target_parameters out"

@@ -112,8 +112,8 @@ def in_transformers(
     inner = module.removeprefix(body)
     if inner != module and _bare(inner) in known:
         module = inner
-    elif _bare(body + module) in known:
-        module = body + module
+    elif _bare(body + module) in known and piece.part != "tokens":
+        module = body + module  # the names of rows are changed before, as they are
     return dataclasses.replace(piece, name=PREFIX + module + _end(piece), module=module)
 
 
