@@ -76,7 +76,8 @@ def quantize(
       ConfigError: for an unknown kind, storage or dtype of scales, or a block below 2.
       TreeError: if `params` is not the tree of `plan`; for a pattern that matches
         nothing; for a leaf that is quantised already, has fewer than two axes, is no
-        floating-point array, or holds NaN or infinity.
+        floating-point array, holds NaN or infinity, or numbers that are too large for
+        `scale_dtype` (not checked under `jit`).
 
     Examples:
       >>> import jax, jax.numpy as jnp, jlora
@@ -171,7 +172,9 @@ def quantize_leaf(
     is_shape, where = isinstance(w, jax.ShapeDtypeStruct), _layout(w)
     if where is None:
         run = functools.partial(encode, axes=axes, scheme=scheme)
-        return jax.eval_shape(run, w) if is_shape else run(jnp.asarray(w))
+        if is_shape:
+            return jax.eval_shape(run, w)
+        return _checked(path, run(jnp.asarray(w)), scheme)
     entries = [*where.spec, *(None for _ in range(w.ndim - len(where.spec)))]
     sizes = dict(where.mesh.shape)
     run = functools.partial(
@@ -192,12 +195,27 @@ def quantize_leaf(
         )
     if has_typed_placement(w):
         typed: Any = jax.sharding.auto_axes(run, out_sharding=specs)
-        return typed(w)
-    return jax.tree.map(
+        return _checked(path, typed(w), scheme)
+    found = jax.tree.map(
         lambda x, spec: jax.device_put(x, jax.NamedSharding(where.mesh, spec)),
         run(w),
         specs,
     )
+    return _checked(path, found, scheme)
+
+
+def _checked(path: str, q: Quantized, scheme: Scheme) -> Quantized:
+    """Returns `q`; raises a TreeError if a scale is infinite, where that is known."""
+    arrays = [x for x in jax.tree.leaves((q.scales, q.offset)) if _is_float(x)]
+    if not is_staging(arrays) and not_finite(dict(enumerate(arrays))):
+        remedy = "Leave out double=, or leave it dense with targets="
+        if scheme.scale_dtype == "float16":
+            remedy = "Write scale_dtype='bfloat16' or 'float32'"
+        raise TreeError(
+            f"{path!r} holds numbers too large for scales in {scheme.scale_dtype}. "
+            f"{remedy}."
+        )
+    return q
 
 
 def _layout(w: Leaf) -> jax.NamedSharding | None:
@@ -248,6 +266,7 @@ def _chosen(
             found |= dict.fromkeys(hits)
         return list(found)
     every = [p for p, w in leaves.items() if _is_float(w) and len(w.shape) >= 2]
+    every = [p for p in every if 0 not in leaves[p].shape]
     if has_plan:
         every = [path for path in every if _is_linear(rows[path])]
         every = [path for path in every if not rows[path].head] or every

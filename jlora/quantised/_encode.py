@@ -149,6 +149,10 @@ def _codes(
     within = tuple(range(1, len(parts), 2))
     largest = jnp.max(jnp.abs(cut), axis=within, keepdims=True)
     scales = (largest / kind.most).astype(scale_dtype)
+    # Rounded up, the scale could make the largest number of the dtype infinite.
+    beyond = scales.astype(jnp.float32) * kind.most > float(jnp.finfo(w.dtype).max)
+    beyond &= jnp.isfinite(scales)
+    scales = jnp.where(beyond, jnp.nextafter(scales, jnp.zeros_like(scales)), scales)
     wide = scales.astype(jnp.float32)
     codes = kind.encode(cut / jnp.where(wide == 0, 1, wide))
     codes = codes.reshape([n * b for n, b in zip(counts, blocks, strict=True)])

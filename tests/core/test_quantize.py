@@ -78,6 +78,32 @@ def test_a_leaf_that_cannot_be_quantised_is_named(w, text):
         jlora.quantize({"w": w}, targets="w")
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_an_empty_leaf_that_nobody_named_stays(double):
+    params = {"w": jnp.ones((4, 4)), "none": jnp.zeros((0, 4))}
+    coded = jlora.quantize(params, kind="int8", double=double)
+    assert coded["none"] is params["none"]
+    assert isinstance(coded["w"], jlora.Quantized)
+
+
+def test_numbers_too_large_for_the_scales_are_told():
+    w = {"w": jnp.full((4, 4), 1e5)}
+    wanted = "'w' holds numbers too large .* float16. Write scale_dtype='bfloat16' or"
+    with pytest.raises(jlora.TreeError, match=wanted):
+        jlora.quantize(w, scale_dtype="float16")
+    coded = jlora.quantize(w, scale_dtype="bfloat16")["w"]
+    assert jnp.isfinite(coded.dense()).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "int4"])
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+def test_the_largest_number_of_float16_stays_finite(kind, scale_dtype):
+    largest = float(jnp.finfo("float16").max)
+    w = {"w": jnp.full((4, 4), largest, "float16")}
+    found = jlora.quantize(w, kind=kind, scale_dtype=scale_dtype)["w"].dense()
+    assert float(jnp.abs(found.astype(jnp.float32) / largest - 1).max()) < 0.01
+
+
 def test_nothing_is_left_out_in_silence():
     coded = jlora.quantize(params_of())
     with pytest.raises(jlora.TreeError, match=r"'v' is quantised already"):
