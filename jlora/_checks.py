@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .errors import ConfigError
+from .errors import ConfigError, TreeError
 from .factors import Factors
 from .methods import leaf_shapes
 from .transform.compat import is_staging
@@ -52,6 +52,16 @@ def check_key(name: str, key: object) -> None:
         what = type(key).__name__ if shape is None else f"{dtype}{list(shape)}"
         raise ConfigError(
             f"{name} must be one PRNG key, jax.random.key(0), got {what}."
+        )
+
+
+def check_known(owner: str, *trees: object) -> None:
+    """Raises a TreeError if a leaf is traced: its numbers are not known then."""
+    if is_staging(*trees):
+        raise TreeError(
+            f"jlora.{owner} needs numbers, which are not known under jit, grad or "
+            "vmap. Return the arrays from the transformed function, and call "
+            f"jlora.{owner} outside, with what it returned."
         )
 
 

@@ -75,6 +75,15 @@ def key_of_path(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
+def root_of_squares(x: Array) -> jax.Array:
+    """Returns the root of the sum of the squares of all entries, of any axes.
+
+    `jnp.linalg.norm` would flatten the array, which JAX refuses where it is cut along
+    explicit axes of a mesh.
+    """
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
 def sqrt_halves(
     u: jax.Array, s: jax.Array, vt: jax.Array, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:

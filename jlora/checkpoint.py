@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 from numpy.typing import ArrayLike
 
+from ._checks import check_known
 from ._io.disk import Path
 from ._io.fingerprint import (
     Fingerprint as Fingerprint,
@@ -94,6 +95,7 @@ def save(
       (7, Array([0., 1., 2.], dtype=float32), {'seed': 0})
     """
     check_keep(keep)
+    check_known("checkpoint.save", trainable, opt_state, key, position, params)
     about, items = contents(
         step,
         trainable,
@@ -298,6 +300,7 @@ class Checkpoints:
                 f"Step {step} needs metrics={{{self._metric!r}: ...}}, by which the "
                 f"best is chosen; got {sorted(metrics or {})}."
             )
+        check_known("checkpoint.Checkpoints.save", trainable, opt_state, key, position)
         about, items = contents(
             step,
             trainable,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
+from .._checks import check_known
 from .._numerics import not_finite
 from .._tables import listed
 from .._text.json_text import parse_json
@@ -56,6 +57,7 @@ def save(path: Path, trainable: Trainable) -> None:
             f"jlora.save writes a jlora.Trainable, got {type(trainable).__name__}. "
             "Take it from jlora.split; export.safetensors writes whole models."
         )
+    check_known("save", trainable)
     trainable = on_host(trainable)
     check_whole(trainable)
     names = {f"{path}.{leaf}": x for _, path, leaf, x in arrays(trainable)}

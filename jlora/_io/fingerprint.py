@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import check_known
 from ..factors import PyTree
 from ..paths import flatten
 from ..quantised import KINDS, is_quantized, unpack
@@ -49,6 +50,7 @@ def fingerprint(params: PyTree) -> Fingerprint:
       >>> fingerprint({"w": jnp.ones((2, 3))}).leaves
       {'w': 'float32[2, 3] 6fdfe4575c17447a'}
     """
+    check_known("checkpoint.fingerprint", params)
     leaves, _ = flatten(params)
     arrays = {path: _arrays(x) for path, x in leaves.items() if is_array(x)}
     words = jax.device_get([[*map(_words, own)] for own in arrays.values()])

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,12 +153,13 @@ def write(
     unknown = [
         f"{name!r} is {x.dtype}"
         for name, x in tensors.items()
-        if _little(x.dtype) not in NAMES
+        if not has_dtype(x.dtype)
     ]
     if unknown:
         raise CheckpointError(
             f"Not saved: safetensors has no such dtype: {listed(unknown, 5)}. "
-            f"It has {', '.join(str(d) for d in NAMES)}."
+            f"It has {', '.join(str(d) for d in NAMES)}. Of a random key write "
+            "jax.random.key_data(key), or use Orbax."
         )
     wrong = [repr(name) for name in tensors if not _is_name(name)]
     if wrong:
@@ -218,7 +219,7 @@ def in_order(tensors: Mapping[str, Form]) -> list[str]:
       >>> in_order({"a": np.ones(1, np.int8), "c": np.ones(1), "b": np.ones(1)})
       ['b', 'c', 'a']
     """
-    return sorted(tensors, key=lambda n: (-_little(tensors[n].dtype).itemsize, n))
+    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
 
 
 def raw(x: ArrayLike) -> memoryview:
@@ -226,6 +227,14 @@ def raw(x: ArrayLike) -> memoryview:
     x = np.asarray(x)
     little = x.astype(_little(x.dtype), order="C", copy=False)
     return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
+
+
+def has_dtype(dtype: Any) -> bool:
+    """Returns whether the format has a dtype; it has none for random keys."""
+    try:
+        return _little(dtype) in NAMES
+    except TypeError:  # one of JAX's own, which NumPy does not know
+        return False
 
 
 def _little(dtype: DTypeLike) -> np.dtype:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from .. import paths
+from .._checks import check_known
 from .._io import coded
 from .._io.disk import Path, check_name, replacing, write_text
 from .._io.folders import replacing_folder
@@ -47,6 +48,7 @@ def orbax(directory: Path, params: PyTree, *, overwrite: bool = False) -> None:
     import orbax.checkpoint as ocp
 
     check_name(directory)
+    check_known("export.orbax", params)
     if os.path.lexists(directory) and not overwrite:
         raise CheckpointError(
             f"{str(directory)!r} is already there. Give another name, or pass "
@@ -98,6 +100,7 @@ def safetensors(path: Path, params: PyTree) -> None:
     References:
       https://huggingface.co/docs/safetensors
     """
+    check_known("export.safetensors", params)
     leaves, _ = paths.flatten(params)
     write_in_first(lambda read: write(path, of_tree(params, read)), leaves)
 

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 
+from .._checks import check_known
 from .._core.algebra import as_float64, lora_spec, norm, on_host
 from .._io.describe import check_whole
 from .._io.disk import Path, Progress
@@ -51,6 +52,7 @@ def diff(a: Trainable, b: Trainable) -> tuple[Difference, ...]:
       >>> found.path, round(found.relative, 6)
       ('w', 0.5)
     """
+    check_known("inspection.diff", a, b)
     for adapter in (a, b):
         check_whole(adapter, TreeError, "This is not a whole adapter")
     told = []

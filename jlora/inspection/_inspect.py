@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from .._checks import check_known
 from .._core import algebra
 from .._io.describe import arrays, check_whole
 from .._numerics import is_finite
@@ -114,6 +115,7 @@ def inspect(trainable: Trainable) -> Inspection:
     References:
       Roy and Vetterli, 2007, The effective rank, EUSIPCO
     """
+    check_known("inspection.inspect", trainable)
     check_whole(trainable, TreeError, "This is not a whole adapter")
     leaves = [_adapted(path, f) for path, f in trainable.lora.items()]
     leaves += [_full(path, x) for path, x in trainable.full.items()]

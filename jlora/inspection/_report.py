@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import check_known
 from .._core.algebra import as_float64, delta, matrices, norm, on_host
 from .._core.tree import Missing, check, flatten_frozen, widened
-from .._numerics import is_finite
+from .._numerics import is_finite, root_of_squares
 from .._tables import count, html, nbytes, table
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import method_of, trained_leaves
@@ -130,6 +131,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
     """
     leaves, _ = flatten_frozen(frozen)
     check(leaves, trainable)
+    check_known("report", leaves, trainable)
     entries = [
         _adapted(path, leaves[path], factors)
         for path, factors in trainable.lora.items()
@@ -151,7 +153,7 @@ def report(frozen: PyTree, trainable: Trainable) -> Report:
 def _adapted(path: str, w: Leaf, f: Factors) -> ReportedLeaf:
     w = widened(w)
     moved = (_norm if method_of(f.spec).gain is None else _moved)(w, f)
-    base = float(jnp.linalg.norm(w.astype(jnp.float32).ravel()))
+    base = float(root_of_squares(jnp.asarray(w).astype(jnp.float32)))
     return ReportedLeaf(
         path=path,
         shape=tuple(w.shape),
@@ -184,7 +186,7 @@ def _moved(w: Leaf, f: Factors) -> float:
     if not _is_here(w, f):
         w = w.astype(jnp.float32)
         total = w + delta(f)
-        return float(jnp.linalg.norm((total * dense_gain(f, total) - w).ravel()))
+        return float(root_of_squares(total * dense_gain(f, total) - w))
     axes, base = f.spec.axes, as_float64(w)
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity pass
         product = np.matmul(*matrices(on_host(f)))

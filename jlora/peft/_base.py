@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._checks import check_known
 from .._io.disk import Path, check_name, reading, write_text
 from .._io.folders import replacing_files
 from .._io.leaves import CodedSlot, LeafSlot, leaves_in
 from .._io.placing import Quantize, encoders_for, placed as placed_leaf
 from .._io.processes import write_in_first
 from .._io.shards import Pending, open_tensors, write_tensors
-from .._io.tensors import NAMES
+from .._io.tensors import has_dtype
 from .._io.torch_models import CONFIG
 from .._io.torch_quantised import tell_widened
 from .._numerics import narrowed
@@ -354,6 +355,7 @@ def save_base(
     """
     check_name(directory, PeftError)
     names = names or GENERIC
+    check_known("peft.save_base", params)
     leaves, _ = flatten(params)
     arrays = {path: x for path, x in leaves.items() if is_shaped(x)}
     wrong = [f"{path!r} is not an array" for path in leaves if path not in arrays]
@@ -398,8 +400,9 @@ def _tensors(
     tensors: dict[str, _Tensor] = {}
     shares: dict[str, dict[Cut, _Tensor]] = {}
     for path, places in zip(placed, untied(placed.values()), strict=True):
-        own = _dtype(arrays[path], dtype)
-        if own not in NAMES:
+        own = arrays[path].dtype
+        own = _dtype(arrays[path], dtype) if has_dtype(own) else own
+        if not has_dtype(own):
             wrong.append(f"{path!r} is {own}, which torch files do not have")
             continue
         for place in places:

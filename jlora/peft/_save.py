@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
+from .._checks import check_known
 from .._io import paired
 from .._io.describe import check_whole
 from .._io.disk import check_name, write_text
@@ -123,6 +124,7 @@ def save(
     """
     check_name(directory, PeftError)
     other = _dialect(dialect, portable=portable, max_bytes=max_shard_bytes, add=add)
+    check_known("peft.save", trainable, params)
     if isinstance(trainable, Trainable):  # else the next line says what came
         trainable = on_host(trainable)
     fields, named = _converted(

@@ -54,6 +54,36 @@ def whole(fields, data):
 # Save, then load.
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("save", lambda to, base, t: jlora.save(to, t)),
+        ("peft.save", lambda to, base, t: jlora.peft.save(to, t)),
+        ("peft.save_base", lambda to, base, t: jlora.peft.save_base(to, base)),
+        ("checkpoint.save", lambda to, base, t: jlora.checkpoint.save(to, t)),
+        (
+            "checkpoint.fingerprint",
+            lambda to, base, t: jlora.checkpoint.fingerprint(base),
+        ),
+        ("export.orbax", lambda to, base, t: jlora.export.orbax(to, base)),
+        ("export.safetensors", lambda to, base, t: jlora.export.safetensors(to, base)),
+        ("report", lambda to, base, t: jlora.report(base, t)),
+        ("inspection.inspect", lambda to, base, t: jlora.inspection.inspect(t)),
+        ("inspection.diff", lambda to, base, t: jlora.inspection.diff(t, t)),
+    ],
+)
+def test_what_needs_numbers_says_so_under_jit(name, call, tmp_path):
+    base = {"w": jnp.ones((4, 2))}
+    spec = jlora.Spec(rank=1, alpha=1.0)
+    own = jlora.Factors(jnp.ones((4, 1)), jnp.ones((1, 2)), spec)
+    wanted = f"jlora.{name} needs numbers.* Return the arrays from the transformed"
+    with pytest.raises(jlora.TreeError, match=wanted):
+        jax.jit(lambda *trees: call(tmp_path / "out", *trees))(
+            base, jlora.Trainable({"w": own})
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_save_then_load_is_identity(path):
     jlora.save(path, adapter())
     read = jlora.load(path)
@@ -139,6 +169,11 @@ def test_big_endian_arrays_are_written_little(path):
 def test_what_is_no_adapter_is_not_saved(path):
     with pytest.raises(jlora.TreeError, match=r"writes a jlora\.Trainable, got dict"):
         jlora.save(path, {"w": jnp.ones(2)})
+    keyed = {"w": jnp.ones((2, 2)), "rng": jax.random.key(0)}
+    with pytest.raises(jlora.CheckpointError, match=r"'rng' is key.* jax\.random\.ke"):
+        jlora.export.safetensors(path, keyed)
+    with pytest.raises(jlora.PeftError, match=r"'rng' is key.*, which torch files do"):
+        jlora.peft.save_base(path, keyed)
     half = jlora.Trainable(full={"k": jnp.zeros((2,), "int4")})
     with pytest.raises(
         jlora.CheckpointError, match=r"no such dtype: 'k\.full' is int4"
