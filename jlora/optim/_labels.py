@@ -2,6 +2,7 @@
 
 import jax
 
+from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import trained_leaves
 
@@ -107,6 +108,17 @@ def decay_mask(tree: PyTree) -> PyTree:
         )
 
     return jax.tree.map(of, tree, is_leaf=is_trainable)
+
+
+def check_trainables(name: str, tree: PyTree) -> None:
+    """Raises a TreeError if an optimizer of A and B is given a tree without them."""
+    nodes = jax.tree.leaves(tree, is_leaf=is_trainable)
+    if nodes and not any(map(is_trainable, nodes)):
+        raise TreeError(
+            f"{name} found no jlora.Trainable in the tree that it is to update, so it "
+            "cannot tell A from B. Give it trainable from jlora.split, or a tree that "
+            "holds it; put transformations that flatten the tree inside of it."
+        )
 
 
 def is_trainable(node: object) -> bool:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from .._checks import check_optimizer, check_positive
 from ..factors import Factors, PyTree, Trainable
-from ._labels import is_trainable
+from ._labels import check_trainables, is_trainable
 
 if TYPE_CHECKING:
     import optax
@@ -37,6 +37,7 @@ def lora_plus(
 
     Raises:
       ConfigError: if a ratio is not a positive number, or `tx` is not an optimizer.
+      TreeError: (from `update`) if there is no `Trainable` in the tree.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -81,6 +82,7 @@ def lora_plus(
         params: "optax.Params | None" = None,
         **extra: Any,
     ) -> tuple["optax.Updates", "optax.OptState"]:
+        check_trainables("lora_plus", updates)
         updates, state = inner.update(updates, state, params, **extra)
         return jax.tree.map(scale, updates, is_leaf=is_trainable), state
 

@@ -399,6 +399,15 @@ def test_what_is_not_an_optimizer_is_an_error(name):
         jlora.optim.adalora(None, target_rank=2, steps=10)
 
 
+@pytest.mark.parametrize("name", ["lora_plus", "lora_fa", "riemannian"])
+def test_a_tree_without_a_trainable_is_an_error(name):
+    own = Factors(jnp.ones((3, 2)), jnp.ones((2, 4)), Spec(rank=2, alpha=2))
+    tx = getattr(jlora.optim, name)(optax.sgd(1e-2))
+    for tree in ({"w": own}, jnp.ones(14)):
+        with pytest.raises(jlora.TreeError, match=rf"{name} found no jlora\.Trainable"):
+            tx.update(tree, tx.init(tree), tree)
+
+
 def test_adalora_passes_extra_arguments_on():
     spec = Spec(rank=2, alpha=2, method="adalora")
     own = Factors(jnp.eye(3, 2), jnp.eye(2, 4), spec, jnp.ones(2))
