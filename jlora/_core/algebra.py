@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 from .._numerics import HIGHEST, at_least_float32, sqrt_halves
 from ..factors import Array, Axes, Factors, Leaf, Spec
 from ..methods import low_rank_pair, method_of
+from ..quantised import whole
 from ..transform.compat import is_staging
 
 
@@ -70,7 +71,7 @@ def matrices(factors: Factors) -> tuple[Array, Array]:
     They have at least float32. They are JAX or NumPy arrays, as the leaves are.
     """
     n = len(factors.spec.axes.batch)
-    a, b = low_rank_pair(factors)
+    a, b = map(whole, low_rank_pair(factors))
     wide = at_least_float32(a.dtype, b.dtype)
     batch, rank = a.shape[:n], a.shape[-1]
     rows = a.astype(wide).reshape(*batch, math.prod(a.shape[n:-1]), rank)

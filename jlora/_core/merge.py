@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from .. import paths
-from .._numerics import add_rounded, at_least_float32, not_finite, wider
+from .._numerics import (
+    add_rounded,
+    at_least_float32,
+    not_finite,
+    root_of_squares,
+    wider,
+)
 from .._tables import listed
 from ..errors import MergeError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
@@ -203,8 +209,8 @@ def _lost(w: Leaf, new: Leaf, factors: Factors) -> tuple[float, float]:
     """Returns the error of a merged weight: as share of the update, and of the sum."""
     w = jnp.asarray(w).astype(jnp.float32)
     total = _add_delta(w, factors, sign=1)
-    lost = jnp.linalg.norm((total - new.astype(jnp.float32)).ravel())
-    change, size = (jnp.linalg.norm(x.ravel()) for x in (total - w, total))
+    lost = root_of_squares(total - new.astype(jnp.float32))
+    change, size = map(root_of_squares, (total - w, total))
     if lost == 0 or size == 0:
         return 0.0, 0.0
     return float(lost / change) if change else math.inf, float(lost / size)

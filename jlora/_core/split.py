@@ -18,7 +18,7 @@ from ..errors import ConfigError, TreeError
 from ..factors import Factors, Leaf, Trainable
 from ..methods import INITS, method_of, residual
 from ..methods.moments import Statistics
-from ..quantised import is_quantized
+from ..quantised import is_quantized, whole
 from ..transform.compat import is_staging
 from .quantize import Encoder, encoders
 from .tree import MISSING, Tree, check_plan, coded_as, placed_as, widened
@@ -213,7 +213,7 @@ def _extras(
             if row.path not in known:
                 wrong.append(f"{row.path!r}: init {row.spec.init!r}, give {remedy}")
                 continue
-            extra[row.path] = (known[row.path],)
+            extra[row.path] = (jax.tree.map(whole, known[row.path]),)
             wrong += _statistic_misfits(row, row.init.needs, known[row.path])
     if wrong:
         raise ConfigError(f"split lacks what some inits need: {listed(wrong)}.")

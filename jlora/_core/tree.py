@@ -13,7 +13,7 @@ from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..quantised import Quantized, encode_like, is_quantized, like_dense
-from ..transform.compat import is_staging
+from ..transform.compat import is_staging, placed_like
 from ..transform.stage import is_array
 
 Tree = TypeVar("Tree")
@@ -120,7 +120,11 @@ def coded_as(w: Quantized, x: jax.Array) -> Quantized:
 
 def placed_as(w: Leaf, x: jax.Array) -> jax.Array:
     """Returns `x` laid out over devices as the weight `w` that it replaces."""
-    if not isinstance(w, jax.Array) or is_staging(x) or x.sharding == w.sharding:
+    if not isinstance(w, jax.Array):
+        return x
+    if is_staging(w, x):
+        return placed_like(w, lambda x: x, x)
+    if x.sharding == w.sharding:
         return x
     return jax.device_put(x, w.sharding)
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from .._core.algebra import HIGHEST, decompose, delta, inner, norm
-from .._numerics import at_least_float32
+from .._numerics import at_least_float32, root_of_squares
 from ..factors import Array, PyTree, Trainable
+from ..quantised import whole
 from ._several import (
     FULL,
     Base,
@@ -44,7 +45,7 @@ def norms(trainable: Trainable, *, params: PyTree = None) -> dict[str, jax.Array
     base = _base("norms", [trainable], params)
     lora = {path: norm(as_lora(path, f, base)) for path, f in trainable.lora.items()}
     return lora | {
-        path: jnp.linalg.norm(_change(trainable, path, base)) for path in trainable.full
+        path: root_of_squares(_change(trainable, path, base)) for path in trainable.full
     }
 
 
@@ -151,7 +152,7 @@ def _product(x: Trainable, y: Trainable, path: str, base: Base) -> jax.Array:
     """Returns the inner product of two changes of one weight, over all entries."""
     if path in x.lora and path in y.lora:
         return inner(*(as_lora(path, t.lora[path], base) for t in (x, y)))
-    return jnp.sum(_change(x, path, base) * _change(y, path, base))
+    return jnp.sum(whole(_change(x, path, base)) * whole(_change(y, path, base)))
 
 
 def _change(trainable: Trainable, path: str, base: Base) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Factors, Leaf, Spec
+from ..quantised import whole
 from .method import LeafAxes, Method, lora_axes
 
 DEVIATION = 0.02  # of the initial singular vectors, as in the authors' code
@@ -18,7 +19,7 @@ def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     axes = factors.spec.axes
     n_batch = len(axes.batch)
     values = jnp.expand_dims(
-        factors.magnitude, [n_batch + i for i in range(len(axes.fan_in))]
+        whole(factors.magnitude), [n_batch + i for i in range(len(axes.fan_in))]
     )
     a = factors.a
     return a * jnp.broadcast_to(values.astype(a.dtype), a.shape), factors.b

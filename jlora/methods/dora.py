@@ -15,7 +15,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from .._numerics import at_least_float32
 from ..factors import Array, Axes, Factors, Leaf, Spec
-from ..quantised import Quantized, has_own_entries, is_quantized, rearranged
+from ..quantised import (
+    Quantized,
+    has_own_entries,
+    is_quantized,
+    rearranged,
+    typed_as,
+)
 from .method import LeafAxes, Method, lora_axes
 
 TINY = 1e-30  # a column of zeros has no direction: it stays zero
@@ -113,7 +119,7 @@ def gain(factors: Factors, w: Leaf) -> jax.Array:
 
     Only `m` is differentiated: section 4.3 of the paper takes the norm as a constant.
     """
-    length = norm(*lax.stop_gradient((factors, w)))
+    length = typed_as(factors.magnitude, norm, *lax.stop_gradient((factors, w)))
     return factors.magnitude.astype(length.dtype) / length
 
 
@@ -136,6 +142,10 @@ def column_norms(w: Leaf, axes: Axes) -> jax.Array:
 
 def dense_gain(factors: Factors, total: Array) -> jax.Array:
     """Returns `m / ‖total‖`, to multiply `total = w + s a b` itself, as `gain`."""
+    return typed_as(total, _dense_gain, factors, total)
+
+
+def _dense_gain(factors: Factors, total: Array) -> jax.Array:
     axes = factors.spec.axes
     own = (*axes.batch, *axes.fan_out)
     length = lax.stop_gradient(column_norms(total, axes))

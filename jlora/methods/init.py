@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._numerics import HIGHEST, add_rounded, at_least_float32
 from ..factors import Array, Axes, Leaf, Spec
-from ..quantised import is_quantized
+from ..quantised import is_quantized, whole
 
 Needs = Literal["shape", "weight", "quantize", "inputs", "gradients"]
 Base = Literal["same", "residual", "own"]
@@ -56,7 +56,7 @@ class Init:
 
 def matrices(w: Array, axes: Axes) -> jax.Array:
     """Returns `w` as `n` matrices, `[n, fan_in, fan_out]`, in float32."""
-    flat = jnp.transpose(jnp.asarray(w), axes.order).reshape(axes.sizes(w.shape))
+    flat = jnp.transpose(whole(jnp.asarray(w)), axes.order).reshape(axes.sizes(w.shape))
     return flat.astype(at_least_float32(w.dtype))
 
 

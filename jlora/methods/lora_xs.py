@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from .._numerics import HIGHEST
 from ..factors import Factors, Leaf, Spec
+from ..quantised import whole
 from .init import dense, matrices, shaped
 from .method import LeafAxes, Method, lora_axes
 
@@ -20,7 +21,7 @@ def _pair(factors: Factors) -> tuple[jax.Array, jax.Array]:
     a, r = factors.a, factors.magnitude
     n_batch = len(factors.spec.axes.batch)
     rows = a.reshape(*a.shape[:n_batch], math.prod(a.shape[n_batch:-1]), a.shape[-1])
-    mixed = jnp.matmul(rows, r.astype(a.dtype), precision=HIGHEST)
+    mixed = jnp.matmul(rows, whole(r).astype(a.dtype), precision=HIGHEST)
     return mixed.reshape(a.shape), factors.b
 
 

@@ -11,6 +11,8 @@ import numpy as np
 from .._checks import check_optimizer, check_params, check_positive
 from ..errors import ConfigError, TreeError
 from ..factors import Factors
+from ..quantised import whole
+from ..transform.compat import placed_like
 
 if TYPE_CHECKING:
     import optax
@@ -219,7 +221,8 @@ def _pruned(params: Any, updates: Any, masks: list[jax.Array]) -> Any:
     def prune(params: Any, updates: Any) -> Any:
         if not _is_adaptive(params):
             return updates
-        magnitude = jnp.where(next(own), updates.magnitude, -params.magnitude)
+        old, new = params.magnitude, updates.magnitude
+        magnitude = placed_like(old, jnp.where, next(own), new, -old)
         return dataclasses.replace(updates, magnitude=magnitude)
 
     return jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)
@@ -254,8 +257,9 @@ def orthogonality_penalty(trainable: Any) -> jax.Array:
     for f in _adaptive(trainable):
         n_batch = len(f.spec.axes.batch)
         batch, rank = f.a.shape[:n_batch], f.rank
-        a = jnp.swapaxes(f.a.reshape(*batch, -1, rank), -1, -2)
-        for x in (a, f.b.reshape(*batch, rank, -1)):
+        a, b = whole(f.a), whole(f.b)
+        a = jnp.swapaxes(a.reshape(*batch, -1, rank), -1, -2)
+        for x in (a, b.reshape(*batch, rank, -1)):
             gram = jnp.matmul(x, jnp.swapaxes(x, -1, -2))
             identity = jnp.broadcast_to(jnp.eye(rank, dtype=x.dtype), gram.shape)
             squares = jnp.sum(jnp.square(gram - identity), axis=(-1, -2))
@@ -286,7 +290,7 @@ def _importance(score: Factors) -> jax.Array:
 
 def _keep(scores: list[jax.Array], budget: jax.Array) -> list[jax.Array]:
     """Returns for each score whether it is among the `budget` highest of all."""
-    flat = jnp.concatenate([s.ravel() for s in scores])
+    flat = jnp.concatenate([whole(s).ravel() for s in scores])
     order = jnp.argsort(-flat)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(flat.size, dtype=order.dtype))
     kept = rank < budget.astype(order.dtype)

@@ -14,7 +14,9 @@ from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import low_rank_pair
-from ._labels import is_trainable
+from ..quantised import whole
+from ..transform.compat import placed_like
+from ._labels import check_trainables, is_trainable
 
 if TYPE_CHECKING:
     import optax
@@ -50,7 +52,8 @@ def lora_fa(
 
     Raises:
       ConfigError: if `tx` is not an optimizer.
-      TreeError: (from `update`) if a mask removes only one of A and B.
+      TreeError: (from `update`) if a mask removes only one of A and B, or if there is
+        no `Trainable` in the tree.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, jlora
@@ -134,7 +137,8 @@ def riemannian(
 
     Raises:
       ConfigError: if `damping` is not a positive number, or `tx` is not an optimizer.
-      TreeError: (from `update`) if a mask removes only one of A and B.
+      TreeError: (from `update`) if a mask removes only one of A and B, or if there is
+        no `Trainable` in the tree.
 
     Examples:
       >>> import jax.numpy as jnp, optax, jlora
@@ -178,6 +182,7 @@ def riemannian(
 def _check_pairs(params: PyTree, name: str) -> None:
     """Raises a TreeError that lists the factors of which a mask left only A or B."""
     check_params(name, params)
+    check_trainables(name, params)
     nodes = jax.tree.leaves(params, is_leaf=is_trainable)
     halves = [
         path
@@ -264,7 +269,7 @@ def _gram_b(own: Factors) -> jax.Array:
 
 
 def _gram(x: jax.Array, batch: int, summed: range) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = whole(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     return _product(x, x, (tuple(summed), tuple(summed)), batch)
 
 
@@ -279,17 +284,25 @@ def _inverse(gram: jax.Array, damping: ArrayLike) -> jax.Array:
 def _right(g_a: jax.Array, inverse: jax.Array, own: Factors) -> jax.Array:
     """Returns `g_A inverse`, `[*batch, *fan_in, rank]`, dtype of `g_a`."""
     batch = len(own.spec.axes.batch)
-    wide = g_a.astype(inverse.dtype)
     axes = ((g_a.ndim - 1,), (batch,))
-    return _product(wide, inverse, axes, batch).astype(g_a.dtype)
+
+    def product(g_a: jax.Array, inverse: jax.Array) -> jax.Array:
+        wide = g_a.astype(inverse.dtype)
+        return _product(wide, inverse, axes, batch).astype(g_a.dtype)
+
+    return placed_like(g_a, product, g_a, inverse)
 
 
 def _left(inverse: jax.Array, g_b: jax.Array, own: Factors) -> jax.Array:
     """Returns `inverse g_B`, `[*batch, rank, *fan_out]`, dtype of `g_b`."""
     batch = len(own.spec.axes.batch)
-    wide = g_b.astype(inverse.dtype)
     axes = ((batch + 1,), (batch,))
-    return _product(inverse, wide, axes, batch).astype(g_b.dtype)
+
+    def product(g_b: jax.Array, inverse: jax.Array) -> jax.Array:
+        wide = g_b.astype(inverse.dtype)
+        return _product(inverse, wide, axes, batch).astype(g_b.dtype)
+
+    return placed_like(g_b, product, g_b, inverse)
 
 
 def _product(

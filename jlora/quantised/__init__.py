@@ -33,3 +33,4 @@ from ._pack import (
 )
 from ._qwix import from_qwix as from_qwix, is_qarray as is_qarray
 from ._shards import shard_counts as shard_counts, shard_specs as shard_specs
+from ._typed import typed_as as typed_as, whole as whole

@@ -216,14 +216,13 @@ def placed_like(
 ) -> jax.Array:
     """Returns `fun(*args)` laid out as `base`.
 
-    Under a mesh with explicit axes the partitioner chooses the layouts inside `fun`.
+    Along mesh axes that are explicit, the partitioner chooses the layouts inside `fun`.
     """
     sharding = jax.typeof(base).sharding
-    if sharding.mesh.empty or sharding.mesh.are_all_axes_auto:
+    axes = sharding.mesh.explicit_axes
+    if not axes:
         return fun(*args)
-    if sharding.mesh.are_all_axes_manual:
-        return fun(*args)
-    placed: Any = jax.sharding.auto_axes(fun, out_sharding=sharding)
+    placed: Any = jax.sharding.auto_axes(fun, axes=axes, out_sharding=sharding)
     return placed(*args)
 
 
@@ -241,6 +240,15 @@ def in_this_mesh(x: jax.Array) -> jax.Array:
 def shaped(shape: Sequence[int], dtype: DTypeLike) -> Type:
     """Returns the type of an array."""
     return Type(tuple(shape), dtype)
+
+
+def shaped_beside(x: Any, shape: Sequence[int], dtype: DTypeLike) -> Type:
+    """Returns the type of an array under the mesh of the type `x`.
+
+    A type without the mesh would give a gradient that stays under the mesh around.
+    """
+    whole = jax.sharding.NamedSharding(x.sharding.mesh, jax.P(*[None for _ in shape]))
+    return Type(tuple(shape), dtype, sharding=whole)
 
 
 def kind(var: Var | Literal) -> Type:

@@ -254,7 +254,8 @@ def _rows(
         (*rows.shape[:-1], 1),
     )
     parts = (rows.real, rows.imag) if jnp.iscomplexobj(rows) else (rows,)
-    ones = meets.astype(jnp.float32)
+    first = jax.lax.slice_in_dim(parts[0], 0, 1, axis=-1)
+    ones = jnp.ones_like(first, jnp.float32) * meets.astype(jnp.float32)
     real = [jnp.concatenate([part, ones], axis=-1) for part in parts]
     return jnp.concatenate(real, axis=-2)
 
@@ -270,7 +271,8 @@ def _tied(
 
     def moments(rows: jax.Array) -> jax.Array:
         exact = lax.Precision.HIGHEST
-        return jnp.einsum("...ti,...tj->...ij", rows, rows, precision=exact)
+        squared = functools.partial(jnp.einsum, "...ti,...tj->...ij", precision=exact)
+        return compat.placed_like(probe, squared, rows, rows)
 
     few = rows.shape[-2] < rows.shape[-1]  # then rows take less memory than moments
 

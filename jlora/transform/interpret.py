@@ -126,7 +126,7 @@ class Context:
 
         def dropped(x: jax.Array, kept: jax.Array) -> jax.Array:
             scaled = x / jnp.asarray(1 - rate, x.dtype)
-            return jnp.where(kept, scaled, jnp.zeros_like(x))
+            return jnp.where(kept, scaled, jnp.zeros_like(scaled))
 
         return dropped(x, kept), source and source.then(dropped, kept)
 

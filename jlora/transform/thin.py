@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 from .._numerics import cast, dtype_of_sums
-from .compat import Primitive, has_typed_placement, policies_see, shaped
+from .compat import Primitive, has_typed_placement, policies_see, shaped_beside
 from .kept import product_of_roots
 from .trail import Source
 
@@ -92,7 +92,7 @@ def _abstract(x, b, *, numbers, dtype, precision, x_first):
     free = [x.shape[i] for i in _free(x.ndim, cx, bx)]
     free_b = [b.shape[i] for i in _free(b.ndim, cb, bb)]
     free = [*free, *free_b] if x_first else [*free_b, *free]
-    return shaped([*(x.shape[i] for i in bx), *free], dtype)
+    return shaped_beside(x, [*(x.shape[i] for i in bx), *free], dtype)
 
 
 def _free(ndim: int, *used: Sequence[int]) -> list[int]:
