@@ -81,7 +81,7 @@ def root_of_squares(x: Array) -> jax.Array:
     `jnp.linalg.norm` would flatten the array, which JAX refuses where it is cut along
     explicit axes of a mesh.
     """
-    return jnp.sqrt(jnp.sum(jnp.square(x)))
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x))))
 
 
 def sqrt_halves(

@@ -293,6 +293,14 @@ def test_density_must_be_a_part(density, key):
 # Measures.
 
 
+def test_the_norm_of_complex_numbers_is_real():
+    moved = jlora.Trainable(full={"w": jnp.array([[3j, 4.0]])})
+    base = {"w": jnp.zeros((1, 2), jnp.complex64)}
+    norms = adapters.norms(moved, params=base)
+    assert norms["w"].dtype == jnp.float32
+    assert norms["w"] == 5
+
+
 def test_norms_and_cosine_equal_dense_algebra():
     for path, norm in adapters.norms(Y).items():
         np.testing.assert_allclose(
