@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from .. import paths
 from .._checks import misshapen, not_floating
@@ -34,6 +35,13 @@ class Missing:
 
 
 MISSING = Missing()
+export.register_pytree_node_serialization(
+    Missing,
+    serialized_name="jlora.Missing",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: MISSING,
+    from_children=lambda missing, _: missing,
+)
 
 
 def check_plan(leaves: Mapping[str, Leaf], plan: Plan) -> None:

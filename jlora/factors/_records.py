@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from .. import _state_dicts
+from .. import _exports, _state_dicts
 from .._tables import alike, count, folded, html, listed
 from ..errors import ConfigError
 from ._scale import scale_fault
@@ -352,3 +352,7 @@ def _size(tree: PyTree) -> int:
 
 
 _state_dicts.register(Trainable, Factors)
+_exports.register(Trainable)
+_exports.register(
+    Factors, lambda spec: [spec.to_dict()], lambda fields: [Spec.from_dict(fields)]
+)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from .. import _exports
 from .._core.algebra import lora_spec
 from .._core.rebase import changed_base
 from .._core.tree import check_trainable
@@ -54,6 +55,9 @@ class Pool:
     def capacity(self) -> int:
         """The number of slots."""
         return self.occupied.shape[0]
+
+
+_exports.register(Pool)
 
 
 def create(like: Trainable, capacity: int) -> Pool:

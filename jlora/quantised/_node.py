@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import _state_dicts
+from .. import _exports, _state_dicts
 from ..errors import TreeError
 from ._pack import Packing
 from ._typed import typed_as
@@ -136,6 +136,22 @@ class Quantized:
         except (AttributeError, TypeError):  # a tree_map put something else there
             fields = f"codes={self.codes!r}, scales={self.scales!r}"
             return f"Quantized({fields}, kind={self.kind!r})"
+
+
+def _described(
+    kind: str, blocks: tuple[int, ...], dtype: Any, packing: Packing | None
+) -> list[Any]:
+    """Returns the static fields as JSON has them."""
+    how = None if packing is None else dataclasses.astuple(packing)
+    return [kind, blocks, np.dtype(dtype).name, how]
+
+
+def _rebuilt(kind: str, blocks: list[int], dtype: str, how: list[int] | None) -> Any:
+    packing = None if how is None else Packing(*how)
+    return kind, tuple(blocks), np.dtype(dtype), packing
+
+
+_exports.register(Quantized, _described, _rebuilt)
 
 
 def is_quantized(x: object) -> TypeGuard[Quantized]:

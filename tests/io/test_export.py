@@ -582,3 +582,48 @@ def test_parameters_that_cannot_be_embedded(monkeypatch):
     monkeypatch.setattr("jlora.export._whole._EMBED_LIMIT", 10)
     with pytest.raises(jlora.TreeError, match=r"take 48 bytes.*embed=False"):
         export.stablehlo(model, {"w": normal((4, 3))}, normal((2, 4)), {})
+
+
+def a_step(frozen, trainable, x):
+    """A gradient of everything that is trained, over codes and a stack of adapters."""
+
+    def loss(trainable, x):
+        return (jlora.apply_lora(layers)(frozen, trainable, x) ** 2).sum()
+
+    return jax.grad(loss)(trainable, x), frozen
+
+
+def layers(p, x):
+    return jnp.tanh(x @ p["up"]) @ p["down"] * p["bias"][None]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_jax_export_writes_down_jloras_records(kind, method):
+    """A program's arguments and results are `frozen` and `Trainable`, as in a loop."""
+    params = {**normal({"up": (8, 6), "down": (6, 8)}), "bias": jnp.ones(8)}
+    x = normal((3, 8), 5)
+    config = jlora.LoraConfig(rank=2, targets="{up,down}", train="bias", method=method)
+    plan = jlora.plan(layers, params, x, config=config)
+    frozen, trainable = jlora.split(jax.random.key(0), params, plan)
+    if kind is not None:
+        frozen = jlora.quantize(frozen, plan, kind=kind)
+    program = jax.export.export(jax.jit(a_step))(frozen, trainable, x)
+    read = jax.export.deserialize(program.serialize())
+    assert read.in_tree == program.in_tree
+    found, kept = read.call(frozen, trainable, x)
+    wanted, _ = jax.jit(a_step)(frozen, trainable, x)
+    same(found, wanted)
+    same(kept, frozen)
+
+
+def test_jax_export_takes_a_pool_and_every_field_of_a_spec():
+    a, b = normal((8, 2)), normal((2, 6))
+    own = jlora.Trainable({"up": Factors(a, b, Spec(rank=2, alpha=2))})
+    parts = jlora.FusedParts(axis=-1, sizes=(2, 4), ranks=(1, 1))
+    spec = Spec(rank=2, alpha=4, parts=parts, rows=(1, 2), axes=Axes((), (0,), (1,)))
+    tree = {"pool": jlora.pool.create(own, 3), "fused": Factors(a, b, spec)}
+    program = jax.export.export(jax.jit(lambda tree: tree))(tree)
+    read = jax.export.deserialize(program.serialize())
+    assert (read.in_tree, read.out_tree) == (program.in_tree, program.out_tree)
+    same(read.call(tree), tree)
