@@ -27,9 +27,9 @@ def register(
     static = [f.name for f in fields if f.metadata.get("static")]
     leaves = [f.name for f in fields if f.name not in static]
 
-    def build(known: Sequence[Any], children: Sequence[Any]) -> Any:
-        named = [*zip(static, known, strict=True), *zip(leaves, children, strict=True)]
-        return record(**dict(named))
+    def build(aux_data: Any, children: Sequence[Any]) -> Any:
+        known = dict(zip(static, aux_data, strict=True))
+        return record(**known, **dict(zip(leaves, children, strict=True)))
 
     export.register_pytree_node_serialization(
         record,

@@ -40,7 +40,7 @@ export.register_pytree_node_serialization(
     serialized_name="jlora.Missing",
     serialize_auxdata=lambda _: b"",
     deserialize_auxdata=lambda _: MISSING,
-    from_children=lambda missing, _: missing,
+    from_children=lambda aux_data, children: aux_data,
 )
 
 
