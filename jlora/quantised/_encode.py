@@ -150,7 +150,8 @@ def _codes(
     largest = jnp.max(jnp.abs(cut), axis=within, keepdims=True)
     scales = (largest / kind.most).astype(scale_dtype)
     # Rounded up, the scale could make the largest number of the dtype infinite.
-    beyond = scales.astype(jnp.float32) * kind.most > float(jnp.finfo(w.dtype).max)
+    highest = min(float(jnp.finfo(own).max) for own in (w.dtype, jnp.float32))
+    beyond = scales.astype(jnp.float32) * kind.most > highest
     beyond &= jnp.isfinite(scales)
     scales = jnp.where(beyond, jnp.nextafter(scales, jnp.zeros_like(scales)), scales)
     wide = scales.astype(jnp.float32)

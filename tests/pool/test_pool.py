@@ -53,7 +53,9 @@ def test_random_swaps_and_mixed_batches_never_give_a_wrong_adapter():
                     assert not name.isdigit() or len(good) > 5
             if i == 0:
                 compiled = ROW_FN._cache_size(), insert_in_place._cache_size()
-        assert (ROW_FN._cache_size(), insert_in_place._cache_size()) == compiled
+        # JAX forgets the oldest of some thousand programs, so they may be fewer.
+        assert ROW_FN._cache_size() <= compiled[0]
+        assert insert_in_place._cache_size() <= compiled[1]
         assert len(cache.resident) == 5
 
 
