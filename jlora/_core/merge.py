@@ -22,8 +22,8 @@ from ..errors import MergeError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
 from ..methods import low_rank_pair, method_of
 from ..methods.dora import dense_gain
-from ..quantised import is_quantized
-from ..transform.compat import is_staging, placed_like
+from ..quantised import is_quantized, typed_as
+from ..transform.compat import is_staging
 from ..transform.kept import one_at_a_time
 from .algebra import delta, spread
 from .donation import Donation
@@ -370,7 +370,7 @@ def _added(w: Leaf, factors: Factors, *, sign: int, pieces: int = 1) -> jax.Arra
     def rescale(total: jax.Array) -> jax.Array:
         return total if gain is None else total * dense_gain(factors, total)
 
-    own = placed_like(w, functools.partial(delta, dtype=wide), factors)
+    own = typed_as(w, functools.partial(delta, dtype=wide), factors)
     return add_rounded(w, [sign * own], rescale)
 
 

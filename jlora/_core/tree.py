@@ -13,8 +13,8 @@ from .._plan.plan import Plan
 from .._tables import listed
 from ..errors import ConfigError, TreeError
 from ..factors import Factors, Leaf, PyTree, Trainable
-from ..quantised import Quantized, encode_like, is_quantized, like_dense
-from ..transform.compat import is_staging, placed_like
+from ..quantised import Quantized, encode_like, is_quantized, like_dense, typed_as
+from ..transform.compat import is_staging
 from ..transform.stage import is_array
 
 Tree = TypeVar("Tree")
@@ -131,7 +131,7 @@ def placed_as(w: Leaf, x: jax.Array) -> jax.Array:
     if not isinstance(w, jax.Array):
         return x
     if is_staging(w, x):
-        return placed_like(w, lambda x: x, x)
+        return typed_as(w, lambda x: x, x)
     if x.sharding == w.sharding:
         return x
     return jax.device_put(x, w.sharding)

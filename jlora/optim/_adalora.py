@@ -11,8 +11,7 @@ import numpy as np
 from .._checks import check_optimizer, check_params, check_positive
 from ..errors import ConfigError, TreeError
 from ..factors import Factors
-from ..quantised import whole
-from ..transform.compat import placed_like
+from ..quantised import typed_as, whole
 
 if TYPE_CHECKING:
     import optax
@@ -222,7 +221,7 @@ def _pruned(params: Any, updates: Any, masks: list[jax.Array]) -> Any:
         if not _is_adaptive(params):
             return updates
         old, new = params.magnitude, updates.magnitude
-        magnitude = placed_like(old, jnp.where, next(own), new, -old)
+        magnitude = typed_as(old, jnp.where, next(own), new, -old)
         return dataclasses.replace(updates, magnitude=magnitude)
 
     return jax.tree.map(prune, params, updates, is_leaf=_is_adaptive)

@@ -14,8 +14,7 @@ from .._tables import listed
 from ..errors import TreeError
 from ..factors import Factors, Leaf, PyTree, Spec, Trainable
 from ..methods import low_rank_pair
-from ..quantised import whole
-from ..transform.compat import placed_like
+from ..quantised import typed_as, whole
 from ._labels import check_trainables, is_trainable
 
 if TYPE_CHECKING:
@@ -290,7 +289,7 @@ def _right(g_a: jax.Array, inverse: jax.Array, own: Factors) -> jax.Array:
         wide = g_a.astype(inverse.dtype)
         return _product(wide, inverse, axes, batch).astype(g_a.dtype)
 
-    return placed_like(g_a, product, g_a, inverse)
+    return typed_as(g_a, product, g_a, inverse)
 
 
 def _left(inverse: jax.Array, g_b: jax.Array, own: Factors) -> jax.Array:
@@ -302,7 +301,7 @@ def _left(inverse: jax.Array, g_b: jax.Array, own: Factors) -> jax.Array:
         wide = g_b.astype(inverse.dtype)
         return _product(inverse, wide, axes, batch).astype(g_b.dtype)
 
-    return placed_like(g_b, product, g_b, inverse)
+    return typed_as(g_b, product, g_b, inverse)
 
 
 def _product(

@@ -211,21 +211,6 @@ def place_text(where: str, scope: str) -> str:
     return f" in {scope!r}" if scope else ""
 
 
-def placed_like(
-    base: jax.Array, fun: Callable[..., jax.Array], *args: Any
-) -> jax.Array:
-    """Returns `fun(*args)` laid out as `base`.
-
-    Along mesh axes that are explicit, the partitioner chooses the layouts inside `fun`.
-    """
-    sharding = jax.typeof(base).sharding
-    axes = sharding.mesh.explicit_axes
-    if not axes:
-        return fun(*args)
-    placed: Any = jax.sharding.auto_axes(fun, axes=axes, out_sharding=sharding)
-    return placed(*args)
-
-
 def in_this_mesh(x: jax.Array) -> jax.Array:
     """Returns `x`, whole on each device, under the mesh of the code that is traced.
 

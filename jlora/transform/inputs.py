@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..factors import Axes
-from ..quantised import is_quantized
+from ..quantised import is_quantized, typed_as
 from . import CONTROL, LINEAR, STRUCTURE, compat, control, structure
 from .atoms import OTHER, RANK, Atom, Labels, lay_out, leaf_dims, regroup, size
 from .compat import Equation
@@ -272,7 +272,7 @@ def _tied(
     def moments(rows: jax.Array) -> jax.Array:
         exact = lax.Precision.HIGHEST
         squared = functools.partial(jnp.einsum, "...ti,...tj->...ij", precision=exact)
-        return compat.placed_like(probe, squared, rows, rows)
+        return typed_as(probe, squared, rows, rows)
 
     few = rows.shape[-2] < rows.shape[-1]  # then rows take less memory than moments
 

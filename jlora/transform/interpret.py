@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..factors import Form
+from ..quantised import typed_as
 from . import compat, share, views
 from .compat import Equation, Literal, Var
 from .primitives import CHEAP, KEPT, SEPARATE
@@ -122,7 +123,7 @@ class Context:
         for axis in sorted(self.axes_of(var)):
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         draw = functools.partial(jax.random.bernoulli, p=1 - rate, shape=x.shape)
-        kept = compat.placed_like(x, draw, key)
+        kept = typed_as(x, draw, key)
 
         def dropped(x: jax.Array, kept: jax.Array) -> jax.Array:
             scaled = x / jnp.asarray(1 - rate, x.dtype)

@@ -23,10 +23,11 @@ from .._numerics import (
     dtype_of_sums,
     is_inexact,
 )
+from ..quantised import typed_as
 from . import cost
 from .adapted import has_forms
 from .atoms import BROADCAST, OTHER, RANK, Atom, Group, regroup, size
-from .compat import Equation, kind, placed_like
+from .compat import Equation, kind
 from .gate import no_gate
 from .interpret import Context
 from .kept import product_of_roots
@@ -198,7 +199,7 @@ def conv_general_dilated(
         kept, own = ctx.drop(x, term.dropout, eqn.invars[0], source)
         settings = {"scale": term.scale, "dtype": base.dtype, "params": params}
         product = functools.partial(_conv_product, source=own, **settings)
-        zs.append(placed_like(base, product, kept, a, b))
+        zs.append(typed_as(base, product, kept, a, b))
     return [with_terms(base, zs, weight, shown)]
 
 

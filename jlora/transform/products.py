@@ -11,11 +11,12 @@ import jax
 
 from .._numerics import dtype_of_activation
 from ..factors import Form, Leaf
+from ..quantised import typed_as
 from .adapted import adapted_dot, form_of
 from .alike import Like, like
 from .atoms import OTHER, Atom, Group
 from .coded import Coded
-from .compat import INLINE, Equation, has_typed_placement, is_staging, kind, placed_like
+from .compat import INLINE, Equation, has_typed_placement, is_staging, kind
 from .gate import gated
 from .interpret import Context
 from .low_rank import Site, join_groups, low_rank_product
@@ -157,5 +158,5 @@ def _in_a_form(
     zs = []
     for term, (x, roots) in zip(weight.terms, entered, strict=True):
         product = functools.partial(low_rank_product, site=site, source=roots)
-        zs.append(placed_like(y, product, x, term))
+        zs.append(typed_as(y, product, x, term))
     return with_terms(y, zs, weight, site.want, site.view)

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from .._numerics import add_rounded, at_least_float32
 from ..factors import Form, Leaf
-from ..quantised import is_quantized
+from ..quantised import is_quantized, typed_as
 from .atoms import (
     BROADCAST,
     INDEX,
@@ -30,7 +30,7 @@ from .atoms import (
     regroup,
 )
 from .coded import Coded, coded_leaf, widened
-from .compat import has_typed_placement, placed_like
+from .compat import has_typed_placement
 from .sums import Spread, added, not_zero, times
 from .thin import Dims, thin_dot
 from .views import View
@@ -205,7 +205,7 @@ def dense(weight: Weight) -> jax.Array:
         )
         return lay_out(product, labels, atoms, w.shape)
 
-    changes = (placed_like(w, delta, term) for term in weight.terms)
+    changes = (typed_as(w, delta, term) for term in weight.terms)
     return add_rounded(w, changes, lambda total: rescaled(total, weight, atoms))
 
 
@@ -214,7 +214,7 @@ def rescaled(x: jax.Array, weight: Weight, want: Sequence[Atom]) -> jax.Array:
     gain, spread = gain_along(weight, want, x.dtype)
     if gain is None:
         return x
-    return placed_like(x, functools.partial(times, spread=spread), x, gain)
+    return typed_as(x, functools.partial(times, spread=spread), x, gain)
 
 
 def with_terms(
