@@ -116,8 +116,9 @@ def _unlike_targets(
     ]
     if isinstance(file.targets, tuple):
         ends = {end for module in adapted for end in endings(module)}
-        left = {end for m in every for end in endings(m)}  # named, and not adapted
-        left -= {end for m in every if not field(m) for end in endings(m)}
+        taken = [module for module in every if not field(module)]
+        left = {end for module in every for end in endings(module)}
+        left -= {end for module in taken for end in endings(module)}
         found += [
             f"target_modules names {t!r:.100}, for which there are no tensors"
             for t in file.targets

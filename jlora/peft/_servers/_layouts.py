@@ -9,6 +9,7 @@ from ._adapter import Adapter, Piece
 from ._base import Base
 from ._fit import FACTORS
 from ._report import Verdict
+from ._torch_names import bare
 
 ONE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")  # a module for each expert
 STACK = re.compile(r"(.*\.experts)\.([^\d\W]\w*)")  # one tensor for all of a layer
@@ -21,7 +22,7 @@ def form_of(piece: Piece) -> str:
 
     `"unsloth"` looks as `"peft"` does, and `"shared"` as `"stacked"`.
     """
-    module = piece.module.replace(".base_layer", "")
+    module = bare(piece.module)
     if piece.part not in FACTORS:
         return ""
     if module.endswith(".experts"):

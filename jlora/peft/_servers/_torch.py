@@ -26,7 +26,7 @@ from ._report import Outcome, Verdict
 from ._rules import Server
 from ._targets import Targets
 from ._torch_config import of_fields, of_modules, of_rows, rows_of, tables_of
-from ._torch_names import in_peft, in_transformers, of_older_file, of_tower
+from ._torch_names import bare, in_peft, in_transformers, of_older_file, of_tower
 
 # What files call the head of a type of model, and its class since transformers 5.
 _HEADS = {"gpt_neox": ("embed_out", "lm_head")}
@@ -54,19 +54,11 @@ def _by_name(read: Mapping[str, Piece], *, last: bool) -> dict[str, str]:
     return {piece.name: found[piece.name] for piece in read.values()}
 
 
-def _as_is(name: str) -> str:
-    return name
-
-
 def _last_names(tensors: Iterable[str], module: str) -> Iterator[str]:
     """Yields what the own tensors of a module are called in it."""
     begin = f"{module}."
     inner = (n.removeprefix(begin) for n in tensors if n.startswith(begin))
     yield from (last for last in inner if "." not in last)
-
-
-def _bare(module: str) -> str:
-    return module.replace(".base_layer", "")
 
 
 class Lookup:
@@ -76,7 +68,7 @@ class Lookup:
         self.server, self.adapter, self.base = server, adapter, base
         names = tuple(base.tensors)
         self._wrapped = any(map(is_wrapped, names))
-        self._tower = of_tower if _has_clip_tower(base) else _as_is
+        self._tower = of_tower if _has_clip_tower(base) else str
         self._class_name = names_in_classes(names, base.facts)
         self.fused = FusedExperts(adapter, base, self._in_memory)
         self.modules, self.tensors = shapes_in_memory(base, self.fused, self._in_memory)
@@ -171,7 +163,7 @@ class Lookup:
         name, fields = piece.module, self.adapter.fields
         if piece.part == "whole" or name in self._around:
             return self._whole(piece)
-        module = _bare(name)
+        module = bare(name)
         if module in self.raw and piece.part in ("a", "b"):
             fault = self.fused.misfit(piece, module)
             return (fault[0], module, *fault[1:]) if fault else _applied(module)
@@ -266,7 +258,7 @@ class Lookup:
         elif module in self._around.values():
             why = f"PEFT looks for {self._kept_as(module)}.{last}"
             return "dropped", "", why, "leave it out, or write it so"
-        plain = _bare(module)
+        plain = bare(module)
         kept = self.targets.keeps(plain)
         if module.count(".base_layer") != (0 if kept else self._wraps(plain)):
             why = "it is adapted" if plain == module else "it is not adapted so"

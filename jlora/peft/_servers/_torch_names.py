@@ -103,16 +103,16 @@ def in_transformers(
       'base_model.model.transformer.h.0.q.lora_A.weight'
     """
     stored = piece_of(_as_stored(piece.name), piece.shape)
-    held = stored.name != piece.name and _bare(stored.module) in known
+    held = stored.name != piece.name and bare(stored.module) in known
     if held and not piece.prefixed:
         return dataclasses.replace(stored, name=PREFIX + stored.name)
     whole = piece.name[: len(piece.name) - len(_end(piece))]
     module = whole.replace(f"{PREFIX}model.", "model.", 1).replace(PREFIX, "", 1)
     module = renamed(module)
     inner = module.removeprefix(body)
-    if inner != module and _bare(inner) in known:
+    if inner != module and bare(inner) in known:
         module = inner
-    elif _bare(body + module) in known and piece.part != "tokens":
+    elif bare(body + module) in known and piece.part != "tokens":
         module = body + module  # the names of rows are changed before, as they are
     return dataclasses.replace(piece, name=PREFIX + module + _end(piece), module=module)
 
@@ -122,7 +122,13 @@ def _end(piece: Piece) -> str:
     return piece.name.removeprefix(PREFIX)[len(piece.module) :]
 
 
-def _bare(module: str) -> str:
+def bare(module: str) -> str:
+    """Returns a module's name without what PEFT puts around its layer.
+
+    Examples:
+      >>> bare("h.0.experts.base_layer.base_layer")
+      'h.0.experts'
+    """
     return module.replace(".base_layer", "")
 
 
